@@ -1,0 +1,43 @@
+"""resmol: reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim.
+
+The Python interface is small::
+
+    import resmol
+
+    model = resmol.load("runs/nano")                      # a run, a checkpoint, a Hugging Face folder or a Hub id
+    print(model.generate("JULIET:", max_new_tokens=40))   # text
+    config = resmol.load_preset("nano", ["train.steps=100"])
+    resmol.train(config, "runs/mine", data="input.txt")   # starts, or resumes
+
+Importing the package does not import PyTorch; the first use of a function that needs it does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from resmol.config import RunConfig, load_config, load_preset
+    from resmol.errors import ResmolError
+    from resmol.load import LoadedModel, load
+    from resmol.train import train
+
+__version__ = "0.1.0"
+__all__ = ["LoadedModel", "ResmolError", "RunConfig", "__version__", "load", "load_config", "load_preset", "train"]
+
+_HOMES = {
+    "LoadedModel": "resmol.load",
+    "ResmolError": "resmol.errors",
+    "RunConfig": "resmol.config",
+    "load": "resmol.load",
+    "load_config": "resmol.config",
+    "load_preset": "resmol.config",
+    "train": "resmol.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resmol' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,131 @@
+"""Durable writes: a file or a directory is there whole, or not at all.
+
+The commit protocol for a directory (power loss at any instant leaves the old or the new state, never a mixture):
+
+1. write every file into ``tmp-<name>-<random>/``, flush and fsync each;
+2. write ``manifest.json`` last (its presence is the commit), fsync it;
+3. fsync the temporary directory, so that its entries are on disk;
+4. rename it to its final name;
+5. fsync the parent, so that the rename is on disk.
+
+An fsync that fails may have dropped the dirty pages and may report success the next time, so nothing is ever
+retried on the same file: the temporary directory is abandoned and the caller starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from resmol.errors import DiskFull
+
+TEMPORARY_PREFIX = "tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or directory to the disk (``OSError`` when the disk says no)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` so that a crash leaves the old content or the new one.
+
+    Raises:
+        DiskFull: No room; the old content is untouched.
+        OSError: Any other failure of the disk; the old content is untouched.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+    with full_disk_is_an_error(path):
+        try:
+            _write_and_sync(temporary, data)
+            os.replace(temporary, path)  # noqa: PTH105 - the fault tests watch `os`, one module for every effect
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    fsync_path(path.parent)
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def commit_directory(final: Path, write_files: Callable[[Path], None], manifest: Callable[[Path], bytes]) -> None:
+    """Create the directory ``final`` with the protocol above.
+
+    Args:
+        final: The directory to create; it must not exist yet.
+        write_files: Writes the payload files into the directory it is given (it need not fsync).
+        manifest: Called after the files are durable; returns the bytes of ``manifest.json``.
+
+    Raises:
+        DiskFull: No room; the temporary directory was removed.
+        OSError: Any other failure of the disk; the temporary directory was removed where possible.
+    """
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{uuid.uuid4().hex[:12]}")
+    with full_disk_is_an_error(final):
+        try:
+            os.mkdir(temporary)  # noqa: PTH102
+            write_files(temporary)
+            for file in sorted(temporary.iterdir()):
+                fsync_path(file)
+            _write_and_sync(temporary / "manifest.json", manifest(temporary))
+            fsync_path(temporary)
+            os.rename(temporary, final)  # noqa: PTH104
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    fsync_path(final.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a committed directory so that a crash never leaves a half that looks whole.
+
+    It first loses its name, atomically; what a crash leaves behind is a ``tmp-`` directory, which no reader
+    looks at and `remove_leftovers` sweeps away.
+    """
+    doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+    os.rename(path, doomed)  # noqa: PTH104
+    fsync_path(path.parent)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(parent: Path) -> list[str]:
+    """Remove the ``tmp-`` entries that a crash left in ``parent``; call it only while holding the run's lock.
+
+    Returns:
+        The names that were removed.
+    """
+    names = sorted(entry.name for entry in parent.glob(f"{TEMPORARY_PREFIX}*"))
+    for name in names:
+        leftover = parent / name
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    return names
+
+
+@contextmanager
+def full_disk_is_an_error(path: Path) -> Iterator[None]:
+    """Turn ENOSPC and EDQUOT below this context into `DiskFull`, which names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"the disk is full: {path} was not written; earlier files are untouched",
+            fix="free some space (or move the run to another disk) and run the same command again",
+        ) from error

@@ -1,0 +1,387 @@
+"""The whole configuration of a run: frozen, validated, every field with a drift class.
+
+A configuration is read from one TOML file (a preset or one's own), which may name one ``base`` that it is laid
+over, then from ``--set section.key=value``. Unknown keys are refused with the nearest name, and all problems are
+reported at once. The resolved result is written into the run directory.
+
+The drift class of a field says what happens when a run is resumed with another value:
+
+* **A**: refused. The numbers would no longer be those of one continuous run.
+* **B**: refused, unless ``--accept-drift section.key`` is given; the change becomes a record in the ledger.
+* **C**: free. It does not touch the numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from resmol.errors import ConfigError, DataError
+from resmol.hf_config import ModelConfig, read_model_config
+
+DriftClass = Literal["A", "B", "C"]
+
+
+def param(default: Any, drift: DriftClass, description: str, **constraints: Any) -> Any:
+    """Declare a configuration field; the drift class is not optional, so no field can forget it."""
+    return Field(default, description=description, json_schema_extra={"drift": drift}, **constraints)
+
+
+class Section(BaseModel):
+    """A table of the configuration: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer the data must have been made with."""
+
+    sha256: str = param(
+        "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+        "A",
+        "sha256 of tokenizer.json; prepared data with another one is refused",
+        pattern=r"^[0-9a-f]{64}$",
+    )
+
+
+class DataConfig(Section):
+    """How the token stream is cut into windows and shuffled (its content is bound by a fingerprint)."""
+
+    seq_len: int = param(2048, "A", "tokens in a training window", ge=2)
+    document_mask: bool = param(True, "A", "attention stays inside a document")
+    seed: int = param(8, "A", "key of the permutation of the windows", ge=0)
+
+
+class BatchConfig(Section):
+    """How many tokens an optimizer step sees, and in which portions."""
+
+    global_batch_tokens: int = param(16384, "B", "tokens in an optimizer step, over all processes", ge=1)
+    micro_batch_size: int = param(8, "B", "windows in a forward pass of one process", ge=1)
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = param("adamw", "A", "the optimizer")
+    lr: float = param(3e-3, "B", "peak learning rate", gt=0)
+    beta1: float = param(0.9, "A", "decay of the first moment", ge=0, lt=1)
+    beta2: float = param(0.95, "A", "decay of the second moment", ge=0, lt=1)
+    eps: float = param(1e-8, "A", "added to the root of the second moment", gt=0)
+    weight_decay: float = param(0.01, "B", "decoupled weight decay", ge=0)
+    decay: Literal["all", "matrices"] = param("all", "B", "which parameters decay: all, or only matrices")
+    clip_norm: float = param(1.0, "B", "largest global gradient norm; 0 switches clipping off", ge=0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a function of the step. The horizon belongs to the run; ``train.steps`` does not."""
+
+    kind: Literal["wsd", "cosine", "constant"] = param("wsd", "A", "warm-up-stable-decay, cosine or constant")
+    warmup_steps: int = param(2000, "A", "linear warm-up from 0", ge=0)
+    decay_start: int = param(0, "A", "wsd: last step before the decay; 0 plans none", ge=0)
+    decay_steps: int = param(0, "A", "wsd: length of the linear decay", ge=0)
+    horizon: int = param(0, "A", "cosine: the step at which the minimum is reached", ge=0)
+    final_fraction: float = param(0.0, "A", "learning rate after the decay, as a share of the peak", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.kind == "cosine" and self.horizon <= self.warmup_steps:
+            raise ValueError(f"horizon ({self.horizon}) must lie after warmup_steps ({self.warmup_steps})")
+        if self.kind == "wsd" and (self.decay_start > 0) != (self.decay_steps > 0):
+            raise ValueError("decay_start and decay_steps belong together: set both, or neither")
+        if self.kind == "wsd" and 0 < self.decay_start < self.warmup_steps:
+            raise ValueError(f"decay_start ({self.decay_start}) lies inside the warm-up ({self.warmup_steps})")
+        return self
+
+
+class TrainConfig(Section):
+    """Length and seed."""
+
+    steps: int = param(5000, "C", "stop after this step", ge=1)
+    seed: int = param(8, "A", "seed of the initial weights", ge=0)
+
+
+class RuntimeConfig(Section):
+    """Where and in which arithmetic. ``auto`` is decided once, at the start, and then stored in the run."""
+
+    device: Literal["auto", "cpu", "cuda"] = param("auto", "B", "where to compute")
+    precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matrix products")
+    compile: Literal["auto", "on", "off"] = param("auto", "B", "torch.compile of the transformer block")
+    attention: Literal["sdpa", "eager"] = param("sdpa", "B", "fused attention, or the formula written out")
+    loss_chunk_tokens: int = param(256, "B", "tokens whose logits exist at the same time", ge=1)
+    threads: int = param(0, "B", "CPU threads; 0 takes what PyTorch takes", ge=0)
+
+
+class EvaluationConfig(Section):
+    """The held-out loss."""
+
+    every: int = param(500, "C", "steps between evaluations; 0 switches them off", ge=0)
+    windows: int = param(64, "C", "windows of the held-out split to use; 0 takes all", ge=0)
+
+
+class SamplingConfig(Section):
+    """The text samples that show how the model speaks as it learns."""
+
+    every: int = param(500, "C", "steps between samples; 0 switches them off", ge=0)
+    prompt: str = param("The", "C", "text that the sample continues")
+    max_new_tokens: int = param(48, "C", "length of a sample", ge=1)
+    temperature: float = param(0.8, "C", "0 is greedy", ge=0)
+    top_k: int = param(50, "C", "0 is off", ge=0)
+    top_p: float = param(0.95, "C", "1 is off", gt=0, le=1)
+    seed: int = param(0, "C", "seed of the samples, independent of training", ge=0)
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every: int = param(500, "C", "steps between checkpoints; 0 saves only at the end", ge=0)
+    keep_last: int = param(2, "C", "newest checkpoints to keep besides the permanent ones", ge=2)
+    permanent: tuple[int, ...] = param((), "C", "steps that are saved and never pruned")
+
+
+class LoggingConfig(Section):
+    """What is shown; everything is in the ledger anyway."""
+
+    every: int = param(500, "C", "steps between lines in train.log", ge=1)
+    tensorboard: bool = param(False, "C", "also write TensorBoard events (needs tensorboardX)")
+
+
+class RunConfig(Section):
+    """All of it. Every default is stated above; presets state every value that matters, with its source."""
+
+    name: str = Field("custom", description="what the user called it", json_schema_extra={"drift": "C"})
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        problems = []
+        if self.data.seq_len > self.model.max_position_embeddings:
+            problems.append(
+                f"data.seq_len ({self.data.seq_len}) is longer than model.max_position_embeddings "
+                f"({self.model.max_position_embeddings})"
+            )
+        micro_tokens = self.batch.micro_batch_size * self.data.seq_len
+        if self.batch.global_batch_tokens % micro_tokens:
+            problems.append(
+                f"batch.global_batch_tokens ({self.batch.global_batch_tokens}) is not a multiple of "
+                f"batch.micro_batch_size x data.seq_len ({micro_tokens})"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Forward passes in an optimizer step, over all processes."""
+        return self.batch.global_batch_tokens // (self.batch.micro_batch_size * self.data.seq_len)
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration as TOML text."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what the numbers depend on: every field of drift class A and B."""
+        bound = {key: value for key, value in flatten(self).items() if drift_classes()[key] != "C"}
+        return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    files = resources.files("resmol").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load_preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a preset.
+
+    Raises:
+        ConfigError: There is no such preset, or an override does not fit.
+    """
+    return _build({"name": name} | _preset_table(name), f"preset {name}", overrides)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file, resolve its ``base`` and its ``architecture``, and apply ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: The file is not TOML, or its values do not make a configuration; all problems are listed.
+        DataError: The file cannot be read.
+    """
+    return _build(_table_with_base(path), str(path), overrides)
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Lay ``section.key=value`` overrides over an existing configuration (`ConfigError` when one does not fit)."""
+    return _build(config.model_dump(mode="json", exclude_none=True), "--set", overrides) if overrides else config
+
+
+def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunConfig:
+    for override in overrides:
+        _apply_override(table, override)
+    if "architecture" in table:
+        source = table.pop("architecture")
+        table["model"] = read_model_config(source).model_dump(exclude_none=True) | table.get("model", {})
+    try:
+        return RunConfig.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_describe(problem)}" for problem in error.errors())
+        raise ConfigError(
+            f"the configuration ({origin}) has {error.error_count()} problem(s):\n{problems}",
+            fix="correct these values in the file or in --set; every field is described in docs/configuration.md",
+        ) from None
+
+
+def _describe(problem: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "sections disagree"
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(where, [*drift_classes(), *RunConfig.model_fields], n=1)
+        return f"{where}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override!r} is not section.key=value", fix="write e.g. --set optimizer.lr=1e-3")
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {part} is a value, not a section", fix="see docs/configuration.md")
+    table[parts[-1]] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    """Read a value as TOML would; what is not TOML is a bare string (``runtime.compile=off``)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _preset_table(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        nearest = difflib.get_close_matches(name, preset_names(), n=1)
+        raise ConfigError(
+            f"there is no preset {name!r}" + (f"; did you mean {nearest[0]}?" if nearest else ""),
+            fix=f"choose one of: {', '.join(preset_names())}",
+        )
+    text = resources.files("resmol").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
+    return _over_base(tomllib.loads(text), folder=None)
+
+
+def _table_with_base(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path of --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", fix="correct the file at that line") from None
+    return _over_base(table, folder=path.parent)
+
+
+def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if base in preset_names():
+        below = _preset_table(base)
+    elif folder is not None and (folder / base).is_file():
+        below = tomllib.loads((folder / base).read_text(encoding="utf-8"))
+        if "base" in below:
+            raise ConfigError(f"{base} has a base of its own", fix="a configuration has one base; merge the two")
+    else:
+        raise ConfigError(f"the base {base!r} is neither a preset nor a file", fix="correct the key `base`")
+    return _merge(below, table)
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+# --- drift ---------------------------------------------------------------------------------------------------
+
+
+def drift_classes() -> dict[str, DriftClass]:
+    """Return ``section.key`` -> drift class, for every field there is."""
+    classes: dict[str, DriftClass] = {}
+    for section, field in RunConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            for key, inner in kind.model_fields.items():
+                classes[f"{section}.{key}"] = inner.json_schema_extra["drift"]  # type: ignore[index, assignment, call-overload]
+        else:
+            classes[section] = field.json_schema_extra["drift"]  # type: ignore[index, assignment, call-overload]
+    return classes
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Return ``section.key`` -> value."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[section] = value
+    return flat
+
+
+def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
+    """Decide whether a run may go on with another configuration.
+
+    A wanted value of ``auto`` means what was decided when the run started.
+
+    Args:
+        stored: The configuration in the run directory.
+        wanted: The configuration that the user asks for now.
+        accepted: The ``section.key`` names given with ``--accept-drift``.
+
+    Returns:
+        The configuration to go on with, and the accepted drifts as ``key -> {"from": ..., "to": ...}``.
+
+    Raises:
+        ConfigError: A class A field differs, or a class B field that was not accepted; all are listed.
+    """
+    before, after, classes = flatten(stored), flatten(wanted), drift_classes()
+    changed = [key for key in before if before[key] != after[key] and after[key] != "auto"]
+    refused = [key for key in changed if classes[key] == "A" or (classes[key] == "B" and key not in accepted)]
+    if refused:
+        lines = "\n".join(f"  - {key} (class {classes[key]}): {before[key]!r} -> {after[key]!r}" for key in refused)
+        acceptable = " ".join(f"--accept-drift {key}" for key in refused if classes[key] == "B")
+        raise ConfigError(
+            f"the configuration differs from the one this run was started with:\n{lines}",
+            fix="start a new run directory for class A changes"
+            + (f"; to go on with a class B change, add {acceptable} (it is recorded)" if acceptable else ""),
+        )
+    kept = [f"{key}={json.dumps(before[key])}" for key in before if after[key] == "auto"]
+    drifts = {key: {"from": before[key], "to": after[key]} for key in changed if classes[key] == "B"}
+    return with_overrides(wanted, kept), drifts

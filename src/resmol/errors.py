@@ -1,0 +1,92 @@
+"""The exception tree; every error says what happened and what to do about it.
+
+    ResmolError              exit code
+    ├── CheckFailed          1    a check, an audit or a parity test did not pass
+    ├── UsageError           2    a wrong argument or a wrong combination of arguments
+    │   └── ConfigError      2    a configuration that is invalid, or that drifted under a run
+    ├── DataError            3    text, tokens, a file or a tokenizer is missing or unusable
+    │   └── NetworkError     3    the Hub or the package index could not be reached
+    ├── DiskFull             28   no space left (the number of ENOSPC)
+    ├── CheckpointError      65   no valid checkpoint, or this one is damaged (EX_DATAERR)
+    ├── NonFiniteError       70   NaN or infinity in a loss or a gradient (EX_SOFTWARE)
+    ├── RunInUse             75   another process holds the run's lock (EX_TEMPFAIL)
+    └── Interrupted          130  after SIGINT, 143 after SIGTERM; the state was saved
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ResmolError(Exception):
+    """The root of all errors that resmol raises on purpose.
+
+    Args:
+        what: One sentence that says what is wrong, with the value or the path.
+        fix: One sentence that says what the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
+class CheckFailed(ResmolError):
+    """A check, an audit or a parity test did not pass."""
+
+    exit_code = 1
+
+
+class UsageError(ResmolError):
+    """An argument, or a combination of arguments, makes no sense."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration is invalid, or differs from the one a run was started with."""
+
+
+class DataError(ResmolError):
+    """Text, tokens, a file or a tokenizer is missing or unusable."""
+
+    exit_code = 3
+
+
+class NetworkError(DataError):
+    """Something that had to come from the network did not."""
+
+
+class DiskFull(ResmolError):
+    """The file system has no room for what had to be written."""
+
+    exit_code = 28
+
+
+class CheckpointError(ResmolError):
+    """There is no valid checkpoint, or the one that was named is damaged."""
+
+    exit_code = 65
+
+
+class NonFiniteError(ResmolError):
+    """A loss or a gradient is NaN or infinite; the weights were not updated with it."""
+
+    exit_code = 70
+
+
+class RunInUse(ResmolError):
+    """Another process holds the lock of this run directory."""
+
+    exit_code = 75
+
+
+class Interrupted(ResmolError):
+    """A signal asked the run to stop; the state was saved first."""
+
+    def __init__(self, what: str, *, fix: str, signal_number: int) -> None:
+        super().__init__(what, fix=fix)
+        self.signal_number = signal_number

@@ -1,0 +1,68 @@
+"""Counts that follow from the architecture alone: parameters, floating-point operations, bytes of memory."""
+
+from __future__ import annotations
+
+from resmol.hf_config import ModelConfig
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Return the number of parameters of each part; a tied output layer has none of its own.
+
+    For SmolLM2-135M the parts add up to 134,515,008.
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    key_value = config.num_key_value_heads * config.head_dim
+    return {
+        "embedding": config.vocab_size * width,
+        "attention": layers * (2 * width * width + 2 * width * key_value),
+        "mlp": layers * 3 * width * config.intermediate_size,
+        "norms": (2 * layers + 1) * width,
+        "lm_head": 0 if config.tie_word_embeddings else config.vocab_size * width,
+    }
+
+
+def total_parameters(config: ModelConfig) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter_counts(config).values())
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Return the multiply-adds x 2 of a forward pass, per token, at a training length of ``seq_len``.
+
+    Matrix products are 2 x parameters (Kaplan et al. 2020, table 1); the output layer counts also when tied.
+    Attention adds 2 products of 2 x D for each position that is attended to, on average ``(seq_len + 1) / 2``.
+    """
+    counts = parameter_counts(config)
+    matrices = counts["attention"] + counts["mlp"] + config.vocab_size * config.hidden_size
+    attended = config.num_hidden_layers * 2 * 2 * config.hidden_size * (seq_len + 1) // 2
+    return 2 * matrices + attended
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Return the operations of a training step, per token: the backward pass costs two forward passes."""
+    return 3 * forward_flops_per_token(config, seq_len)
+
+
+def training_memory(config: ModelConfig, micro_batch_size: int, seq_len: int, loss_chunk_tokens: int) -> dict[str, int]:
+    """Estimate the bytes that fp32 training needs, by part.
+
+    Activations are what the backward pass keeps for each token and block: the inputs of the norms and the matrix
+    products, queries, keys and values before and after rotation, and the three tensors of SwiGLU.
+    """
+    parameters = 4 * total_parameters(config)
+    width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
+    kept = 7 * width + 4 * key_value + 4 * config.intermediate_size
+    tokens = micro_batch_size * seq_len
+    return {
+        "weights": parameters,
+        "gradients": parameters,
+        "adamw moments": 2 * parameters,
+        "activations": 4 * tokens * config.num_hidden_layers * kept,
+        "logits chunk": 4 * min(tokens, loss_chunk_tokens) * config.vocab_size * 2,
+    }
+
+
+def inference_memory(config: ModelConfig, batch_size: int, context: int) -> dict[str, int]:
+    """Estimate the bytes that fp32 generation needs: the weights, and the keys and values of ``context`` tokens."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return {"weights": 4 * total_parameters(config), "kv cache": 4 * batch_size * context * per_token}

@@ -1,0 +1,155 @@
+"""The record of a run: append-only JSON lines, each carrying the sha256 of the line before.
+
+Every optimizer step is one line; the console, train.log, TensorBoard, plots and the report are views of it. A line
+is `canonical` JSON, so that the hash of a line is the hash of its bytes. What the chain proves and what it cannot
+is said in docs/ledger-format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from resmol.atomic import full_disk_is_an_error
+from resmol.errors import CheckFailed, DataError
+
+Kind = Literal["start", "step", "eval", "sample", "save", "resume", "rewind", "drift", "warn", "stop"]
+Record = dict[str, Any]
+
+GENESIS = "0" * 64
+FORMAT = 1
+
+
+class LedgerTampered(CheckFailed):
+    """The chain is broken: a line was changed, dropped, added, repeated or moved."""
+
+
+def canonical(record: Record) -> bytes:
+    """Return the one byte string that stands for a record (sorted keys, no spaces, ASCII, no NaN)."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def float_bits(value: float) -> str:
+    """Return the 8 hexadecimal digits of the IEEE 754 single that ``value`` is: equality without a tolerance."""
+    return struct.pack(">f", value).hex()
+
+
+@dataclass(frozen=True)
+class LedgerContent:
+    """What a ledger file holds.
+
+    Attributes:
+        records: The records of the unbroken chain, oldest first.
+        head: The sha256 of the last whole line (`GENESIS` when there is none).
+        length: The bytes of the whole lines.
+        torn: The bytes after the last newline: a line that a crash cut off.
+    """
+
+    records: list[Record]
+    head: str
+    length: int
+    torn: bytes
+
+
+def read_ledger(path: Path) -> LedgerContent:
+    """Read and verify a ledger.
+
+    Raises:
+        DataError: There is no such file.
+        LedgerTampered: A whole line does not continue the chain; the message names the line.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"there is no ledger at {path}", fix="name a run directory") from None
+    whole, newline, torn = content.rpartition(b"\n")
+    lines = whole.split(b"\n") if newline else []
+    records, head = [], GENESIS
+    for number, line in enumerate(lines, start=1):
+        records.append(_parse_line(line, number, head, path))
+        head = hashlib.sha256(line).hexdigest()
+    return LedgerContent(records, head, len(content) - len(torn), torn)
+
+
+def _parse_line(line: bytes, number: int, head: str, path: Path) -> Record:
+    try:
+        record = json.loads(line)
+        intact = isinstance(record, dict) and canonical(record) == line
+    except (ValueError, RecursionError):
+        record, intact = {}, False
+    if intact and record.get("seq") == number and record.get("prev") == head and record.get("kind") in get_args(Kind):
+        return dict(record)
+    reason = "does not carry the hash of the line before" if intact else "is not a canonical record"
+    raise LedgerTampered(
+        f"{path}, line {number} {reason}: the record was changed after it was written",
+        fix="restore the file from a copy; nothing in it can be trusted from this line on",
+    )
+
+
+class Ledger:
+    """The open end of a ledger; one process appends, under the run's lock.
+
+    Opening verifies the whole chain. A torn last line (the write that a crash interrupted) is cut off and recorded
+    as a ``warn`` record; anything else that is wrong stops with `LedgerTampered`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = read_ledger(path) if path.exists() else LedgerContent([], GENESIS, 0, b"")
+        self.records = content.records
+        self.head = content.head
+        self._file = path.open("ab", buffering=0)
+        if content.torn:
+            os.ftruncate(self._file.fileno(), content.length)
+            digest = hashlib.sha256(content.torn).hexdigest()
+            self.append("warn", what="torn last line removed", bytes=len(content.torn), sha256=digest)
+            self.sync()
+
+    def append(self, kind: Kind, **fields: Any) -> Record:
+        """Add a record and return it. It survives the death of the process; `sync` makes it survive a power cut.
+
+        Raises:
+            DiskFull: The line could not be written whole; what was written is a torn line, repaired at the next start.
+        """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record: Record = {"seq": len(self.records) + 1, "prev": self.head, "time": now, "kind": kind, **fields}
+        line = canonical(record)
+        with full_disk_is_an_error(self.path):
+            remaining = memoryview(line + b"\n")
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
+        self.head = hashlib.sha256(line).hexdigest()
+        self.records.append(record)
+        return record
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.sync()
+        self._file.close()
+
+
+def select(records: list[Record], kind: Kind) -> Iterator[Record]:
+    """Yield the records of one kind, oldest first."""
+    return (record for record in records if record["kind"] == kind)
+
+
+def effective_steps(records: list[Record]) -> dict[int, Record]:
+    """Return the step records that make up the run's history: a rewind takes back the steps after it."""
+    steps: dict[int, Record] = {}
+    for record in records:
+        if record["kind"] == "rewind":
+            steps = {step: kept for step, kept in steps.items() if step <= record["to_step"]}
+        elif record["kind"] == "step":
+            steps[record["step"]] = record
+    return steps

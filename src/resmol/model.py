@@ -1,0 +1,242 @@
+"""The whole architecture of SmolLM2 (a Llama decoder), in one file.
+
+Tensor names are Hugging Face's, so a state dict loads into ``LlamaForCausalLM`` and back without a conversion.
+
+Shape legend, used in every annotation:
+    B batch · T time (new tokens) · S positions seen so far · D hidden width · H query heads · K key/value heads ·
+    Dh head size · F feed-forward width · V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from resmol.hf_config import ModelConfig
+from resmol.kv_cache import KVCache, LayerCache
+
+Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
+Mask: TypeAlias = Bool[Tensor, "B 1 T S"] | None
+Attention = Literal["sdpa", "eager"]
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (Zhang & Sennrich 2019): ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    The mean is taken in float32 whatever the input, with epsilon inside the root, as the reference does.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Normalise the last axis."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotation_tables(positions: Int[Tensor, "*B T"], head_dim: int, theta: float) -> Rotation:
+    """Return cosine and sine of the rotary angles (Su et al. 2021), always in float32.
+
+    Pair ``i`` of a head turns by ``position x theta^(-2i / Dh)``. The pairs are ``(i, i + Dh/2)``, the "half-split"
+    layout of Hugging Face's weights, so the table of the first half is repeated for the second.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "B N T Dh"], rotation: Rotation) -> Float[Tensor, "B N T Dh"]:
+    """Turn every pair ``(x[i], x[i + Dh/2])`` by its angle; lengths do not change."""
+    cos, sin = (table.to(x.dtype) for table in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(
+    query: Float[Tensor, "B H T Dh"],
+    key: Float[Tensor, "B K S Dh"],
+    value: Float[Tensor, "B K S Dh"],
+    mask: Mask,
+    kind: Attention,
+) -> Float[Tensor, "B H T Dh"]:
+    """Grouped-query attention (Ainslie et al. 2023): query head ``h`` reads key/value head ``h // (H / K)``.
+
+    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal.
+    """
+    if kind == "sdpa":
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    scores = (query @ key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
+    scores = scores.masked_fill(~mask, -math.inf)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype) @ value
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with rotary positions and shared key/value heads, without biases."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention = attention
+        key_value_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], rotation: Rotation, mask: Mask, cache: LayerCache | None
+    ) -> Float[Tensor, "B T D"]:
+        """Mix information between positions."""
+        query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mixed = attend(query, key, value, mask, self.attention)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Float[Tensor, "B T N_Dh"]) -> Float[Tensor, "B N T Dh"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``, without biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Transform each position on its own."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A transformer block with the norms in front (pre-norm), so the residual stream itself is never normalised."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], rotation: Rotation, mask: Mask = None, cache: LayerCache | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Add attention, then the feed-forward layer, to the residual stream."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the final norm: everything below the output layer."""
+
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the normalised hidden states."""
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        x = self.embed_tokens(input_ids)
+        rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
+        mask = attention_mask(positions, document_ids, has_past=start > 0)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, None if cache is None else cache.layers[index])
+        return self.norm(x)
+
+
+def attention_mask(
+    positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"] | None, *, has_past: bool
+) -> Mask:
+    """Return which positions may be attended to (True), or None where plain causal attention is meant.
+
+    With ``document_ids``, a token sees the earlier tokens of its own document only. With a past (a filled cache),
+    a new token sees the whole past and the new tokens up to itself.
+    """
+    if document_ids is not None:
+        same_document = document_ids[:, :, None] == document_ids[:, None, :]
+        return (same_document & (positions[:, None] >= positions[None, :]))[:, None]
+    if has_past:
+        seen = torch.arange(int(positions[-1]) + 1, device=positions.device)
+        return (positions[:, None] >= seen[None, :])[None, None]
+    return None
+
+
+class CausalLM(nn.Module):
+    """SmolLM2: a decoder and an output layer that is, when tied, the embedding matrix itself."""
+
+    def __init__(self, config: ModelConfig, *, attention: Attention = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, attention)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Return the logits of the next token at every position; training uses `hidden` and a chunked loss."""
+        return self.lm_head(self.hidden(input_ids, document_ids, cache))
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return what the output layer is applied to."""
+        return self.model(input_ids, document_ids, cache)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the initial weights; the same seed gives the same weights on every device and thread count.
+
+        ==========================  =====================================================================
+        embeddings, projections     N(0, s^2) with s = initializer_range (1/24 for SmolLM2-135M)
+        ``o_proj``, ``down_proj``   N(0, (s / sqrt(2 x layers))^2): they add to the residual stream 2 x layers
+                                    times, and this keeps its variance from growing with the depth
+        norms                       1
+        ==========================  =====================================================================
+        """
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            draw = torch.empty(parameter.shape).normal_(0.0, residual_std if adds_to_residual else std, generator=generator)
+            parameter.copy_(draw)

@@ -1,0 +1,92 @@
+"""The run directory: which file lies where, and the lock that lets one process at a time write there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from resmol.errors import DataError, RunInUse
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names every file of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def ledger(self) -> Path:
+        """The hash-chained record, of which everything else here is a view."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """The lines that a person reads."""
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory for each checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def data(self) -> Path:
+        """Where a text file given to ``train`` is prepared."""
+        return self.path / "data"
+
+    @property
+    def evidence(self) -> Path:
+        """The JSON that the commands of ``reproduce`` printed."""
+        return self.path / "evidence"
+
+    @property
+    def report(self) -> Path:
+        """The one-page report."""
+        return self.path / "report.html"
+
+    def exists(self) -> bool:
+        """Tell whether a run was started here."""
+        return self.config.is_file()
+
+    def require(self) -> None:
+        """Raise `DataError` when no run was ever started here."""
+        if not self.exists():
+            raise DataError(
+                f"{self.path} is not a run directory (it has no config.toml)",
+                fix="name the directory that `resmol train` wrote",
+            )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel frees it when the process dies, however it dies.
+
+        Raises:
+            RunInUse: Another process holds it; the message names its process and host.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "unknown"
+                raise RunInUse(
+                    f"{self.path} is in use by another process: {owner}",
+                    fix="wait for it, stop it with Ctrl-C, or choose another run directory",
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)

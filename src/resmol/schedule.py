@@ -1,0 +1,51 @@
+"""The learning rate as a pure function of the step.
+
+Nothing is stored and nothing depends on where a run stops, so stopping at 5000 and going on to 5050 cannot bend
+the curve. Steps count from 1, the first update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from resmol.config import ScheduleConfig
+
+
+def lr_at(step: int, schedule: ScheduleConfig, peak: float) -> float:
+    """Return the learning rate of the update that leads to ``step``.
+
+    Args:
+        step: The optimizer step, from 1.
+        schedule: Shape and horizon.
+        peak: The learning rate after the warm-up.
+
+    Returns:
+        The learning rate: ``peak x step / warmup_steps`` during the linear warm-up, then the shape's value.
+    """
+    if step < 1:
+        raise ValueError(f"steps count from 1, not {step}")
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    return peak * _SHAPES[schedule.kind](step, schedule)
+
+
+def _constant(_step: int, _schedule: ScheduleConfig) -> float:
+    return 1.0
+
+
+def _wsd(step: int, schedule: ScheduleConfig) -> float:
+    """Warm-up-stable-decay (Hu et al. 2024, MiniCPM, section 4); linear decay, as in SmolLM2's recipe."""
+    if schedule.decay_start == 0 or step <= schedule.decay_start:
+        return 1.0
+    progress = min(1.0, (step - schedule.decay_start) / schedule.decay_steps)
+    return 1.0 + progress * (schedule.final_fraction - 1.0)
+
+
+def _cosine(step: int, schedule: ScheduleConfig) -> float:
+    """Half a cosine from the end of the warm-up to the horizon (Loshchilov & Hutter 2017), flat afterwards."""
+    progress = min(1.0, (step - schedule.warmup_steps) / (schedule.horizon - schedule.warmup_steps))
+    return schedule.final_fraction + (1.0 - schedule.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+_SHAPES: dict[str, Callable[[int, ScheduleConfig], float]] = {"constant": _constant, "wsd": _wsd, "cosine": _cosine}
