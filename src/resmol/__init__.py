@@ -4,10 +4,10 @@ The Python interface is small::
 
     import resmol
 
-    model = resmol.load("runs/nano")                      # a run, a checkpoint, a Hugging Face folder or a Hub id
+    model = resmol.load_model("runs/nano")                # a run, a checkpoint, a Hugging Face folder or a Hub id
     print(model.generate("JULIET:", max_new_tokens=40))   # text
     config = resmol.load_preset("nano", ["train.steps=100"])
-    resmol.train(config, "runs/mine", data="input.txt")   # starts, or resumes
+    resmol.train_model(config, "runs/mine", data="input.txt")  # starts, or resumes
 
 Importing the package does not import PyTorch; the first use of a function that needs it does.
 """
@@ -18,22 +18,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from resmol.api import evaluate_model, train_model
     from resmol.config import RunConfig, load_config, load_preset
     from resmol.errors import ResmolError
-    from resmol.load import LoadedModel, load
-    from resmol.train import train
+    from resmol.load import LoadedModel, load_model
 
 __version__ = "0.1.0"
-__all__ = ["LoadedModel", "ResmolError", "RunConfig", "__version__", "load", "load_config", "load_preset", "train"]
+__all__ = [
+    "LoadedModel",
+    "ResmolError",
+    "RunConfig",
+    "__version__",
+    "evaluate_model",
+    "load_config",
+    "load_model",
+    "load_preset",
+    "train_model",
+]
 
 _HOMES = {
     "LoadedModel": "resmol.load",
     "ResmolError": "resmol.errors",
     "RunConfig": "resmol.config",
-    "load": "resmol.load",
+    "evaluate_model": "resmol.api",
     "load_config": "resmol.config",
+    "load_model": "resmol.load",
     "load_preset": "resmol.config",
-    "train": "resmol.train",
+    "train_model": "resmol.api",
 }
 
 

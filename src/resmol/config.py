@@ -20,16 +20,37 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from resmol.errors import ConfigError, DataError
 from resmol.hf_config import ModelConfig, read_model_config
 
 DriftClass = Literal["A", "B", "C"]
+
+_TABLE_HEAD = "| field | default | drift | meaning |\n| --- | --- | --- | --- |"
+_PREAMBLE = """# Configuration
+
+Written by `python -m resmol.config > docs/configuration.md`; a test keeps it current.
+
+A run is described by one TOML file: a preset (`--preset nano`) or one's own (`--config my.toml`). It may name one
+`base`, a preset or a file beside it, over which it is laid, and an `architecture`: the path of a config.json or a Hub
+id, whose values replace those of the base. `--set section.key=value` comes last. Unknown keys are refused.
+
+```toml
+base = "nano"
+
+[optimizer]
+lr = 1e-3
+```
+
+The drift class says what happens when a run is resumed with another value. **A**: refused. **B**: refused, unless
+`--accept-drift section.key` is given; the change is recorded in the ledger. **C**: free.
+"""
 
 
 def param(default: Any, drift: DriftClass, description: str, **constraints: Any) -> Any:
@@ -38,9 +59,9 @@ def param(default: Any, drift: DriftClass, description: str, **constraints: Any)
 
 
 class Section(BaseModel):
-    """A table of the configuration: immutable, no unknown keys, no silent conversion of types."""
+    """A table of the configuration: immutable, no unknown keys, no silent conversion of types, no infinities."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TokenizerConfig(Section):
@@ -57,6 +78,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """How the token stream is cut into windows and shuffled (its content is bound by a fingerprint)."""
 
+    path: str = param("", "C", "folder of the prepared data; empty means RUN/data")
     seq_len: int = param(2048, "A", "tokens in a training window", ge=2)
     document_mask: bool = param(True, "A", "attention stays inside a document")
     seed: int = param(8, "A", "key of the permutation of the windows", ge=0)
@@ -93,7 +115,7 @@ class ScheduleConfig(Section):
     final_fraction: float = param(0.0, "A", "learning rate after the decay, as a share of the peak", ge=0, le=1)
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> ScheduleConfig:
         if self.kind == "cosine" and self.horizon <= self.warmup_steps:
             raise ValueError(f"horizon ({self.horizon}) must lie after warmup_steps ({self.warmup_steps})")
         if self.kind == "wsd" and (self.decay_start > 0) != (self.decay_steps > 0):
@@ -173,7 +195,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
+    def _sections_agree(self) -> RunConfig:
         problems = []
         if self.data.seq_len > self.model.max_position_embeddings:
             problems.append(
@@ -240,11 +262,10 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunConfig:
+    above: dict[str, Any] = {}
     for override in overrides:
-        _apply_override(table, override)
-    if "architecture" in table:
-        source = table.pop("architecture")
-        table["model"] = read_model_config(source).model_dump(exclude_none=True) | table.get("model", {})
+        _apply_override(above, override)
+    table = _merge(table, _with_architecture(above))
     try:
         return RunConfig.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
@@ -253,6 +274,15 @@ def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunC
             f"the configuration ({origin}) has {error.error_count()} problem(s):\n{problems}",
             fix="correct these values in the file or in --set; every field is described in docs/configuration.md",
         ) from None
+
+
+def _with_architecture(table: dict[str, Any]) -> dict[str, Any]:
+    """Replace ``architecture`` by the values it names: above those of a base, below those of the same table."""
+    if "architecture" not in table:
+        return table
+    architecture = read_model_config(str(table["architecture"])).model_dump()
+    rest = {key: value for key, value in table.items() if key != "architecture"}
+    return _merge({"model": architecture}, rest)
 
 
 def _describe(problem: ErrorDetails) -> str:
@@ -296,25 +326,30 @@ def _preset_table(name: str) -> dict[str, Any]:
 
 
 def _table_with_base(path: Path) -> dict[str, Any]:
+    return _over_base(_read_toml(path), folder=path.parent)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path of --config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", fix="correct the file at that line") from None
-    return _over_base(table, folder=path.parent)
 
 
 def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     base = table.pop("base", None)
+    table = _with_architecture(table)
     if base is None:
         return table
     if base in preset_names():
         below = _preset_table(base)
-    elif folder is not None and (folder / base).is_file():
-        below = tomllib.loads((folder / base).read_text(encoding="utf-8"))
+    elif folder is not None and isinstance(base, str) and (folder / base).is_file():
+        below = _read_toml(folder / base)
         if "base" in below:
             raise ConfigError(f"{base} has a base of its own", fix="a configuration has one base; merge the two")
+        below = _with_architecture(below)
     else:
         raise ConfigError(f"the base {base!r} is neither a preset nor a file", fix="correct the key `base`")
     return _merge(below, table)
@@ -338,10 +373,31 @@ def drift_classes() -> dict[str, DriftClass]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for key, inner in kind.model_fields.items():
-                classes[f"{section}.{key}"] = inner.json_schema_extra["drift"]  # type: ignore[index, assignment, call-overload]
+                classes[f"{section}.{key}"] = inner.json_schema_extra["drift"]  # type: ignore[index, assignment]
         else:
-            classes[section] = field.json_schema_extra["drift"]  # type: ignore[index, assignment, call-overload]
+            classes[section] = field.json_schema_extra["drift"]  # type: ignore[index, assignment]
     return classes
+
+
+def describe() -> str:
+    """Return docs/configuration.md: every field with its default, its drift class and its meaning."""
+    lines = [_PREAMBLE]
+    for section, field in RunConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += [f"## {section}", (kind.__doc__ or "").strip(), "", _TABLE_HEAD]
+            lines += [_describe_field(f"{section}.{key}", inner) for key, inner in kind.model_fields.items()]
+        else:
+            lines += [_TABLE_HEAD, _describe_field(section, field)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _describe_field(name: str, field: FieldInfo) -> str:
+    default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if len(choices) > 1 else ""
+    return f"| `{name}` | {default} | {drift_classes()[name]} | {field.description}{allowed} |"
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -358,7 +414,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
     """Decide whether a run may go on with another configuration.
 
-    A wanted value of ``auto`` means what was decided when the run started.
+    A wanted ``auto`` in the runtime section means what was decided when the run started.
 
     Args:
         stored: The configuration in the run directory.
@@ -372,7 +428,8 @@ def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()
         ConfigError: A class A field differs, or a class B field that was not accepted; all are listed.
     """
     before, after, classes = flatten(stored), flatten(wanted), drift_classes()
-    changed = [key for key in before if before[key] != after[key] and after[key] != "auto"]
+    decided = [key for key in before if key.startswith("runtime.") and after[key] == "auto"]
+    changed = [key for key in before if before[key] != after[key] and key not in decided]
     refused = [key for key in changed if classes[key] == "A" or (classes[key] == "B" and key not in accepted)]
     if refused:
         lines = "\n".join(f"  - {key} (class {classes[key]}): {before[key]!r} -> {after[key]!r}" for key in refused)
@@ -382,6 +439,10 @@ def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()
             fix="start a new run directory for class A changes"
             + (f"; to go on with a class B change, add {acceptable} (it is recorded)" if acceptable else ""),
         )
-    kept = [f"{key}={json.dumps(before[key])}" for key in before if after[key] == "auto"]
+    kept = [f"{key}={json.dumps(before[key])}" for key in decided]
     drifts = {key: {"from": before[key], "to": after[key]} for key in changed if classes[key] == "B"}
     return with_overrides(wanted, kept), drifts
+
+
+if __name__ == "__main__":
+    print(describe(), end="")  # noqa: T201

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -43,7 +43,7 @@ def architecture_field(description: str, **constraints: Any) -> Any:
 class ModelConfig(BaseModel):
     """The architecture of a Llama-family decoder, in Hugging Face's names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     vocab_size: int = architecture_field("V, entries of the vocabulary", ge=1)
     hidden_size: int = architecture_field("D, width of the residual stream", ge=1)
@@ -61,7 +61,7 @@ class ModelConfig(BaseModel):
     hidden_act: Literal["silu"] = Field("silu", description="gate of SwiGLU", json_schema_extra={"drift": "A"})
 
     @model_validator(mode="after")
-    def _shapes_fit(self) -> Self:
+    def _shapes_fit(self) -> ModelConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads})"
@@ -148,11 +148,15 @@ def _rope_theta(table: Mapping[str, Any]) -> tuple[float, list[str]]:
         problems.append(f"rope_parameters.rope_type is {parameters['rope_type']!r}; only 'default' is implemented")
     if not found:
         return 1.0, [*problems, "rope_theta is missing, here and in rope_parameters (the library's 10000 would be a guess)"]
-    if len(set(found)) > 1:
+    if len(found) == 2 and found[0] != found[1]:
         problems.append(f"rope_theta ({found[0]}) and rope_parameters.rope_theta ({found[1]}) disagree")
-    if not isinstance(found[0], int | float) or isinstance(found[0], bool) or not math.isfinite(found[0]):
-        return 1.0, [*problems, f"rope_theta is {found[0]!r}, not a number"]
-    return float(found[0]), problems
+    try:
+        theta = math.nan if isinstance(found[0], bool | str) else float(found[0])
+    except (TypeError, OverflowError):
+        theta = math.nan
+    if not math.isfinite(theta):
+        return 1.0, [*problems, f"rope_theta is {str(found[0])[:40]}, not a number"]
+    return theta, problems
 
 
 def _head_dim_problem(table: Mapping[str, Any], config: ModelConfig) -> list[str]:
@@ -177,17 +181,25 @@ def read_model_config(source: str | Path) -> ModelConfig:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES} bytes", fix="name a config.json")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}",
             fix="name a config.json, a folder that holds one, a preset or a Hub id like HuggingFaceTB/SmolLM2-135M",
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); it may be truncated", fix="fetch the file again") from None
+        raise ConfigError(f"{path} is not sound JSON ({error}); it may be truncated", fix="fetch the file again") from None
     if not isinstance(table, dict):
         raise ConfigError(f"{path} holds a {type(table).__name__}, not an object", fix="name a model's config.json")
     return parse_hf_config(table, str(path))
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a repeated key: readers differ in which of the two values they take."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key appears twice")
+    return table
 
 
 def _looks_like_hub_id(source: str) -> bool:

@@ -7,6 +7,7 @@ is said in docs/ledger-format.md.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from resmol.atomic import full_disk_is_an_error
+from resmol.atomic import fsync_path, full_disk_is_an_error
 from resmol.errors import CheckFailed, DataError
 
 Kind = Literal["start", "step", "eval", "sample", "save", "resume", "rewind", "drift", "warn", "stop"]
@@ -102,10 +103,14 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = read_ledger(path) if path.exists() else LedgerContent([], GENESIS, 0, b"")
+        is_new = not path.exists()
+        content = LedgerContent([], GENESIS, 0, b"") if is_new else read_ledger(path)
         self.records = content.records
         self.head = content.head
+        self._length = content.length
         self._file = path.open("ab", buffering=0)
+        if is_new:
+            fsync_path(path.parent)  # the name must survive a power cut as well, or checkpoints outlive their record
         if content.torn:
             os.ftruncate(self._file.fileno(), content.length)
             digest = hashlib.sha256(content.torn).hexdigest()
@@ -116,18 +121,28 @@ class Ledger:
         """Add a record and return it. It survives the death of the process; `sync` makes it survive a power cut.
 
         Raises:
-            DiskFull: The line could not be written whole; what was written is a torn line, repaired at the next start.
+            DiskFull: The line could not be written whole; the part that was is taken back, and nothing was recorded.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         record: Record = {"seq": len(self.records) + 1, "prev": self.head, "time": now, "kind": kind, **fields}
         line = canonical(record)
         with full_disk_is_an_error(self.path):
-            remaining = memoryview(line + b"\n")
-            while remaining:
-                remaining = remaining[self._file.write(remaining) :]
+            self._write_whole(line + b"\n")
         self.head = hashlib.sha256(line).hexdigest()
         self.records.append(record)
         return record
+
+    def _write_whole(self, line: bytes) -> None:
+        """Write all of a line or none of it; a half would swallow the line that is appended after it."""
+        remaining = memoryview(line)
+        try:
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # if this fails too, the next start cuts the torn line off
+                os.ftruncate(self._file.fileno(), self._length)
+            raise
+        self._length += len(line)
 
     def sync(self) -> None:
         """Flush to the disk."""
@@ -137,6 +152,23 @@ class Ledger:
         """Flush and close."""
         self.sync()
         self._file.close()
+
+
+class UnkeptLedger(Ledger):
+    """The ledger of a process that is not the main one: it makes records and keeps none."""
+
+    def __init__(self) -> None:
+        self.records, self.head = [], GENESIS
+
+    def append(self, kind: Kind, **fields: Any) -> Record:
+        """Return the record."""
+        return {"kind": kind, **fields}
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def select(records: list[Record], kind: Kind) -> Iterator[Record]:

@@ -219,6 +219,16 @@ class CausalLM(nn.Module):
         """Return what the output layer is applied to."""
         return self.model(input_ids, document_ids, cache)
 
+    @classmethod
+    def empty(cls, config: ModelConfig, *, attention: Attention = "sdpa") -> CausalLM:
+        """Return a model whose weights are still to be filled: no time is spent and no random number drawn on them."""
+        with torch.device("meta"):
+            model = cls(config, attention=attention)
+        model.to_empty(device="cpu")
+        if config.tie_word_embeddings:  # `to_empty` has given the two names a tensor each
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw the initial weights; the same seed gives the same weights on every device and thread count.

@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def tokenizer(self) -> Path:
+        """A copy of the tokenizer, so that the run can speak without a network."""
+        return self.path / "tokenizer.json"
+
+    @property
     def data(self) -> Path:
         """Where a text file given to ``train`` is prepared."""
         return self.path / "data"

@@ -1,0 +1,64 @@
+"""The process entry: runs the command line and turns every error into two lines and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Sequence
+
+import click
+
+from resmol.errors import DiskFull, Interrupted, ResmolError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``resmol`` and exit with the code that README.md lists."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    sys.exit(run([argument for argument in given if argument != "--debug"], debug=debug))
+
+
+def run(arguments: Sequence[str], *, debug: bool) -> int:
+    """Run one command and return its exit code."""
+    from resmol.cli import app
+
+    try:
+        result = app(list(arguments), standalone_mode=False, prog_name="resmol")
+    except ResmolError as error:
+        if debug:
+            raise
+        _print_error(error.what, error.fix)
+        return exit_code(error)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _print_error("interrupted", "run the same command again")
+        return 130
+    except OSError as error:
+        if debug:
+            raise
+        _print_error(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "check the path, its permissions and the disk")
+        return DiskFull.exit_code if error.errno == errno.ENOSPC else 3
+    except Exception as error:
+        if debug:
+            raise
+        _print_error(f"internal error: {type(error).__name__}: {error}", "run it again with --debug and report the traceback")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def exit_code(error: ResmolError) -> int:
+    """Return the exit code that stands for an error; after a signal it is 128 + the signal's number."""
+    return 128 + error.signal_number if isinstance(error, Interrupted) else error.exit_code
+
+
+def _print_error(what: str, fix: str) -> None:
+    try:
+        print(f"error: {what}\n  fix: {fix}", file=sys.stderr)  # noqa: T201
+    except OSError:
+        return  # nobody is listening any more; the exit code says it
+
+
+if __name__ == "__main__":
+    main()

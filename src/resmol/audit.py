@@ -1,0 +1,198 @@
+"""Does the record of a run hold together? Chain, continuity, learning rate, data order, checkpoints.
+
+An audit reads; it never repairs, and nothing that it finds is a reason to delete anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from resmol.checks import Check
+from resmol.config import RunConfig, load_config
+from resmol.data.loader import Loader
+from resmol.data.shards import open_dataset
+from resmol.errors import CheckpointError, ResmolError
+from resmol.launch import make_loader
+from resmol.ledger import LedgerTampered, Record, effective_steps, read_ledger, select
+from resmol.manifest import list_checkpoints, read_manifest, verify_checkpoint
+from resmol.rundir import RunDir
+from resmol.schedule import lr_at
+
+
+def audit(run: RunDir, say: Callable[[str], None] = lambda _: None) -> list[Check]:
+    """Check a run directory.
+
+    Args:
+        run: The run directory.
+        say: Receives a sentence before each slow part.
+
+    Returns:
+        The checks, failed ones included; an unreadable ledger ends them early.
+
+    Raises:
+        DataError: This is not a run directory, or it has no ledger.
+    """
+    run.require()
+    try:
+        content = read_ledger(run.ledger)
+    except LedgerTampered as error:
+        return [Check("hash chain", False, error.what, "every line carries the hash of the line before")]
+    config, records = load_config(run.config), content.records
+    lines = f"{len(records):,} lines, head {content.head[:16]}"
+    torn = f", and a torn last line of {len(content.torn)} bytes (repaired at the next start)" if content.torn else ""
+    checks = [
+        Check(
+            "hash chain", True, lines + torn, "every line carries the hash of the line before",
+            guards="a record edited after the fact", evidence=str(run.ledger),
+        ),
+        _beginning(records),
+        _continuity(records),
+        _resumes(records),
+        _tokens(records),
+        _finite(records),
+        _learning_rate(records, config),
+        _data_order(records, config, run),
+    ]  # fmt: skip
+    say("reading every checkpoint back")
+    return [*checks, _configuration(records, config), *_checkpoints(run, records)]
+
+
+def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:
+    """Make a check that passes when there are no problems and shows the first ones when there are."""
+    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    return Check(name, not problems, shown or measured, expected, guards, evidence)
+
+
+def _beginning(records: list[Record]) -> Check:
+    starts = [record["seq"] for record in select(records, "start")]
+    problems = [] if starts == [1] else [f"start records at lines {starts}"]
+    return _check("beginning", problems, "one start record, the first line", "exactly that", "two runs spliced together")
+
+
+def _continuity(records: list[Record]) -> Check:
+    problems = list(_jumps(records))
+    steps = effective_steps(records)
+    executed = sum(1 for _ in select(records, "step"))
+    again = f"; {executed - len(steps)} executed again after a crash" if executed > len(steps) else ""
+    measured = f"steps 1 to {max(steps, default=0)}, each once{again}"
+    return _check("continuity", problems, measured, "no step missing or doubled", "a step skipped or repeated")
+
+
+def _jumps(records: list[Record]) -> Iterator[str]:
+    step = 0
+    for record in records:
+        if record["kind"] == "step":
+            if record["step"] != step + 1:
+                yield f"line {record['seq']}: step {record['step']} follows step {step}"
+            step = record["step"]
+        elif record["kind"] == "rewind":
+            if not (record["from_step"] == step and 0 <= record["to_step"] < step):
+                yield f"line {record['seq']}: rewind from {record['from_step']} to {record['to_step']} at step {step}"
+            step = record["to_step"]
+
+
+def _resumes(records: list[Record]) -> Check:
+    """A resume must continue at the step after the checkpoint, and name a checkpoint that was saved."""
+    problems, saved, step, count = [], {}, 0, 0
+    for record in records:
+        if record["kind"] == "step":
+            step = record["step"]
+        elif record["kind"] == "rewind":
+            step = record["to_step"]
+        elif record["kind"] == "save":
+            saved[record["checkpoint"]] = record["manifest_sha256"]
+        elif record["kind"] == "resume":
+            count += 1
+            if record["next_step"] != step + 1 or record["step"] != step:
+                problems.append(f"line {record['seq']}: resumes at {record['next_step']} after step {step}")
+            if saved.get(record["checkpoint"], record["manifest_sha256"]) != record["manifest_sha256"]:
+                problems.append(f"line {record['seq']}: {record['checkpoint']} is not the one that was saved")
+    measured = f"{count} resume(s), each at the step after its checkpoint"
+    return _check("resumption", problems, measured, "each continues where its checkpoint ended", "a restart from scratch")
+
+
+def _tokens(records: list[Record]) -> Check:
+    problems, seen = [], 0
+    for step, record in sorted(effective_steps(records).items()):
+        seen += record["tokens"]
+        if record["tokens_seen"] != seen:
+            problems.append(f"step {step}: {record['tokens_seen']} tokens seen, the sum is {seen}")
+    return _check("tokens", problems, f"{seen:,} tokens", "tokens_seen is the sum over the steps", "a counter that was reset")
+
+
+def _finite(records: list[Record]) -> Check:
+    steps = effective_steps(records).values()
+    problems = [f"step {r['step']}" for r in steps if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))]
+    return _check("finite numbers", problems, "every loss and gradient norm", "no NaN or infinity", "a diverged run")
+
+
+def _learning_rate(records: list[Record], config: RunConfig) -> Check:
+    """Compare with the closed form; after an accepted drift of the peak, only the last stretch can be compared."""
+    drifted = max((r["seq"] for r in select(records, "drift") if "optimizer.lr" in r["changes"]), default=0)
+    steps = [record for record in effective_steps(records).values() if record["seq"] > drifted]
+    problems = [
+        f"step {r['step']}: {r['lr']} instead of {wanted}"
+        for r in steps
+        if r["lr"] != (wanted := lr_at(r["step"], config.schedule, config.optimizer.lr))
+    ]
+    measured = f"{len(steps):,} steps equal the closed form"
+    return _check("learning rate", problems, measured, "exactly lr_at(step)", "a schedule that jumps at the resume")
+
+
+def _data_order(records: list[Record], config: RunConfig, run: RunDir) -> Check:
+    """Recompute which windows each step had to read; needs the data's manifest, not its tokens."""
+    name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
+    drifted = any(key.startswith("batch.") for r in select(records, "drift") for key in r["changes"])
+    try:
+        dataset = open_dataset(Path(config.data.path) if config.data.path else run.data)
+    except ResmolError as error:
+        return Check(name, True, f"not recomputed: {error.what}", expected, "a loader that starts over")
+    start = next(select(records, "start"), {})
+    if dataset.fingerprint != start.get("data_fingerprint"):
+        return Check(name, False, "the data here is not the data of the run", expected, "exchanged data")
+    if drifted:
+        return Check(name, True, "not recomputed: the batch size was changed on the way", expected)
+    problems = list(_wrong_windows(records, make_loader(config, dataset.train)))
+    return _check(name, problems, "recomputed for every step", expected, "a loader that starts over at a resume")
+
+
+def _wrong_windows(records: list[Record], loader: Loader) -> Iterator[str]:
+    for step, record in effective_steps(records).items():
+        if record["windows"] != loader.window_digest(step):
+            yield f"step {step} read other windows"
+
+
+def _configuration(records: list[Record], config: RunConfig) -> Check:
+    last = next((r for r in reversed(records) if r["kind"] in ("start", "resume")), {})
+    problems = [] if last.get("config_sha256") == config.sha256 else ["config.toml is not what the last start recorded"]
+    return _check("configuration", problems, config.sha256[:16], "config.toml as recorded", "a configuration edited later")
+
+
+def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
+    recorded = {record["checkpoint"]: record for record in select(records, "save")}
+    present = list_checkpoints(run.checkpoints)
+    checks = [_checkpoint(path, recorded.get(path.name)) for path in reversed(present)]
+    names = {path.name for path in present}
+    lost = [name for name, record in recorded.items() if record["permanent"] and name not in names]
+    checks.append(
+        _check(
+            "checkpoints kept", lost, f"{len(present)} present, {len(recorded) - len(names)} pruned",
+            "every permanent checkpoint is there", "the checkpoint of step 5000 pruned away", str(run.checkpoints),
+        )
+    )  # fmt: skip
+    return checks
+
+
+def _checkpoint(path: Path, record: Record | None) -> Check:
+    name, expected = f"checkpoint {path.name}", "every byte as in its manifest, and the manifest as in the ledger"
+    try:
+        manifest = verify_checkpoint(path)
+    except CheckpointError as error:
+        return Check(name, False, error.what, expected, "a flipped bit, a torn file", str(path))
+    if record is not None and read_manifest(path).sha256 != record["manifest_sha256"]:
+        return Check(name, False, "its manifest is not the one in the ledger", expected, "exchanged weights", str(path))
+    noted = "" if record is not None else " (committed, not yet in the ledger: a crash came between)"
+    measured = f"{manifest.bytes:,} bytes, manifest {manifest.sha256[:16]}{noted}"
+    return Check(name, True, measured, expected, "a flipped bit, a torn file", str(path))

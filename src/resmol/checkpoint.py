@@ -1,0 +1,214 @@
+"""Saving and loading checkpoints: by the commit protocol of atomic.py, verified before they are believed.
+
+A checkpoint is a directory ``step-00005000`` with
+
+* ``model.safetensors``: the weights, float32, Hugging Face's names (it is the weight file of an export),
+* ``config.json``: the architecture, so that the directory speaks for itself,
+* ``optimizer.safetensors``: AdamW's two moments of every parameter,
+* ``state.json``: everything else that the next step depends on,
+* ``manifest.json``: size and sha256 of each file, a digest of each tensor; written last, it is the commit.
+
+Nothing in it is a pickle. What the files hold and when a directory is whole is in manifest.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from resmol.atomic import commit_directory, fsync_path, remove_directory
+from resmol.errors import CheckpointError, DiskFull
+from resmol.manifest import (
+    CONFIG,
+    FORMAT,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    SavedState,
+    checkpoint_name,
+    damaged,
+    file_entry,
+    list_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
+from resmol.model import CausalLM
+from resmol.safetensors_header import read_header
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# --- saving --------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, state: SavedState, model: CausalLM, optimizer: torch.optim.AdamW, *, parent: str | None
+) -> Manifest:
+    """Commit a checkpoint; a crash at any instant leaves all of it or nothing.
+
+    Args:
+        folder: The ``checkpoints`` directory of a run.
+        state: What to write into ``state.json``.
+        model: Its weights are written as they are; they must be float32.
+        optimizer: Its moments are written.
+        parent: The sha256 of the manifest of the checkpoint before.
+
+    Raises:
+        DiskFull: No room. Nothing of the new checkpoint is left, and all older ones are.
+        OSError: Any other failure of the disk, with the same consequence.
+    """
+    tensors = {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)}
+    # Digests of what is in memory, taken before anything is written: a fault between memory and disk shows.
+    digests = {name: digest_all(content) for name, content in tensors.items()}
+    committed: list[Manifest] = []
+
+    def write_files(temporary: Path) -> None:
+        for name, content in tensors.items():
+            _save_tensors(content, temporary / name)
+        (temporary / CONFIG).write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+
+    def manifest(temporary: Path) -> bytes:
+        names = [WEIGHTS, OPTIMIZER, STATE, CONFIG]
+        files = {name: file_entry(temporary / name, digests.get(name, {})) for name in names}
+        record = Manifest(format=FORMAT, step=state.step, parent=parent, permanent=state.permanent, files=files)
+        committed.append(record)
+        return record.to_bytes()
+
+    final = folder / checkpoint_name(state.step)
+    _set_aside(final)
+    commit_directory(final, write_files, manifest)
+    return committed[0]
+
+
+def weight_tensors(model: CausalLM) -> dict[str, Tensor]:
+    """Return the weights by Hugging Face's names; a tied output layer is the embedding and is not written twice."""
+    tied = model.config.tie_word_embeddings
+    return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def moment_tensors(model: CausalLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Return AdamW's moments, as ``<parameter>.exp_avg`` and ``<parameter>.exp_avg_sq``."""
+    return {
+        f"{name}.{moment}": optimizer.state[parameter][moment]
+        for name, parameter in model.named_parameters()
+        for moment in MOMENTS
+    }
+
+
+def digest(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def digest_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the digest of each tensor; hashing runs on two threads, since it releases the interpreter."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if "os error 28" not in str(error) and "os error 122" not in str(error):
+            raise OSError(f"writing {path}: {error}") from error
+        needed = sum(t.numel() * t.element_size() for t in tensors.values())
+        raise DiskFull(
+            f"the disk is full: {path.name} needs {needed:,} bytes; earlier checkpoints are untouched",
+            fix="free some space (or move the run to another disk) and run the same command again",
+        ) from error
+
+
+def _set_aside(final: Path) -> None:
+    """Move a damaged checkpoint of the same step out of the way; nothing is ever deleted to repair something."""
+    if final.exists():
+        number = 1
+        while (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
+            number += 1
+        final.rename(aside)
+        fsync_path(final.parent)
+
+
+# --- verifying and loading -----------------------------------------------------------------------------------
+
+
+def load_weights(path: Path, model: CausalLM) -> None:
+    """Fill ``model`` from a verified checkpoint.
+
+    Raises:
+        CheckpointError: Names, shapes, types or values are not those of this model.
+    """
+    manifest = read_manifest(path)
+    tensors = _load_tensors(path / WEIGHTS, weight_tensors(model), manifest.files[WEIGHTS])
+    with torch.no_grad():
+        for name, target in weight_tensors(model).items():
+            target.copy_(tensors[name])
+
+
+def load_optimizer(path: Path, model: CausalLM, optimizer: torch.optim.AdamW) -> None:
+    """Fill AdamW's state from a verified checkpoint (`CheckpointError` when it is that of another model)."""
+    manifest = read_manifest(path)
+    expected = {f"{name}.{moment}": p for name, p in model.named_parameters() for moment in MOMENTS}
+    tensors = _load_tensors(path / OPTIMIZER, expected, manifest.files[OPTIMIZER])
+    for name, parameter in model.named_parameters():
+        moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS}
+        step = torch.tensor(float(manifest.step), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **moments}
+
+
+def _load_tensors(path: Path, expected: Mapping[str, Tensor], entry: FileEntry) -> dict[str, Tensor]:
+    """Load a safetensors file that must hold exactly the expected names, shapes and float32, all finite."""
+    header = read_header(path)
+    shapes = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
+    wanted = {name: ("F32", tuple(t.shape)) for name, t in expected.items()}
+    if shapes != wanted:
+        wrong = sorted({*shapes, *wanted}, key=lambda name: (shapes.get(name) == wanted.get(name), name))[0]
+        raise damaged(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {wanted.get(wrong)}")
+    tensors = load_file(path)
+    for name, found in digest_all(tensors).items():
+        if found != entry.tensors.get(name):
+            raise damaged(path, f"gave other bytes for {name} than were in memory when it was saved")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise damaged(path, f"holds NaN or infinity in {name}")
+    return tensors
+
+
+# --- retention -----------------------------------------------------------------------------------------------
+
+
+def prune(folder: Path, keep_last: int, verify_first: Callable[[Path], object] = verify_checkpoint) -> list[str]:
+    """Remove old checkpoints: the newest ``keep_last`` and the permanent ones stay.
+
+    The newest is read back and verified first; if it is damaged, nothing is removed.
+
+    Returns:
+        The names of the checkpoints that were removed.
+    """
+    paths = list_checkpoints(folder)
+    doomed = [path for path in paths[keep_last:] if not _is_permanent(path)]
+    if doomed:
+        verify_first(paths[0])
+    for path in doomed:
+        remove_directory(path)
+    return [path.name for path in doomed]
+
+
+def _is_permanent(path: Path) -> bool:
+    try:
+        return read_manifest(path).permanent
+    except CheckpointError:
+        return True  # damaged: never deleted, it may be evidence
+
+

@@ -1,0 +1,106 @@
+"""Where the tokens of a run come from: a prepared folder, or text that is prepared on the fly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from resmol.data.corpora import Corpus, read_inputs
+from resmol.data.named import named_corpus
+from resmol.data.prepare import Progress, prepare
+from resmol.data.shards import MANIFEST, Dataset, open_dataset
+from resmol.errors import DataError, UsageError
+from resmol.progress import byte_progress
+from resmol.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Which text to prepare, and how.
+
+    Attributes:
+        inputs: Files, folders, or ``-``.
+        corpus: The name of a corpus; exclusive with ``inputs``.
+        val_fraction: Share of the documents that is held out.
+        text_field: The field of a jsonl line that holds the text.
+    """
+
+    inputs: tuple[str, ...] = ()
+    corpus: str | None = None
+    val_fraction: float = 0.01
+    text_field: str = "text"
+
+    def open(self, say: Say) -> Corpus:
+        """Return the documents (`UsageError` unless exactly one of inputs and corpus is given)."""
+        if bool(self.inputs) == (self.corpus is not None):
+            raise UsageError("give either --input or --corpus", fix="e.g. --input input.txt, or --corpus shakespeare")
+        if self.corpus is not None:
+            return named_corpus(self.corpus, say=say)
+        return read_inputs(self.inputs, text_field=self.text_field)
+
+
+def prepare_text(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
+    """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
+    corpus = text.open(say)
+    with byte_progress("preparing") as advance:
+
+        def show(progress: Progress) -> None:
+            advance(progress.bytes_done, progress.bytes_total, f"{progress.tokens:,} tokens")
+
+        return prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show, say=say)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Tell whether a folder was prepared."""
+    return (folder / MANIFEST).is_file()
+
+
+def data_folder(data: str | None, stored: str, own: Path) -> Path:
+    """Return the prepared folder that a run reads, or is going to read.
+
+    Args:
+        data: The ``--data`` of the user, if any: a prepared folder, or text.
+        stored: ``data.path`` of the run's configuration; empty means the run's own folder.
+        own: The run's own folder.
+    """
+    if data is None:
+        return Path(stored) if stored else own
+    return Path(data) if is_prepared(Path(data)) else own
+
+
+def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer, say: Say) -> Dataset:
+    """Open the prepared folder, after preparing ``data`` into it where that is still to be done.
+
+    Raises:
+        DataError: There is nothing to open and nothing to prepare, or ``folder`` was made from another text.
+    """
+    if not is_prepared(folder):
+        if data is None:
+            raise DataError(
+                f"there is no prepared data in {folder}",
+                fix="add --data input.txt, or a folder that `resmol prepare` wrote",
+            )
+        say(f"preparing {data} into {folder}")
+        return prepare_text(folder, Text(inputs=(data,)), tokenizer, say)
+    dataset = open_dataset(folder)
+    if data is not None and not is_prepared(Path(data)):
+        _check_same_text(dataset, Path(data))
+    return dataset
+
+
+def _check_same_text(dataset: Dataset, path: Path) -> None:
+    """Refuse a text file that is not the one that was prepared; folders and pipes are bound by the fingerprint only."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist", fix="check --data, or leave it out to resume")
+    known = {facts.sha256 for facts in dataset.manifest.source.inputs}
+    if path.is_file():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() not in known:
+                raise DataError(
+                    f"{dataset.root} was prepared from another text than {path}",
+                    fix="start a new run directory for another text, or leave --data out to resume",
+                )

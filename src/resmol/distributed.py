@@ -1,0 +1,198 @@
+"""Where a process computes and how it works with its siblings: passed in as a `Runtime`, never global.
+
+One process is the ordinary case. Under ``torchrun`` every process takes its share of a step's micro-batches, and
+the gradients, which are sums over tokens, are summed over the processes: two processes with one micro-batch each
+give the bits of one process with two.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resmol.config import RunConfig, with_overrides
+from resmol.errors import ConfigError
+from resmol.flops import training_flops_per_token
+
+# Regional compilation takes this long on two cores and saves about this share of a step; both measured.
+COMPILE_SECONDS = 60.0
+COMPILE_SAVES = 0.1
+CPU_FLOPS_PER_SECOND = 1.5e11
+# bfloat16 must be this much faster before it is worth its rounding.
+BFLOAT16_MUST_GAIN = 1.2
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process of a run.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        device: Where it computes.
+        autocast_dtype: Type of the matrix products, or None for the type of the weights.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def is_main(self) -> bool:
+        """Tell whether this process writes the files."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which forward passes run."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def sum_over_processes(self, tensors: Iterable[Tensor]) -> None:
+        """Add up each tensor over all processes, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def share_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the main process's values of these tensors, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def any_process(self, flag: bool) -> bool:
+        """Tell whether the flag is set in any process; a barrier when there are several."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def environment(self) -> dict[str, str | int]:
+        """Return the facts that bitwise equality depends on, and nothing else: no variable, no path, no secret."""
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "world_size": self.world_size,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+        }
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def is_main_process() -> bool:
+    """Tell whether this is the process that writes the files, also before there is a `Runtime`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def open_runtime(config: RunConfig) -> Iterator[Runtime]:
+    """Set up this process as the configuration (without ``auto``) and torchrun's environment say.
+
+    Raises:
+        ConfigError: The device does not exist here.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(config.runtime.device)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    precision = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
+    try:
+        yield Runtime(rank, world_size, device, precision)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device is cuda, and there is no CUDA device here", fix="set runtime.device=cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+# --- `auto` --------------------------------------------------------------------------------------------------
+
+
+def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Replace every ``auto`` of the runtime section by a decision.
+
+    Returns:
+        The configuration without ``auto``, and a sentence for each decision.
+    """
+    decisions: dict[str, str] = {}
+    reasons: list[str] = []
+    device = _device(config.runtime.device)
+    if config.runtime.device == "auto":
+        decisions["device"] = device.type
+    if config.runtime.precision == "auto":
+        decisions["precision"], reason = _choose_precision(config, device)
+        reasons.append(reason)
+    if config.runtime.compile == "auto":
+        decisions["compile"], reason = _choose_compile(config, device)
+        reasons.append(reason)
+    return with_overrides(config, [f"runtime.{key}={value}" for key, value in decisions.items()]), reasons
+
+
+def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported()
+        return ("bfloat16", "precision: bfloat16 autocast") if supported else ("float32", "precision: float32")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would measure, and they could disagree
+        return "float32", "precision: float32 (not measured, since there are several processes)"
+    seconds = {dtype: _matrix_product_seconds(config, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    gain = seconds[torch.float32] / seconds[torch.bfloat16]
+    chosen = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
+    return chosen, f"precision: {chosen} (bfloat16 products measured {gain:.2f}x as fast as float32 here)"
+
+
+def _matrix_product_seconds(config: RunConfig, dtype: torch.dtype) -> float:
+    """Time the product of the feed-forward layer at this run's shapes; the best of several, since others compete."""
+    tokens = config.batch.micro_batch_size * config.data.seq_len
+    left = torch.ones(tokens, config.model.hidden_size, dtype=dtype)
+    right = torch.ones(config.model.hidden_size, config.model.intermediate_size, dtype=dtype)
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    if sys.platform == "win32" or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "off", "compile: off (there is no C++ compiler here)"
+    if device.type == "cuda":
+        return "on", "compile: on"
+    tokens = config.train.steps * config.batch.global_batch_tokens
+    flops = tokens * training_flops_per_token(config.model, config.data.seq_len)
+    saved = COMPILE_SAVES * flops / CPU_FLOPS_PER_SECOND
+    chosen = "on" if saved > COMPILE_SECONDS else "off"
+    return chosen, f"compile: {chosen} (it would take about {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s)"

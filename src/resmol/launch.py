@@ -1,0 +1,185 @@
+"""Start a run or resume it: everything that must be true before the first step, then `train`.
+
+The order matters. The run is locked first; then the configuration is compared with the stored one, the data with
+the fingerprint, the ledger with its own chain and the checkpoints with their manifests. Only then is anything
+written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from resmol.atomic import remove_leftovers, write_durable
+from resmol.config import RunConfig, load_config, reconcile, with_overrides
+from resmol.data.loader import Loader
+from resmol.data.shards import Dataset, TokenStream
+from resmol.distributed import Runtime, is_main_process, open_runtime, resolve_auto
+from resmol.errors import ConfigError, DiskFull, UsageError
+from resmol.flops import total_parameters
+from resmol.ledger import Ledger, Record, UnkeptLedger
+from resmol.model import CausalLM
+from resmol.optim import build_optimizer
+from resmol.process import StopSignal
+from resmol.resume import Beginning, begin, share_state
+from resmol.rundir import RunDir
+from resmol.tokenizer import Tokenizer
+from resmol.train import Session, TrainState, train
+from resmol.views import Journal, View
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the user asked for.
+
+    Attributes:
+        run: The run directory.
+        config: The wanted configuration; None resumes with the stored one.
+        overrides: ``section.key=value``, laid over it.
+        dataset: Opens the prepared data, given the final configuration.
+        views: Makes the views of the ledger, given the final configuration.
+        say: Receives sentences for the user.
+        accept_drift: Class B fields that may change.
+        allow_fresh: Begin again when every checkpoint is damaged.
+        strict: Refuse to go on in an environment without the bitwise promise.
+    """
+
+    run: RunDir
+    config: RunConfig | None
+    overrides: Sequence[str] = ()
+    dataset: Callable[[RunConfig], tuple[Dataset, Tokenizer]] = field(kw_only=True)
+    views: Callable[[RunConfig], Sequence[View]] = field(kw_only=True)
+    say: Callable[[str], None] = field(kw_only=True)
+    accept_drift: Sequence[str] = ()
+    allow_fresh: bool = False
+    strict: bool = False
+
+
+def launch(wanted: Launch) -> TrainState:
+    """Start or resume a run and train it to ``train.steps``.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        RunInUse: Another process is training here.
+        ConfigError: The configuration is wrong, or drifted in a way that is not allowed.
+        CheckpointError: The run has checkpoints, and none of them is whole.
+        ResmolError: What `train` raises.
+    """
+    run, is_main = wanted.run, is_main_process()
+    with ExitStack() as stack:
+        if is_main:
+            stack.enter_context(run.lock())
+        config, drifts = settle_configuration(wanted)
+        opened = _open_data(wanted, config) if is_main else None  # text is prepared once, not by every process
+        config, decisions = resolve_auto(config)
+        for sentence in decisions:
+            wanted.say(sentence)
+        runtime = stack.enter_context(open_runtime(config))
+        dataset, tokenizer = opened or _open_data(wanted, config)
+        stop = stack.enter_context(StopSignal())
+        state = new_state(config, runtime)
+        recorded: dict[int, Record] = {}
+        journal = Journal(UnkeptLedger(), ())
+        if is_main:
+            _check_disk(run, state.model)
+            _begin_directory(run, config, tokenizer)
+            journal = Journal(Ledger(run.ledger), wanted.views(config))
+            stack.callback(journal.close)
+            options = (drifts, wanted.allow_fresh, wanted.strict)
+            recorded = begin(state, journal, Beginning(run, config, dataset.fingerprint, runtime.environment(), *options))
+        share_state(state, runtime)
+        loader = make_loader(config, dataset.train)
+        held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
+        session = Session(run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, stop, recorded)
+        compile_blocks(state.model, config)
+        train(state, session)
+    return state
+
+
+def settle_configuration(wanted: Launch) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the configuration to run with, and the accepted drifts from the stored one."""
+    run = wanted.run
+    if not run.exists():
+        if wanted.config is None:
+            raise UsageError(
+                f"{run.path} is a new run, and neither a preset nor a configuration was given",
+                fix="add --preset nano (or another preset, or --config FILE)",
+            )
+        return with_overrides(wanted.config, wanted.overrides), {}
+    stored = load_config(run.config)
+    asked = with_overrides(wanted.config or stored, wanted.overrides)
+    return reconcile(stored, asked, wanted.accept_drift)
+
+
+def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
+    """Return a model with its initial weights, and an optimizer that has seen nothing."""
+    model = CausalLM.empty(config.model, attention=config.runtime.attention)
+    model.initialise(config.train.seed)
+    model.to(runtime.device)
+    return TrainState(model, build_optimizer(model, config.optimizer))
+
+
+def make_loader(config: RunConfig, stream: TokenStream) -> Loader:
+    """Return the batches of a token stream, cut and shuffled as the configuration says."""
+    return Loader(
+        stream,
+        seq_len=config.data.seq_len,
+        micro_batch_size=config.batch.micro_batch_size,
+        micro_batches_per_step=config.micro_batches_per_step,
+        seed=config.data.seed,
+        eos_id=config.model.eos_token_id,
+        document_mask=config.data.document_mask,
+    )
+
+
+def compile_blocks(model: CausalLM, config: RunConfig) -> None:
+    """Compile the transformer block, in place, where the configuration says so; names and weights stay."""
+    if config.runtime.compile == "on":
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+
+
+# --- what is checked before anything is written --------------------------------------------------------------
+
+
+def _open_data(wanted: Launch, config: RunConfig) -> tuple[Dataset, Tokenizer]:
+    dataset, tokenizer = wanted.dataset(config)
+    if dataset.tokenizer_sha256 != config.tokenizer.sha256:
+        raise ConfigError(
+            f"the data was made with tokenizer {dataset.tokenizer_sha256[:12]}; this run wants "
+            f"{config.tokenizer.sha256[:12]}",
+            fix="prepare the text again with the run's tokenizer, or state the other one with "
+            f"--set tokenizer.sha256={dataset.tokenizer_sha256}",
+        )
+    if dataset.vocab_size > config.model.vocab_size or dataset.eos_id != config.model.eos_token_id:
+        raise ConfigError(
+            f"the tokenizer has {dataset.vocab_size} entries and ends documents with {dataset.eos_id}; the model has "
+            f"{config.model.vocab_size} and {config.model.eos_token_id}",
+            fix="set model.vocab_size and model.eos_token_id to the tokenizer's",
+        )
+    return dataset, tokenizer
+
+
+def _check_disk(run: RunDir, model: CausalLM) -> None:
+    needed = 3 * 4 * total_parameters(model.config)
+    run.path.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(run.path).free
+    if free < needed:
+        raise DiskFull(
+            f"a checkpoint needs {needed:,} bytes; {run.path} has {free:,} free",
+            fix="free some space, or choose a run directory on another disk",
+        )
+
+
+def _begin_directory(run: RunDir, config: RunConfig, tokenizer: Tokenizer) -> None:
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run.checkpoints)
+    remove_leftovers(run.path)
+    if not run.tokenizer.exists():
+        write_durable(run.tokenizer, tokenizer.data)
+    write_durable(run.config, config.to_toml().encode())

@@ -1,0 +1,299 @@
+"""The whole job as one visible sequence, each part in a process of its own, each claim with its evidence.
+
+    verify -> prepare -> train to N -> (a new process) train to N + M -> evaluate -> audit -> generate -> report
+
+Every part can be repeated: what is done is found done, and training resumes, so an interrupted protocol goes on
+where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resmol.atomic import write_durable
+from resmol.checks import Check
+from resmol.config import RunConfig, load_config, load_preset
+from resmol.data.loader import Batch
+from resmol.data.source import is_prepared
+from resmol.distributed import Runtime
+from resmol.errors import CheckFailed, Interrupted
+from resmol.flops import total_parameters
+from resmol.launch import new_state
+from resmol.ledger import Record, effective_steps, read_ledger, select
+from resmol.manifest import checkpoint_name, list_checkpoints, step_of
+from resmol.report import write_report
+from resmol.rundir import RunDir
+from resmol.schedule import lr_at
+from resmol.train import train_step
+
+Say = Callable[[str], None]
+ESTIMATE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What to reproduce.
+
+    Attributes:
+        run: The run directory.
+        preset: The name of the preset.
+        inputs: The user's own text; empty takes ``corpus``.
+        corpus: The corpus to train on where there is no input.
+        steps: Steps of the first process; a checkpoint is saved exactly there and kept for good.
+        then: Further steps, of a second process.
+        overrides: ``section.key=value``.
+    """
+
+    run: RunDir
+    preset: str
+    inputs: tuple[str, ...]
+    corpus: str
+    steps: int
+    then: int
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def choose(
+        cls,
+        run: Path | None,
+        preset: str | None,
+        inputs: tuple[str, ...],
+        corpus: str | None,
+        steps: int,
+        then: int,
+        overrides: tuple[str, ...],
+    ) -> Protocol:
+        """Fill in what the user left open; the preset depends on whether there is a GPU."""
+        chosen = preset or ("smollm2-135m" if torch.cuda.is_available() else "smollm2-135m-cpu")
+        directory = run or Path("runs") / chosen
+        bound = (f"checkpoint.permanent=[{steps}]", *overrides)
+        return cls(RunDir(directory), chosen, inputs, corpus or "shakespeare", steps, then, bound)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which the second process ends."""
+        return self.steps + self.then
+
+    def config(self) -> RunConfig:
+        """Return the configuration of the first process."""
+        return load_preset(self.preset, [*self.overrides, f"train.steps={self.steps}"])
+
+
+def reproduce(protocol: Protocol, say: Say) -> list[Check]:
+    """Run the protocol and return its claims.
+
+    Raises:
+        ResmolError: A part failed; what was done so far is kept, and the same command goes on from there.
+    """
+    run, config = protocol.run, protocol.config()
+    run.evidence.mkdir(parents=True, exist_ok=True)
+    say(_headline(protocol, config))
+    options = [option for override in protocol.overrides for option in ("--set", override)]
+    preset = ["--preset", protocol.preset]
+
+    _part(protocol, "verify", ["verify", *preset, "--json"], say)
+    if not is_prepared(run.data):
+        source = [part for path in protocol.inputs for part in ("--input", path)] or ["--corpus", protocol.corpus]
+        _part(protocol, "prepare", ["prepare", str(run.data), *source, "--json"], say)
+    if _reached(run) < protocol.steps:
+        first = ["train", str(run.path), *preset, *options, "--steps", str(protocol.steps)]
+        _part(protocol, "train", [*first, "--json"], say)
+    if _reached(run) < protocol.last_step:
+        second = ["train", str(run.path), "--steps", str(protocol.last_step)]
+        _part(protocol, "resume", [*second, "--json"], say)
+    _part(protocol, "evaluate", ["evaluate", str(run.path), "--json"], say)
+    _part(protocol, "audit", ["audit", str(run.path), "--json"], say)
+    prompt = config.sampling.prompt
+    _part(protocol, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"], say)
+
+    checks = claims(protocol)
+    evidence = {"passed": all(check.passed for check in checks), "checks": [check.to_dict() for check in checks]}
+    write_durable(run.evidence / "claims.json", json.dumps(evidence, indent=1).encode())
+    say(f"report: {write_report(run)}")
+    return checks
+
+
+def estimate_seconds(config: RunConfig, steps: int) -> float:
+    """Time a few real training steps on made-up tokens and extrapolate; data, saving and evaluation come on top."""
+    runtime = Runtime(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    state = new_state(config, runtime)
+    shape = (config.batch.micro_batch_size, config.data.seq_len)
+    ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, ids, None, tuple(range(shape[0])), ids.numel())
+    times = []
+    for _ in range(ESTIMATE_STEPS):
+        started = time.perf_counter()
+        train_step(state, [batch] * config.micro_batches_per_step, config.batch.global_batch_tokens, config, runtime)
+        times.append(time.perf_counter() - started)
+    return min(times) * steps
+
+
+def _headline(protocol: Protocol, config: RunConfig) -> str:
+    todo = max(0, protocol.last_step - _reached(protocol.run))
+    seconds = estimate_seconds(config, todo)
+    begun = f", {protocol.last_step - todo} of them done already" if todo < protocol.last_step else ""
+    return (
+        f"reproduce: {protocol.preset}, {total_parameters(config.model):,} parameters, {protocol.last_step} steps of "
+        f"{config.batch.global_batch_tokens:,} tokens{begun}\n"
+        f"estimate: about {_duration(seconds)} of training on this machine, measured on {ESTIMATE_STEPS} steps just now"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _reached(run: RunDir) -> int:
+    """Return the step of the newest checkpoint, 0 when there is none; whether it is whole is for `train` to find."""
+    return next((step_of(path) for path in list_checkpoints(run.checkpoints)), 0)
+
+
+def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> None:
+    """Run one command in a process of its own and keep what it printed as ``evidence/NAME.json``."""
+    say(f"--- resmol {' '.join(arguments)}")
+    process = subprocess.Popen([sys.executable, "-m", "resmol", *arguments], stdout=subprocess.PIPE)
+    output, code = _wait(process), process.returncode
+    if output.strip():
+        write_durable(protocol.run.evidence / f"{name}.json", output)
+    if code in (130, 143):
+        raise Interrupted(
+            f"`{name}` was interrupted after saving", fix="give the same command again to go on", signal_number=code - 128
+        )
+    if code and name != "audit":  # a failed audit becomes a failed claim, with its table
+        raise _PartFailed(f"`resmol {arguments[0]}` ended with exit code {code}", code)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> bytes:
+    """Wait for a child; Ctrl-C reaches it as well, and it saves before it leaves."""
+    while True:
+        try:
+            return process.communicate()[0]
+        except KeyboardInterrupt:
+            continue
+
+
+class _PartFailed(CheckFailed):
+    """A part of the protocol failed; the exit code is that of the part."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(what, fix="see its message above; after that, the same command goes on from here")
+        self.exit_code = code  # type: ignore[misc]
+
+
+# --- the claims ----------------------------------------------------------------------------------------------
+
+
+def claims(protocol: Protocol) -> list[Check]:
+    """Read the evidence and state what it shows; every claim names the file to look into."""
+    run = protocol.run
+    records = read_ledger(run.ledger).records
+    steps = effective_steps(records)
+    return [
+        _evidence_claim(run, "verify", "architecture and parity with transformers", "the reverse-engineered model is wrong"),
+        _parameters(protocol, run),
+        _scratch(steps, protocol.config(), run),
+        _saved_exactly(protocol, records),
+        _resumed(protocol, records),
+        _continuous(protocol, steps),
+        _log(protocol, run),
+        _learned(records, run),
+        _evidence_claim(run, "audit", "the record holds together", "a record that was edited or does not add up"),
+        _sample(run),
+    ]
+
+
+def _evidence(run: RunDir, name: str) -> tuple[dict[str, Any], str]:
+    path = run.evidence / f"{name}.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = {}
+    return content if isinstance(content, dict) else {}, str(path)
+
+
+def _evidence_claim(run: RunDir, name: str, title: str, guards: str) -> Check:
+    content, path = _evidence(run, name)
+    found = content.get("checks", [])
+    passed = sum(1 for check in found if check["passed"])
+    measured = f"{passed} of {len(found)} checks passed"
+    return Check(title, bool(found) and passed == len(found), measured, "all of them", guards, path)
+
+
+def _parameters(protocol: Protocol, run: RunDir) -> Check:
+    counted = total_parameters(protocol.config().model)
+    recorded = next(select(read_ledger(run.ledger).records, "start"))["parameters"]
+    name, expected = "parameters", f"{counted:,} by the closed form"
+    return Check(name, recorded == counted, f"{recorded:,} trained", expected, "an untied output layer", str(run.ledger))
+
+
+def _scratch(steps: dict[int, Record], config: RunConfig, run: RunDir) -> Check:
+    uniform, first = math.log(config.model.vocab_size), steps[1]["loss"]
+    expected = f"near ln {config.model.vocab_size} = {uniform:.2f}; a trained model would be far below"
+    measured = f"loss {first:.3f} at step 1"
+    return Check("from scratch", abs(first - uniform) < 1.5, measured, expected, "pretrained weights", str(run.ledger))
+
+
+def _saved_exactly(protocol: Protocol, records: list[Record]) -> Check:
+    name = checkpoint_name(protocol.steps)
+    path = protocol.run.checkpoints / name / "manifest.json"
+    saved = [record for record in select(records, "save") if record["checkpoint"] == name]
+    measured = f"manifest {saved[-1]['manifest_sha256'][:16]}" if saved else "not in the ledger"
+    title = f"checkpoint at exactly step {protocol.steps}"
+    return Check(title, bool(saved) and path.is_file(), measured, "saved, recorded and still there", evidence=str(path))
+
+
+def _resumed(protocol: Protocol, records: list[Record]) -> Check:
+    wanted = protocol.steps + 1
+    resumes = [record for record in select(records, "resume") if record["next_step"] == wanted]
+    follows = [r["step"] for r in records if resumes and r["kind"] == "step" and r["seq"] > resumes[-1]["seq"]][:1]
+    measured = f"resumed from {resumes[-1]['checkpoint']}, next step {follows[0]}" if follows else "no such resume"
+    title = f"a new process resumed at step {wanted}"
+    ledger = str(protocol.run.ledger)
+    return Check(title, follows == [wanted], measured, f"step {wanted} follows", "training that starts over", ledger)
+
+
+def _continuous(protocol: Protocol, steps: dict[int, Record]) -> Check:
+    config, last = load_config(protocol.run.config), protocol.last_step
+    whole = sorted(steps) == list(range(1, last + 1))
+    jumps = [s for s, r in steps.items() if r["lr"] != lr_at(s, config.schedule, config.optimizer.lr)]
+    measured = f"steps 1 to {max(steps)}, learning rate at {last}: {steps[max(steps)]['lr']:.3g}"
+    guards = "a horizon that moves with the last step"
+    expected = f"every step to {last} once, each at the schedule's learning rate"
+    return Check("one continuous run", whole and not jumps, measured, expected, guards, str(protocol.run.ledger))
+
+
+def _log(protocol: Protocol, run: RunDir) -> Check:
+    text = run.log.read_text(encoding="utf-8") if run.log.exists() else ""
+    wanted = [1, *range(500, protocol.steps + 1, 500), protocol.steps, protocol.steps + 1, protocol.last_step]
+    logged = {int(line.split()[1].partition("/")[0]) for line in text.splitlines() if line.startswith("step ")}
+    missing = sorted(set(wanted) - logged)
+    measured = f"missing: {missing}" if missing else f"lines for {len(logged)} steps"
+    expected = f"steps 1, every 500, {protocol.steps}, {protocol.steps + 1} and {protocol.last_step}"
+    return Check("the log is kept", not missing, measured, expected, evidence=str(run.log))
+
+
+def _learned(records: list[Record], run: RunDir) -> Check:
+    content, path = _evidence(run, "evaluate")
+    first, now = effective_steps(records)[1]["loss"], content.get("loss", math.nan)
+    measured = f"{now:.3f} nats, {content.get('bits_per_byte', math.nan):.3f} bits per byte (step 1: {first:.3f} nats)"
+    expected = "well below the first loss"
+    return Check("it learned: held-out text", now < first - 1.0, measured, expected, "a loss of 0 or of ln V", path)
+
+
+def _sample(run: RunDir) -> Check:
+    content, path = _evidence(run, "generate")
+    text = " ".join(str(content.get("text", "")).split())
+    shown = text[:60] + ("..." if len(text) > 60 else "")
+    return Check("it speaks", bool(text), shown or "nothing", "some text", "a demo of other weights", path)
+
+

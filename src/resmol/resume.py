@@ -1,0 +1,199 @@
+"""How an invocation begins: fresh, or from the newest whole checkpoint, and what the ledger says about it.
+
+After a crash the ledger is ahead of the checkpoint. The steps in between are taken back with a ``rewind`` record and
+executed again; the loop compares their bits with the recorded ones, so every crash is a test of determinism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resmol import __version__
+from resmol.checkpoint import MOMENTS, load_optimizer, load_weights
+from resmol.config import RunConfig
+from resmol.distributed import Runtime
+from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
+from resmol.flops import total_parameters
+from resmol.ledger import FORMAT, Record, effective_steps, select
+from resmol.manifest import list_checkpoints, load_state, newest_valid
+from resmol.rundir import RunDir
+from resmol.train import TrainState
+from resmol.views import Journal
+
+# Bitwise equality is promised where all of these are equal; a difference is recorded, and the promise is void.
+BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "threads", "device")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The circumstances of an invocation.
+
+    Attributes:
+        run: The run directory.
+        config: The configuration, without ``auto``.
+        data_fingerprint: That of the data at hand.
+        environment: Facts about machine and libraries.
+        drifts: Accepted changes of the configuration.
+        allow_fresh: Begin again when every checkpoint is damaged.
+        strict: Refuse an environment in which bitwise equality is not promised.
+    """
+
+    run: RunDir
+    config: RunConfig
+    data_fingerprint: str
+    environment: dict[str, str | int]
+    drifts: dict[str, Any]
+    allow_fresh: bool = False
+    strict: bool = False
+
+
+def begin(state: TrainState, journal: Journal, beginning: Beginning) -> dict[int, Record]:
+    """Bring ``state`` to where the run stands and record how.
+
+    Returns:
+        The recorded steps after that point: they will be executed again and must give the same bits. Empty where
+        bitwise equality is not promised.
+
+    Raises:
+        CheckpointError: The run saved checkpoints, and none of them is whole.
+        ConfigError: The data, or in strict mode the environment, is not that of the run.
+        CheckFailed: The ledger is older than the checkpoint.
+        UsageError: The run is already past the last step that is asked for.
+    """
+    facts = {"environment": beginning.environment, "config_sha256": beginning.config.sha256}
+    if not journal.records:
+        _record_start(journal, beginning, facts)
+        return {}
+    _check_fingerprint(journal.records, beginning.data_fingerprint)
+    comparable = _compare_environment(journal, beginning) and not beginning.drifts
+    checkpoint = _find_checkpoint(journal, beginning)
+    if checkpoint is not None:
+        restore(state, checkpoint)
+        _check_ledger_reaches(journal, checkpoint)
+    if state.step > beginning.config.train.steps:
+        raise UsageError(
+            f"the run is at step {state.step}; --steps {beginning.config.train.steps} lies before it",
+            fix=f"give --steps {state.step} or more, or start a new run directory",
+        )
+    again = _rewind(journal, state.step)
+    if beginning.drifts:
+        journal.write("drift", changes=beginning.drifts)
+    if checkpoint is not None:
+        journal.write(
+            "resume",
+            step=state.step,
+            next_step=state.step + 1,
+            checkpoint=checkpoint.name,
+            manifest_sha256=state.parent,
+            **facts,
+        )
+    journal.sync()
+    return again if comparable else {}
+
+
+def restore(state: TrainState, checkpoint: Path) -> None:
+    """Fill ``state`` from a verified checkpoint."""
+    saved, manifest_sha256 = load_state(checkpoint)
+    load_weights(checkpoint, state.model)
+    load_optimizer(checkpoint, state.model, state.optimizer)
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
+    state.step, state.tokens_seen, state.parent = saved.step, saved.tokens_seen, manifest_sha256
+
+
+def share_state(state: TrainState, runtime: Runtime) -> None:
+    """Bring the other processes to where the main one stands: counters, weights and moments."""
+    counters = torch.tensor([state.step, state.tokens_seen], device=runtime.device)
+    runtime.share_from_main([counters])
+    state.step, state.tokens_seen = (int(number) for number in counters)
+    runtime.share_from_main(parameter.data for parameter in state.model.parameters())
+    if state.step == 0:
+        return  # the optimizer has no moments yet
+    for parameter in state.model.parameters():
+        if parameter not in state.optimizer.state:
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            step = torch.tensor(float(state.step), device=runtime.device)
+            state.optimizer.state[parameter] = {"step": step, **moments}
+        runtime.share_from_main(state.optimizer.state[parameter][moment] for moment in MOMENTS)
+
+
+def _record_start(journal: Journal, beginning: Beginning, facts: dict[str, Any]) -> None:
+    if list_checkpoints(beginning.run.checkpoints):
+        raise CheckFailed(
+            f"{beginning.run.path} has checkpoints but an empty ledger: its record is lost",
+            fix="restore ledger.jsonl from a copy, or start a new run directory",
+        )
+    journal.write(
+        "start",
+        format=FORMAT,
+        version=__version__,
+        name=beginning.config.name,
+        data_fingerprint=beginning.data_fingerprint,
+        parameters=total_parameters(beginning.config.model),
+        **facts,
+    )
+    journal.sync()
+
+
+def _check_fingerprint(records: list[Record], fingerprint: str) -> None:
+    recorded = next(select(records, "start"))["data_fingerprint"]
+    if recorded != fingerprint:
+        raise ConfigError(
+            f"the data has fingerprint {fingerprint[:12]}; the run was started on {recorded[:12]}",
+            fix="name the data that the run was started with, or start a new run directory",
+        )
+
+
+def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
+    """Tell whether bitwise equality with what came before is promised; record it where it is not."""
+    before = next(r["environment"] for r in reversed(journal.records) if r["kind"] in ("start", "resume"))
+    now = beginning.environment
+    changed = {fact: {"from": before.get(fact), "to": now[fact]} for fact in BITWISE_FACTS if before.get(fact) != now[fact]}
+    if changed and beginning.strict:
+        raise ConfigError(
+            f"the environment changed, so bitwise equality is not promised: {changed}",
+            fix="go back to the environment of the run, or leave out --strict",
+        )
+    if changed:
+        journal.write("warn", what="environment changed: bitwise equality is not promised from here", changes=changed)
+    return not changed
+
+
+def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
+    """Return the newest whole checkpoint, or None where the run had not saved any yet."""
+    recorded = {record["checkpoint"]: record["manifest_sha256"] for record in select(journal.records, "save")}
+    folder = beginning.run.checkpoints
+    if not recorded and not list_checkpoints(folder):
+        return None
+    try:
+        path, _, rejected = newest_valid(folder, recorded)
+    except CheckpointError as error:
+        if not beginning.allow_fresh:
+            raise
+        journal.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=error.what)
+        return None
+    for item in rejected:
+        journal.write("warn", what="checkpoint passed over", checkpoint=item.path.name, reason=item.reason)
+    return path
+
+
+def _check_ledger_reaches(journal: Journal, checkpoint: Path) -> None:
+    """A checkpoint names the ledger's head at its time; a ledger without that line is an older copy."""
+    head = load_state(checkpoint)[0].ledger_head
+    if head != journal.head and head not in {record["prev"] for record in journal.records}:
+        raise CheckFailed(
+            f"the ledger ends before {checkpoint.name} was saved: it is an older copy",
+            fix="restore the newer ledger.jsonl, or move the newer checkpoints away and go on from an older one",
+        )
+
+
+def _rewind(journal: Journal, to_step: int) -> dict[int, Record]:
+    """Take back the steps after ``to_step``, if there are any, and return their records."""
+    steps = effective_steps(journal.records)
+    again = {step: record for step, record in steps.items() if step > to_step}
+    if again:
+        journal.write("rewind", from_step=max(again), to_step=to_step)
+    return again

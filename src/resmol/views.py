@@ -1,0 +1,240 @@
+"""Views of the ledger: console, train.log and TensorBoard show what it says and hold nothing of their own.
+
+A view must never stop training. If its terminal is gone, its pipe full or its disk, it falls silent, once noted in
+the ledger; only the ledger itself may raise.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO, runtime_checkable
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from resmol.config import RunConfig
+from resmol.errors import UsageError
+from resmol.ledger import Kind, Ledger, Record
+from resmol.rundir import RunDir
+
+REFRESH_SECONDS = 0.2
+
+
+@runtime_checkable
+class View(Protocol):
+    """Something that shows records as they are written."""
+
+    def show(self, record: Record) -> None:
+        """Show one record."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class Journal:
+    """The ledger together with its views: what is written is recorded first, then shown."""
+
+    def __init__(self, ledger: Ledger, views: Sequence[View]) -> None:
+        self._ledger = ledger
+        self._views = list(views)
+
+    @property
+    def records(self) -> list[Record]:
+        """All records so far."""
+        return self._ledger.records
+
+    @property
+    def head(self) -> str:
+        """The sha256 of the last line."""
+        return self._ledger.head
+
+    def write(self, kind: Kind, **fields: Any) -> Record:
+        """Append a record and show it; a view that fails is dropped, with a ``warn`` record."""
+        record = self._ledger.append(kind, **fields)
+        for view in list(self._views):
+            try:
+                view.show(record)
+            except (OSError, ValueError) as error:  # ValueError: the stream was closed
+                self._views.remove(view)
+                self.write("warn", what=f"{type(view).__name__} fell silent", reason=type(error).__name__)
+        return record
+
+    def sync(self) -> None:
+        """Make everything written so far survive a power cut."""
+        self._ledger.sync()
+
+    def close(self) -> None:
+        """Close the views, then the ledger."""
+        for view in self._views:
+            try:
+                view.close()
+            except (OSError, ValueError):
+                continue
+        self._ledger.close()
+
+
+class Lines:
+    """Turns records into lines; it decides which steps get one.
+
+    Args:
+        every: Steps between lines.
+        last: The last step of this invocation, which always gets one, as the first one does.
+    """
+
+    def __init__(self, every: int, last: int) -> None:
+        self.every = every
+        self.last = last
+        self._first = True
+        self._tokens, self._seconds = 0, 0.0
+
+    def line(self, record: Record) -> str | None:
+        """Return the text of a record, or None for a step that is not shown."""
+        if record["kind"] != "step":
+            describe = _DESCRIPTIONS.get(record["kind"])
+            return describe(record) if describe else None
+        self._tokens += record["tokens"]
+        self._seconds += record["seconds"]
+        if not (self._first or record["step"] % self.every == 0 or record["step"] == self.last):
+            return None
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        self._first, self._tokens, self._seconds = False, 0, 0.0
+        width = len(str(self.last))
+        return (
+            f"step {record['step']:>{width}}/{self.last} | loss {record['loss']:7.4f} | grad {record['grad_norm']:6.3f} | "
+            f"lr {record['lr']:.2e} | {rate:7,.0f} tok/s | {record['tokens_seen']:>11,} tokens | epoch {record['epoch']:.2f}"
+        )
+
+
+def _sample(record: Record) -> str:
+    body = (record["prompt"] + record["text"]).strip("\n").replace("\r", "").split("\n")
+    return f"sample at step {record['step']}:\n" + "\n".join(f"    | {line}" for line in body)
+
+
+_DESCRIPTIONS: dict[str, Callable[[Record], str]] = {
+    "start": lambda r: f"start: {r['name']}, {r['parameters']:,} parameters, {r['environment']['device']}, {r['environment']['threads']} threads",
+    "eval": lambda r: f"eval at step {r['step']}: held-out loss {r['loss']:.4f}, {r['bits_per_byte']:.4f} bits per byte ({r['tokens']:,} tokens)",
+    "sample": _sample,
+    "save": lambda r: f"save: {r['checkpoint']}, {r['bytes'] / 1e6:,.1f} MB in {r['seconds']:.2f} s{', permanent' if r['permanent'] else ''}",
+    "resume": lambda r: f"resume: step {r['step']} verified, continuing at step {r['next_step']}",
+    "rewind": lambda r: f"rewind: steps {r['to_step'] + 1} to {r['from_step']} were not saved and are executed again",
+    "drift": lambda r: "drift accepted: " + ", ".join(f"{key} {c['from']} -> {c['to']}" for key, c in r["changes"].items()),
+    "warn": lambda r: f"warning: {r['what']}" + "".join(f", {k} {v}" for k, v in r.items() if k not in ("what", "seq", "prev", "time", "kind")),
+    "stop": lambda r: f"stop: {r['reason']} at step {r['step']}",
+}  # fmt: skip
+
+
+class LogView:
+    """Appends the lines to ``train.log``."""
+
+    def __init__(self, path: Path, lines: Lines) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._lines = lines
+
+    def show(self, record: Record) -> None:
+        """Append the record's line, if it has one."""
+        text = self._lines.line(record)
+        if text is not None:
+            self._file.write(text + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ConsoleView:
+    """Prints the lines on standard error; on a terminal, with a live progress line below them."""
+
+    def __init__(self, lines: Lines, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._lines = lines
+        live = self._console.is_terminal and not os.environ.get("CI")
+        self._bar = self._make_bar() if live else None
+        self._task = self._bar.add_task("", total=lines.last) if self._bar else None
+        self._shown = 0.0
+        if self._bar:
+            self._bar.start()
+
+    def _make_bar(self) -> Progress:
+        columns = (BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        return Progress(*columns, console=self._console, auto_refresh=False, transient=True)
+
+    def show(self, record: Record) -> None:
+        """Print the record's line, if it has one, and move the progress line."""
+        text = self._lines.line(record)
+        if text is not None:
+            self._console.print(text, markup=False)
+        if self._bar and self._task is not None and record["kind"] == "step" and time.monotonic() - self._shown > REFRESH_SECONDS:
+            self._shown = time.monotonic()
+            rate = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
+            note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {rate:,.0f} tok/s"
+            self._bar.update(self._task, completed=record["step"], description=note, refresh=True)
+
+    def close(self) -> None:
+        """Take the progress line away."""
+        if self._bar:
+            self._bar.stop()
+
+
+class TensorBoardView:
+    """Writes TensorBoard events; the x axis is the optimizer step.
+
+    Raises:
+        UsageError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UsageError(
+                "logging.tensorboard needs tensorboardX, which is not installed",
+                fix="pip install 'resmol[tensorboard]', or set logging.tensorboard=false",
+            ) from None
+        self._make = lambda purge: SummaryWriter(str(folder), purge_step=purge)
+        self._writer: Any = None
+
+    def show(self, record: Record) -> None:
+        """Write the record's scalars; a resume or rewind first takes back what lies after it."""
+        if record["kind"] in ("resume", "rewind"):
+            self.close()
+            self._writer = self._make(record.get("next_step", record.get("to_step", 0) + 1))
+        for tag, value in _scalars(record).items():
+            self._writer = self._writer or self._make(None)
+            self._writer.add_scalar(tag, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    if record["kind"] == "step":
+        rate = {"perf/tokens_per_sec": record["tokens"] / record["seconds"]} if record["seconds"] else {}
+        return {"train/loss": record["loss"], "train/grad_norm": record["grad_norm"], "train/lr": record["lr"], **rate}
+    if record["kind"] == "eval":
+        return {"val/loss": record["loss"], "val/bpb": record["bits_per_byte"]}
+    return {}
+
+
+def console_views(run: RunDir) -> Callable[[RunConfig], Sequence[View]]:
+    """Return what makes the views of a run for a person at a terminal."""
+
+    def make(config: RunConfig) -> list[View]:
+        every, last = config.logging.every, config.train.steps
+        views: list[View] = [LogView(run.log, Lines(every, last)), ConsoleView(Lines(every, last))]
+        return [*views, TensorBoardView(run.path / "tensorboard")] if config.logging.tensorboard else views
+
+    return make

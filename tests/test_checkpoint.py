@@ -1,0 +1,225 @@
+"""A checkpoint is whole or not there, and whatever is wrong with one is found and named."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TrainTiny
+from safetensors.torch import load_file, save_file
+
+from resmol import checkpoint as module
+from resmol.checkpoint import load_optimizer, load_weights, prune, save_checkpoint
+from resmol.config import RunConfig
+from resmol.errors import CheckpointError
+from resmol.manifest import (
+    Manifest,
+    SavedState,
+    file_entry,
+    list_checkpoints,
+    load_state,
+    newest_valid,
+    read_manifest,
+    verify_checkpoint,
+)
+from resmol.model import CausalLM
+from resmol.optim import build_optimizer
+from resmol.train import TrainState
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture
+def good(folder: Path, train_tiny: TrainTiny, tmp_path: Path) -> Path:
+    """A checkpoints directory with steps 5 and 10, a copy for each test."""
+    if not (folder / "run").exists():
+        train_tiny(folder / "run", 10)
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(folder / "run" / "checkpoints", copy)
+    return copy
+
+
+def fresh(config: RunConfig) -> tuple[CausalLM, torch.optim.AdamW]:
+    model = CausalLM(config.model)
+    return model, build_optimizer(model, config.optimizer)
+
+
+def restore(path: Path, config: RunConfig) -> TrainState:
+    model, optimizer = fresh(config)
+    load_weights(path, model)
+    load_optimizer(path, model, optimizer)
+    return TrainState(model, optimizer)
+
+
+def rehash(path: Path) -> None:
+    """Write a manifest that fits the (changed) files: only the content checks are left to object."""
+    old = read_manifest(path)
+    files = {}
+    for name in old.files:
+        tensors = module.digest_all(load_file(path / name)) if name.endswith(".safetensors") else {}
+        files[name] = file_entry(path / name, tensors)
+    manifest = Manifest(format=1, step=old.step, parent=old.parent, permanent=old.permanent, files=files)
+    (path / "manifest.json").write_bytes(manifest.to_bytes())
+
+
+def test_round_trip_is_bitwise(good: Path, tiny_config: RunConfig, tmp_path: Path) -> None:
+    state = restore(good / "step-00000010", tiny_config)
+    saved, _ = load_state(good / "step-00000010")
+    manifest = save_checkpoint(tmp_path, saved, state.model, state.optimizer, parent=None)
+    original = read_manifest(good / "step-00000010")
+    assert manifest.files == original.files
+    assert original.parent == read_manifest(good / "step-00000005").sha256
+
+
+def test_the_weight_file_is_what_transformers_expects(good: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(good / "step-00000010")
+    weights = load_file(good / "step-00000010" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_no_pickle_and_nothing_half_precision(good: Path) -> None:
+    for path in good.glob("step-*/*.safetensors"):
+        assert path.read_bytes()[8:9] == b"{"
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+
+
+def test_any_flipped_bit_is_found_and_the_older_one_is_used(good: Path) -> None:
+    draw = random.Random(7)
+    files = sorted((good / "step-00000010").iterdir())
+    for _ in range(150):
+        victim = draw.choice(files)
+        content = bytearray(victim.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        original = victim.read_bytes()
+        victim.write_bytes(content)
+        with pytest.raises(CheckpointError, match=victim.name):
+            verify_checkpoint(good / "step-00000010")
+        assert newest_valid(good, {})[0].name == "step-00000005"
+        victim.write_bytes(original)
+    assert newest_valid(good, {})[0].name == "step-00000010"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json"])
+def test_truncation_growth_zeros_absence(good: Path, name: str) -> None:
+    victim = good / "step-00000010" / name
+    content = victim.read_bytes()
+    cuts = {0, 1, 8, len(content) // 2, len(content) - 1}
+    for changed in [*(content[:cut] for cut in cuts), content + b"\0", bytes(len(content))]:
+        victim.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            verify_checkpoint(good / "step-00000010")
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        verify_checkpoint(good / "step-00000010")
+
+
+def _swap_everything(good: Path) -> None:
+    (good / "step-00000005").rename(good / "step-00000099")
+
+
+def _swap_one_file(good: Path) -> None:
+    shutil.copy(good / "step-00000005" / "model.safetensors", good / "step-00000010" / "model.safetensors")
+
+
+def _add_a_file(good: Path) -> None:
+    (good / "step-00000010" / "notes.pkl").write_bytes(b"x")
+
+
+def _link_a_file(good: Path) -> None:
+    victim = good / "step-00000010" / "model.safetensors"
+    victim.rename(good / "elsewhere")
+    victim.symlink_to(good / "elsewhere")
+
+
+@pytest.mark.parametrize("change", [_swap_everything, _swap_one_file, _add_a_file, _link_a_file])
+def test_exchanged_files(good: Path, change: Callable[[Path], None]) -> None:
+    change(good)
+    newest = list_checkpoints(good)[0]
+    with pytest.raises(CheckpointError):
+        verify_checkpoint(newest)
+
+
+def test_a_checkpoint_that_the_ledger_does_not_know_in_this_form(good: Path) -> None:
+    path, _, rejected = newest_valid(good, {"step-00000010": "0" * 64})
+    assert path.name == "step-00000005"
+    assert "ledger" in rejected[0].reason
+
+
+def test_nan_in_every_tensor_once(good: Path, tiny_config: RunConfig) -> None:
+    path = good / "step-00000010"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        original = (path / file).read_bytes()
+        for name in load_file(path / file):
+            tensors = load_file(path / file)
+            tensors[name].view(-1)[0] = float("nan")
+            save_file(tensors, path / file)
+            rehash(path)
+            with pytest.raises(CheckpointError, match="NaN"):
+                restore(path, tiny_config)
+            (path / file).write_bytes(original)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
+def test_tensors_of_another_model(good: Path, tiny_config: RunConfig, change: str) -> None:
+    path = good / "step-00000010"
+    tensors = load_file(path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "extra":
+        tensors["lm_head.weight"] = torch.zeros(512, 24)
+    else:
+        tensors[name] = tensors[name].T.contiguous() if change == "shape" else tensors[name].half()
+    save_file(tensors, path / "model.safetensors")
+    rehash(path)
+    with pytest.raises(CheckpointError, match="this model has"):
+        restore(path, tiny_config)
+
+
+def test_a_digest_that_does_not_match_memory(good: Path, tiny_config: RunConfig) -> None:
+    path = good / "step-00000010"
+    manifest = read_manifest(path).model_dump()
+    manifest["files"]["model.safetensors"]["tensors"]["model.norm.weight"] = "0" * 64
+    (path / "manifest.json").write_bytes(Manifest.model_validate(manifest).to_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        restore(path, tiny_config)
+
+
+def test_only_committed_names_are_looked_at(good: Path) -> None:
+    for name in ("tmp-step-00000099-abc", "step-12.bak", "foo-step-99", "step-123", "step-00000099.tmp"):
+        shutil.copytree(good / "step-00000010", good / name)
+    (good / "step-00000098").symlink_to(good / "step-00000010")
+    assert [path.name for path in list_checkpoints(good)] == ["step-00000010", "step-00000005"]
+
+
+def test_retention(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 30, "checkpoint.keep_last=2", "checkpoint.permanent=[12]")
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000012", "step-00000025", "step-00000030"]
+
+
+def test_nothing_is_pruned_when_the_newest_is_damaged(good: Path) -> None:
+    (good / "step-00000010" / "state.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError):
+        prune(good, keep_last=1)
+    assert len(list_checkpoints(good)) == 2
+
+
+def test_saving_over_a_damaged_one_sets_it_aside(good: Path, tiny_config: RunConfig) -> None:
+    state = restore(good / "step-00000010", tiny_config)
+    saved = SavedState(
+        step=10, tokens_seen=1, config_sha256="", data_fingerprint="", ledger_head="", random_state="", permanent=False
+    )
+    save_checkpoint(good, saved, state.model, state.optimizer, parent=None)
+    assert (good / "damaged-step-00000010-1" / "manifest.json").exists()
+    verify_checkpoint(good / "step-00000010")

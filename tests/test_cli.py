@@ -1,0 +1,183 @@
+"""The command line as a user meets it: exit codes, errors in two lines, JSON alone on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TrainTiny
+
+from resmol.__main__ import exit_code, run
+from resmol.config import RunConfig
+from resmol.data.shards import Dataset
+from resmol.errors import CheckFailed, DiskFull, Interrupted
+from resmol.rundir import RunDir
+from resmol.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a test the process must not be replaced."""
+    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", lambda: None)
+
+
+@pytest.fixture
+def tiny_file(tiny_config: RunConfig, tmp_path: Path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_config.to_toml(), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, train_tiny: TrainTiny) -> str:
+    train_tiny(tmp_path / "run", 10)
+    return str(tmp_path / "run")
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run a command that must fail; return its exit code and what it printed on standard error."""
+    code = run(list(arguments), debug=False)
+    captured = capsys.readouterr()
+    assert code != 0
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return code, captured.err
+
+
+def test_help_and_version_without_torch() -> None:
+    code = "import sys; from resmol.__main__ import run; code = run(sys.argv[1:], debug=False); print('torch' in sys.modules, code)"
+    for arguments in (["--help"], ["--version"], ["train", "--help"], ["train"], ["nonsense"], ["train", "x", "--preset", "nan0"]):
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert result.stdout.splitlines()[-1].startswith("False"), arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "RUN"], 2, "neither a preset nor a configuration"),
+        (["train", "RUN", "--preset", "nan0"], 2, "did you mean nano?"),
+        (["train", "RUN", "--preset", "nano", "--set", "optimizer.lrr=1"], 2, "did you mean optimizer.lr?"),
+        (["train", "RUN", "--preset", "nano", "--set", "lr"], 2, "not section.key=value"),
+        (["train", "RUN", "--preset", "nano", "--config", "x.toml"], 2, "both given"),
+        (["train", "RUN", "--config", "missing.toml"], 3, "cannot read missing.toml"),
+        (["evaluate", "RUN"], 3, "RUN"),
+        (["generate", "RUN", "--prompt", "x"], 3, "RUN"),
+        (["generate", "RUN", "--prompt", "x", "--temperature", "-1"], 2, "temperature is -1"),
+        (["audit", "RUN"], 3, "not a run directory"),
+        (["report", "RUN"], 3, "not a run directory"),
+        (["inspect", "missing/config.json"], 3, "missing/config.json"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found, text = failure(capsys, *arguments)
+    assert found == code, text
+    assert words in text
+    assert text.count("\n  fix: ") == 1
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["nonsense"], ["generate", "x"], ["train", "x", "--steps", "many"]])
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert failure(capsys, *arguments)[0] == 2
+
+
+def test_truncated_config_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 5')
+    code, text = failure(capsys, "inspect", str(tmp_path / "config.json"))
+    assert code == 2
+    assert "may be truncated" in text
+
+
+def test_no_data(tiny_file: str, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = failure(capsys, "train", str(tmp_path / "run"), "--config", tiny_file, "--tokenizer", str(tiny_tokenizer.path))
+    assert code == 3
+    assert "add --data input.txt" in text
+
+
+def test_a_wrong_path_to_the_data(tiny_file: str, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", str(tmp_path / "run"), "--config", tiny_file, "--tokenizer", str(tiny_tokenizer.path)]
+    code, text = failure(capsys, *arguments, "--data", "missing.txt")
+    assert code == 3
+    assert "missing.txt" in text
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_steps_below_the_checkpoint(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = failure(capsys, "train", finished, "--steps", "5")
+    assert code == 2
+    assert "--steps 5 lies before it" in text
+
+
+def test_a_run_in_use(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDir(Path(finished)).lock():
+        code, text = failure(capsys, "train", finished, "--steps", "20")
+    assert code == 75
+    assert str(os.getpid()) in text
+
+
+def test_a_configuration_changed_under_a_run(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = failure(capsys, "train", finished, "--steps", "20", "--set", "optimizer.beta1=0.5")
+    assert code == 2
+    assert "optimizer.beta1 (class A)" in text
+
+
+def test_one_text_file_is_the_whole_interface(
+    tiny_file: str, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "input.txt"
+    text.write_text("kalomi ner ta shu. " * 400, encoding="utf-8")
+    arguments = ["train", str(tmp_path / "run"), "--data", str(text), "--json"]
+    first = ["--config", tiny_file, "--tokenizer", str(tiny_tokenizer.path), "--steps", "10"]
+    assert run([*arguments, *first], debug=True) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["step"], result["run"]) == (10, str(tmp_path / "run"))
+    assert run([*arguments, "--steps", "12"], debug=True) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 12
+    text.write_text("something else " * 400, encoding="utf-8")
+    code, error = failure(capsys, *arguments, "--steps", "14")
+    assert code == 3
+    assert "another text" in error
+
+
+def test_audit_evaluate_generate_as_json(finished: str, tiny_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, keys in (
+        (["audit", finished], {"passed", "checks"}),
+        (["evaluate", finished], {"loss", "bits_per_byte", "perplexity", "tokens"}),
+        (["generate", finished, "--prompt", "ka", "--max-new-tokens", "5"], {"text", "model"}),
+    ):
+        assert run([*arguments, "--json"], debug=True) == 0
+        assert keys <= set(json.loads(capsys.readouterr().out))
+
+
+def test_a_failed_audit_exits_with_1_and_still_prints_its_json(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(finished) / "checkpoints" / "step-00000010" / "model.safetensors").write_bytes(b"")
+    assert run(["audit", finished, "--json"], debug=False) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["passed"] is False
+    assert "step-00000010" in captured.err
+
+
+def test_exit_codes() -> None:
+    assert exit_code(CheckFailed("", fix="")) == 1
+    assert exit_code(DiskFull("", fix="")) == 28
+    assert exit_code(Interrupted("", fix="", signal_number=2)) == 130
+    assert exit_code(Interrupted("", fix="", signal_number=15)) == 143
+
+
+def test_an_internal_error_is_said_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr("resmol.cli.app", broken)
+    code, text = failure(capsys, "audit", "x")
+    assert code == 1
+    assert "internal error: KeyError" in text
+    with pytest.raises(KeyError):
+        run(["audit", "x"], debug=True)

@@ -1,0 +1,79 @@
+"""Two gloo processes give the bits of one; `auto` is decided once; the environment holds no secrets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TrainTiny
+from test_resume import assert_equal_runs
+
+from resmol.config import RunConfig, with_overrides
+from resmol.data.shards import Dataset
+from resmol.distributed import Runtime, open_runtime, resolve_auto
+from resmol.errors import ConfigError
+from resmol.ledger import read_ledger, select
+from resmol.tokenizer import Tokenizer
+
+
+def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer: Path, steps: int) -> None:
+    file = run.parent / "tiny.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "resmol"]
+    command += ["train", str(run), "--config", str(file), "--steps", str(steps), "--data", str(data), "--tokenizer", str(tokenizer)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_one_process_two_and_one_again(
+    tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer
+) -> None:
+    train_tiny(tmp_path / "straight", 15)
+    train_tiny(tmp_path / "run", 5)
+    torchrun(2, tiny_config, tmp_path / "run", tiny_dataset.root, tiny_tokenizer.path, 10)
+    train_tiny(tmp_path / "run", 15)
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight", 15)
+    records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
+    assert [r["environment"]["world_size"] for r in records if r["kind"] in ("start", "resume")] == [1, 2, 1]
+    assert not list(select(records, "warn"))
+
+
+def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
+    wanted = with_overrides(tiny_config, [f"runtime.{key}=auto" for key in ("device", "precision", "compile")])
+    decided, reasons = resolve_auto(wanted)
+    assert "auto" not in decided.runtime.model_dump().values()
+    assert len(reasons) == 2
+    assert resolve_auto(decided) == (decided, [])
+
+
+def test_without_a_compiler_it_runs_uncompiled(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmol.distributed.shutil.which", lambda _: None)
+    long_run = with_overrides(tiny_config, ["runtime.compile=auto", "train.steps=100000000"])
+    decided, reasons = resolve_auto(long_run)
+    assert decided.runtime.compile == "off"
+    assert "no C++ compiler" in reasons[0]
+
+
+def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmol.distributed.shutil.which", lambda name: name)
+    for steps, expected in ((100_000_000, "on"), (10, "off")):
+        wanted = with_overrides(tiny_config, ["runtime.compile=auto", f"train.steps={steps}"])
+        assert resolve_auto(wanted)[0].runtime.compile == expected
+
+
+def test_cuda_without_a_device(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"), open_runtime(with_overrides(tiny_config, ["runtime.device=cuda"])):
+        pass
+
+
+def test_environment_holds_facts_only(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    with open_runtime(tiny_config) as runtime:
+        assert isinstance(runtime, Runtime)
+        facts = runtime.environment()
+    assert set(facts) == {"python", "torch", "system", "processor", "cpu_capability", "threads", "world_size", "device"}
+    assert "secret" not in str(facts)

@@ -1,0 +1,81 @@
+"""The protocol: separate processes, an exact boundary, claims that can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TrainTiny
+
+from resmol import reproduce as module
+from resmol.config import RunConfig
+from resmol.data.shards import Dataset
+from resmol.ledger import read_ledger
+from resmol.reproduce import Protocol, claims, estimate_seconds, reproduce
+from resmol.rundir import RunDir
+from resmol.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def protocol(tmp_path: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Protocol:
+    """A protocol of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
+    monkeypatch.setattr(module, "load_preset", lambda _name, _overrides=(): tiny_config)
+    return Protocol(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ("checkpoint.permanent=[20]",))
+
+
+def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
+    from resmol.__main__ import run as resmol
+
+    def part(protocol: Protocol, name: str, arguments: list[str], _say: Any) -> None:
+        calls.append(list(arguments))
+        path = protocol.run.evidence / f"{name}.json"
+        if name in ("train", "resume"):
+            train_tiny(protocol.run.path, int(arguments[arguments.index("--steps") + 1]), "checkpoint.permanent=[20]")
+        elif name == "verify":
+            path.write_text(json.dumps({"checks": [{"passed": True}]}))
+        elif name != "prepare":
+            import contextlib
+            import io
+
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                resmol(arguments, debug=True)
+            path.write_text(out.getvalue())
+
+    return part
+
+
+def test_the_sequence_and_the_claims(protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", lambda: None)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(module, "_part", in_this_process(calls, train_tiny))
+    said: list[str] = []
+    checks = {check.name: check for check in reproduce(protocol, said.append)}
+    assert [call[0] for call in calls] == ["verify", "prepare", "train", "train", "evaluate", "audit", "generate"]
+    assert "estimate: about" in said[0]
+    failed = {name for name, check in checks.items() if not check.passed}
+    assert failed <= {"it learned: held-out text", "the log is kept"}, checks
+    assert checks["a new process resumed at step 21"].measured == "resumed from step-00000020, next step 21"
+    assert all(Path(check.evidence).exists() for check in checks.values())
+    assert protocol.run.report.exists()
+
+    calls.clear()
+    reproduce(protocol, said.append)
+    assert "train" not in [call[0] for call in calls], "what is done is not done again"
+
+
+def test_claims_fail_when_the_evidence_does(protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_tiny(protocol.run.path, 25)
+    protocol.run.evidence.mkdir()
+    checks = {check.name: check.passed for check in claims(protocol)}
+    assert not checks["architecture and parity with transformers"]
+    assert not checks["a new process resumed at step 21"], "one process went through"
+    assert not checks["it speaks"]
+    assert checks["one continuous run"]
+    steps = [r for r in read_ledger(protocol.run.ledger).records if r["kind"] == "step"]
+    assert len(steps) == 25
+
+
+def test_estimate_is_a_positive_number(tiny_config: RunConfig) -> None:
+    assert 0 < estimate_seconds(tiny_config, 100) < 600

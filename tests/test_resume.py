@@ -1,0 +1,288 @@
+"""Resuming is bitwise the uninterrupted run: weights, moments, losses, window ids, learning rate."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TrainTiny
+
+from resmol.audit import audit
+from resmol.checks import all_passed
+from resmol.config import RunConfig
+from resmol.data.shards import Dataset
+from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
+from resmol.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.manifest import read_manifest
+from resmol.rundir import RunDir
+from resmol.tokenizer import Tokenizer
+from resmol.train import REPRODUCIBLE_FIELDS
+
+
+def bits(run: Path, step: int) -> dict[str, dict[str, str]]:
+    """The digest of every weight and moment in the checkpoint of a step."""
+    manifest = read_manifest(run / "checkpoints" / f"step-{step:08d}")
+    return {name: entry.tensors for name, entry in manifest.files.items() if entry.tensors}
+
+
+def history(run: Path) -> dict[int, dict[str, Any]]:
+    """What every step of a run recorded that must be reproducible."""
+    steps = effective_steps(read_ledger(run / "ledger.jsonl").records)
+    return {step: {name: record[name] for name in REPRODUCIBLE_FIELDS} for step, record in steps.items()}
+
+
+def assert_equal_runs(one: Path, other: Path, step: int) -> None:
+    assert history(one) == history(other)
+    assert bits(one, step) == bits(other, step)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def sixty(straight: Path, train_tiny: TrainTiny) -> Path:
+    """An uninterrupted run of 60 steps."""
+    if not straight.exists():
+        train_tiny(straight, 60)
+    return straight
+
+
+def test_fifty_then_sixty_is_sixty(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 50)
+    train_tiny(tmp_path / "run", 60)
+    assert_equal_runs(tmp_path / "run", sixty, 60)
+    resumed = [r["next_step"] for r in select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "resume")]
+    assert resumed == [51]
+
+
+def test_two_resumes_in_a_row(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+    for steps in (20, 21, 60):
+        train_tiny(tmp_path / "run", steps)
+    assert_equal_runs(tmp_path / "run", sixty, 60)
+
+
+def test_across_epoch_borders(tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset) -> None:
+    data = {"data": str(short_dataset.root)}
+    train_tiny(tmp_path / "straight", 40, **data)
+    epochs = [r["epoch"] for r in effective_steps(read_ledger(tmp_path / "straight" / "ledger.jsonl").records).values()]
+    assert epochs[-1] > 2, "the data is meant to be used up twice"
+    for steps in (*range(10, 20), 30, 40):
+        train_tiny(tmp_path / "run", steps, **data)
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight", 40)
+
+
+def test_interrupted_at_every_step(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    quiet = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
+    train_tiny(tmp_path / "straight", 30, *quiet)
+    for step in range(1, 31):
+        train_tiny(tmp_path / "run", step, *quiet)
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight", 30)
+
+
+def test_weights_alone_do_not_pass_for_a_resume(sixty: Path, tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
+    """The comparison above has teeth: without the moments, the very next loss after the first update differs."""
+    train_tiny(tmp_path / "run", 50)
+    monkeypatch.setattr("resmol.resume.load_optimizer", lambda *_: None)
+    train_tiny(tmp_path / "run", 60)
+    with pytest.raises(AssertionError):
+        assert_equal_runs(tmp_path / "run", sixty, 60)
+
+
+class Hook:
+    """A view that does something when a certain step is shown."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def show(self, record: Record) -> None:
+        if record["kind"] == "step" and record["step"] == self.step:
+            self.action()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_saves_within_the_step(
+    sixty: Path, tmp_path: Path, train_tiny: TrainTiny, number: signal.Signals, name: str
+) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as stopped:
+        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(23, twice)])
+    assert stopped.value.signal_number == number
+    assert (tmp_path / "run" / "checkpoints" / "step-00000023").is_dir()
+    assert read_ledger(tmp_path / "run" / "ledger.jsonl").records[-1]["reason"] == name
+    train_tiny(tmp_path / "run", 60)
+    assert_equal_runs(tmp_path / "run", sixty, 60)
+
+
+def test_sighup_is_survived(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    state = train_tiny(tmp_path / "run", 8, views=lambda _: [Hook(3, lambda: os.kill(os.getpid(), signal.SIGHUP))])
+    assert state.step == 8
+
+
+class Crash(BaseException):
+    """Stands for a death of the process: nothing in the package catches it."""
+
+
+def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+    def die() -> None:
+        raise Crash
+
+    with pytest.raises(Crash):
+        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(23, die)])
+    train_tiny(tmp_path / "run", 60)
+    records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
+    assert [(r["from_step"], r["to_step"]) for r in select(records, "rewind")] == [(23, 20)]
+    assert_equal_runs(tmp_path / "run", sixty, 60)
+    assert all_passed(audit(RunDir(tmp_path / "run")))
+
+
+def test_a_crash_before_the_first_save_starts_over(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+    def die() -> None:
+        raise Crash
+
+    with pytest.raises(Crash):
+        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(3, die)])
+    train_tiny(tmp_path / "run", 60)
+    assert_equal_runs(tmp_path / "run", sixty, 60)
+
+
+def test_re_executed_steps_with_other_bits_stop(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
+    def die() -> None:
+        raise Crash
+
+    with pytest.raises(Crash):
+        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(8, die)])
+    from resmol import train as module
+
+    genuine = module.train_step
+
+    def faulty(state: Any, *arguments: Any) -> Any:
+        loss, norm = genuine(state, *arguments)
+        return (loss + 1e-3 if state.step == 7 else loss), norm
+
+    monkeypatch.setattr(module, "train_step", faulty)
+    with pytest.raises(CheckFailed, match="step 7 .* loss_bits"):
+        train_tiny(tmp_path / "run", 60)
+
+
+def test_sigkill_in_another_process(
+    tmp_path: Path, sixty: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, train_tiny: TrainTiny
+) -> None:
+    run, config = tmp_path / "run", tmp_path / "tiny.toml"
+    config.write_text(tiny_config.to_toml(), encoding="utf-8")
+    command = [sys.executable, "-m", "resmol", "train", str(run), "--config", str(config), "--steps", "60"]
+    command += ["--data", str(tiny_dataset.root), "--tokenizer", str(tiny_tokenizer.path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (run / "ledger.jsonl").exists() and b'"step":12,' in (run / "ledger.jsonl").read_bytes():
+                break
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    train_tiny(run, 60)
+    assert_equal_runs(run, sixty, 60)
+    assert all_passed(audit(RunDir(run)))
+
+
+# --- what must be refused ------------------------------------------------------------------------------------
+
+
+def test_steps_below_the_checkpoint(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 10)
+    with pytest.raises(UsageError, match="at step 10; --steps 8"):
+        train_tiny(tmp_path / "run", 8)
+
+
+def test_the_step_reached_already_is_no_error(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 10)
+    assert train_tiny(tmp_path / "run", 10).step == 10
+
+
+def test_other_data_is_refused(tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset) -> None:
+    train_tiny(tmp_path / "run", 5)
+    with pytest.raises(ConfigError, match="fingerprint"):
+        train_tiny(tmp_path / "run", 10, data=str(short_dataset.root))
+
+
+def test_drift(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 5)
+    with pytest.raises(ConfigError, match=r"data\.seed \(class A\)"):
+        train_tiny(tmp_path / "run", 10, "data.seed=9")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr \(class B\)") as refused:
+        train_tiny(tmp_path / "run", 10, "optimizer.lr=0.02")
+    assert "--accept-drift optimizer.lr" in refused.value.fix
+    train_tiny(tmp_path / "run", 10, "optimizer.lr=0.02", accept_drift=["optimizer.lr"])
+    records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
+    assert next(select(records, "drift"))["changes"] == {"optimizer.lr": {"from": 0.01, "to": 0.02}}
+
+
+def test_all_checkpoints_damaged(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, 10)
+    for path in (run / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no valid checkpoint") as refused:
+        train_tiny(run, 20)
+    assert refused.value.exit_code == 65
+    assert len(list((run / "checkpoints").iterdir())) == 2, "nothing is deleted"
+    assert train_tiny(run, 20, allow_fresh=True).step == 20
+    assert all_passed([check for check in audit(RunDir(run)) if check.name == "continuity"])
+
+
+def test_a_damaged_newest_checkpoint_falls_back(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, 50)
+    victim = run / "checkpoints" / "step-00000050" / "optimizer.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 4
+    victim.write_bytes(content)
+    train_tiny(run, 60)
+    records = read_ledger(run / "ledger.jsonl").records
+    passed_over = [r for r in select(records, "warn") if r["what"] == "checkpoint passed over"]
+    assert "optimizer.safetensors" in passed_over[0]["reason"]
+    assert (run / "checkpoints" / "damaged-step-00000050-1").is_dir()
+    assert_equal_runs(run, sixty, 60)
+
+
+def test_a_changed_environment_is_recorded(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 5)
+    with pytest.raises(ConfigError, match="environment changed"):
+        train_tiny(tmp_path / "run", 10, "runtime.threads=2", accept_drift=["runtime.threads"], strict=True)
+    train_tiny(tmp_path / "run", 10, "runtime.threads=2", accept_drift=["runtime.threads"])
+    warnings = select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn")
+    assert next(warnings)["changes"]["threads"] == {"from": 1, "to": 2}
+
+
+def test_an_older_copy_of_the_ledger_is_noticed(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, 10)
+    old = (run / "ledger.jsonl").read_bytes()
+    train_tiny(run, 20)
+    (run / "ledger.jsonl").write_bytes(old)
+    with pytest.raises(CheckFailed, match="older copy"):
+        train_tiny(run, 30)
+
+
+def test_checkpoints_with_an_empty_ledger_are_refused(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, 5)
+    (run / "ledger.jsonl").unlink()
+    with pytest.raises(CheckFailed, match="empty ledger"):
+        train_tiny(run, 10)
+    Ledger(run / "ledger.jsonl").close()
