@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from resmol.data.adopt import adopt, is_token_folder
 from resmol.data.corpora import Corpus, read_inputs
 from resmol.data.named import named_corpus
 from resmol.data.prepare import Progress, prepare
@@ -45,6 +46,8 @@ class Text:
 
 def prepare_text(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
     """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
+    if any(is_token_folder(Path(path)) for path in text.inputs):
+        return _adopt(out, text, tokenizer, say)
     corpus = text.open(say)
     with byte_progress("preparing") as advance:
 
@@ -52,6 +55,16 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Datas
             advance(progress.bytes_done, progress.bytes_total, f"{progress.tokens:,} tokens")
 
         return prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show, say=say)
+
+
+def _adopt(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
+    """Give a folder of token files that datatrove wrote its manifest; the tokens stay where they are."""
+    if len(text.inputs) != 1 or Path(text.inputs[0]).resolve() != out.resolve():
+        raise UsageError(
+            f"{text.inputs[0]} holds token files, which are used where they are",
+            fix=f"give the same folder twice: resmol prepare {text.inputs[0]} --input {text.inputs[0]}",
+        )
+    return adopt(out, tokenizer, val_fraction=text.val_fraction, say=say)
 
 
 def is_prepared(folder: Path) -> bool:

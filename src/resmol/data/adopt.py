@@ -1,0 +1,222 @@
+"""Takes over a folder that datatrove tokenised, in place: only `manifest.json` is added."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from resmol import __version__
+from resmol.atomic import full_disk_is_an_error, write_durable
+from resmol.data.shard_writer import describe_shard, write_index
+from resmol.data.shards import (
+    MANIFEST,
+    SPLITS,
+    Dataset,
+    InputFacts,
+    Manifest,
+    Shard,
+    SourceFacts,
+    Split,
+    TokenizerFacts,
+    open_dataset,
+    token_dtype,
+    token_width,
+)
+from resmol.errors import DataError, UsageError
+from resmol.tokenizer import Tokenizer
+
+_SCAN_TOKENS = 1 << 22
+
+
+def is_token_folder(folder: Path) -> bool:
+    """Tell whether a folder holds `.ds` files, itself or in train/ and val/, but no manifest of ours."""
+    return folder.is_dir() and not (folder / MANIFEST).exists() and bool(_token_files(folder))
+
+
+def adopt(
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float = 0.01,
+    say: Callable[[str], None] = lambda _message: None,
+) -> Dataset:
+    """Make a folder of `.ds` files a dataset by reading it once and writing its manifest.
+
+    With subfolders train/ and val/, these are the splits. Else the last documents are held out, about
+    ``val_fraction`` of the tokens: datatrove shuffles the documents of a file, so its end is a fair sample.
+
+    Args:
+        folder: The folder; a `.ds.index` that is missing is made from the end-of-document tokens.
+        tokenizer: The tokenizer that made the tokens. The files do not say which one that was.
+        val_fraction: Share of the tokens to hold out, in [0, 1).
+        say: Takes a line for the user.
+
+    Raises:
+        UsageError: The folder has a manifest already, or ``val_fraction`` is outside [0, 1).
+        DataError: There are no `.ds` files, or they do not fit together or to the tokenizer.
+    """
+    if (folder / MANIFEST).exists():
+        raise UsageError(f"{folder} has a manifest.json already", fix=f"use it as it is: --data {folder}")
+    if not 0 <= val_fraction < 1:
+        raise UsageError(
+            f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1"
+        )
+    files = _token_files(folder)
+    if not files:
+        raise DataError(
+            f"{folder} holds no .ds files", fix="name the folder into which datatrove wrote its tokens"
+        )
+    width = _token_bytes(folder, files, tokenizer)
+    with full_disk_is_an_error(folder):
+        shards, ends = _describe_all(folder, files, tokenizer, width, say)
+    splits = _split_by_folder(shards) or _split_by_position(shards, ends, val_fraction)
+    manifest = _manifest(folder, tokenizer, width, shards, splits, val_fraction)
+    write_durable(folder / MANIFEST, manifest.to_json())
+    return open_dataset(folder)
+
+
+def _token_files(folder: Path) -> list[str]:
+    here = sorted(path.name for path in folder.glob("*.ds"))
+    below = [f"{split}/{path.name}" for split in SPLITS for path in sorted((folder / split).glob("*.ds"))]
+    return here or below
+
+
+def _token_bytes(folder: Path, files: list[str], tokenizer: Tokenizer) -> int:
+    """Return the width that the first `.metadata` states, else the one that the vocabulary implies."""
+    metadata = folder / f"{files[0]}.metadata"
+    if metadata.is_file():
+        with metadata.open("rb") as file:
+            first_line = file.readline(4096).decode("utf-8", errors="replace").strip()
+        stated = first_line.rpartition("|")[2]
+        if stated in ("2", "4"):
+            return int(stated)
+    return token_width(tokenizer.vocab_size)
+
+
+def _describe_all(
+    folder: Path, files: list[str], tokenizer: Tokenizer, width: int, say: Callable[[str], None]
+) -> tuple[list[Shard], list[Int64[np.ndarray, " _"]]]:
+    shards, all_ends, open_ends = [], [], 0
+    for name in files:
+        tokens = _tokens_of(folder / name, width)
+        ends_by_token = _scan(tokens, tokenizer, name)
+        ends = _index_of(folder / name, len(tokens), ends_by_token)
+        open_ends += len(np.setdiff1d(ends, ends_by_token))
+        shards.append(describe_shard(folder, name, ends.tolist()))
+        all_ends.append(ends)
+    if open_ends:
+        say(f"data: {open_ends} documents do not end with token {tokenizer.eos_id}: masks miss their ends")
+    return shards, all_ends
+
+
+def _tokens_of(path: Path, width: int) -> np.ndarray:
+    size = path.stat().st_size
+    if path.is_symlink() or size == 0 or size % width:
+        raise DataError(
+            f"{path} is no file of {width}-byte tokens ({size} bytes)",
+            fix="links and empty files are refused; leave out the file, or tokenise again",
+        )
+    return np.memmap(path, dtype=token_dtype(width), mode="r")
+
+
+def _scan(tokens: np.ndarray, tokenizer: Tokenizer, name: str) -> Int64[np.ndarray, " n"]:
+    """Return the positions after each end-of-document token; refuse ids outside the vocabulary."""
+    ends = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(tokens), _SCAN_TOKENS):
+        block = tokens[start : start + _SCAN_TOKENS]
+        if int(block.max()) >= tokenizer.vocab_size:
+            raise DataError(
+                f"{name} holds token {int(block.max())}, the vocabulary ends before {tokenizer.vocab_size}",
+                fix="name the tokenizer that made these tokens: --tokenizer PATH",
+            )
+        ends.append(np.flatnonzero(block == tokenizer.eos_id).astype(np.int64) + start + 1)
+    return np.concatenate(ends)
+
+
+def _index_of(path: Path, tokens: int, ends_by_token: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " n"]:
+    index = path.with_name(f"{path.name}.index")
+    if not index.exists():
+        ends = ends_by_token if tokens in ends_by_token[-1:] else np.append(ends_by_token, tokens)
+        write_index(path, ends.tolist())
+        return ends
+    if index.is_symlink() or index.stat().st_size % 8:
+        raise DataError(
+            f"{index} is no list of 8-byte numbers", fix="remove it, and it is made from the tokens"
+        )
+    ends = np.fromfile(index, dtype="<u8").astype(np.int64)
+    if len(ends) == 0 or ends[-1] != tokens or ends[0] < 0 or (np.diff(ends) < 0).any():
+        raise DataError(
+            f"{index} does not fit to {tokens} tokens", fix="remove it, and it is made from the tokens"
+        )
+    return ends
+
+
+def _split_by_folder(shards: list[Shard]) -> tuple[Split, Split] | None:
+    if "/" not in shards[0].name:
+        return None
+    train, val = ([shard for shard in shards if shard.name.startswith(f"{split}/")] for split in SPLITS)
+    return Split.of(train), Split.of(val)
+
+
+def _split_by_position(
+    shards: list[Shard], ends: list[Int64[np.ndarray, " _"]], val_fraction: float
+) -> tuple[Split, Split]:
+    """Hold out the last documents: the border is the last document end that leaves at least the fraction."""
+    total = sum(shard.tokens for shard in shards)
+    starts = np.cumsum([0, *(shard.tokens for shard in shards)])
+    borders = np.concatenate([one + start for one, start in zip(ends, starts, strict=False)])
+    wanted = total - round(val_fraction * total)
+    place = int(np.searchsorted(borders, wanted, side="right")) - 1
+    border = int(borders[place]) if place >= 0 else wanted  # a single document is cut by position
+    train, val = [], []
+    for shard, one, start in zip(shards, ends, starts, strict=False):
+        cut = min(max(border - int(start), 0), shard.tokens)
+        before = int(np.searchsorted(one, cut, side="right"))
+        if cut > 0:
+            inside = before + (cut not in one[before - 1 : before])
+            train.append(shard.model_copy(update={"tokens": cut, "documents": inside}))
+        if cut < shard.tokens:
+            part = {"start": cut, "tokens": shard.tokens - cut, "documents": shard.documents - before}
+            val.append(shard.model_copy(update=part))
+    return Split.of(train), Split.of(val)
+
+
+def _manifest(
+    folder: Path,
+    tokenizer: Tokenizer,
+    width: int,
+    shards: list[Shard],
+    splits: tuple[Split, Split],
+    val_fraction: float,
+) -> Manifest:
+    digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode("ascii")).hexdigest()
+    size = sum(shard.bytes for shard in shards)
+    facts = InputFacts(name=folder.resolve().name, files=len(shards), bytes=size, sha256=digest)
+    whole = splits[0].documents + splits[1].documents == sum(shard.documents for shard in shards)
+    return Manifest.model_validate(
+        {
+            "created_with": f"resmol {__version__}",
+            "tokenizer": TokenizerFacts(
+                sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+            ),
+            "token_bytes": width,
+            "train": splits[0],
+            "val": splits[1],
+            "source": SourceFacts(
+                inputs=(facts,),
+                documents=sum(shard.documents for shard in shards),
+                empty_documents=0,
+                text_bytes=0,
+                replacements=0,
+                untokenizable_bytes=0,
+                forced_cuts=0,
+                held_out="none" if splits[1].tokens == 0 else "documents" if whole else "position",
+                val_fraction=val_fraction,
+                seed=0,
+            ),
+        }
+    )

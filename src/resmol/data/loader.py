@@ -1,0 +1,183 @@
+"""From token shards to batches: fixed windows, in the order that `order` computes.
+
+Window w is the tokens [w*T, w*T + T + 1): its first T are the inputs, its last T the targets, so neighbouring
+windows share one token and every token but the stream's first is a target exactly once an epoch. The last
+window may be short; it is padded, and the padding is no target. Which windows step s sees is arithmetic on
+(seed, s); there is no other state, so a resumed run needs the step's number and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from resmol.data.order import WindowOrder
+from resmol.data.shards import TokenStream
+from resmol.errors import ConfigError, DataError
+
+IGNORE = -100  # a target that no loss counts; the value PyTorch's cross-entropy ignores by default
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch on the CPU. B rows (windows), T tokens each.
+
+    Attributes:
+        input_ids: Token ids.
+        targets: The token after each input; IGNORE where there is none.
+        document_ids: The number of the document in its row, from 0; the end token belongs to the document it
+            ends. None when masks are off, or when no row has a border, so that plain causal attention is the
+            same.
+        window_ids: The window of each row.
+        tokens: Targets that count.
+    """
+
+    input_ids: Int64[Tensor, "B T"]
+    targets: Int64[Tensor, "B T"]
+    document_ids: Int64[Tensor, "B T"] | None
+    window_ids: tuple[int, ...]
+    tokens: int
+
+
+class Loader:
+    """The batches of a token stream.
+
+    Attributes:
+        n_windows: Windows per epoch, ceil((N - 1) / T) for N tokens.
+        windows_per_step: Windows that one optimizer step sees, over all processes.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        seq_len: int,
+        micro_batch_size: int,
+        micro_batches_per_step: int,
+        seed: int,
+        eos_id: int,
+        document_mask: bool = True,
+        allow_short: bool = False,
+    ) -> None:
+        """Check the sizes; read nothing.
+
+        Args:
+            stream: The tokens.
+            seq_len: T.
+            micro_batch_size: B.
+            micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
+            seed: Seed of the order.
+            eos_id: The token that ends a document; also the padding of the last window's inputs.
+            document_mask: Whether batches carry document ids.
+            allow_short: Accept a stream of less than one full window (two tokens at least), as evaluation
+                does.
+
+        Raises:
+            ConfigError: A size below 1.
+            DataError: Fewer than T + 1 tokens.
+        """
+        sizes = {
+            "seq_len": seq_len,
+            "micro_batch_size": micro_batch_size,
+            "grad_accum_steps": micro_batches_per_step,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}", fix="give a number of at least 1")
+        needed = 2 if allow_short else seq_len + 1
+        if len(stream) < needed:
+            raise DataError(
+                f"there are {len(stream)} tokens, at least {needed} are needed for a window of {seq_len}",
+                fix="give more text, or a smaller seq_len, or (for held-out data) a larger --val-fraction",
+            )
+        self.n_windows = -(-(len(stream) - 1) // seq_len)
+        self.windows_per_step = micro_batch_size * micro_batches_per_step
+        self._stream = stream
+        self._seq_len = seq_len
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches = micro_batches_per_step
+        self._eos_id = eos_id
+        self._document_mask = document_mask
+        self._order = WindowOrder(self.n_windows, seed)
+
+    def step_windows(self, step: int) -> Int64[np.ndarray, " G"]:
+        """Return the windows of step ``step`` (from 1): positions (step - 1) * G to step * G of the order."""
+        if step < 1:
+            raise ValueError(f"steps count from 1, not {step}")
+        first = (step - 1) * self.windows_per_step
+        return self._order.windows(np.arange(first, first + self.windows_per_step, dtype=np.int64))
+
+    def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield this process's micro-batches of a step: the rank-th contiguous block of all of them.
+
+        Raises:
+            ConfigError: The processes cannot share the micro-batches equally.
+            DataError: A shard is damaged.
+        """
+        if world_size < 1 or not 0 <= rank < world_size or self._micro_batches % world_size:
+            raise ConfigError(
+                f"{self._micro_batches} micro-batches a step do not divide by {world_size} processes",
+                fix="choose a number of micro-batches per step that the number of processes divides",
+            )
+        share = self.windows_per_step // world_size
+        windows = self.step_windows(step)[rank * share : (rank + 1) * share]
+        for first in range(0, share, self._micro_batch_size):
+            yield self._batch(windows[first : first + self._micro_batch_size].tolist())
+
+    def sequential(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Yield the windows in the order of the text, for evaluation; the last batch may have fewer rows.
+
+        Args:
+            batch_size: Rows of a batch.
+            limit: Windows to read at most.
+        """
+        count = self.n_windows if limit is None else min(limit, self.n_windows)
+        for first in range(0, count, batch_size):
+            yield self._batch(range(first, min(first + batch_size, count)))
+
+    def step_tokens(self, step: int) -> int:
+        """Return the targets of a step over all processes, without reading any: the loss's divisor."""
+        short = int(np.count_nonzero(self.step_windows(step) == self.n_windows - 1))
+        return self.windows_per_step * self._seq_len - short * (self._seq_len - self._last_targets())
+
+    def window_digest(self, step: int) -> str:
+        """Return the first 16 hex digits of the SHA-256 of the step's window ids (little-endian int64)."""
+        return hashlib.sha256(self.step_windows(step).astype("<i8").tobytes()).hexdigest()[:16]
+
+    def epoch_of(self, step: int) -> float:
+        """Return how many passes over the stream are done when ``step`` is done."""
+        return step * self.windows_per_step / self.n_windows
+
+    def _last_targets(self) -> int:
+        return len(self._stream) - 1 - (self.n_windows - 1) * self._seq_len
+
+    def _batch(self, windows: Sequence[int]) -> Batch:
+        shape = (len(windows), self._seq_len)
+        inputs = np.full(shape, self._eos_id, dtype=np.int64)
+        targets = np.full(shape, IGNORE, dtype=np.int64)
+        for row, window in enumerate(windows):
+            start = window * self._seq_len
+            tokens = self._stream.read(start, min(start + self._seq_len + 1, len(self._stream)))
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
+        ends = inputs == self._eos_id
+        return Batch(
+            input_ids=torch.from_numpy(inputs),
+            targets=torch.from_numpy(targets),
+            document_ids=_document_ids(ends) if self._document_mask else None,
+            window_ids=tuple(windows),
+            tokens=int(np.count_nonzero(targets != IGNORE)),
+        )
+
+
+def _document_ids(ends: Bool[np.ndarray, "B T"]) -> Int64[Tensor, "B T"] | None:
+    """Return how many documents ended before each position; None if none did anywhere."""
+    if not ends[:, :-1].any():
+        return None
+    return torch.from_numpy(np.cumsum(ends, axis=1, dtype=np.int64) - ends)

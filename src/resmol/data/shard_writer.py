@@ -1,0 +1,158 @@
+"""Writes token shards in the layout that `shards` reads."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int64
+
+from resmol.atomic import fsync_path
+from resmol.data.shards import Shard, shard_file_sha256, token_dtype
+from resmol.tokenizer import Tokenizer
+from resmol.tokenizer_sources import SMOLLM2_HUB_ID, SMOLLM2_TOKENIZER_SHA256
+
+
+class SplitWriter:
+    """The shards of one split, written one after another; a document never crosses a border.
+
+    Attributes:
+        tokens: Tokens written so far, over all shards.
+        documents: Documents ended so far, over all shards.
+    """
+
+    def __init__(
+        self, root: Path, split: str, *, token_bytes: int, tokenizer: str, shard_tokens: int
+    ) -> None:
+        self.tokens = 0
+        self.documents = 0
+        self._root = root
+        self._split = split
+        self._token_bytes = token_bytes
+        self._dtype = token_dtype(token_bytes)
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._done: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._shard_start = 0  # in tokens of the split
+        self._ends = array("Q")  # of the open shard, in tokens from its start
+
+    def append(self, ids: Int64[np.ndarray, " n"]) -> None:
+        """Add tokens to the current document."""
+        if self._file is None or (
+            self._at_document_end() and self.tokens - self._shard_start >= self._shard_tokens
+        ):
+            self._begin_shard()
+        assert self._file is not None
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self.tokens += len(ids)
+
+    def end_document(self) -> None:
+        """Note that the current document ends here."""
+        self._ends.append(self.tokens - self._shard_start)
+        self.documents += 1
+
+    def last_document_tokens(self) -> int:
+        """Return the length of the last document in tokens, its end token included."""
+        return self._ends[-1] - (self._ends[-2] if len(self._ends) > 1 else 0)
+
+    def take_back(self, count: int) -> Int64[np.ndarray, " n"]:
+        """Remove the last ``count`` tokens, at most the last document, and return them."""
+        assert self._file is not None
+        assert 0 < count <= self.last_document_tokens()
+        left = self.tokens - self._shard_start - count
+        self._file.seek(left * self._token_bytes)
+        taken = np.frombuffer(self._file.read(), dtype=self._dtype).astype(np.int64)
+        self._file.seek(left * self._token_bytes)
+        self._file.truncate()
+        whole = count == self.last_document_tokens()
+        self._ends.pop()
+        if whole:
+            self.documents -= 1
+        else:
+            self._ends.append(left)
+        self.tokens -= count
+        return taken
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Complete the last shard; return all of them. Every file is on disk afterwards."""
+        self._end_shard()
+        return tuple(self._done)
+
+    def close(self) -> None:
+        """Close the open file, finished or not."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _at_document_end(self) -> bool:
+        return len(self._ends) > 0 and self._ends[-1] == self.tokens - self._shard_start
+
+    def _name(self) -> str:
+        return f"{self._split}/{len(self._done):05d}.ds"
+
+    def _begin_shard(self) -> None:
+        self._end_shard()
+        path = self._root / self._name()
+        path.parent.mkdir(exist_ok=True)
+        self._file = path.open("w+b")
+        self._shard_start = self.tokens
+        self._ends = array("Q")
+
+    def _end_shard(self) -> None:
+        if self._file is None:
+            return
+        self.close()
+        write_index(self._root / self._name(), self._ends)
+        self._write_metadata(self._root / self._name())
+        fsync_path(self._root / self._name())
+        self._done.append(describe_shard(self._root, self._name(), self._ends))
+
+    def _write_metadata(self, path: Path) -> None:
+        tokens = self._ends[-1] if self._ends else 0
+        metadata = path.with_name(f"{path.name}.metadata")
+        lines = (f"{self._tokenizer}|{self._token_bytes}", str(tokens), _for_people(tokens))
+        metadata.write_text("\n".join(lines), encoding="utf-8")
+        fsync_path(metadata)
+
+
+def write_index(path: Path, ends: Sequence[int]) -> None:
+    """Write the `.index` of the token file ``path``: document ends, little-endian uint64; fsynced."""
+    index = path.with_name(f"{path.name}.index")
+    index.write_bytes(np.array(ends, dtype="<u8").tobytes())
+    fsync_path(index)
+
+
+def describe_shard(root: Path, name: str, ends: Sequence[int]) -> Shard:
+    """Return the manifest's entry of a shard whose files are complete; reads them for their hashes.
+
+    Args:
+        root: The dataset's folder.
+        name: The token file, relative to it.
+        ends: The document ends, in tokens.
+    """
+    path = root / name
+    return Shard(
+        name=name,
+        bytes=path.stat().st_size,
+        sha256=shard_file_sha256(path),
+        index_sha256=shard_file_sha256(path.with_name(f"{path.name}.index")),
+        start=0,
+        tokens=int(ends[-1]) if len(ends) else 0,
+        documents=len(ends),
+    )
+
+
+def tokenizer_name(tokenizer: Tokenizer) -> str:
+    """Return the tokenizer's name for a `.metadata` file: a Hub id, or its hash; never a local path."""
+    return SMOLLM2_HUB_ID if tokenizer.sha256 == SMOLLM2_TOKENIZER_SHA256 else f"sha256:{tokenizer.sha256}"
+
+
+def _for_people(tokens: int) -> str:
+    for size, unit in ((10**9, "GT"), (10**6, "MT"), (10**3, "kT")):
+        if tokens >= size:
+            return f"{tokens / size:.3g} {unit}"
+    return f"{tokens} T"

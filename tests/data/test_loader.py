@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmol.data.loader import IGNORE, Loader
+from resmol.data.order import WindowOrder
+from resmol.data.shards import Shard, TokenStream
+from resmol.errors import ConfigError, DataError
+
+EOS = 0
+
+
+def stream_of(folder, tokens, *, shards=1) -> TokenStream:
+    parts = np.array_split(np.array(tokens, dtype="<u2"), shards)
+    entries = []
+    for number, part in enumerate(parts):
+        (folder / f"{number:05d}.ds").write_bytes(part.tobytes())
+        digest = "0" * 64
+        entries.append(
+            Shard(
+                name=f"{number:05d}.ds",
+                bytes=part.nbytes,
+                sha256=digest,
+                index_sha256=digest,
+                start=0,
+                tokens=len(part),
+                documents=0,
+            )
+        )
+    return TokenStream(folder, entries, token_bytes=2, vocab_size=60_000)
+
+
+def loader_of(stream, **changes) -> Loader:
+    options = {"seq_len": 8, "micro_batch_size": 2, "micro_batches_per_step": 4, "seed": 1, "eos_id": EOS}
+    return Loader(stream, **(options | changes))
+
+
+def test_windows_are_inputs_and_their_shifted_targets(tmp_path):
+    loader = loader_of(stream_of(tmp_path, range(100, 181), shards=3))
+    batches = list(loader.sequential(4))
+    assert [batch.window_ids for batch in batches] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
+    inputs = torch.cat([batch.input_ids for batch in batches])
+    targets = torch.cat([batch.targets for batch in batches])
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.flatten().tolist() == list(range(100, 180))
+    assert targets.flatten().tolist() == list(range(101, 181))
+    assert [batch.tokens for batch in batches] == [32, 32, 16]
+    assert [batch.window_ids for batch in loader.sequential(4, limit=3)] == [(0, 1, 2)]
+
+
+def test_the_last_window_is_padded_and_the_padding_is_no_target(tmp_path):
+    loader = loader_of(stream_of(tmp_path, range(100, 112)))
+    (batch,) = loader.sequential(10)
+    assert loader.n_windows == 2
+    assert batch.input_ids[1].tolist() == [108, 109, 110, EOS, EOS, EOS, EOS, EOS]
+    assert batch.targets[1].tolist() == [109, 110, 111, *[IGNORE] * 5]
+    assert batch.tokens == 11
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(5, 90),
+    seq_len=st.integers(1, 4),
+    size=st.integers(1, 3),
+    micro_batches=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_every_token_but_the_first_is_a_target_once_an_epoch(
+    tmp_path_factory, length, seq_len, size, micro_batches, seed
+):
+    stream = stream_of(tmp_path_factory.mktemp("s"), range(1, length + 1), shards=2)
+    loader = loader_of(
+        stream, seq_len=seq_len, micro_batch_size=size, micro_batches_per_step=micro_batches, seed=seed
+    )
+    per_step = size * micro_batches
+    windows: list[int] = []
+    targets: list[int] = []
+    step = 0
+    while len(windows) < 2 * loader.n_windows:
+        step += 1
+        batches = list(loader.micro_batches(step))
+        assert [window for batch in batches for window in batch.window_ids] == loader.step_windows(
+            step
+        ).tolist()
+        assert loader.step_tokens(step) == sum(batch.tokens for batch in batches)
+        for batch in batches:
+            windows += batch.window_ids
+            targets += [tuple(row[row != IGNORE].tolist()) for row in batch.targets]
+        assert loader.epoch_of(step) == step * per_step / loader.n_windows
+    for epoch in range(2):
+        part = slice(epoch * loader.n_windows, (epoch + 1) * loader.n_windows)
+        assert sorted(windows[part]) == list(range(loader.n_windows))
+        assert sorted(token for row in targets[part] for token in row) == list(range(2, length + 1))
+
+
+def test_steps_continue_across_the_border_of_an_epoch(tmp_path):
+    loader = loader_of(stream_of(tmp_path, range(1, 90)), micro_batches_per_step=2)  # 11 windows, 4 a step
+    straight = WindowOrder(11, 1).windows(np.arange(40, dtype=np.int64)).tolist()
+    assert [int(window) for step in range(1, 11) for window in loader.step_windows(step)] == straight
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_processes_share_a_step_without_overlap(tmp_path, world_size):
+    loader = loader_of(stream_of(tmp_path, range(1, 500)))
+    for step in (1, 2, 7, 8, 9, 100):
+        together = [
+            window
+            for rank in range(world_size)
+            for batch in loader.micro_batches(step, rank, world_size)
+            for window in batch.window_ids
+        ]
+        assert together == loader.step_windows(step).tolist()
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (0, 8), (2, 2), (-1, 2), (0, 0)])
+def test_processes_that_cannot_share_are_refused(tmp_path, rank, world_size):
+    loader = loader_of(stream_of(tmp_path, range(1, 500)))
+    with pytest.raises(ConfigError):
+        next(loader.micro_batches(1, rank, world_size))
+
+
+def test_the_order_does_not_depend_on_how_a_step_is_cut(tmp_path):
+    stream = stream_of(tmp_path, range(1, 500))
+    one = loader_of(stream, micro_batch_size=8, micro_batches_per_step=1)
+    other = loader_of(stream, micro_batch_size=1, micro_batches_per_step=8)
+    for step in (1, 5, 50):
+        assert one.window_digest(step) == other.window_digest(step)
+
+
+def test_the_digest_names_the_windows(tmp_path):
+    stream = stream_of(tmp_path, range(1, 500))
+    loader = loader_of(stream)
+    ids = loader.step_windows(3)
+    assert loader.window_digest(3) == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
+    assert len({loader.window_digest(step) for step in range(1, 100)}) == 99
+    assert loader_of(stream, seed=2).window_digest(3) != loader.window_digest(3)
+
+
+# Documents
+
+
+def test_document_ids_count_the_ends_before(tmp_path):
+    tokens = [5, 6, EOS, 7, EOS, EOS, 8, 9, 1, *[3] * 8]
+    (batch,) = loader_of(stream_of(tmp_path, tokens)).sequential(2)
+    # The end token belongs to the document it ends.
+    assert batch.document_ids is not None
+    assert batch.document_ids.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3], [0] * 8]
+    assert batch.document_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "needed"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], False),
+        ([1, 2, 3, 4, 5, 6, 7, EOS, 9], False),  # an end at the last input position changes nothing
+        ([1, 2, 3, 4, 5, 6, EOS, 8, 9], True),
+        ([EOS, 2, 3, 4, 5, 6, 7, 8, 9], True),
+    ],
+)
+def test_document_ids_are_left_out_where_plain_attention_is_the_same(tmp_path, tokens, needed):
+    stream = stream_of(tmp_path, tokens)
+    assert (next(loader_of(stream).sequential(1)).document_ids is not None) == needed
+    assert next(loader_of(stream, document_mask=False).sequential(1)).document_ids is None
+
+
+def test_real_documents_are_separated(tiny_dataset, tiny_tokenizer):
+    loader = loader_of(tiny_dataset.train, seq_len=64)
+    for batch in loader.micro_batches(1):
+        borders = batch.input_ids == tiny_tokenizer.eos_id
+        if batch.document_ids is not None:
+            steps = batch.document_ids.diff(dim=1)
+            assert (steps == borders[:, :-1].long()).all()
+
+
+# Sizes
+
+
+def test_too_few_tokens_are_an_error_that_says_how_many(tmp_path):
+    stream = stream_of(tmp_path, range(1, 9))
+    with pytest.raises(DataError, match="8 tokens, at least 9"):
+        loader_of(stream)
+    (batch,) = loader_of(stream, allow_short=True).sequential(4)
+    assert batch.tokens == 7
+
+
+def test_one_token_is_never_enough(tmp_path):
+    with pytest.raises(DataError, match="at least 2"):
+        loader_of(stream_of(tmp_path, [1]), allow_short=True)
+
+
+@pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "micro_batches_per_step"])
+def test_sizes_below_one_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError):
+        loader_of(stream_of(tmp_path, range(1, 500)), **{name: 0})
+
+
+def test_steps_count_from_one(tmp_path):
+    with pytest.raises(ValueError, match="from 1"):
+        loader_of(stream_of(tmp_path, range(1, 500))).step_windows(0)

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import synthetic_texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmol.atomic import TEMPORARY_PREFIX
+from resmol.data import prepare as module
+from resmol.data.corpora import Corpus, Document, from_texts, read_inputs
+from resmol.data.prepare import Progress, is_held_out, prepare
+from resmol.data.shard_writer import SplitWriter
+from resmol.errors import DataError, DiskFull, UsageError
+
+
+def tokens_of(stream) -> list[int]:
+    return stream.read(0, len(stream)).tolist()
+
+
+def expected(texts, tokenizer) -> list[int]:
+    return [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eos_id]]
+
+
+def test_every_token_of_every_document_is_kept_once_and_documents_stay_whole(tiny_tokenizer, tmp_path):
+    texts = synthetic_texts(200)
+    dataset = prepare(
+        tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=0.1, shard_tokens=3000
+    )
+    held_out = {number for number in range(200) if is_held_out(number, 0, 0.1)}
+    assert 5 < len(held_out) < 40
+    train = [text for number, text in enumerate(texts) if number not in held_out]
+    val = [texts[number] for number in sorted(held_out)]
+    assert tokens_of(dataset.train) == expected(train, tiny_tokenizer)
+    assert tokens_of(dataset.val) == expected(val, tiny_tokenizer)
+    assert len(dataset.manifest.train.shards) > 3
+    assert (dataset.manifest.train.documents, dataset.manifest.val.documents) == (len(train), len(val))
+    assert dataset.manifest.source.text_bytes == len("".join(texts).encode())
+    assert dataset.manifest.source.held_out == "documents"
+
+
+def test_the_same_text_gives_the_same_fingerprint_anywhere(tiny_tokenizer, tmp_path):
+    texts = synthetic_texts(30)
+    one = prepare(tmp_path / "one", from_texts(texts), tiny_tokenizer)
+    other = prepare(tmp_path / "far" / "away", from_texts(texts), tiny_tokenizer)
+    assert one.fingerprint == other.fingerprint
+    assert one.manifest == other.manifest
+    assert prepare(tmp_path / "b", from_texts(texts[::-1]), tiny_tokenizer).fingerprint != one.fingerprint
+    seeded = prepare(tmp_path / "c", from_texts(texts), tiny_tokenizer, val_fraction=0.2, seed=1)
+    assert seeded.fingerprint != one.fingerprint
+
+
+def test_batches_make_no_difference(tiny_tokenizer, tmp_path, monkeypatch):
+    texts = synthetic_texts(30)
+    one = prepare(tmp_path / "one", from_texts(texts), tiny_tokenizer)
+    monkeypatch.setattr(module, "BATCH_BYTES", 50)
+    monkeypatch.setattr("resmol.data.text.PIECE_CHARACTERS", 40)
+    other = prepare(tmp_path / "other", from_texts(texts), tiny_tokenizer)
+    assert one.fingerprint == other.fingerprint
+
+
+# What is held out
+
+
+def test_one_document_is_divided_by_position(tiny_tokenizer, tmp_path):
+    text = " ".join(synthetic_texts(50))
+    dataset = prepare(tmp_path / "out", from_texts([text]), tiny_tokenizer, val_fraction=0.1)
+    whole = expected([text], tiny_tokenizer)
+    assert tokens_of(dataset.train) + tokens_of(dataset.val) == whole
+    assert len(dataset.val) == round(0.1 * len(whole))
+    assert dataset.manifest.source.held_out == "position"
+
+
+def test_without_luck_the_last_document_is_held_out(tiny_tokenizer, tmp_path):
+    texts = synthetic_texts(4)
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=1e-9)
+    assert tokens_of(dataset.train) == expected(texts[:3], tiny_tokenizer)
+    assert tokens_of(dataset.val) == expected(texts[3:], tiny_tokenizer)
+    assert dataset.manifest.train.documents == 3
+    (shard,) = dataset.manifest.train.shards
+    assert shard.bytes == 2 * shard.tokens
+
+
+def test_a_last_document_of_more_than_half_is_divided(tiny_tokenizer, tmp_path):
+    texts = ["short", " ".join(synthetic_texts(20))]
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=1e-9)
+    assert tokens_of(dataset.train) + tokens_of(dataset.val) == expected(texts, tiny_tokenizer)
+    assert len(dataset.val) == 1
+
+
+def test_nothing_is_held_out_when_nothing_is_wanted(tiny_tokenizer, tmp_path):
+    texts = synthetic_texts(3)
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=0.0)
+    assert tokens_of(dataset.train) == expected(texts, tiny_tokenizer)
+    assert len(dataset.val) == 0
+
+
+def test_a_corpus_can_choose_its_split(tiny_tokenizer, tmp_path):
+    texts = synthetic_texts(3)
+
+    def read(counts):
+        for number, text in enumerate(texts):
+            yield Document(str(number), iter([text]), "val" if number == 0 else "train")
+
+    dataset = prepare(tmp_path / "out", Corpus("chosen", None, read), tiny_tokenizer, val_fraction=0.9)
+    assert tokens_of(dataset.val) == expected(texts[:1], tiny_tokenizer)
+    assert tokens_of(dataset.train) == expected(texts[1:], tiny_tokenizer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=8), max_size=8),
+    val_fraction=st.floats(0, 0.99),
+    shard_tokens=st.integers(1, 10),
+)
+def test_tokens_add_up_whatever_the_texts(
+    tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens
+):
+    out = tmp_path_factory.mktemp("any") / "out"
+    options = {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
+    if not any(texts):
+        with pytest.raises(DataError, match="no text"):
+            prepare(out, from_texts(texts), tiny_tokenizer, **options)
+        return
+    dataset = prepare(out, from_texts(texts), tiny_tokenizer, **options)
+    full = [text for text in texts if text]
+    assert sorted(tokens_of(dataset.train) + tokens_of(dataset.val)) == sorted(expected(full, tiny_tokenizer))
+    assert len(dataset.train) > 0
+    assert (len(dataset.val) > 0) == (val_fraction > 0)
+    assert dataset.manifest.source.empty_documents == len(texts) - len(full)
+
+
+# Counts and messages
+
+
+def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path):
+    path = tmp_path / "odd.txt"
+    path.write_bytes(b"good \xff bad \x04 text")
+    said = []
+    dataset = prepare(tmp_path / "out", read_inputs([path]), genuine_tokenizer, say=said.append)
+    source = dataset.manifest.source
+    assert (source.replacements, source.untokenizable_bytes, source.forced_cuts) == (1, 1, 0)
+    assert source.inputs[0].name == "odd.txt"
+    assert any("replaced by U+FFFD" in line for line in said)
+    assert any("dropped" in line for line in said)
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_progress_ends_with_the_totals(tiny_tokenizer, tmp_path):
+    path = tmp_path / "in.txt"
+    path.write_text("hello world " * 1000)
+    seen: list[Progress] = []
+    dataset = prepare(tmp_path / "out", read_inputs([path]), tiny_tokenizer, on_progress=seen.append)
+    size = path.stat().st_size
+    assert seen[-1] == Progress(size, size, 1, len(dataset.train) + len(dataset.val))
+
+
+# Nothing half
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_that_is_in_use_is_left_alone(tiny_tokenizer, tmp_path):
+    out = tmp_path / "out"
+    prepare(out, from_texts(["one"]), tiny_tokenizer)
+    before = (out / "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match="prepared data folder already"):
+        prepare(out, from_texts(["two"]), tiny_tokenizer)
+    assert (out / "manifest.json").read_bytes() == before
+    other = tmp_path / "other"
+    other.mkdir()
+    prepare(other, from_texts(["fine, it is empty"]), tiny_tokenizer)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="not an empty folder"):
+        prepare(tmp_path / "full", from_texts(["x"]), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_fraction_that_is_none(tiny_tokenizer, tmp_path, fraction):
+    with pytest.raises(UsageError, match="--val-fraction"):
+        prepare(tmp_path / "out", from_texts(["x"]), tiny_tokenizer, val_fraction=fraction)
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(tiny_tokenizer, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("fine " * 100_000)
+    (folder / "b.jsonl").write_text("{broken")
+    with pytest.raises(DataError, match="line 1"):
+        prepare(tmp_path / "out", read_inputs([folder]), tiny_tokenizer)
+    assert names(tmp_path) == {"in"}
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(tiny_tokenizer, tmp_path, monkeypatch):
+    class Full(SplitWriter):
+        def append(self, ids):
+            super().append(ids)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "SplitWriter", Full)
+    with pytest.raises(DiskFull):
+        prepare(tmp_path / "out", from_texts(["x"]), tiny_tokenizer)
+    assert names(tmp_path) == set()
+
+
+def test_an_interrupt_leaves_nothing_behind(tiny_tokenizer, tmp_path):
+    def read(counts):
+        yield Document("one", iter(["text"]))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "out", Corpus("interrupted", None, read), tiny_tokenizer)
+    assert not [name for name in names(tmp_path) if name == "out" or name.startswith(TEMPORARY_PREFIX)]
+
+
+# The layout, byte by byte
+
+
+def test_the_files_are_datatrove_s(tiny_tokenizer, tmp_path):
+    texts = ["one two", "three"]
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=0.0)
+    shard = tmp_path / "out" / "train" / "00000.ds"
+    ids = expected(texts, tiny_tokenizer)
+    assert shard.read_bytes() == np.array(ids, dtype="<u2").tobytes()
+    ends = [len(expected(texts[:1], tiny_tokenizer)), len(ids)]
+    assert (tmp_path / "out" / "train" / "00000.ds.index").read_bytes() == np.array(
+        ends, dtype="<u8"
+    ).tobytes()
+    metadata = (tmp_path / "out" / "train" / "00000.ds.metadata").read_text()
+    assert metadata.split("\n") == [f"sha256:{tiny_tokenizer.sha256}|2", str(len(ids)), f"{len(ids)} T"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["tokenizer"] == {"sha256": tiny_tokenizer.sha256, "vocab_size": 512, "eos_id": 0}
+    assert manifest["token_bytes"] == 2
+    assert dataset.manifest.to_json() == (tmp_path / "out" / "manifest.json").read_bytes()
+
+
+def test_preparing_needs_no_torch():
+    code = "import sys, resmol.data.adopt, resmol.data.named; sys.exit('torch' in sys.modules)"
+    source = str(Path(module.__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": source}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
