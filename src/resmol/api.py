@@ -122,7 +122,7 @@ def evaluate_model(
         length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
         loader = Loader(
             stream, seq_len=length, micro_batch_size=1, micro_batches_per_step=1, seed=0,
-            eos_id=dataset.eos_id, document_mask=config.data.document_mask if config else True,
+            eos_id=dataset.eos_id, document_mask=config.data.document_mask if config else True, allow_short=True,
         )  # fmt: skip
         runtime = Runtime(0, 1, loaded.model.lm_head.weight.device, None)
         batches = loader.sequential(max(1, 2048 // length), windows or None)

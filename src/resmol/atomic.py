@@ -25,6 +25,11 @@ from pathlib import Path
 from resmol.errors import DiskFull
 
 TEMPORARY_PREFIX = "tmp-"
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew over what this file system, or the limit of `ulimit -f`, allows",
+}
 
 
 def fsync_path(path: Path) -> None:
@@ -119,13 +124,13 @@ def remove_leftovers(parent: Path) -> list[str]:
 
 @contextmanager
 def full_disk_is_an_error(path: Path) -> Iterator[None]:
-    """Turn ENOSPC and EDQUOT below this context into `DiskFull`, which names ``path``."""
+    """Turn ENOSPC, EDQUOT and EFBIG below this context into `DiskFull`, which names ``path``."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_ROOM:
             raise
         raise DiskFull(
-            f"the disk is full: {path} was not written; earlier files are untouched",
+            f"{_NO_ROOM[error.errno]}: {path} was not written; earlier files are untouched",
             fix="free some space (or move the run to another disk) and run the same command again",
         ) from error

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from resmol import __version__
@@ -273,21 +274,21 @@ def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: b
 
 
 def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
-    """Return checks as a table; the evidence column is there when there is evidence."""
-    with_evidence = any(check.evidence for check in checks)
-    columns = ["", "check", "measured", "expected"] + ["evidence"] * with_evidence + ["guards against"] * explain
-    table = Table(*columns, title=title, title_justify="left")
+    """Return checks as a table that also fits 80 columns: what is not needed to see that all is well stays away."""
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
     for check in checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
-        cells = [check.name, check.measured, check.expected]
-        cells += [check.evidence] * with_evidence + [check.guards] * explain
-        table.add_row(mark, *(_plain(cell) for cell in cells))
+        lines = [escape(check.measured)]
+        if explain or not check.passed:
+            lines += [f"[dim]expected: {escape(check.expected)}[/]"]
+        if explain and check.guards:
+            lines += [f"[dim]guards against: {escape(check.guards)}[/]"]
+        if check.evidence:
+            lines += [f"[dim]see {escape(os.path.relpath(check.evidence))}[/]"]
+        table.add_row(mark, escape(check.name), "\n".join(lines))
+    passed = sum(check.passed for check in checks)
+    table.add_row("", f"[bold]{passed} of {len(checks)} passed[/]", "")
     return table
-
-
-def _plain(text: str) -> str:
-    """Escape what rich would take for markup."""
-    return text.replace("[", "\\[")
 
 
 def _tune_allocator() -> None:

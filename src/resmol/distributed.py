@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,16 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from resmol.config import RunConfig, with_overrides
+from resmol.config import RunConfig
 from resmol.errors import ConfigError
-from resmol.flops import training_flops_per_token
-
-# Regional compilation takes this long on two cores and saves about this share of a step; both measured.
-COMPILE_SECONDS = 60.0
-COMPILE_SAVES = 0.1
-CPU_FLOPS_PER_SECOND = 1.5e11
-# bfloat16 must be this much faster before it is worth its rounding.
-BFLOAT16_MUST_GAIN = 1.2
 
 
 @dataclass(frozen=True)
@@ -115,7 +104,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
         ConfigError: The device does not exist here.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(config.runtime.device)
+    device = find_device(config.runtime.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     if world_size > 1:
@@ -128,7 +117,8 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def _device(wanted: str) -> torch.device:
+def find_device(wanted: str) -> torch.device:
+    """Return the device that ``runtime.device`` means here (`ConfigError` when it does not exist)."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -136,63 +126,3 @@ def _device(wanted: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
-
-
-# --- `auto` --------------------------------------------------------------------------------------------------
-
-
-def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Replace every ``auto`` of the runtime section by a decision.
-
-    Returns:
-        The configuration without ``auto``, and a sentence for each decision.
-    """
-    decisions: dict[str, str] = {}
-    reasons: list[str] = []
-    device = _device(config.runtime.device)
-    if config.runtime.device == "auto":
-        decisions["device"] = device.type
-    if config.runtime.precision == "auto":
-        decisions["precision"], reason = _choose_precision(config, device)
-        reasons.append(reason)
-    if config.runtime.compile == "auto":
-        decisions["compile"], reason = _choose_compile(config, device)
-        reasons.append(reason)
-    return with_overrides(config, [f"runtime.{key}={value}" for key, value in decisions.items()]), reasons
-
-
-def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported()
-        return ("bfloat16", "precision: bfloat16 autocast") if supported else ("float32", "precision: float32")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would measure, and they could disagree
-        return "float32", "precision: float32 (not measured, since there are several processes)"
-    seconds = {dtype: _matrix_product_seconds(config, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    gain = seconds[torch.float32] / seconds[torch.bfloat16]
-    chosen = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
-    return chosen, f"precision: {chosen} (bfloat16 products measured {gain:.2f}x as fast as float32 here)"
-
-
-def _matrix_product_seconds(config: RunConfig, dtype: torch.dtype) -> float:
-    """Time the product of the feed-forward layer at this run's shapes; the best of several, since others compete."""
-    tokens = config.batch.micro_batch_size * config.data.seq_len
-    left = torch.ones(tokens, config.model.hidden_size, dtype=dtype)
-    right = torch.ones(config.model.hidden_size, config.model.intermediate_size, dtype=dtype)
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    if sys.platform == "win32" or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        return "off", "compile: off (there is no C++ compiler here)"
-    if device.type == "cuda":
-        return "on", "compile: on"
-    tokens = config.train.steps * config.batch.global_batch_tokens
-    flops = tokens * training_flops_per_token(config.model, config.data.seq_len)
-    saved = COMPILE_SAVES * flops / CPU_FLOPS_PER_SECOND
-    chosen = "on" if saved > COMPILE_SECONDS else "off"
-    return chosen, f"compile: {chosen} (it would take about {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s)"

@@ -46,12 +46,13 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
 def training_memory(config: ModelConfig, micro_batch_size: int, seq_len: int, loss_chunk_tokens: int) -> dict[str, int]:
     """Estimate the bytes that fp32 training needs, by part.
 
-    Activations are what the backward pass keeps for each token and block: the inputs of the norms and the matrix
-    products, queries, keys and values before and after rotation, and the three tensors of SwiGLU.
+    Activations are what the backward pass keeps for each token and block, counted in the uncompiled model: eight
+    tensors of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
+    SwiGLU, and a row of the document mask, which the fused attention of the CPU keeps as numbers in each block.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
-    kept = 7 * width + 4 * key_value + 4 * config.intermediate_size
+    kept = 8 * width + 2 * key_value + 4 * config.intermediate_size + seq_len
     tokens = micro_batch_size * seq_len
     return {
         "weights": parameters,

@@ -1,0 +1,95 @@
+"""What ``auto`` means: decided once, when a run starts, by device and by measurement, then stored in the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+
+import torch
+
+from resmol.config import RunConfig, with_overrides
+from resmol.distributed import Runtime, find_device
+from resmol.flops import training_flops_per_token
+from resmol.hf_config import ModelConfig
+from resmol.loss import cross_entropy_sum
+from resmol.model import CausalLM
+
+# Regional compilation takes this long on two cores and saves this share of a step; both measured.
+COMPILE_SECONDS = 60.0
+COMPILE_SAVES = 0.1
+CPU_FLOPS_PER_SECOND = 1.5e11
+# bfloat16 must be this much faster before it is worth its rounding.
+BFLOAT16_MUST_GAIN = 1.2
+MEASUREMENTS = 7
+
+
+def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Replace every ``auto`` of the runtime section by a decision.
+
+    Returns:
+        The configuration without ``auto``, and a sentence for each decision.
+    """
+    decisions: dict[str, str] = {}
+    reasons: list[str] = []
+    device = find_device(config.runtime.device)
+    if config.runtime.device == "auto":
+        decisions["device"] = device.type
+    if config.runtime.precision == "auto":
+        decisions["precision"], reason = _choose_precision(config, device)
+        reasons.append(reason)
+    if config.runtime.compile == "auto":
+        decisions["compile"], reason = _choose_compile(config, device)
+        reasons.append(reason)
+    return with_overrides(config, [f"runtime.{key}={value}" for key, value in decisions.items()]), reasons
+
+
+def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported()
+        return ("bfloat16", "precision: bfloat16 autocast") if supported else ("float32", "precision: float32")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would measure, and they could disagree
+        return "float32", "precision: float32 (not measured, since there are several processes)"
+    gain = bfloat16_gain(config)
+    chosen = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
+    return chosen, f"precision: {chosen} (a step in bfloat16 measured {gain:.2f}x as fast as in float32 here)"
+
+
+def bfloat16_gain(config: RunConfig) -> float:
+    """Return how much faster forward and backward are under bfloat16 autocast, on a slice of the model.
+
+    The slice has one block and as much of the vocabulary as belongs to one block, so that blocks and output layer
+    weigh as they do in the whole. The two types take turns, and medians are compared, since other programs compete.
+    """
+    model = CausalLM(_slice_of(config.model))
+    shape = (config.batch.micro_batch_size, config.data.seq_len)
+    ids = torch.arange(shape[0] * shape[1]).reshape(shape) % model.config.vocab_size
+    seconds: dict[torch.dtype | None, list[float]] = {None: [], torch.bfloat16: []}
+    for _ in range(MEASUREMENTS):
+        for dtype, times in seconds.items():
+            runtime = Runtime(0, 1, torch.device("cpu"), dtype)
+            started = time.perf_counter()
+            with runtime.autocast():
+                loss = cross_entropy_sum(model.hidden(ids), model.lm_head.weight, ids, config.runtime.loss_chunk_tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+            times.append(time.perf_counter() - started)
+    return statistics.median(seconds[None]) / statistics.median(seconds[torch.bfloat16])
+
+
+def _slice_of(config: ModelConfig) -> ModelConfig:
+    lowest = max(config.bos_token_id, config.eos_token_id) + 1
+    vocabulary = max(lowest, config.vocab_size // config.num_hidden_layers)
+    return config.model_copy(update={"num_hidden_layers": 1, "vocab_size": vocabulary})
+
+
+def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "off", "compile: off (there is no C++ compiler here)"
+    if device.type == "cuda":
+        return "on", "compile: on"
+    tokens = config.train.steps * config.batch.global_batch_tokens
+    flops = tokens * training_flops_per_token(config.model, config.data.seq_len)
+    saved = COMPILE_SAVES * flops / CPU_FLOPS_PER_SECOND
+    chosen = "on" if saved > COMPILE_SECONDS else "off"
+    return chosen, f"compile: {chosen} (it would take about {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s)"

@@ -1,0 +1,243 @@
+"""A model folder as Hugging Face's tools write it: which files hold the weights, and do they fit config.json?
+
+No PyTorch and no tensor data: names, types and shapes stand in the headers. Loading and `resmol inspect` have
+the same rules; loading refuses what `inspect` reports.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resmol.checks import Check
+from resmol.errors import CheckpointError, ConfigError, DataError
+from resmol.hf_config import ModelConfig
+from resmol.safetensors_header import TensorInfo, read_header
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_DTYPES = ("F32", "F16", "BF16")
+MAX_INDEX_BYTES = 10_000_000
+MAX_LAYERS = 10_000
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", ".metadata")
+_SHOWN = 4  # names in a message
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a model's weights, with their headers read and checked.
+
+    Attributes:
+        files: The files, in the order of their names.
+        tensors: What each tensor is, over all files.
+    """
+
+    files: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that a weight file of this architecture holds.
+
+    A tied output layer is the embedding and is not stored. SmolLM2-135M has 272 tensors.
+
+    Raises:
+        ConfigError: So many blocks that the table itself would fill the memory.
+    """
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ConfigError(
+            f"the model has {config.num_hidden_layers} blocks; at most {MAX_LAYERS} are supported",
+            fix="correct num_hidden_layers",
+        )
+    width, ffn = config.hidden_size, config.intermediate_size
+    key_value = config.num_key_value_heads * config.head_dim
+    block = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (key_value, width),
+        "self_attn.v_proj": (key_value, width),
+        "self_attn.o_proj": (width, width),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (ffn, width),
+        "mlp.up_proj": (ffn, width),
+        "mlp.down_proj": (width, ffn),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for layer in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in block.items()}
+    shapes["model.norm.weight"] = (width,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """Find the weight files of a folder and read their headers.
+
+    Raises:
+        CheckpointError: A header or the index breaks a rule, or the folder only holds pickles.
+        DataError: There are no weights in the folder.
+    """
+    if (folder / WEIGHTS).exists():
+        path = _inside(folder, WEIGHTS)
+        return WeightFiles((path,), read_header(path).tensors)
+    if (folder / INDEX).exists():
+        return _sharded(folder, _read_index(_inside(folder, INDEX)))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has its weights only in {pickles[0]}, a kind of pickle; resmol never unpickles",
+            fix="use the safetensors version of the model",
+        )
+    raise DataError(
+        f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX}",
+        fix="name a run, a checkpoint, a Hugging Face folder with safetensors, a GGUF file or a Hub id",
+    )
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return ``folder/name``; a link may lead only to where the Hub's cache keeps this model's files."""
+    path, home = folder / name, folder.resolve()
+    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if path.resolve().parent not in allowed:
+        raise CheckpointError(
+            f"{path} leads out of its folder, to {path.resolve()}", fix="put the file itself into the folder"
+        )
+    return path
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return tensor -> file name, where each file name is a plain name."""
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise _bad_index(path, f"it has more than {MAX_INDEX_BYTES} bytes")
+    try:
+        return parse_index(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", fix="check the file's permissions") from None
+
+
+def parse_index(content: bytes, origin: str) -> dict[str, str]:
+    """Return tensor -> file name of a ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: It is no such file, or names anything but plain ``.safetensors`` files.
+    """
+    try:
+        table: Any = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise _bad_index(origin, "it is not JSON") from None
+    names = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise _bad_index(origin, "it has no weight_map")
+    for name in names.values():
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise _bad_index(origin, f"it names {_quoted(name)}, not a plain .safetensors name")
+    return names
+
+
+def _sharded(folder: Path, index: Mapping[str, str]) -> WeightFiles:
+    tensors: dict[str, TensorInfo] = {}
+    files = tuple(_inside(folder, name) for name in sorted(set(index.values())))
+    for path in files:
+        listed = {tensor for tensor, name in index.items() if name == path.name}
+        found = read_header(path).tensors
+        if found.keys() != listed:
+            odd = _listing(found.keys() ^ listed)
+            raise _bad_index(folder / INDEX, f"{path.name} does not hold what the index says ({odd})")
+        tensors |= found
+    return WeightFiles(files, tensors)
+
+
+def _bad_index(origin: str | Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{origin} is not a sound index: {reason}", fix="fetch or export the model again")
+
+
+# --- config.json against the weights -----------------------------------------------------------------------
+
+
+def cross_check(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> list[Check]:
+    """Compare an architecture with the tensors of a weight file; every disagreement is named.
+
+    Returns:
+        Three checks: names, shapes and types.
+    """
+    expected = tensor_shapes(config)
+    return [_check_names(config, expected, tensors), _check_shapes(expected, tensors), _check_types(tensors)]
+
+
+def _check_names(
+    config: ModelConfig, expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Check:
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    odd = [
+        f"{kind}: {_listing(names)}" for kind, names in (("missing", missing), ("unexpected", extra)) if names
+    ]
+    return Check(
+        name="tensor names",
+        passed=not odd,
+        measured="; ".join([*odd, *_hints(config, missing, extra)]) or f"{len(tensors)} names",
+        expected=f"the {len(expected)} names of this architecture",
+        guards="an untied or cloned output layer, biases, wrapper prefixes, missing blocks",
+    )
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]) -> Check:
+    common = [name for name in expected if name in tensors]
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, not {list(expected[name])}"
+        for name in common
+        if tensors[name].shape != expected[name]
+    ]
+    return Check(
+        name="tensor shapes",
+        passed=not wrong,
+        measured="; ".join(wrong[:_SHOWN]) + _and_more(wrong) or f"{len(common)} shapes",
+        expected="the shapes that config.json implies",
+        guards="a config.json that belongs to another model",
+    )
+
+
+def _check_types(tensors: Mapping[str, TensorInfo]) -> Check:
+    wrong = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in WEIGHT_DTYPES]
+    kinds = sorted({info.dtype for info in tensors.values()})
+    return Check(
+        name="tensor types",
+        passed=not wrong,
+        measured="; ".join(wrong[:_SHOWN]) + _and_more(wrong) or ", ".join(kinds),
+        expected=" or ".join(WEIGHT_DTYPES),
+        guards="quantised numbers read as if they were weights",
+    )
+
+
+def _hints(config: ModelConfig, missing: Iterable[str], extra: Iterable[str]) -> list[str]:
+    """Say in words what a set of odd names usually means."""
+    hints = []
+    if "lm_head.weight" in extra and config.tie_word_embeddings:
+        hints.append(
+            "config.json says that the output layer is the embedding, and the file has one of its own"
+        )
+    if "lm_head.weight" in missing:
+        hints.append("config.json says that the output layer is not the embedding, and the file has none")
+    if any(name.endswith(".bias") for name in extra):
+        hints.append("these layers have biases, which config.json does not mention")
+    if any(name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name for name in extra):
+        hints.append("the names carry the prefix of a training wrapper")
+    return hints
+
+
+def _listing(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(_quoted(name) for name in ordered[:_SHOWN]) + _and_more(ordered)
+
+
+def _and_more(items: list[str]) -> str:
+    return f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

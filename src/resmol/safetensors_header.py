@@ -1,0 +1,281 @@
+"""The header of a safetensors file, read strictly: no tensor is touched, nothing is executed, no PyTorch.
+
+A safetensors file is 8 bytes (little-endian length N), N bytes of JSON (name -> dtype, shape, data_offsets)
+and the data. Common readers accept files that break the format's own rules, such as duplicate keys. Here each
+rule is checked before a byte of the data is used, and a violation is a `CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resmol.errors import CheckpointError, DataError, NetworkError
+
+# The format allows 100 MB, which as JSON becomes gigabytes of objects; a header of SmolLM2-135M has 30 kB.
+MAX_HEADER_BYTES = 1_000_000
+MAX_DIMENSIONS = 8
+LENGTH_BYTES = 8
+FIRST_REQUEST_BYTES = 65_536  # from the Hub: holds the whole header of any SmolLM2, so one request is enough
+
+DTYPE_BYTES = {
+    name: size
+    for size, names in {
+        1: "BOOL U8 I8 F8_E4M3 F8_E5M2",
+        2: "U16 I16 F16 BF16",
+        4: "U32 I32 F32",
+        8: "U64 I64 F64",
+    }.items()
+    for name in names.split()
+}
+
+# What else is found under this name. The first three would run code when read, so nothing here reads them.
+_MAGIC = {
+    "a pickle; resmol never unpickles": rb"\x80[\x02-\x05]|\x8a\x0al\xfc\x9cF\xf9",
+    "a pickle (protocol 0); resmol never unpickles": rb"c[\w.]+\n[\w.]+\n|\([dli][\w.]*\n?[\w.]*\n",
+    "a zip archive (torch.save puts a pickle into one); resmol never unpickles": rb"PK(\x03\x04|\x05\x06)",
+    "a GGUF file; give it the ending .gguf": rb"GGUF",
+    "a Git LFS pointer: the weights themselves were not downloaded": rb"version https://git-lfs",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of a tensor; ``start`` and ``end`` are byte offsets into the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header that keeps all rules.
+
+    Attributes:
+        tensors: Name -> what is known of it, in the order of the data.
+        metadata: The free text of ``__metadata__``.
+        header_bytes: Where the data begins in the file.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    header_bytes: int
+
+
+class _BrokenRuleError(ValueError):
+    """A broken rule, in words; turned into a `CheckpointError` that names the file."""
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a file; a few kB of it are read.
+
+    Raises:
+        CheckpointError: It breaks a rule of the format, or is a pickle (whatever its name).
+        DataError: It is not there, or cannot be read.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _damaged(str(path), "it is not a regular file")
+            head = file.read(64)
+            length = header_length(head, status.st_size, str(path))
+            head += file.read(max(0, LENGTH_BYTES + length - len(head)))
+    except OSError as error:
+        reason = f"cannot read {path}: {error.strerror}"
+        raise DataError(reason, fix="check the path and its permissions") from None
+    return parse_header(head, status.st_size, str(path))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file; a named pipe would otherwise block until somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def header_length(head: bytes, file_size: int, origin: str = "the file") -> int:
+    """Return the length of the JSON part, checked against the file's size before anything is allocated.
+
+    Args:
+        head: At least the first 16 bytes, or the whole file where it is shorter.
+        file_size: Bytes of the whole file.
+        origin: The file's name, for the message.
+
+    Raises:
+        CheckpointError: The length cannot be true, or the file is of another, known kind.
+    """
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    begins_well = head[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{"
+    if begins_well and length <= min(MAX_HEADER_BYTES, file_size - LENGTH_BYTES):
+        return length  # looked at first: a header of 1152 bytes begins like a pickle of protocol 4
+    for kind, magic in _MAGIC.items():
+        if re.match(magic, head):
+            raise CheckpointError(f"{origin} is {kind}", fix="use the model's .safetensors or .gguf file")
+    if file_size < LENGTH_BYTES + 2:
+        raise _damaged(origin, f"it has {file_size} bytes; a header has at least {LENGTH_BYTES + 2}")
+    if length > file_size - LENGTH_BYTES:
+        raise _damaged(origin, f"it claims a header of {length} bytes, and has {file_size} bytes in all")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(origin, f"its header has {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+    raise _damaged(origin, "its header does not begin with '{'")
+
+
+def parse_header(head: bytes, file_size: int, origin: str = "the file") -> Header:
+    """Check a header against every rule of the format.
+
+    Args:
+        head: The first bytes of the file: the length and the whole JSON part; what follows is ignored.
+        file_size: Bytes of the whole file.
+        origin: The file's name, for the messages.
+
+    Raises:
+        CheckpointError: A rule is broken; the message names the file, the tensor and the rule.
+    """
+    end = LENGTH_BYTES + header_length(head, file_size, origin)
+    try:
+        if len(head) < end:
+            raise _BrokenRuleError(f"its header ends after {len(head)} of {end} bytes")
+        table = _json_object(head[LENGTH_BYTES:end])
+        metadata = _metadata(table.pop("__metadata__", {}))
+        tensors = {name: _tensor(name, entry) for name, entry in table.items()}
+        ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+        _require_contiguous(ordered, file_size - end)
+    except RecursionError:
+        raise _damaged(origin, "its header is nested too deeply") from None
+    except ValueError as error:  # JSON, UTF-8, over-long numbers and our own rules
+        raise _damaged(origin, str(error)[:300]) from None
+    return Header(ordered, metadata, end)
+
+
+def _damaged(origin: str, rule: str) -> CheckpointError:
+    return CheckpointError(
+        f"{origin} is not a sound safetensors file: {rule}",
+        fix="fetch or export the file again; nothing of it was loaded",
+    )
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    options: dict[str, Any] = {"object_pairs_hook": _without_duplicates, "parse_constant": _no_constant}
+    table = json.loads(text.decode("utf-8"), **options)
+    if not isinstance(table, dict):
+        raise _BrokenRuleError("its header is not a JSON object")
+    return table
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise _BrokenRuleError(f"its header has the key {_shown(twice)} twice")
+    return table
+
+
+def _no_constant(name: str) -> Any:
+    raise _BrokenRuleError(f"its header holds {name}, which is not JSON")
+
+
+def _metadata(table: Any) -> dict[str, str]:
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise _BrokenRuleError("__metadata__ is not an object of strings")
+    return table
+
+
+def _tensor(name: str, entry: Any) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _BrokenRuleError(f"{_shown(name)} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise _BrokenRuleError(f"{_shown(name)} has the unknown dtype {_shown(dtype)}")
+    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _BrokenRuleError(f"the shape of {_shown(name)} is not up to {MAX_DIMENSIONS} whole numbers")
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _BrokenRuleError(f"the data_offsets of {_shown(name)} are not two ascending whole numbers")
+    # Python's integers do not overflow, and the bound on each number above keeps their product cheap.
+    needed, given = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
+    if needed != given:
+        raise _BrokenRuleError(f"{_shown(name)}: {dtype} {shape} needs {needed} bytes and has {given}")
+    return TensorInfo(dtype, tuple(shape), *offsets)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _require_contiguous(tensors: Mapping[str, TensorInfo], data_bytes: int) -> None:
+    """Refuse holes (a place to hide data), overlaps, and data that no tensor names."""
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.start != end:
+            kind = "overlaps the one before" if tensor.start < end else "leaves a hole before it"
+            raise _BrokenRuleError(f"{_shown(name)} {kind}: it begins at byte {tensor.start}, not {end}")
+        end = tensor.end
+    if end != data_bytes:
+        reason = "truncated" if end > data_bytes else "it holds something that has no name"
+        raise _BrokenRuleError(f"its tensors cover {end} bytes and its data has {data_bytes}: {reason}")
+
+
+def _shown(value: Any) -> str:
+    """Quote text from outside: escaped, and short enough for one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- from the Hub --------------------------------------------------------------------------------------
+
+
+def read_remote_header(url: str) -> Header:
+    """Read the header of a file on the Hub with one or two HTTP range requests; never the weights.
+
+    Args:
+        url: Address of the file, as `huggingface_hub.hf_hub_url` returns it.
+
+    Raises:
+        CheckpointError: The header breaks a rule of the format.
+        NetworkError: The file is not there, or the server cannot be reached or refuses range requests.
+    """
+    head, file_size = _fetch_range(url, 0, FIRST_REQUEST_BYTES)
+    missing = LENGTH_BYTES + header_length(head, file_size, url) - len(head)
+    if missing > 0:
+        head += _fetch_range(url, len(head), missing)[0]
+    return parse_header(head, file_size, url)
+
+
+def _fetch_range(url: str, start: int, count: int) -> tuple[bytes, int]:
+    """Return at most ``count`` bytes from ``start``, and the size of the whole file."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    headers = build_hf_headers() | {
+        "Range": f"bytes={start}-{start + count - 1}",
+        "Accept-Encoding": "identity",
+    }
+    content = b""
+    try:
+        with get_session().stream("GET", url, headers=headers, timeout=10, follow_redirects=True) as response:
+            status, stated = response.status_code, response.headers.get("content-range", "")
+            for piece in response.iter_raw():
+                content += piece
+                if len(content) >= count:  # a server that ignores the range would send the whole file
+                    break
+    except Exception as error:  # the client raises many kinds; to the user all mean that it did not come
+        raise _unreachable(url, type(error).__name__) from error
+    total = re.fullmatch(rf"bytes {start}-\d+/(\d{{1,18}})", stated)
+    if total is None:
+        raise _unreachable(url, f"the server answered {status} to a range request")
+    return content[:count], int(total[1])
+
+
+def _unreachable(url: str, reason: str) -> NetworkError:
+    return NetworkError(
+        f"the header of {url} did not come ({reason})",
+        fix="check the name and the connection, or download the file and pass its path",
+    )

@@ -1,0 +1,69 @@
+"""What the README says is there is there, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from resmol.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILE_MAP = README.partition("## File map")[2]
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.partition("#")[0].strip() for block in code_blocks("") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("resmol ")]
+
+
+def test_file_map_names_every_module_once_and_nothing_else() -> None:
+    named = re.findall(r"`((?:src|docs|tests)/[\w./-]+)`", FILE_MAP)
+    assert sorted(named) == sorted(set(named)), "named twice"
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+    package = ROOT / "src" / "resmol"
+    modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
+    folders = {name.rstrip("/") for name in named if (ROOT / name).is_dir()}
+    unnamed = {module for module in modules - set(named) if str(Path(module).parent) not in folders}
+    assert not unnamed
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readme_parse(command: str) -> None:
+    words = shlex.split(command)[1:]
+    options = [word for word in words if word.startswith("--")]
+    text = CliRunner().invoke(app, [words[0], "--help"], env={"COLUMNS": "300"}).output
+    assert all(option in text for option in options), command
+
+
+def test_every_command_is_listed() -> None:
+    listed = set(re.findall(r"^\| `resmol (\w+)", README, re.MULTILINE))
+    assert listed == {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", "\n".join(code_blocks("")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], genuine_tokenizer: object) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("input.txt").write_text("Once upon a time there was a king. " * 200, encoding="utf-8")
+    example = code_blocks("python")[0].replace("train.steps=200", "train.steps=2")
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
