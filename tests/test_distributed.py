@@ -13,7 +13,7 @@ from test_resume import assert_equal_runs
 
 from resmol.config import RunConfig, with_overrides
 from resmol.data.shards import Dataset
-from resmol.distributed import Runtime, open_runtime, resolve_auto
+from resmol.distributed import Runtime, open_runtime
 from resmol.errors import ConfigError
 from resmol.ledger import read_ledger, select
 from resmol.tokenizer import Tokenizer
@@ -39,29 +39,6 @@ def test_one_process_two_and_one_again(
     records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
     assert [r["environment"]["world_size"] for r in records if r["kind"] in ("start", "resume")] == [1, 2, 1]
     assert not list(select(records, "warn"))
-
-
-def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
-    wanted = with_overrides(tiny_config, [f"runtime.{key}=auto" for key in ("device", "precision", "compile")])
-    decided, reasons = resolve_auto(wanted)
-    assert "auto" not in decided.runtime.model_dump().values()
-    assert len(reasons) == 2
-    assert resolve_auto(decided) == (decided, [])
-
-
-def test_without_a_compiler_it_runs_uncompiled(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.distributed.shutil.which", lambda _: None)
-    long_run = with_overrides(tiny_config, ["runtime.compile=auto", "train.steps=100000000"])
-    decided, reasons = resolve_auto(long_run)
-    assert decided.runtime.compile == "off"
-    assert "no C++ compiler" in reasons[0]
-
-
-def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.distributed.shutil.which", lambda name: name)
-    for steps, expected in ((100_000_000, "on"), (10, "off")):
-        wanted = with_overrides(tiny_config, ["runtime.compile=auto", f"train.steps={steps}"])
-        assert resolve_auto(wanted)[0].runtime.compile == expected
 
 
 def test_cuda_without_a_device(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

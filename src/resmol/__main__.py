@@ -6,7 +6,7 @@ import errno
 import sys
 from collections.abc import Sequence
 
-import click
+import typer
 
 from resmol.errors import DiskFull, Interrupted, ResmolError
 
@@ -29,10 +29,11 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
             raise
         _print_error(error.what, error.fix)
         return exit_code(error)
-    except click.ClickException as error:
-        error.show()
+    except typer.exceptions.TyperException as error:
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        _print_error(error.format_message(), f"see `resmol {command} --help`".replace("  ", " "))
         return 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _print_error("interrupted", "run the same command again")
         return 130
     except OSError as error:

@@ -52,15 +52,16 @@ def print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"resmol {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
 def options(
-    _version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    _version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
     _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim."""

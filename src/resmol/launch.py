@@ -89,7 +89,8 @@ def launch(wanted: Launch) -> TrainState:
         if is_main:
             _check_disk(run, state.model)
             _begin_directory(run, config, tokenizer)
-            journal = Journal(Ledger(run.ledger), wanted.views(config))
+            views = wanted.views(config)
+            journal = Journal(Ledger(run.ledger), views)
             stack.callback(journal.close)
             options = (drifts, wanted.allow_fresh, wanted.strict)
             recorded = begin(state, journal, Beginning(run, config, dataset.fingerprint, runtime.environment(), *options))

@@ -10,8 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -67,6 +68,7 @@ class Journal:
                 view.show(record)
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._views.remove(view)
+                _close_quietly(view)
                 self.write("warn", what=f"{type(view).__name__} fell silent", reason=type(error).__name__)
         return record
 
@@ -77,11 +79,13 @@ class Journal:
     def close(self) -> None:
         """Close the views, then the ledger."""
         for view in self._views:
-            try:
-                view.close()
-            except (OSError, ValueError):
-                continue
+            _close_quietly(view)
         self._ledger.close()
+
+
+def _close_quietly(view: View) -> None:
+    with suppress(OSError, ValueError):
+        view.close()
 
 
 class Lines:
@@ -101,8 +105,7 @@ class Lines:
     def line(self, record: Record) -> str | None:
         """Return the text of a record, or None for a step that is not shown."""
         if record["kind"] != "step":
-            describe = _DESCRIPTIONS.get(record["kind"])
-            return describe(record) if describe else None
+            return describe(record)
         self._tokens += record["tokens"]
         self._seconds += record["seconds"]
         if not (self._first or record["step"] % self.every == 0 or record["step"] == self.last):
@@ -114,6 +117,12 @@ class Lines:
             f"step {record['step']:>{width}}/{self.last} | loss {record['loss']:7.4f} | grad {record['grad_norm']:6.3f} | "
             f"lr {record['lr']:.2e} | {rate:7,.0f} tok/s | {record['tokens_seen']:>11,} tokens | epoch {record['epoch']:.2f}"
         )
+
+
+def describe(record: Record) -> str | None:
+    """Return a record other than a step in words; None for a step."""
+    words = _DESCRIPTIONS.get(record["kind"])
+    return words(record) if words else None
 
 
 def _sample(record: Record) -> str:
@@ -155,7 +164,7 @@ class LogView:
 class ConsoleView:
     """Prints the lines on standard error; on a terminal, with a live progress line below them."""
 
-    def __init__(self, lines: Lines, stream: TextIO | None = None) -> None:
+    def __init__(self, lines: Lines, stream: IO[str] | None = None) -> None:
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._lines = lines
         live = self._console.is_terminal and not os.environ.get("CI")

@@ -1,0 +1,58 @@
+# Everything a clone needs: Python 3.11 or newer, make and a package index. All set-up stays in .venv.
+# Another interpreter: make PYTHON=/path/to/python3.12 ...
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart reproduce test check format clean
+
+PYTHON ?=
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
+BIN := .venv/bin
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/package ## create .venv from requirements.lock (the other targets do it by themselves)
+
+quickstart: .venv/package ## SmolLM2's architecture at a size for minutes: 5000 steps, resume at 5001, 5050, audit, report
+	$(BIN)/resmol reproduce runs/quickstart --preset nano
+
+reproduce: .venv/package ## the same with the real SmolLM2-135M, on a GPU or a CPU; interrupted, it goes on
+	$(BIN)/resmol reproduce runs/smollm2-135m
+
+test: .venv/package ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: .venv/package ## format, lint, strict types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/package ## format the code and sort the imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and builds; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two stamps: a changed lock makes a new environment, a changed pyproject.toml only installs the package again.
+.venv/package: .venv/locked pyproject.toml
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/locked: requirements.lock
+	@for candidate in $(CANDIDATES); do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	  then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python 3.11 or newer with venv was found (looked for: $(CANDIDATES))" >&2; \
+	  echo "  fix: install one (Debian and Ubuntu: python3 python3-venv), or run make PYTHON=/path/to/python3" >&2; \
+	  exit 3; \
+	fi; \
+	echo "setting up .venv with $$("$$python" --version) (the first time takes a minute or more, by the network)"; \
+	"$$python" -m venv --clear .venv && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@

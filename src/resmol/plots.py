@@ -1,0 +1,128 @@
+"""The curves of a run as inline SVG; drawn with matplotlib, without pyplot and its global state."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from resmol.ledger import Record, effective_steps, select
+
+MAX_POINTS = 1200
+BLUE, ORANGE, GREY, RED = "#2b6cb0", "#c05621", "#a0aec0", "#c53030"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#edf2f7",
+    "axes.edgecolor": "#718096",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "resmol",  # the same record gives the same page
+    "svg.fonttype": "none",
+}
+
+
+def curves(records: Sequence[Record]) -> dict[str, str]:
+    """Return title -> SVG for the loss, the learning rate, the gradient norm and the speed."""
+    steps = list(effective_steps(list(records)).values())
+    if not steps:
+        return {}
+    return {
+        "Loss": _draw(records, steps, _loss, size=(7.2, 3.0)),
+        "Learning rate": _draw(records, steps, lambda axes, s, _: _line(axes, s, "lr", "learning rate")),
+        "Gradient norm": _draw(records, steps, _gradient_norm),
+        "Speed": _draw(records, steps, _speed),
+    }
+
+
+Painter = Callable[[Any, list[Record], Sequence[Record]], None]
+
+
+def _draw(records: Sequence[Record], steps: list[Record], paint: Painter, size: tuple[float, float] = (4.4, 2.6)) -> str:
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        paint(axes, steps, records)
+        _mark_resumes(axes, records)
+        axes.set_xlabel("step")
+        axes.margins(x=0.01)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = out.getvalue()
+    return text[text.index("<svg") :]  # without the XML declaration, which does not belong inside a page
+
+
+def _mark_resumes(axes: Any, records: Sequence[Record]) -> None:
+    resumes = [record["next_step"] for record in select(list(records), "resume")]
+    for number, step in enumerate(resumes):
+        axes.axvline(step, color=RED, linewidth=1, linestyle=(0, (4, 3)))
+        if number == 0 or number == len(resumes) - 1:
+            low, high = axes.get_xlim()
+            side = "right" if step > (low + high) / 2 else "left"
+            offset = -4 if side == "right" else 4
+            axes.annotate(
+                f"resumed at {step}", (step, 1.0), xycoords=("data", "axes fraction"), xytext=(offset, -2),
+                textcoords="offset points", color=RED, fontsize=8, ha=side, va="top",
+            )  # fmt: skip
+
+
+def thin(steps: Sequence[Record], limit: int = MAX_POINTS) -> list[Record]:
+    """Keep every n-th record, and always the first and the last."""
+    stride = max(1, len(steps) // limit)
+    kept = list(steps[::stride])
+    return kept if kept[-1] is steps[-1] else [*kept, steps[-1]]
+
+
+def smoothed(values: Sequence[float], span: int) -> list[float]:
+    """Return the exponential moving average with the usual correction at the beginning (Kingma & Ba 2015, section 3)."""
+    decay, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(total / weight)
+    return out
+
+
+def _loss(axes: Any, steps: list[Record], records: Sequence[Record]) -> None:
+    kept = thin(steps)
+    numbers = [record["step"] for record in kept]
+    axes.plot(numbers, [record["loss"] for record in kept], color=GREY, linewidth=0.5, label="train, each step")
+    means = dict(zip((r["step"] for r in steps), smoothed([r["loss"] for r in steps], max(2, len(steps) // 50)), strict=True))
+    axes.plot(numbers, [means[number] for number in numbers], color=BLUE, linewidth=1.8, label="train, smoothed")
+    held_out = [r for r in select(list(records), "eval") if r["step"] <= steps[-1]["step"]]
+    if held_out:
+        points = ([r["step"] for r in held_out], [r["loss"] for r in held_out])
+        axes.plot(*points, "o-", color=ORANGE, markersize=4, linewidth=1, label="held out")
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _line(axes: Any, steps: list[Record], name: str, label: str) -> None:
+    kept = thin(steps)
+    axes.plot([r["step"] for r in kept], [r[name] for r in kept], color=BLUE, linewidth=1.5)
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+
+
+def _gradient_norm(axes: Any, steps: list[Record], _records: Sequence[Record]) -> None:
+    kept = thin(steps)
+    axes.plot([r["step"] for r in kept], [r["grad_norm"] for r in kept], color=BLUE, linewidth=0.7)
+    axes.set_yscale("log")
+    axes.set_ylabel("before clipping")
+
+
+def _speed(axes: Any, steps: list[Record], _records: Sequence[Record]) -> None:
+    """Plot medians over stretches: single steps of a shared machine are noise."""
+    stretch = max(1, len(steps) // 200)
+    groups = [steps[start : start + stretch] for start in range(0, len(steps), stretch)]
+    rates = [statistics.median(r["tokens"] / max(r["seconds"], 1e-9) for r in group) for group in groups]
+    axes.plot([group[-1]["step"] for group in groups], rates, color=BLUE, linewidth=1.2)
+    axes.set_ylabel("tokens per second")
+    axes.set_ylim(bottom=0, top=1.15 * max(rates))

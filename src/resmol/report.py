@@ -1,0 +1,118 @@
+"""A run as one self-contained page: for a person who wants to know whether to trust it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from resmol import __version__
+from resmol.atomic import write_durable
+from resmol.config import load_config
+from resmol.ledger import Record, effective_steps, read_ledger, select
+from resmol.plots import curves
+from resmol.rundir import RunDir
+from resmol.views import describe
+
+TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
+SMOOTHED_STEPS = 50
+
+
+def write_report(run: RunDir, out: Path | None = None) -> Path:
+    """Write the page and return where it is.
+
+    Args:
+        run: The run directory.
+        out: Where to write; ``RUN/report.html`` if None.
+
+    Raises:
+        DataError: This is not a run directory, or it has no ledger.
+        LedgerTampered: The ledger does not hold together; a page about it would mean nothing.
+    """
+    run.require()
+    content = read_ledger(run.ledger)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("resmol"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        version=__version__,
+        title=run.path.resolve().name,
+        config=load_config(run.config),
+        config_text=run.config.read_text(encoding="utf-8"),
+        facts=headline_facts(content.records),
+        curves=curves(content.records),
+        samples=samples(content.records),
+        timeline=timeline(content.records),
+        environment=last_environment(content.records),
+        claims=claims(run),
+        checkpoints=list(select(content.records, "save")),
+        head=content.head,
+        lines=len(content.records),
+        torn=len(content.torn),
+    )
+    target = out or run.report
+    write_durable(target, page.encode("utf-8", errors="replace"))
+    return target
+
+
+def headline_facts(records: list[Record]) -> list[tuple[str, str]]:
+    """Return what to know first, as name and value."""
+    facts = [("parameters", f"{record['parameters']:,}") for record in select(records, "start")]
+    steps = list(effective_steps(records).values())
+    if steps:
+        last, seconds = steps[-1], sum(record["seconds"] for record in steps)
+        recent = [record["loss"] for record in steps[-SMOOTHED_STEPS:]]
+        rate = statistics.median(record["tokens"] / max(record["seconds"], 1e-9) for record in steps)
+        facts += [
+            ("steps", f"{last['step']:,}"),
+            ("tokens seen", f"{last['tokens_seen']:,} ({last['epoch']:.2f} epochs)"),
+            (f"training loss, mean of the last {len(recent)} steps", f"{statistics.fmean(recent):.4f} nats per token"),
+            ("tokens per second, median", f"{rate:,.0f}"),
+            ("training time, steps alone", duration(seconds)),
+        ]
+    for record in list(select(records, "eval"))[-1:]:
+        facts.append((f"held-out loss at step {record['step']}", f"{record['loss']:.4f} nats per token"))
+        facts.append((f"bits per byte at step {record['step']}", f"{record['bits_per_byte']:.4f}"))
+    facts.append(("resumed", f"{sum(1 for _ in select(records, 'resume'))} times"))
+    return facts
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as a person says it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def samples(records: list[Record]) -> list[Record]:
+    """Return the samples of the effective history, newest first."""
+    return list({record["step"]: record for record in select(records, "sample")}.values())[::-1]
+
+
+def timeline(records: list[Record]) -> list[tuple[str, str, str]]:
+    """Return time, kind and text of everything that happened to the run besides its steps."""
+    return [
+        (datetime.fromisoformat(record["time"]).strftime("%Y-%m-%d %H:%M:%S"), record["kind"], describe(record) or "")
+        for record in records
+        if record["kind"] in TIMELINE
+    ]
+
+
+def last_environment(records: list[Record]) -> dict[str, Any]:
+    """Return the facts about machine and libraries that were recorded last."""
+    found = [record["environment"] for record in records if record["kind"] in ("start", "resume")]
+    return dict(found[-1]) if found else {}
+
+
+def claims(run: RunDir) -> list[dict[str, Any]]:
+    """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run."""
+    try:
+        checks = json.loads((run.evidence / "claims.json").read_bytes())["checks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    root = f"{run.path}/"
+    return [{**check, "evidence": str(check.get("evidence", "")).removeprefix(root)} for check in checks]

@@ -1,0 +1,32 @@
+"""A check that was not made is not a check that passed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from resmol.checks import Check, all_passed
+
+GOOD = Check(
+    "parameters", True, "134,515,008", "134,515,008", guards="an untied output layer", evidence="verify.json"
+)
+BAD = dataclasses.replace(GOOD, passed=False)
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict"),
+    [([], False), ([GOOD], True), ([GOOD, GOOD], True), ([GOOD, BAD], False), ([BAD], False)],
+)
+def test_all_passed(checks: list[Check], verdict: bool) -> None:
+    assert all_passed(checks) is verdict
+
+
+def test_a_check_is_a_json_object_with_every_field() -> None:
+    assert Check(**json.loads(json.dumps(GOOD.to_dict()))) == GOOD
+
+
+def test_a_check_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BAD.passed = True  # type: ignore[misc]

@@ -1,0 +1,273 @@
+"""The rules of the house as tests: layers, imports, sizes, names, documentation, the lock file."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "resmol"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+LONG_FILES = {"config.py": 460}  # one table of every field, and how it is read: split, it would be read twice
+EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc", "tools", "core", "base"}
+LAZY_BY_DESIGN = {"__init__.py", "__main__.py", "cli.py"}  # they answer before PyTorch is imported
+HEAVY = ("torch", "transformers")
+
+
+# --- no PyTorch in layer 0 ----------------------------------------------------------------------------------
+
+
+def layers() -> list[list[str]]:
+    """Return the layers of the import contract, highest first."""
+    contract = PROJECT["tool"]["importlinter"]["contracts"][0]
+    return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
+
+
+def layer_0() -> list[str]:
+    """Return the modules below the first layer that may import PyTorch."""
+    names = layers()
+    lowest_with_torch = max(number for number, layer in enumerate(names) if {"loss", "kv_cache"} & set(layer))
+    return [f"resmol.{name}" for layer in names[lowest_with_torch + 1 :] for name in layer]
+
+
+def heavy_after(code: str) -> list[str]:
+    """Return which heavy packages are loaded in a fresh interpreter after ``code``."""
+    report = f"import sys, json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
+    )
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_layer_0_is_what_the_design_says() -> None:
+    promised = {"config", "schedule", "flops", "ledger", "atomic", "errors", "hf_config", "rundir", "checks"}
+    assert {f"resmol.{name}" for name in promised} <= set(layer_0())
+
+
+def test_layer_0_does_not_import_torch() -> None:
+    assert heavy_after("\n".join(f"import {name}" for name in layer_0())) == []
+
+
+def test_the_package_and_its_configuration_do_not_import_torch() -> None:
+    assert (
+        heavy_after("import resmol; resmol.__version__; resmol.load_preset('nano'); resmol.ResmolError") == []
+    )
+
+
+def test_help_and_usage_errors_do_not_import_torch() -> None:
+    commands = [
+        ["--help"],
+        ["--version"],
+        ["nonsense"],
+        ["train"],
+        ["train", "--help"],
+        ["train", "x", "--nonsense"],
+    ]
+    run = f"from resmol.__main__ import run\nfor given in {commands!r}:\n    run(given, debug=False)"
+    assert heavy_after(run) == []
+
+
+def test_the_check_above_can_fail() -> None:
+    assert heavy_after("import resmol.kv_cache") == ["torch"]
+
+
+# --- imports ------------------------------------------------------------------------------------------------
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    code = "from importlinter.cli import lint_imports as lint; exit(lint(no_cache=True, no_logo=True))"
+    command = [sys.executable, "-c", code]
+    environment = {"PYTHONPATH": str(folder / "src"), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_imports_run_downwards_only() -> None:
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [("errors.py", "from resmol.checks import Check"), ("evaluate.py", "import resmol.generate")],
+    ids=["upwards", "sideways"],
+)
+def test_the_import_contract_can_fail(module: str, line: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "src" / "resmol", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    changed = tmp_path / "src" / "resmol" / module
+    changed.write_text(changed.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1
+    assert f"resmol.{changed.stem} is not allowed to import" in done.stdout
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def functions_of(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_modules_are_imported_at_the_top(path: Path) -> None:
+    if path.name in LAZY_BY_DESIGN:
+        return
+    for function in functions_of(ast.parse(path.read_text(encoding="utf-8"))):
+        lazy = [name for name in imports_of(function) if name.partition(".")[0] == "resmol"]
+        assert not lazy, f"{function.name} imports {lazy}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_no_import_is_for_the_type_checker_only(path: Path) -> None:
+    """The import contract does not see such imports; the package's own list of names is the exception."""
+    assert path == PACKAGE / "__init__.py" or "TYPE_CHECKING" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_nothing_is_ever_unpickled(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"} & set(imports_of(tree))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not {"torch.load", "torch.save", "eval", "exec"} & calls
+
+
+def distribution(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def declared() -> set[str]:
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    return {distribution(item) for group in [PROJECT["project"]["dependencies"], *extras] for item in group}
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    imported = {
+        name.partition(".")[0] for path in SOURCES for name in imports_of(ast.parse(path.read_text("utf-8")))
+    }
+    providers = packages_distributions() | {"pydantic_core": ["pydantic"]}  # one library in two packages
+    outside = imported - sys.stdlib_module_names - {"resmol", ""}
+    undeclared = {
+        name for name in outside if not {distribution(d) for d in providers.get(name, [name])} & declared()
+    }
+    assert not undeclared
+
+
+# --- sizes, names, documentation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_file_is_read_in_one_sitting(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONG_FILES.get(path.name, MAX_FILE_LINES)
+    lengths = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions_of(ast.parse(text))}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def test_most_functions_are_short() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+    lengths = sorted((f.end_lineno or 0) - f.lineno + 1 for tree in trees for f in functions_of(tree))
+    assert statistics.median(lengths) <= 10
+    assert lengths[len(lengths) * 9 // 10] <= 35
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_file_is_named_after_a_concept(path: Path) -> None:
+    assert not {*path.relative_to(PACKAGE).parts[:-1], path.stem} & EMPTY_NAMES
+
+
+def public_definitions(
+    body: list[ast.stmt], prefix: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node.body, f"{node.name}.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_what_is_public_is_documented(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree) or not tree.body, "the module has no docstring"
+    assert [name for name, node in public_definitions(tree.body) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_function_is_annotated(path: Path) -> None:
+    for function in functions_of(ast.parse(path.read_text(encoding="utf-8"))):
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        extra = [item for item in (arguments.vararg, arguments.kwarg) if item is not None]
+        bare = [
+            a.arg for a in [*named, *extra] if a.annotation is None and a.arg not in ("self", "cls", "ctx")
+        ]
+        assert (function.name, bare, function.returns is None) == (function.name, [], False)
+
+
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+# --- what is shipped ----------------------------------------------------------------------------------------
+
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_lock_holds_exact_versions_and_nothing_else() -> None:
+    """No addresses, no paths, no local versions: it must install from any index."""
+    assert [line for line in LOCK if not re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line)] == []
+    names = [line.partition("==")[0] for line in LOCK]
+    assert names == sorted(set(names))
+
+
+def test_the_lock_pins_every_direct_dependency() -> None:
+    build = {distribution(item) for item in PROJECT["build-system"]["requires"]}
+    assert (declared() | build) - {"resmol"} <= {line.partition("==")[0] for line in LOCK}
+
+
+def test_the_license_is_the_standard_text() -> None:
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+
+
+def test_the_wheel_holds_the_package_data() -> None:
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["src/resmol"]
+    assert (PACKAGE / "py.typed").is_file()
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert not {"*.toml", "presets/", "py.typed", "*.lock"} & set(ignored)
+
+
+def test_make_lists_its_targets() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = re.findall(r"^  make (\w+) ", done.stdout, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    assert listed == phony[1].split()

@@ -1,0 +1,135 @@
+"""The page stands alone, shows what the ledger says, and lets no text of a sample do anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import TrainTiny
+
+from resmol.errors import DataError
+from resmol.ledger import Ledger, LedgerTampered, float_bits
+from resmol.plots import smoothed, thin
+from resmol.report import duration, headline_facts, write_report
+from resmol.rundir import RunDir
+
+EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m"
+
+
+class Tags(HTMLParser):
+    """Collects the tags and attributes of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+
+def step_record(step: int) -> dict[str, object]:
+    loss = 11.0 / step**0.1
+    return {
+        "step": step, "loss": loss, "loss_bits": float_bits(loss), "grad_norm": 1.0, "grad_norm_bits": float_bits(1.0),
+        "lr": 1e-3, "tokens": 64, "tokens_seen": 64 * step, "windows": "0" * 16, "epoch": step / 100, "seconds": 0.01,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, train_tiny: TrainTiny) -> RunDir:
+    for steps in (20, 25):
+        train_tiny(tmp_path / "run", steps)
+    return RunDir(tmp_path / "run")
+
+
+def page_of(run: RunDir) -> tuple[str, Tags]:
+    text = write_report(run).read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(text)
+    return text, tags
+
+
+def test_the_page_stands_alone_and_says_what_happened(run: RunDir) -> None:
+    text, tags = page_of(run)
+    assert tags.tags.count("svg") == 4
+    assert not {"script", "link", "iframe", "object", "img"} & set(tags.tags)
+    # Namespaces and the dublin core of an SVG are names, not requests; nothing is loaded from anywhere.
+    assert all(not (value or "").startswith(("http", "//")) for name, value in tags.attributes if name in ("src", "href", "action"))
+    assert "resume: step 20 verified, continuing at step 21" in text
+    assert "resumed at 21" in text
+    assert "step-00000025" in text
+
+
+def test_text_of_a_sample_is_inert(run: RunDir) -> None:
+    ledger = Ledger(run.ledger)
+    ledger.append("sample", step=25, prompt="<b>", text=EVIL, seed=0)
+    ledger.close()
+    text, tags = page_of(run)
+    assert "script" not in tags.tags
+    assert "img" not in tags.tags
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_claims_of_reproduce(run: RunDir) -> None:
+    run.evidence.mkdir()
+    check = {"name": "it <holds>", "passed": False, "measured": "m", "expected": "e", "evidence": str(run.ledger)}
+    (run.evidence / "claims.json").write_text(json.dumps({"checks": [check]}))
+    text, _ = page_of(run)
+    assert "it &lt;holds&gt;" in text
+    assert re.search(r'class="fail">FAIL', text)
+    assert str(run.path) not in text.partition("<h2>Configuration")[0]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"seq":'])
+def test_a_run_of_one_step(run: RunDir, torn: bytes) -> None:
+    run.ledger.unlink()
+    ledger = Ledger(run.ledger)
+    ledger.append("step", **step_record(1))
+    ledger.close()
+    run.ledger.write_bytes(run.ledger.read_bytes() + torn)
+    text, tags = page_of(run)
+    assert tags.tags.count("svg") == 4
+    assert ("torn last line" in text) is bool(torn)
+
+
+def test_a_run_without_a_step(run: RunDir) -> None:
+    run.ledger.write_bytes(b"")
+    assert "No step has been recorded yet" in page_of(run)[0]
+
+
+def test_a_long_run_is_thinned_but_keeps_its_ends(run: RunDir) -> None:
+    run.ledger.unlink()
+    ledger = Ledger(run.ledger)
+    for step in range(1, 5051):
+        ledger.append("step", **step_record(step))
+    ledger.close()
+    text, _ = page_of(run)
+    assert len(text) < 3_000_000
+    kept = thin([{"step": step} for step in range(1, 5051)])
+    assert (kept[0]["step"], kept[-1]["step"]) == (1, 5050)
+    assert len(kept) <= 1300
+
+
+def test_tampered_or_missing(run: RunDir, tmp_path: Path) -> None:
+    run.ledger.write_bytes(run.ledger.read_bytes().replace(b'"lr":', b'"lR":', 1))
+    with pytest.raises(LedgerTampered):
+        write_report(run)
+    with pytest.raises(DataError):
+        write_report(RunDir(tmp_path / "nowhere"))
+
+
+def test_facts() -> None:
+    facts = dict(headline_facts([{"kind": "step", **step_record(step)} for step in (1, 2)]))
+    assert facts["tokens seen"].startswith("128 ")
+    assert facts["tokens per second, median"] == "6,400"
+    assert [duration(s) for s in (5.0, 65.0, 3700.0)] == ["5 s", "1 min 5 s", "1 h 1 min"]
+
+
+def test_smoothing() -> None:
+    assert smoothed([3.0] * 5, 10) == pytest.approx([3.0] * 5), "no bias towards zero at the beginning"
+    assert smoothed([0.0, 1.0], 3) == pytest.approx([0.0, 2 / 3])

@@ -1,0 +1,176 @@
+"""What a person sees: the right lines, aligned; and a view that fails never stops the run."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TrainTiny
+from test_report import step_record
+
+from resmol.ledger import Ledger, Record, read_ledger, select
+from resmol.rundir import RunDir
+from resmol.views import ConsoleView, Journal, Lines, LogView, TensorBoardView, console_views, describe
+
+
+def steps_shown(lines: Lines, first: int, last: int) -> list[int]:
+    return [step for step in range(first, last + 1) if lines.line({"kind": "step", **step_record(step)})]
+
+
+def test_which_steps_get_a_line() -> None:
+    assert steps_shown(Lines(500, 5000), 1, 5000) == [1, *range(500, 5001, 500)]
+    assert steps_shown(Lines(500, 5050), 5001, 5050) == [5001, 5050]
+
+
+def test_speed_is_that_of_all_steps_since_the_last_line() -> None:
+    lines = Lines(10, 20)
+    lines.line({"kind": "step", **step_record(1)})
+    for step in range(2, 10):
+        lines.line({"kind": "step", **step_record(step), "seconds": 0.02})
+    assert "   3,388 tok/s" in (lines.line({"kind": "step", **step_record(10)}) or ""), "9 x 64 tokens in 8 x 0.02 + 0.01 s"
+
+
+def test_lines_align() -> None:
+    lines = Lines(1, 5050)
+    texts = [lines.line({"kind": "step", **step_record(step)}) or "" for step in (1, 20, 5000)]
+    assert len({text.index("| loss") for text in texts}) == 1
+    assert len({text.index("tok/s") for text in texts}) == 1
+
+
+def test_every_kind_has_words(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    for steps in (20, 21):
+        train_tiny(tmp_path / "run", steps)
+    for record in read_ledger(tmp_path / "run" / "ledger.jsonl").records:
+        assert record["kind"] == "step" or describe(record)
+    assert describe({"kind": "resume", "step": 5000, "next_step": 5001}) == "resume: step 5000 verified, continuing at step 5001"
+
+
+def test_train_log_goes_on_after_a_resume(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = RunDir(tmp_path / "run")
+    for steps in (20, 25):
+        train_tiny(run.path, steps, views=console_views(run))
+    shown = [line.split()[1] for line in run.log.read_text().splitlines() if line.startswith("step ")]
+    assert shown == ["1/20", "10/20", "20/20", "21/25", "25/25"]
+
+
+class Broken:
+    """A view whose device is gone."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.calls = error, 0
+
+    def show(self, _record: Record) -> None:
+        self.calls += 1
+        raise self.error
+
+    def close(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("I/O operation on closed file")])
+def test_a_broken_view_falls_silent_once(tmp_path: Path, error: Exception) -> None:
+    view, ledger = Broken(error), Ledger(tmp_path / "ledger.jsonl")
+    journal = Journal(ledger, [view])
+    for step in (1, 2, 3):
+        journal.write("step", **step_record(step))
+    journal.close()
+    records = read_ledger(tmp_path / "ledger.jsonl").records
+    assert [record["kind"] for record in records] == ["step", "warn", "step", "step"]
+    assert view.calls == 1
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "closed"])
+def test_a_full_or_closed_stream(tmp_path: Path, train_tiny: TrainTiny, target: str) -> None:
+    stream = open("/dev/full" if target == "/dev/full" else tmp_path / "closed", "w")
+    if target == "closed":
+        stream.close()
+    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
+    assert state.step == 3
+    warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))
+    assert len(warnings) == 1
+    with suppress(OSError):
+        stream.close()
+
+
+def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
+    journal = Journal(Ledger(tmp_path / "ledger.jsonl"), [LogView(Path("/dev/full"), Lines(1, 2))])
+    journal.write("step", **step_record(1))
+    journal.write("step", **step_record(2))
+    journal.close()
+    assert sum(1 for _ in select(read_ledger(tmp_path / "ledger.jsonl").records, "warn")) == 1
+
+
+SHOW = """
+import sys
+from resmol.views import ConsoleView, Lines
+view = ConsoleView(Lines(2, 4))
+for step in range(1, 5):
+    view.show({"kind": "step", "step": step, "loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64, "tokens_seen": 64, "epoch": 0.0, "seconds": 0.1})
+view.close()
+"""
+
+
+def shown_on_a_terminal(**environment: str) -> str:
+    """Run the view in a process whose standard error is a terminal, and return what it wrote there."""
+    main, side = pty.openpty()
+    variables = {key: value for key, value in os.environ.items() if key not in ("CI", "NO_COLOR")} | {"TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", SHOW], stderr=side, env=variables | environment)
+    os.close(side)
+    out = b""
+    while True:
+        try:
+            chunk = os.read(main, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        out += chunk
+    os.close(main)
+    assert process.wait() == 0
+    return out.decode()
+
+
+def test_a_terminal_gets_a_live_line_and_others_do_not() -> None:
+    live = shown_on_a_terminal()
+    assert "1/4" in live
+    assert "\x1b[" in live
+    assert live.count("step ") >= 3
+    plain = shown_on_a_terminal(CI="true")
+    assert "\x1b[2K" not in plain
+    assert plain.count("step ") == 3
+
+
+def test_tensorboard(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, int]] = []
+    purged: list[int | None] = []
+
+    class Writer:
+        def __init__(self, _folder: str, purge_step: int | None = None) -> None:
+            purged.append(purge_step)
+
+        def add_scalar(self, tag: str, _value: float, step: int) -> None:
+            written.append((tag, step))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
+    for steps in (20, 22):
+        train_tiny(tmp_path / "run", steps, views=lambda _: [TensorBoardView(tmp_path / "tb")])
+    tags = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bpb", "perf/tokens_per_sec"}
+    assert {tag for tag, _ in written} == tags
+    assert [step for tag, step in written if tag == "train/loss"] == list(range(1, 23))
+    assert purged == [None, 21]
+
+
+def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
+    view: Any = TensorBoardView(tmp_path / "tb")
+    view.show({"kind": "step", **step_record(1)})
+    view.close()
+    assert next((tmp_path / "tb").glob("events.*")).stat().st_size > 100
