@@ -62,9 +62,7 @@ def tiny_tokenizer(tiny_tokenizer_file: Path) -> Tokenizer:
 def tiny_dataset(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """A prepared folder of 800 documents, about 40,000 tokens, several shards, some documents held out."""
     out = tmp_path_factory.mktemp("data") / "tiny"
-    return prepare(
-        out, from_texts(synthetic_texts(800)), tiny_tokenizer, val_fraction=0.05, shard_tokens=12_000
-    )
+    return prepare(out, from_texts(synthetic_texts(800)), tiny_tokenizer, val_fraction=0.05, shard_tokens=12_000)
 
 
 @pytest.fixture(scope="session")

@@ -46,11 +46,7 @@ def is_whole(final: Path) -> bool:
 
 def label(path: Any) -> str:
     """Name a path or a descriptor without the random part."""
-    name = (
-        Path(f"/proc/self/fd/{path}").readlink().name
-        if isinstance(path, int)
-        else Path(os.fsdecode(path)).name
-    )
+    name = Path(f"/proc/self/fd/{path}").readlink().name if isinstance(path, int) else Path(os.fsdecode(path)).name
     return "TEMPORARY" if name.startswith("tmp-") else name
 
 
@@ -256,9 +252,7 @@ def test_a_commit_that_fails_anywhere_leaves_nothing_new(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_write_that_fails_anywhere_keeps_the_old(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_anywhere_keeps_the_old(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(b"old")
     for number in range(3):  # create, fsync, replace
@@ -268,9 +262,7 @@ def test_a_write_that_fails_anywhere_keeps_the_old(
         assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("config.toml", b"old")]
 
 
-def test_no_file_is_synced_again_after_its_sync_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_file_is_synced_again_after_its_sync_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may drop the dirty pages and report success the second time: a retry would be a lie."""
     real, failed = os.fsync, []
 
@@ -331,9 +323,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "tmp-file").write_bytes(b"x")
     (tmp_path / "tmp-link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     removed = remove_leftovers(tmp_path)
-    assert sorted(removed) == sorted(
-        [*(f"tmp-step-{number}" for number in range(50)), "tmp-file", "tmp-link"]
-    )
+    assert sorted(removed) == sorted([*(f"tmp-step-{number}" for number in range(50)), "tmp-file", "tmp-link"])
     assert {path.name for path in tmp_path.iterdir()} == kept
     assert (tmp_path / "elsewhere" / "file").is_file()
 

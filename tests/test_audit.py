@@ -69,17 +69,38 @@ def _is(kind: str, step: int) -> Callable[[Record], bool]:
 
 FORGERIES: dict[str, tuple[Callable[[list[Record]], list[Record]], str]] = {
     "a step dropped": (lambda rs: [r for r in rs if not _is("step", 7)(r)], "continuity"),
-    "a step doubled": (lambda rs: [x for r in rs for x in ([r, r] if _is("step", 7)(r) else [r])], "continuity"),
-    "two steps swapped": (
-        lambda rs: [next(filter(_is("step", {7: 8, 8: 7}[r["step"]]), rs)) if _is("step", 7)(r) or _is("step", 8)(r) else r for r in rs],
+    "a step doubled": (
+        lambda rs: [x for r in rs for x in ([r, r] if _is("step", 7)(r) else [r])],
         "continuity",
     ),
-    "tokens inflated": (lambda rs: [{**r, "tokens_seen": r["tokens_seen"] * 2} if r["kind"] == "step" else r for r in rs], "tokens"),
-    "another learning rate": (lambda rs: [{**r, "lr": 0.5} if _is("step", 9)(r) else r for r in rs], "learning rate"),
-    "other windows": (lambda rs: [{**r, "windows": "0" * 16} if _is("step", 9)(r) else r for r in rs], "data order"),
-    "a resume that skips": (lambda rs: [{**r, "next_step": 23} if r["kind"] == "resume" else r for r in rs], "resumption"),
+    "two steps swapped": (
+        lambda rs: [
+            next(filter(_is("step", {7: 8, 8: 7}[r["step"]]), rs)) if _is("step", 7)(r) or _is("step", 8)(r) else r
+            for r in rs
+        ],
+        "continuity",
+    ),
+    "tokens inflated": (
+        lambda rs: [{**r, "tokens_seen": r["tokens_seen"] * 2} if r["kind"] == "step" else r for r in rs],
+        "tokens",
+    ),
+    "another learning rate": (
+        lambda rs: [{**r, "lr": 0.5} if _is("step", 9)(r) else r for r in rs],
+        "learning rate",
+    ),
+    "other windows": (
+        lambda rs: [{**r, "windows": "0" * 16} if _is("step", 9)(r) else r for r in rs],
+        "data order",
+    ),
+    "a resume that skips": (
+        lambda rs: [{**r, "next_step": 23} if r["kind"] == "resume" else r for r in rs],
+        "resumption",
+    ),
     "a second start": (lambda rs: [*rs, {**rs[0]}], "beginning"),
-    "another data set": (lambda rs: [{**r, "data_fingerprint": "0" * 64} if r["kind"] == "start" else r for r in rs], "data order"),
+    "another data set": (
+        lambda rs: [{**r, "data_fingerprint": "0" * 64} if r["kind"] == "start" else r for r in rs],
+        "data order",
+    ),
     "another checkpoint": (
         lambda rs: [{**r, "manifest_sha256": "0" * 64} if _is("save", 25)(r) else r for r in rs],
         "checkpoint step-00000025",

@@ -33,7 +33,9 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, m
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.4, "float32"), (1.1, "float32"), (1.5, "bfloat16")])
-def test_bfloat16_must_be_clearly_faster(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, gain: float, expected: str) -> None:
+def test_bfloat16_must_be_clearly_faster(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, gain: float, expected: str
+) -> None:
     monkeypatch.setattr(auto, "bfloat16_gain", lambda _: gain)
     decided, reasons = resolve_auto(with_overrides(tiny_config, ["runtime.precision=auto"]))
     assert decided.runtime.precision == expected

@@ -109,7 +109,9 @@ def test_any_flipped_bit_is_found_and_the_older_one_is_used(good: Path) -> None:
     assert newest_valid(good, {})[0].name == "step-00000010"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json"]
+)
 def test_truncation_growth_zeros_absence(good: Path, name: str) -> None:
     victim = good / "step-00000010" / name
     content = victim.read_bytes()
@@ -218,7 +220,13 @@ def test_nothing_is_pruned_when_the_newest_is_damaged(good: Path) -> None:
 def test_saving_over_a_damaged_one_sets_it_aside(good: Path, tiny_config: RunConfig) -> None:
     state = restore(good / "step-00000010", tiny_config)
     saved = SavedState(
-        step=10, tokens_seen=1, config_sha256="", data_fingerprint="", ledger_head="", random_state="", permanent=False
+        step=10,
+        tokens_seen=1,
+        config_sha256="",
+        data_fingerprint="",
+        ledger_head="",
+        random_state="",
+        permanent=False,
     )
     save_checkpoint(good, saved, state.model, state.optimizer, parent=None)
     assert (good / "damaged-step-00000010-1" / "manifest.json").exists()

@@ -9,9 +9,7 @@ import pytest
 
 from resmol.checks import Check, all_passed
 
-GOOD = Check(
-    "parameters", True, "134,515,008", "134,515,008", guards="an untied output layer", evidence="verify.json"
-)
+GOOD = Check("parameters", True, "134,515,008", "134,515,008", guards="an untied output layer", evidence="verify.json")
 BAD = dataclasses.replace(GOOD, passed=False)
 
 

@@ -49,8 +49,15 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_help_and_version_without_torch() -> None:
-    code = "import sys; from resmol.__main__ import run; code = run(sys.argv[1:], debug=False); print('torch' in sys.modules, code)"
-    for arguments in (["--help"], ["--version"], ["train", "--help"], ["train"], ["nonsense"], ["train", "x", "--preset", "nan0"]):
+    code = "import sys; from resmol.__main__ import run; run(sys.argv[1:], debug=False); print('torch' in sys.modules)"
+    for arguments in (
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train"],
+        ["nonsense"],
+        ["train", "x", "--preset", "nan0"],
+    ):
         result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert result.stdout.splitlines()[-1].startswith("False"), arguments
 
@@ -73,7 +80,12 @@ def test_help_and_version_without_torch() -> None:
     ],
 )
 def test_bad_input(
-    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -96,13 +108,24 @@ def test_truncated_config_json(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_no_data(tiny_file: str, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    code, text = failure(capsys, "train", str(tmp_path / "run"), "--config", tiny_file, "--tokenizer", str(tiny_tokenizer.path))
+    code, text = failure(
+        capsys, "train", str(tmp_path / "run"), "--config", tiny_file, "--tokenizer", str(tiny_tokenizer.path)
+    )
     assert code == 3
     assert "add --data input.txt" in text
 
 
-def test_a_wrong_path_to_the_data(tiny_file: str, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["train", str(tmp_path / "run"), "--config", tiny_file, "--tokenizer", str(tiny_tokenizer.path)]
+def test_a_wrong_path_to_the_data(
+    tiny_file: str, tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "train",
+        str(tmp_path / "run"),
+        "--config",
+        tiny_file,
+        "--tokenizer",
+        str(tiny_tokenizer.path),
+    ]
     code, text = failure(capsys, *arguments, "--data", "missing.txt")
     assert code == 3
     assert "missing.txt" in text
@@ -146,7 +169,9 @@ def test_one_text_file_is_the_whole_interface(
     assert "another text" in error
 
 
-def test_audit_evaluate_generate_as_json(finished: str, tiny_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_audit_evaluate_generate_as_json(
+    finished: str, tiny_dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, keys in (
         (["audit", finished], {"passed", "checks"}),
         (["evaluate", finished], {"loss", "bits_per_byte", "perplexity", "tokens"}),
@@ -156,7 +181,9 @@ def test_audit_evaluate_generate_as_json(finished: str, tiny_dataset: Dataset, c
         assert keys <= set(json.loads(capsys.readouterr().out))
 
 
-def test_a_failed_audit_exits_with_1_and_still_prints_its_json(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_audit_exits_with_1_and_still_prints_its_json(
+    finished: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (Path(finished) / "checkpoints" / "step-00000010" / "model.safetensors").write_bytes(b"")
     assert run(["audit", finished, "--json"], debug=False) == 1
     captured = capsys.readouterr()
@@ -171,7 +198,9 @@ def test_exit_codes() -> None:
     assert exit_code(Interrupted("", fix="", signal_number=15)) == 143
 
 
-def test_an_internal_error_is_said_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_internal_error_is_said_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("oops")
 

@@ -403,9 +403,7 @@ def test_what_a_run_stores_is_read_back(name: str, tmp_path: Path) -> None:
     permanent=st.lists(st.integers(-5, 10**9)),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_values_are_read_back(
-    prompt: str, lr: float, seed: int, permanent: list[int], tmp_path: Path
-) -> None:
+def test_any_values_are_read_back(prompt: str, lr: float, seed: int, permanent: list[int], tmp_path: Path) -> None:
     config = base_config()
     changed = config.model_copy(
         update={
@@ -487,9 +485,7 @@ def test_an_architecture_replaces_that_of_the_base(config_json: Path, tmp_path: 
     assert config.schedule == load_preset("nano").schedule
 
 
-def test_the_model_section_of_the_same_file_lies_over_the_architecture(
-    config_json: Path, tmp_path: Path
-) -> None:
+def test_the_model_section_of_the_same_file_lies_over_the_architecture(config_json: Path, tmp_path: Path) -> None:
     text = f"architecture = {json.dumps(str(config_json))}\nmodel.num_hidden_layers = 5\ndata.seq_len = 64\n"
     config = load_config(written(tmp_path, "mine.toml", text), ["model.vocab_size=300"])
     assert config.model.model_dump() == ARCHITECTURE | {
@@ -511,7 +507,5 @@ def test_every_preset_states_its_sources_and_stands_on_the_same_base() -> None:
     folder = Path(__file__).parents[1] / "src" / "resmol" / "presets"
     for file in folder.glob("*.toml"):
         text = file.read_text(encoding="utf-8")
-        assert tomllib.loads(text).get("base") == (None if file.stem == "smollm2-135m" else "smollm2-135m"), (
-            file.name
-        )
+        assert tomllib.loads(text).get("base") == (None if file.stem == "smollm2-135m" else "smollm2-135m"), file.name
         assert "#" in text, file.name

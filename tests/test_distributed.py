@@ -22,14 +22,39 @@ from resmol.tokenizer import Tokenizer
 def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer: Path, steps: int) -> None:
     file = run.parent / "tiny.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "resmol"]
-    command += ["train", str(run), "--config", str(file), "--steps", str(steps), "--data", str(data), "--tokenizer", str(tokenizer)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "resmol",
+    ]
+    command += [
+        "train",
+        str(run),
+        "--config",
+        str(file),
+        "--steps",
+        str(steps),
+        "--data",
+        str(data),
+        "--tokenizer",
+        str(tokenizer),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_one_process_two_and_one_again(
-    tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer
+    tmp_path: Path,
+    train_tiny: TrainTiny,
+    tiny_config: RunConfig,
+    tiny_dataset: Dataset,
+    tiny_tokenizer: Tokenizer,
 ) -> None:
     train_tiny(tmp_path / "straight", 15)
     train_tiny(tmp_path / "run", 5)
@@ -43,7 +68,10 @@ def test_one_process_two_and_one_again(
 
 def test_cuda_without_a_device(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no CUDA device"), open_runtime(with_overrides(tiny_config, ["runtime.device=cuda"])):
+    with (
+        pytest.raises(ConfigError, match="no CUDA device"),
+        open_runtime(with_overrides(tiny_config, ["runtime.device=cuda"])),
+    ):
         pass
 
 
@@ -52,5 +80,14 @@ def test_environment_holds_facts_only(tiny_config: RunConfig, monkeypatch: pytes
     with open_runtime(tiny_config) as runtime:
         assert isinstance(runtime, Runtime)
         facts = runtime.environment()
-    assert set(facts) == {"python", "torch", "system", "processor", "cpu_capability", "threads", "world_size", "device"}
+    assert set(facts) == {
+        "python",
+        "torch",
+        "system",
+        "processor",
+        "cpu_capability",
+        "threads",
+        "world_size",
+        "device",
+    }
     assert "secret" not in str(facts)

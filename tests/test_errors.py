@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 
 import pytest
 
@@ -17,9 +18,9 @@ def drawn_tree() -> dict[str, tuple[str, int | None]]:
     """Return class -> (parent, exit code) as the docstring draws it."""
     tree: dict[str, tuple[str, int | None]] = {}
     branch: list[str] = []
-    drawing = (errors.__doc__ or "").partition("\n\n")[2]
+    drawing = textwrap.dedent((errors.__doc__ or "").partition("\n\n")[2])
     for match in DRAWN.finditer(drawing):
-        depth = (len(match["indent"]) - 4) // 4  # the drawing itself is indented by 4
+        depth = len(match["indent"]) // 4
         branch[depth:] = [match["name"]]
         parent = branch[depth - 1] if depth else "Exception"
         tree[match["name"]] = (parent, int(match["code"]) if match["code"] else None)
@@ -39,9 +40,7 @@ def test_the_docstring_draws_every_class_with_its_parent() -> None:
 
 def test_the_docstring_states_every_exit_code() -> None:
     by_signal = {"Interrupted"}  # 128 + the signal's number, decided where the process ends
-    drawn = {
-        name: code for name, (_, code) in drawn_tree().items() if code is not None and name not in by_signal
-    }
+    drawn = {name: code for name, (_, code) in drawn_tree().items() if code is not None and name not in by_signal}
     assert drawn == {name: classes()[name].exit_code for name in drawn}
     assert set(classes()) - set(drawn) == {"ResmolError", *by_signal}
 

@@ -45,14 +45,26 @@ def test_a_uniform_model(tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tok
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    result = evaluate(model, make_loader(tiny_config, tiny_dataset.val).sequential(4), tiny_tokenizer.byte_lengths(), RUNTIME)
+    result = evaluate(
+        model,
+        make_loader(tiny_config, tiny_dataset.val).sequential(4),
+        tiny_tokenizer.byte_lengths(),
+        RUNTIME,
+    )
     assert result.loss == pytest.approx(math.log(512), rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_and_gradients_stay(tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, training: bool) -> None:
+def test_mode_and_gradients_stay(
+    tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, training: bool
+) -> None:
     model = CausalLM(tiny_config.model).train(training)
-    evaluate(model, make_loader(tiny_config, tiny_dataset.val).sequential(4, 2), tiny_tokenizer.byte_lengths(), RUNTIME)
+    evaluate(
+        model,
+        make_loader(tiny_config, tiny_dataset.val).sequential(4, 2),
+        tiny_tokenizer.byte_lengths(),
+        RUNTIME,
+    )
     assert model.training is training
     assert torch.is_grad_enabled()
     assert all(p.grad is None for p in model.parameters())

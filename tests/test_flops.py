@@ -103,9 +103,7 @@ def counted_flops(config: ModelConfig, seq_len: int, batch: int, *, backward: bo
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 32])
 def test_forward_flops_equal_what_pytorch_counts(config: ModelConfig, seq_len: int) -> None:
     weights, attention = counted_flops(config, seq_len, batch=2, backward=False)
-    causal = (
-        attention * (seq_len + 1) // (2 * seq_len)
-    )  # PyTorch counts the masked half of the scores as well
+    causal = attention * (seq_len + 1) // (2 * seq_len)  # PyTorch counts the masked half of the scores as well
     assert forward_flops_per_token(config, seq_len) * 2 * seq_len == weights + causal
 
 
@@ -161,7 +159,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps() -> None:
     config = TINY.model_copy(update={"num_hidden_layers": 8, "vocab_size": 64})
     measured = kept_for_backward(config, batch=4, seq_len=64)
     estimate = training_memory(config, 4, 64, loss_chunk_tokens=8)["activations"]
-    assert estimate == pytest.approx(measured, rel=0.25)
+    assert estimate == pytest.approx(measured, rel=0.08)
 
 
 def test_training_memory_is_four_copies_of_the_weights_and_what_the_batch_needs() -> None:
@@ -233,9 +231,7 @@ def test_the_boxes_of_the_diagrams_add_up() -> None:
     with torch.device("meta"):
         model = CausalLM(config)
     block = model.model.layers[0]
-    sizes = {
-        f"{sum(p.numel() for p in module.parameters()):,}" for module in (model, block, *block.modules())
-    }
+    sizes = {f"{sum(p.numel() for p in module.parameters()):,}" for module in (model, block, *block.modules())}
     sizes |= {f"{model.model.embed_tokens.weight.numel():,}"}
     drawn = re.findall(r"([\d,]+) parameters", "".join(re.findall(r"```mermaid(.*?)```", PAGE, re.DOTALL)))
     assert len(drawn) >= 14

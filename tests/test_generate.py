@@ -77,7 +77,16 @@ def test_an_empty_prompt_starts_a_document(model: CausalLM) -> None:
     assert list(generate(model, [], greedy, eos_id=None)) == list(generate(model, [0], greedy, eos_id=None))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+    ],
+)
 def test_senseless_options(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         Sampling(**wrong)  # type: ignore[arg-type]

@@ -84,9 +84,7 @@ def test_block_sizes_are_those_of_ggml() -> None:
         assert gguf.GGML_QUANT_SIZES[kind] == (items, size)
 
 
-ENDLESS = field(
-    "a", 9, struct.pack("<IQ", 0, 2**60)
-)  # an array of 2^60 bytes; the gguf package never returns
+ENDLESS = field("a", 9, struct.pack("<IQ", 0, 2**60))  # an array of 2^60 bytes; the gguf package never returns
 
 
 @pytest.mark.parametrize(
@@ -142,9 +140,7 @@ def test_a_large_file_of_nonsense_is_not_read_whole(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_changed_bytes_give_a_clear_error_or_a_header(
-    data: st.DataObject, written: Path, tmp_path: Path
-) -> None:
+def test_changed_bytes_give_a_clear_error_or_a_header(data: st.DataObject, written: Path, tmp_path: Path) -> None:
     content = bytearray(written.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, 900))] = data.draw(st.integers(0, 255))

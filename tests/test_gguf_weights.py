@@ -77,16 +77,12 @@ def write_gguf(
         if value is not None:
             add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
             add(key, value)
-    names = {
-        f"model.{hf}": theirs for hf, theirs in (("embed_tokens", "token_embd"), ("norm", "output_norm"))
-    }
+    names = {f"model.{hf}": theirs for hf, theirs in (("embed_tokens", "token_embd"), ("norm", "output_norm"))}
     names["lm_head"] = "output"
     for layer in range(config.num_hidden_layers):
         names |= {f"model.layers.{layer}.{hf}": f"blk.{layer}.{theirs}" for theirs, hf in BLOCK_NAMES.items()}
     for name, weight in weights.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-            name.split(".")[-2]
-        )
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         values = weight if heads is None else permuted(weight, heads)
         used = Kind.F32 if values.ndim == 1 else kind
         theirs = names.get(name.removesuffix(".weight"), name.removesuffix(".weight"))
@@ -161,9 +157,7 @@ def test_another_model_is_refused_by_name(changes: dict[str, Any], reason: str, 
 
 
 def test_an_end_of_text_of_0_is_an_id_like_any_other(tmp_path: Path) -> None:
-    path = write_gguf(
-        tmp_path / "x.gguf", CONFIG, hf_weights(CONFIG), **{"tokenizer.ggml.bos_token_id": None}
-    )
+    path = write_gguf(tmp_path / "x.gguf", CONFIG, hf_weights(CONFIG), **{"tokenizer.ggml.bos_token_id": None})
     assert gguf_config(read_gguf_header(path)).bos_token_id == 0
 
 

@@ -147,9 +147,7 @@ def test_another_architecture_is_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_the_refused_values_above_are_all_there_are() -> None:
-    refused = {
-        args[0] for mark in test_another_architecture_is_refused_by_name.pytestmark for args in mark.args[1]
-    }
+    refused = {args[0] for mark in test_another_architecture_is_refused_by_name.pytestmark for args in mark.args[1]}
     assert refused == set(resmol.hf_config._MUST_BE)
 
 
@@ -226,11 +224,7 @@ def config_json(tmp_path: Path) -> Path:
 
 
 def test_a_file_and_its_folder_are_the_same(config_json: Path) -> None:
-    assert (
-        read_model_config(config_json)
-        == read_model_config(str(config_json.parent))
-        == parse_hf_config(GENUINE)
-    )
+    assert read_model_config(config_json) == read_model_config(str(config_json.parent)) == parse_hf_config(GENUINE)
 
 
 def test_every_truncation_is_refused(config_json: Path) -> None:
@@ -273,9 +267,7 @@ def test_a_folder_without_a_config_is_a_data_error(tmp_path: Path) -> None:
         read_model_config(tmp_path)
 
 
-def test_a_hub_id_is_fetched_from_the_hub(
-    config_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_fetched_from_the_hub(config_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
     def download(repo_id: str, filename: str, **_options: Any) -> str:
@@ -288,9 +280,7 @@ def test_a_hub_id_is_fetched_from_the_hub(
     assert asked == [("HuggingFaceTB/SmolLM2-135M", "config.json")]
 
 
-def test_a_hub_that_cannot_be_reached_is_a_network_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_cannot_be_reached_is_a_network_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_arguments: Any, **_options: Any) -> str:
         raise OSError("no route to host")
 

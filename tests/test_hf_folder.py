@@ -48,9 +48,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def checks(folder: Path) -> dict[str, Check]:
-    return {
-        check.name: check for check in cross_check(read_model_config(folder), find_weights(folder).tensors)
-    }
+    return {check.name: check for check in cross_check(read_model_config(folder), find_weights(folder).tensors)}
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -86,9 +84,7 @@ def test_a_folder_of_transformers_passes(folder: Path, tmp_path: Path) -> None:
 def test_shards_are_read_as_one(sharded: Path, tmp_path: Path) -> None:
     reference().save_pretrained(tmp_path / "single")
     found, single = find_weights(sharded).tensors, find_weights(tmp_path / "single").tensors
-    assert {name: info.shape for name, info in found.items()} == {
-        name: info.shape for name, info in single.items()
-    }
+    assert {name: info.shape for name, info in found.items()} == {name: info.shape for name, info in single.items()}
     assert all(check.passed for check in checks(sharded).values())
 
 
@@ -197,9 +193,7 @@ def test_a_shard_that_is_not_as_the_index_says_is_refused(sharded: Path) -> None
         find_weights(sharded)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "x.ckpt", ".metadata"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "x.ckpt", ".metadata"])
 def test_a_folder_with_pickles_only_is_refused_unread(folder: Path, name: str) -> None:
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(CheckpointError, match=r"pickle.*never unpickles"):

@@ -49,9 +49,7 @@ def layer_0() -> list[str]:
 def heavy_after(code: str) -> list[str]:
     """Return which heavy packages are loaded in a fresh interpreter after ``code``."""
     report = f"import sys, json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -65,9 +63,7 @@ def test_layer_0_does_not_import_torch() -> None:
 
 
 def test_the_package_and_its_configuration_do_not_import_torch() -> None:
-    assert (
-        heavy_after("import resmol; resmol.__version__; resmol.load_preset('nano'); resmol.ResmolError") == []
-    )
+    assert heavy_after("import resmol; resmol.__version__; resmol.load_preset('nano'); resmol.ResmolError") == []
 
 
 def test_help_and_usage_errors_do_not_import_torch() -> None:
@@ -162,14 +158,10 @@ def declared() -> set[str]:
 
 
 def test_every_library_that_is_imported_is_declared() -> None:
-    imported = {
-        name.partition(".")[0] for path in SOURCES for name in imports_of(ast.parse(path.read_text("utf-8")))
-    }
+    imported = {name.partition(".")[0] for path in SOURCES for name in imports_of(ast.parse(path.read_text("utf-8")))}
     providers = packages_distributions() | {"pydantic_core": ["pydantic"]}  # one library in two packages
     outside = imported - sys.stdlib_module_names - {"resmol", ""}
-    undeclared = {
-        name for name in outside if not {distribution(d) for d in providers.get(name, [name])} & declared()
-    }
+    undeclared = {name for name in outside if not {distribution(d) for d in providers.get(name, [name])} & declared()}
     assert not undeclared
 
 
@@ -196,9 +188,7 @@ def test_a_file_is_named_after_a_concept(path: Path) -> None:
     assert not {*path.relative_to(PACKAGE).parts[:-1], path.stem} & EMPTY_NAMES
 
 
-def public_definitions(
-    body: list[ast.stmt], prefix: str = ""
-) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield f"{prefix}{node.name}", node
@@ -219,9 +209,7 @@ def test_every_function_is_annotated(path: Path) -> None:
         arguments = function.args
         named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         extra = [item for item in (arguments.vararg, arguments.kwarg) if item is not None]
-        bare = [
-            a.arg for a in [*named, *extra] if a.annotation is None and a.arg not in ("self", "cls", "ctx")
-        ]
+        bare = [a.arg for a in [*named, *extra] if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
         assert (function.name, bare, function.returns is None) == (function.name, [], False)
 
 

@@ -1,4 +1,4 @@
-"""What `resmol inspect` says: counts against transformers, disagreements by name, tables that fit a terminal."""
+"""What `resmol inspect` says: counts against transformers, every disagreement, tables of 80 columns."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path) -> None:
     assert found["training"] == 3 * found["forward"]
 
 
-@pytest.mark.parametrize(
-    ("preset", "batch", "length"), [("nano", 8, 64), ("nano", 1, 256), ("smollm2-135m", 1, 128)]
-)
+@pytest.mark.parametrize(("preset", "batch", "length"), [("nano", 8, 64), ("nano", 1, 256), ("smollm2-135m", 1, 128)])
 def test_the_estimate_of_activations_is_what_autograd_keeps(preset: str, batch: int, length: int) -> None:
     config = load_preset(preset).model.model_copy(update={"num_hidden_layers": 4, "vocab_size": 64})
     model = CausalLM(config)
@@ -149,12 +147,12 @@ def test_every_disagreement_is_named(folder: Path) -> None:
 
 
 def test_a_run_is_compared_with_its_newest_checkpoint(train_tiny: TrainTiny, tmp_path: Path) -> None:
-    train_tiny(tmp_path / "run", 5)
+    train_tiny(tmp_path / "run", 10)
     found = inspect_model(str(tmp_path / "run"))
     assert found.kind == "run"
     assert all(check.passed for check in found.checks)
     assert len(found.checks) == 3
-    assert found.notes == ("compared with step-00000005",)
+    assert found.notes == ("compared with step-00000010",)
 
 
 def test_a_gguf_file_tells_its_architecture(tmp_path: Path) -> None:
@@ -260,6 +258,8 @@ def test_names_from_outside_are_not_markup(tmp_path: Path) -> None:
     text = shown(str(file.parent), 200)
     assert "[bold]x" in text
     assert "[red]y" in text
+    save_file({"[red]z[/nothing].bias": torch.ones(1)}, file)
+    assert "[red]z[/nothing]" in shown(str(file), 200)
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -272,6 +272,10 @@ def test_every_box_of_the_diagram_is_connected(name: str) -> None:
     assert used == boxes
     assert text.count('"') == 2 * text.count("[")  # every label is quoted
     assert f"{config.num_hidden_layers} times" in text
+    into = [line[place + 1] for line in arrows for place in range(len(line) - 1)]
+    inputs = {box: into.count(box) for box in ("add_attention", "add_mlp", "attention", "swiglu", "lm_head")}
+    # Both residual connections; queries, keys and values; gate and up.
+    assert inputs == {"add_attention": 2, "add_mlp": 2, "attention": 3, "swiglu": 2, "lm_head": 1}
 
 
 def test_the_diagram_has_the_numbers_of_the_model() -> None:

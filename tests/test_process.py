@@ -18,7 +18,8 @@ def test_only_glibc_and_only_when_unset() -> None:
 
 
 def test_restart_keeps_the_arguments_and_happens_once() -> None:
-    code = "import sys\nfrom resmol.process import *\nprint('up', flush=True)\nrestart_with_tuned_allocator()\nprint(sys.argv[1:])"
+    code = "import sys; from resmol.process import restart_with_tuned_allocator as restart; print('up', flush=True)"
+    code += "; restart(); print(sys.argv[1:])"
     environment = {key: value for key, value in os.environ.items() if key != ALLOCATOR_VARIABLE}
     result = subprocess.run([sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True, env=environment)
     expected = "up\n" * (2 if allocator_environment(environment) else 1) + "['a b', '--c']\n"

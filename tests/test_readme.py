@@ -52,7 +52,9 @@ def test_commands_of_the_readme_parse(command: str) -> None:
 
 def test_every_command_is_listed() -> None:
     listed = set(re.findall(r"^\| `resmol (\w+)", README, re.MULTILINE))
-    assert listed == {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert listed == {
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    }
 
 
 def test_make_targets_exist() -> None:
@@ -61,7 +63,12 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], genuine_tokenizer: object) -> None:
+def test_the_python_example_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    genuine_tokenizer: object,
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("input.txt").write_text("Once upon a time there was a king. " * 200, encoding="utf-8")
     example = code_blocks("python")[0].replace("train.steps=200", "train.steps=2")

@@ -59,7 +59,11 @@ def test_the_page_stands_alone_and_says_what_happened(run: RunDir) -> None:
     assert tags.tags.count("svg") == 4
     assert not {"script", "link", "iframe", "object", "img"} & set(tags.tags)
     # Namespaces and the dublin core of an SVG are names, not requests; nothing is loaded from anywhere.
-    assert all(not (value or "").startswith(("http", "//")) for name, value in tags.attributes if name in ("src", "href", "action"))
+    assert all(
+        not (value or "").startswith(("http", "//"))
+        for name, value in tags.attributes
+        if name in ("src", "href", "action")
+    )
     assert "resume: step 20 verified, continuing at step 21" in text
     assert "resumed at 21" in text
     assert "step-00000025" in text
@@ -77,7 +81,13 @@ def test_text_of_a_sample_is_inert(run: RunDir) -> None:
 
 def test_claims_of_reproduce(run: RunDir) -> None:
     run.evidence.mkdir()
-    check = {"name": "it <holds>", "passed": False, "measured": "m", "expected": "e", "evidence": str(run.ledger)}
+    check = {
+        "name": "it <holds>",
+        "passed": False,
+        "measured": "m",
+        "expected": "e",
+        "evidence": str(run.ledger),
+    }
     (run.evidence / "claims.json").write_text(json.dumps({"checks": [check]}))
     text, _ = page_of(run)
     assert "it &lt;holds&gt;" in text

@@ -19,7 +19,13 @@ from resmol.tokenizer import Tokenizer
 
 
 @pytest.fixture
-def protocol(tmp_path: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Protocol:
+def protocol(
+    tmp_path: Path,
+    tiny_config: RunConfig,
+    tiny_dataset: Dataset,
+    tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Protocol:
     """A protocol of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
     monkeypatch.setattr(module, "load_preset", lambda _name, _overrides=(): tiny_config)
     return Protocol(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ("checkpoint.permanent=[20]",))
@@ -46,13 +52,23 @@ def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
     return part
 
 
-def test_the_sequence_and_the_claims(protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sequence_and_the_claims(
+    protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", lambda: None)
     calls: list[list[str]] = []
     monkeypatch.setattr(module, "_part", in_this_process(calls, train_tiny))
     said: list[str] = []
     checks = {check.name: check for check in reproduce(protocol, said.append)}
-    assert [call[0] for call in calls] == ["verify", "prepare", "train", "train", "evaluate", "audit", "generate"]
+    assert [call[0] for call in calls] == [
+        "verify",
+        "prepare",
+        "train",
+        "train",
+        "evaluate",
+        "audit",
+        "generate",
+    ]
     assert "estimate: about" in said[0]
     failed = {name for name, check in checks.items() if not check.passed}
     assert failed <= {"it learned: held-out text", "the log is kept"}, checks
@@ -65,7 +81,9 @@ def test_the_sequence_and_the_claims(protocol: Protocol, train_tiny: TrainTiny, 
     assert "train" not in [call[0] for call in calls], "what is done is not done again"
 
 
-def test_claims_fail_when_the_evidence_does(protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_fail_when_the_evidence_does(
+    protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_tiny(protocol.run.path, 25)
     protocol.run.evidence.mkdir()
     checks = {check.name: check.passed for check in claims(protocol)}

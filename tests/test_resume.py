@@ -87,7 +87,9 @@ def test_interrupted_at_every_step(tmp_path: Path, train_tiny: TrainTiny) -> Non
     assert_equal_runs(tmp_path / "run", tmp_path / "straight", 30)
 
 
-def test_weights_alone_do_not_pass_for_a_resume(sixty: Path, tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
+def test_weights_alone_do_not_pass_for_a_resume(
+    sixty: Path, tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any
+) -> None:
     """The comparison above has teeth: without the moments, the very next loss after the first update differs."""
     train_tiny(tmp_path / "run", 50)
     monkeypatch.setattr("resmol.resume.load_optimizer", lambda *_: None)
@@ -136,7 +138,9 @@ class Crash(BaseException):
     """Stands for a death of the process: nothing in the package catches it."""
 
 
-def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(
+    sixty: Path, tmp_path: Path, train_tiny: TrainTiny
+) -> None:
     def die() -> None:
         raise Crash
 
@@ -174,12 +178,17 @@ def test_re_executed_steps_with_other_bits_stop(tmp_path: Path, train_tiny: Trai
         return (loss + 1e-3 if state.step == 7 else loss), norm
 
     monkeypatch.setattr(module, "train_step", faulty)
-    with pytest.raises(CheckFailed, match="step 7 .* loss_bits"):
+    with pytest.raises(CheckFailed, match=r"step 7 .* loss_bits"):
         train_tiny(tmp_path / "run", 60)
 
 
 def test_sigkill_in_another_process(
-    tmp_path: Path, sixty: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, train_tiny: TrainTiny
+    tmp_path: Path,
+    sixty: Path,
+    tiny_config: RunConfig,
+    tiny_dataset: Dataset,
+    tiny_tokenizer: Tokenizer,
+    train_tiny: TrainTiny,
 ) -> None:
     run, config = tmp_path / "run", tmp_path / "tiny.toml"
     config.write_text(tiny_config.to_toml(), encoding="utf-8")

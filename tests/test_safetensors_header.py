@@ -267,8 +267,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.mark.parametrize(("names", "requests"), [(100, 1), (2000, 2)])
 def test_a_remote_header_costs_its_own_size(serve: Any, names: int, requests: int) -> None:
     table = {
-        f"t{i}": {"dtype": "U8", "shape": [1000], "data_offsets": [i * 1000, (i + 1) * 1000]}
-        for i in range(names)
+        f"t{i}": {"dtype": "U8", "shape": [1000], "data_offsets": [i * 1000, (i + 1) * 1000]} for i in range(names)
     }
     content = file_bytes(table, bytes(1000 * names))
     server = serve(content)

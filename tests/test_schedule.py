@@ -108,9 +108,7 @@ def test_cosine_equals_the_reference_up_to_its_horizon() -> None:
         assert lr_at(step, schedule, 1.0) == pytest.approx(reference(step), rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize(
-    "schedule", [COSINE, CONSTANT, ScheduleConfig(warmup_steps=9, decay_start=40, decay_steps=60)]
-)
+@pytest.mark.parametrize("schedule", [COSINE, CONSTANT, ScheduleConfig(warmup_steps=9, decay_start=40, decay_steps=60)])
 def test_no_step_jumps(schedule: ScheduleConfig) -> None:
     rates = [lr_at(step, schedule, 1.0) for step in range(1, 1300)]
     steepest = max(1 / schedule.warmup_steps, 1 / 60)
@@ -122,9 +120,7 @@ def test_the_stop_step_does_not_bend_the_curve(preset: str) -> None:
     """Guards against a horizon tied to ``--steps``: going on from 5000 to 5050 would make the rate jump."""
     short, long = load_preset(preset, ["train.steps=5000"]), load_preset(preset, ["train.steps=5050"])
     for step in (1, 100, 499, 2000, 4999, 5000):
-        assert lr_at(step, short.schedule, short.optimizer.lr) == lr_at(
-            step, long.schedule, long.optimizer.lr
-        )
+        assert lr_at(step, short.schedule, short.optimizer.lr) == lr_at(step, long.schedule, long.optimizer.lr)
 
 
 @pytest.mark.parametrize("step", [0, -1])
@@ -144,9 +140,7 @@ def test_the_rate_stays_between_zero_and_the_peak(
     step: int, peak: float, final: float, warmup: int, length: int
 ) -> None:
     for schedule in (
-        ScheduleConfig(
-            warmup_steps=warmup, decay_start=max(1, warmup), decay_steps=length, final_fraction=final
-        ),
+        ScheduleConfig(warmup_steps=warmup, decay_start=max(1, warmup), decay_steps=length, final_fraction=final),
         ScheduleConfig(kind="cosine", warmup_steps=warmup, horizon=warmup + length, final_fraction=final),
     ):
         rate = lr_at(step, schedule, peak)

@@ -138,9 +138,7 @@ def test_a_cache_that_cannot_be_written_costs_one_line(tiny_tokenizer_file, tmp_
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     said = []
-    load_tokenizer(
-        tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file), cache=blocked / "cache", say=said.append
-    )
+    load_tokenizer(tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file), cache=blocked / "cache", say=said.append)
     assert len(said) == 1
     assert "not cached" in said[0]
 
@@ -249,9 +247,7 @@ def write_gguf(path: Path, tokenizer_json: Path) -> Path:
 
 
 def test_a_tokenizer_rebuilt_from_gguf_gives_the_same_ids(tiny_tokenizer_file, tiny_tokenizer, tmp_path):
-    rebuilt = Tokenizer(
-        tokenizer_json_from_gguf(write_gguf(tmp_path / "t.gguf", tiny_tokenizer_file)), tmp_path
-    )
+    rebuilt = Tokenizer(tokenizer_json_from_gguf(write_gguf(tmp_path / "t.gguf", tiny_tokenizer_file)), tmp_path)
     text = "kalo  12 é\n\n the<|endoftext|>shu 😀"
     assert rebuilt.encode(text) == tiny_tokenizer.encode(text)
 

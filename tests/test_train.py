@@ -95,7 +95,10 @@ def test_documents_do_not_see_each_other(tiny_config: RunConfig, tiny_dataset: D
     changed = batch.input_ids.clone()
     changed[row, 0] = (changed[row, 0] + 1) % 512
     with torch.no_grad():
-        before, after = model.hidden(batch.input_ids, batch.document_ids), model.hidden(changed, batch.document_ids)
+        before, after = (
+            model.hidden(batch.input_ids, batch.document_ids),
+            model.hidden(changed, batch.document_ids),
+        )
     assert torch.equal(before[row, border:], after[row, border:])
     assert not torch.equal(before[row, :border], after[row, :border])
 
@@ -110,7 +113,9 @@ def test_learning_rate_logged_is_the_closed_form(tmp_path: Path, train_tiny: Tra
     assert steps[20]["lr"] == pytest.approx(0.005)
 
 
-def test_loss_of_the_step_is_the_mean_over_its_tokens(tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
+def test_loss_of_the_step_is_the_mean_over_its_tokens(
+    tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset
+) -> None:
     train_tiny(tmp_path / "run", 1)
     record = effective_steps(read_ledger(tmp_path / "run" / "ledger.jsonl").records)[1]
     model = new_state(tiny_config, RUNTIME).model
@@ -152,7 +157,9 @@ def test_evaluation_and_sampling_change_nothing(tmp_path: Path, train_tiny: Trai
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_loss_leaves_everything_as_it_was(tiny_config: RunConfig, tiny_dataset: Dataset, bad: float, monkeypatch: Any) -> None:
+def test_non_finite_loss_leaves_everything_as_it_was(
+    tiny_config: RunConfig, tiny_dataset: Dataset, bad: float, monkeypatch: Any
+) -> None:
     state = new_state(tiny_config, RUNTIME)
     loader = make_loader(tiny_config, tiny_dataset.train)
     train_step(state, batches_of(loader, 1), loader.step_tokens(1), tiny_config, RUNTIME)
@@ -160,15 +167,20 @@ def test_non_finite_loss_leaves_everything_as_it_was(tiny_config: RunConfig, tin
     moments = [state.optimizer.state[p]["exp_avg_sq"].clone() for p in state.model.parameters()]
     genuine = module.cross_entropy_sum
     monkeypatch.setattr(module, "cross_entropy_sum", lambda *a: genuine(*a) * bad)
-    with pytest.raises(NonFiniteError, match="step 2 .*windows") as stopped:
+    with pytest.raises(NonFiniteError, match=r"step 2 .*windows") as stopped:
         train_step(state, batches_of(loader, 2), loader.step_tokens(2), tiny_config, RUNTIME)
     assert stopped.value.exit_code == 70
     assert (state.step, state.tokens_seen) == (1, loader.step_tokens(1))
     assert all(torch.equal(t, weights[name]) for name, t in state.model.state_dict().items())
-    assert all(torch.equal(state.optimizer.state[p]["exp_avg_sq"], m) for p, m in zip(state.model.parameters(), moments, strict=True))
+    assert all(
+        torch.equal(state.optimizer.state[p]["exp_avg_sq"], m)
+        for p, m in zip(state.model.parameters(), moments, strict=True)
+    )
 
 
-def test_a_fault_that_does_not_come_twice_is_survived(tiny_config: RunConfig, tiny_dataset: Dataset, monkeypatch: Any) -> None:
+def test_a_fault_that_does_not_come_twice_is_survived(
+    tiny_config: RunConfig, tiny_dataset: Dataset, monkeypatch: Any
+) -> None:
     loader = make_loader(tiny_config, tiny_dataset.train)
     results = []
     for faults in (0, 1):
@@ -239,7 +251,9 @@ def test_three_steps_give_the_golden_numbers(tiny_config: RunConfig) -> None:
     for step in range(1, 4):
         ids = (torch.arange(4 * 17).reshape(4, 17) * 7919 * step) % 512
         batches = [Batch(rows[:, :-1], rows[:, 1:], None, (0, 1), 32) for rows in ids.split(2)]
-        found.append(dict(zip(("loss", "grad_norm"), train_step(state, batches, 64, tiny_config, RUNTIME), strict=True)))
+        found.append(
+            dict(zip(("loss", "grad_norm"), train_step(state, batches, 64, tiny_config, RUNTIME), strict=True))
+        )
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         pytest.fail("the golden file was missing and has been written; run again")

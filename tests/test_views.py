@@ -33,7 +33,9 @@ def test_speed_is_that_of_all_steps_since_the_last_line() -> None:
     lines.line({"kind": "step", **step_record(1)})
     for step in range(2, 10):
         lines.line({"kind": "step", **step_record(step), "seconds": 0.02})
-    assert "   3,388 tok/s" in (lines.line({"kind": "step", **step_record(10)}) or ""), "9 x 64 tokens in 8 x 0.02 + 0.01 s"
+    assert "   3,388 tok/s" in (lines.line({"kind": "step", **step_record(10)}) or ""), (
+        "9 x 64 tokens in 8 x 0.02 + 0.01 s"
+    )
 
 
 def test_lines_align() -> None:
@@ -48,7 +50,10 @@ def test_every_kind_has_words(tmp_path: Path, train_tiny: TrainTiny) -> None:
         train_tiny(tmp_path / "run", steps)
     for record in read_ledger(tmp_path / "run" / "ledger.jsonl").records:
         assert record["kind"] == "step" or describe(record)
-    assert describe({"kind": "resume", "step": 5000, "next_step": 5001}) == "resume: step 5000 verified, continuing at step 5001"
+    assert (
+        describe({"kind": "resume", "step": 5000, "next_step": 5001})
+        == "resume: step 5000 verified, continuing at step 5001"
+    )
 
 
 def test_train_log_goes_on_after_a_resume(tmp_path: Path, train_tiny: TrainTiny) -> None:
@@ -87,7 +92,8 @@ def test_a_broken_view_falls_silent_once(tmp_path: Path, error: Exception) -> No
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed"])
 def test_a_full_or_closed_stream(tmp_path: Path, train_tiny: TrainTiny, target: str) -> None:
-    stream = open("/dev/full" if target == "/dev/full" else tmp_path / "closed", "w")
+    path = Path("/dev/full") if target == "/dev/full" else tmp_path / "closed"
+    stream = path.open("w")
     if target == "closed":
         stream.close()
     state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
@@ -111,7 +117,8 @@ import sys
 from resmol.views import ConsoleView, Lines
 view = ConsoleView(Lines(2, 4))
 for step in range(1, 5):
-    view.show({"kind": "step", "step": step, "loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64, "tokens_seen": 64, "epoch": 0.0, "seconds": 0.1})
+    numbers = {"loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64, "tokens_seen": 64, "epoch": 0.0, "seconds": 0.1}
+    view.show({"kind": "step", "step": step, **numbers})
 view.close()
 """
 

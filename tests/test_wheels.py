@@ -17,9 +17,7 @@ def index(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     with zipfile.ZipFile(folder / "tinything-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("tinything/data.txt", "hello " * 100)
-        archive.writestr(
-            "tinything-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinything\nVersion: 1.0\n"
-        )
+        archive.writestr("tinything-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinything\nVersion: 1.0\n")
         archive.writestr("tinything-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tinything-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

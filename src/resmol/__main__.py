@@ -39,12 +39,18 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except OSError as error:
         if debug:
             raise
-        _print_error(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), "check the path, its permissions and the disk")
+        _print_error(
+            f"{error.strerror or error}: {error.filename or ''}".rstrip(": "),
+            "check the path, its permissions and the disk",
+        )
         return DiskFull.exit_code if error.errno == errno.ENOSPC else 3
     except Exception as error:
         if debug:
             raise
-        _print_error(f"internal error: {type(error).__name__}: {error}", "run it again with --debug and report the traceback")
+        _print_error(
+            f"internal error: {type(error).__name__}: {error}",
+            "run it again with --debug and report the traceback",
+        )
         return 1
     return result if isinstance(result, int) else 0
 

@@ -68,7 +68,9 @@ def _check(name: str, problems: Sequence[str], measured: str, expected: str, gua
 def _beginning(records: list[Record]) -> Check:
     starts = [record["seq"] for record in select(records, "start")]
     problems = [] if starts == [1] else [f"start records at lines {starts}"]
-    return _check("beginning", problems, "one start record, the first line", "exactly that", "two runs spliced together")
+    return _check(
+        "beginning", problems, "one start record, the first line", "exactly that", "two runs spliced together"
+    )
 
 
 def _continuity(records: list[Record]) -> Check:
@@ -110,7 +112,13 @@ def _resumes(records: list[Record]) -> Check:
             if saved.get(record["checkpoint"], record["manifest_sha256"]) != record["manifest_sha256"]:
                 problems.append(f"line {record['seq']}: {record['checkpoint']} is not the one that was saved")
     measured = f"{count} resume(s), each at the step after its checkpoint"
-    return _check("resumption", problems, measured, "each continues where its checkpoint ended", "a restart from scratch")
+    return _check(
+        "resumption",
+        problems,
+        measured,
+        "each continues where its checkpoint ended",
+        "a restart from scratch",
+    )
 
 
 def _tokens(records: list[Record]) -> Check:
@@ -119,7 +127,13 @@ def _tokens(records: list[Record]) -> Check:
         seen += record["tokens"]
         if record["tokens_seen"] != seen:
             problems.append(f"step {step}: {record['tokens_seen']} tokens seen, the sum is {seen}")
-    return _check("tokens", problems, f"{seen:,} tokens", "tokens_seen is the sum over the steps", "a counter that was reset")
+    return _check(
+        "tokens",
+        problems,
+        f"{seen:,} tokens",
+        "tokens_seen is the sum over the steps",
+        "a counter that was reset",
+    )
 
 
 def _finite(records: list[Record]) -> Check:
@@ -167,7 +181,13 @@ def _wrong_windows(records: list[Record], loader: Loader) -> Iterator[str]:
 def _configuration(records: list[Record], config: RunConfig) -> Check:
     last = next((r for r in reversed(records) if r["kind"] in ("start", "resume")), {})
     problems = [] if last.get("config_sha256") == config.sha256 else ["config.toml is not what the last start recorded"]
-    return _check("configuration", problems, config.sha256[:16], "config.toml as recorded", "a configuration edited later")
+    return _check(
+        "configuration",
+        problems,
+        config.sha256[:16],
+        "config.toml as recorded",
+        "a configuration edited later",
+    )
 
 
 def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
@@ -186,7 +206,10 @@ def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
 
 
 def _checkpoint(path: Path, record: Record | None) -> Check:
-    name, expected = f"checkpoint {path.name}", "every byte as in its manifest, and the manifest as in the ledger"
+    name, expected = (
+        f"checkpoint {path.name}",
+        "every byte as in its manifest, and the manifest as in the ledger",
+    )
     try:
         manifest = verify_checkpoint(path)
     except CheckpointError as error:

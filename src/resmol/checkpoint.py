@@ -28,7 +28,6 @@ from resmol.atomic import commit_directory, fsync_path, remove_directory
 from resmol.errors import CheckpointError, DiskFull
 from resmol.manifest import (
     CONFIG,
-    FORMAT,
     OPTIMIZER,
     STATE,
     WEIGHTS,
@@ -81,7 +80,7 @@ def save_checkpoint(
     def manifest(temporary: Path) -> bytes:
         names = [WEIGHTS, OPTIMIZER, STATE, CONFIG]
         files = {name: file_entry(temporary / name, digests.get(name, {})) for name in names}
-        record = Manifest(format=FORMAT, step=state.step, parent=parent, permanent=state.permanent, files=files)
+        record = Manifest(format=1, step=state.step, parent=parent, permanent=state.permanent, files=files)
         committed.append(record)
         return record.to_bytes()
 
@@ -119,7 +118,11 @@ def digest_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            path,
+            metadata={"format": "pt"},
+        )
     except SafetensorError as error:
         if "os error 28" not in str(error) and "os error 122" not in str(error):
             raise OSError(f"writing {path}: {error}") from error
@@ -173,7 +176,7 @@ def _load_tensors(path: Path, expected: Mapping[str, Tensor], entry: FileEntry) 
     shapes = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
     wanted = {name: ("F32", tuple(t.shape)) for name, t in expected.items()}
     if shapes != wanted:
-        wrong = sorted({*shapes, *wanted}, key=lambda name: (shapes.get(name) == wanted.get(name), name))[0]
+        wrong = min({*shapes, *wanted}, key=lambda name: (shapes.get(name) == wanted.get(name), name))
         raise damaged(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {wanted.get(wrong)}")
     tensors = load_file(path)
     for name, found in digest_all(tensors).items():
@@ -210,5 +213,3 @@ def _is_permanent(path: Path) -> bool:
         return read_manifest(path).permanent
     except CheckpointError:
         return True  # damaged: never deleted, it may be evidence
-
-

@@ -61,7 +61,9 @@ def _print_version(wanted: bool) -> bool:
 
 @app.callback()
 def options(
-    _version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
     _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim."""
@@ -69,7 +71,9 @@ def options(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="config.json, folder, safetensors file, Hub id or preset.")] = "smollm2-135m",
+    source: Annotated[
+        str, typer.Argument(help="config.json, folder, safetensors file, Hub id or preset.")
+    ] = "smollm2-135m",
     json_: Json = False,
 ) -> None:
     """Show an architecture: parameters per part, FLOPs per token, memory, diagram."""
@@ -87,7 +91,9 @@ def inspect(
 @app.command()
 def prepare(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    input_: Annotated[list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for stdin.")] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for stdin.")
+    ] = None,
     corpus: Corpus = None,
     tokenizer: TokenizerSource = None,
     tokenizer_sha256: TokenizerHash = None,
@@ -118,7 +124,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
     set_: Set = None,
     tokenizer: TokenizerSource = None,
-    accept_drift: Annotated[list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr.")] = None,
+    accept_drift: Annotated[
+        list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr.")
+    ] = None,
     allow_fresh: Annotated[bool, typer.Option(help="Begin again when every checkpoint is damaged.")] = False,
     strict: Annotated[bool, typer.Option(help="Refuse an environment without the bitwise promise.")] = False,
     json_: Json = False,
@@ -143,7 +151,14 @@ def train(
         say=say,
     )
     if json_:
-        print_json({"run": str(run), "step": state.step, "tokens_seen": state.tokens_seen, "checkpoint_sha256": state.parent})
+        print_json(
+            {
+                "run": str(run),
+                "step": state.step,
+                "tokens_seen": state.tokens_seen,
+                "checkpoint_sha256": state.parent,
+            }
+        )
 
 
 @app.command()
@@ -172,7 +187,9 @@ def audit(run: Annotated[Path, typer.Argument(help="Run directory.")], json_: Js
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder or Hub id.")],
-    data: Annotated[str | None, typer.Option(help="Prepared folder or text; a run's own held-out text if left out.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Prepared folder or text; a run's own held-out text if left out.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows to use; 0 takes all.")] = 0,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
     json_: Json = False,
@@ -187,7 +204,10 @@ def evaluate(
     else:
         table = Table("quantity", "value", title=f"held-out loss of {model}")
         for key, value in result.items():
-            table.add_row(key.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
+            table.add_row(
+                key.replace("_", " "),
+                f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
+            )
         Console().print(table)
 
 
@@ -237,7 +257,9 @@ def report(
 def reproduce(
     run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET if left out.")] = None,
     preset: Preset = None,
-    input_: Annotated[list[str] | None, typer.Option("--input", help="Own text instead of the plays of Shakespeare.")] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", help="Own text instead of the plays of Shakespeare.")
+    ] = None,
     corpus: Corpus = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the first process.")] = 5000,
     then: Annotated[int, typer.Option(min=1, help="Further steps of the second process.")] = 50,
@@ -258,7 +280,9 @@ def reproduce(
 def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
     """Return the configuration that the options name, or None when they name none."""
     if preset is not None and config is not None:
-        raise UsageError("--preset and --config are both given", fix="a configuration can name the preset as its `base`")
+        raise UsageError(
+            "--preset and --config are both given", fix="a configuration can name the preset as its `base`"
+        )
     return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
 
 
@@ -297,5 +321,3 @@ def _tune_allocator() -> None:
     from resmol.process import restart_with_tuned_allocator
 
     restart_with_tuned_allocator()
-
-

@@ -23,9 +23,7 @@ def _boxes(config: ModelConfig) -> list[str]:
     norm = f"RMSNorm, {width} weights, eps {config.rms_norm_eps:g}"
     sharing = f"{queries // pairs} query heads to a key/value head"
     turn = f"rotate each position<br/>theta {config.rope_theta:,.0f}"
-    output = (
-        "the embedding matrix itself" if config.tie_word_embeddings else f"{counts['lm_head']:,} parameters"
-    )
+    output = "the embedding matrix itself" if config.tie_word_embeddings else f"{counts['lm_head']:,} parameters"
     embedding = f"embed_tokens<br/>{config.vocab_size:,} rows of {width}<br/>{counts['embedding']:,}"
     block = {
         "residual": f"residual stream<br/>{width} numbers for each position",

@@ -1,16 +1,16 @@
 """The exception tree; every error says what happened and what to do about it.
 
-    ResmolError              exit code
-    ├── CheckFailed          1    a check, an audit or a parity test did not pass
-    ├── UsageError           2    a wrong argument or a wrong combination of arguments
-    │   └── ConfigError      2    a configuration that is invalid, or that drifted under a run
-    ├── DataError            3    text, tokens, a file or a tokenizer is missing or unusable
-    │   └── NetworkError     3    the Hub or the package index could not be reached
-    ├── DiskFull             28   no space left (the number of ENOSPC)
-    ├── CheckpointError      65   no valid checkpoint, or this one is damaged (EX_DATAERR)
-    ├── NonFiniteError       70   NaN or infinity in a loss or a gradient (EX_SOFTWARE)
-    ├── RunInUse             75   another process holds the run's lock (EX_TEMPFAIL)
-    └── Interrupted          130  after SIGINT, 143 after SIGTERM; the state was saved
+ResmolError              exit code
+├── CheckFailed          1    a check, an audit or a parity test did not pass
+├── UsageError           2    a wrong argument or a wrong combination of arguments
+│   └── ConfigError      2    a configuration that is invalid, or that drifted under a run
+├── DataError            3    text, tokens, a file or a tokenizer is missing or unusable
+│   └── NetworkError     3    the Hub or the package index could not be reached
+├── DiskFull             28   no space left (the number of ENOSPC)
+├── CheckpointError      65   no valid checkpoint, or this one is damaged (EX_DATAERR)
+├── NonFiniteError       70   NaN or infinity in a loss or a gradient (EX_SOFTWARE)
+├── RunInUse             75   another process holds the run's lock (EX_TEMPFAIL)
+└── Interrupted          130  after SIGINT, 143 after SIGTERM; the state was saved
 """
 
 from __future__ import annotations

@@ -73,5 +73,7 @@ def evaluate(
         counted = batch.targets[batch.targets != IGNORE].numpy()
         covered += int(byte_lengths[counted].sum())
     if not tokens:
-        raise DataError("there are no held-out tokens to evaluate on", fix="prepare the data with --val-fraction above 0")
+        raise DataError(
+            "there are no held-out tokens to evaluate on", fix="prepare the data with --val-fraction above 0"
+        )
     return Evaluation(total / tokens, tokens, covered)

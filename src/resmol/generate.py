@@ -35,7 +35,10 @@ class Sampling:
     def __post_init__(self) -> None:
         problems = [
             (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1"),
-            (not 0 <= self.temperature < float("inf"), f"temperature is {self.temperature}; it must be 0 or more"),
+            (
+                not 0 <= self.temperature < float("inf"),
+                f"temperature is {self.temperature}; it must be 0 or more",
+            ),
             (self.top_k < 0, f"top_k is {self.top_k}; it must be 0 (off) or more"),
             (not 0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]"),
         ]
@@ -105,5 +108,6 @@ def _check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
         raise UsageError(
-            f"token id {outside[0]} is outside the vocabulary of {vocab_size}", fix="use the model's own tokenizer"
+            f"token id {outside[0]} is outside the vocabulary of {vocab_size}",
+            fix="use the model's own tokenizer",
         )

@@ -194,9 +194,7 @@ def _place(
             raise _BrokenRuleError(f"tensor {name!r} occurs twice")
         kind, block_items, block_bytes = _known_type(name, number)
         if not all(shape) or shape[-1] % block_items:
-            raise _BrokenRuleError(
-                f"tensor {name!r}: rows of {shape[-1]} do not fill blocks of {block_items} ({kind})"
-            )
+            raise _BrokenRuleError(f"tensor {name!r}: rows of {shape[-1]} do not fill blocks of {block_items} ({kind})")
         start = data_start + offset
         if offset % alignment or start < end:
             raise _BrokenRuleError(f"tensor {name!r} is misaligned, or overlaps the one before")

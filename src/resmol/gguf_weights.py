@@ -57,9 +57,7 @@ def gguf_config(header: GGUFHeader, origin: str = "the file") -> ModelConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise _unsupported(origin, [f"its architecture is {architecture!r}; only 'llama' is implemented"])
-    stated = {
-        key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")
-    }
+    stated = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     stated.setdefault("attention.head_count_kv", stated.get("attention.head_count"))
     problems = [f"llama.{key} is missing" for key in _FIELDS if stated.get(key) is None]
     problems += _tokenizer_problems(metadata) + _foreign_fields(stated)
@@ -105,9 +103,7 @@ def _foreign_fields(stated: dict[str, Any]) -> list[str]:
 def _check_sizes(config: ModelConfig, stated: dict[str, Any], origin: str) -> None:
     wanted = dict.fromkeys(_HEAD_DIMS, config.head_dim) | {"vocab_size": config.vocab_size}
     problems = [
-        f"llama.{key} is {stated[key]}, not {size}"
-        for key, size in wanted.items()
-        if stated.get(key, size) != size
+        f"llama.{key} is {stated[key]}, not {size}" for key, size in wanted.items() if stated.get(key, size) != size
     ]
     if problems:
         raise _unsupported(origin, problems)
@@ -120,8 +116,7 @@ def _shortest(value: Any) -> Any:
 
 def _unsupported(origin: str, problems: list[str]) -> ConfigError:
     return ConfigError(
-        f"{origin} does not hold a model that resmol implements:\n"
-        + "\n".join(f"  - {text}" for text in problems),
+        f"{origin} does not hold a model that resmol implements:\n" + "\n".join(f"  - {text}" for text in problems),
         fix="use a GGUF file of a Llama-family base model, such as SmolLM2's",
     )
 
@@ -135,9 +130,7 @@ def hf_name(name: str) -> str:
     return f"{OUTER_NAMES[stem]}.weight" if stem in OUTER_NAMES else name
 
 
-def gguf_tensors(
-    path: Path, header: GGUFHeader, config: ModelConfig
-) -> Iterator[tuple[str, Float32[np.ndarray, "..."]]]:
+def gguf_tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
     """Yield Hugging Face's name and the values of each tensor, one at a time.
 
     Raises:
@@ -162,7 +155,7 @@ def _check_table(path: Path, header: GGUFHeader, config: ModelConfig) -> None:
         )
 
 
-def _dequantised(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GGUFTensor) -> Float32[np.ndarray, "..."]:
+def _dequantised(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GGUFTensor) -> Float32[np.ndarray, ...]:
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType(tensor.type_number)

@@ -21,7 +21,16 @@ MAX_CONFIG_BYTES = 1_000_000
 
 # Present in published files, without influence on the numbers of a forward pass.
 _WITHOUT_INFLUENCE = frozenset(
-    "_name_or_path architectures dtype is_llama_config pad_token_id torch_dtype transformers_version use_cache".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "is_llama_config",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 # Fields with one value that we implement; any other value is another architecture.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -64,7 +73,8 @@ class ModelConfig(BaseModel):
     def _shapes_fit(self) -> ModelConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -134,7 +144,9 @@ def _wrong_values(table: Mapping[str, Any]) -> list[str]:
 
 def _unknown_fields(table: Mapping[str, Any]) -> list[str]:
     known = {*ModelConfig.model_fields, *_MUST_BE, *_WITHOUT_INFLUENCE, "rope_parameters", "head_dim"}
-    return [f"{name}: unknown field, refused because it could change the numbers" for name in table if name not in known]
+    return [
+        f"{name}: unknown field, refused because it could change the numbers" for name in table if name not in known
+    ]
 
 
 def _rope_theta(table: Mapping[str, Any]) -> tuple[float, list[str]]:
@@ -143,11 +155,16 @@ def _rope_theta(table: Mapping[str, Any]) -> tuple[float, list[str]]:
     if not isinstance(parameters, Mapping):
         return 1.0, [f"rope_parameters is {parameters!r}, not a table"]
     found = [value for value in (table.get("rope_theta"), parameters.get("rope_theta")) if value is not None]
-    problems = [f"rope_parameters.{key} is not implemented" for key in parameters if key not in ("rope_theta", "rope_type")]
+    problems = [
+        f"rope_parameters.{key} is not implemented" for key in parameters if key not in ("rope_theta", "rope_type")
+    ]
     if parameters.get("rope_type", "default") != "default":
         problems.append(f"rope_parameters.rope_type is {parameters['rope_type']!r}; only 'default' is implemented")
     if not found:
-        return 1.0, [*problems, "rope_theta is missing, here and in rope_parameters (the library's 10000 would be a guess)"]
+        return 1.0, [
+            *problems,
+            "rope_theta is missing, here and in rope_parameters (the library's 10000 would be a guess)",
+        ]
     if len(found) == 2 and found[0] != found[1]:
         problems.append(f"rope_theta ({found[0]}) and rope_parameters.rope_theta ({found[1]}) disagree")
     try:
@@ -188,7 +205,9 @@ def read_model_config(source: str | Path) -> ModelConfig:
             fix="name a config.json, a folder that holds one, a preset or a Hub id like HuggingFaceTB/SmolLM2-135M",
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not sound JSON ({error}); it may be truncated", fix="fetch the file again") from None
+        raise ConfigError(
+            f"{path} is not sound JSON ({error}); it may be truncated", fix="fetch the file again"
+        ) from None
     if not isinstance(table, dict):
         raise ConfigError(f"{path} holds a {type(table).__name__}, not an object", fix="name a model's config.json")
     return parse_hf_config(table, str(path))

@@ -169,13 +169,9 @@ def cross_check(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> list[
     return [_check_names(config, expected, tensors), _check_shapes(expected, tensors), _check_types(tensors)]
 
 
-def _check_names(
-    config: ModelConfig, expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> Check:
+def _check_names(config: ModelConfig, expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Check:
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    odd = [
-        f"{kind}: {_listing(names)}" for kind, names in (("missing", missing), ("unexpected", extra)) if names
-    ]
+    odd = [f"{kind}: {_listing(names)}" for kind, names in (("missing", missing), ("unexpected", extra)) if names]
     return Check(
         name="tensor names",
         passed=not odd,
@@ -217,9 +213,7 @@ def _hints(config: ModelConfig, missing: Iterable[str], extra: Iterable[str]) ->
     """Say in words what a set of odd names usually means."""
     hints = []
     if "lm_head.weight" in extra and config.tie_word_embeddings:
-        hints.append(
-            "config.json says that the output layer is the embedding, and the file has one of its own"
-        )
+        hints.append("config.json says that the output layer is the embedding, and the file has one of its own")
     if "lm_head.weight" in missing:
         hints.append("config.json says that the output layer is not the embedding, and the file has none")
     if any(name.endswith(".bias") for name in extra):

@@ -95,9 +95,7 @@ class Inspection:
         return {
             "source": self.source,
             "kind": self.kind,
-            "architecture": self.config.model_dump() | {"head_dim": self.config.head_dim}
-            if self.config
-            else None,
+            "architecture": self.config.model_dump() | {"head_dim": self.config.head_dim} if self.config else None,
             "derived": self.derived,
             "parameters": self.parameters | {"total": sum(self.parameters.values())},
             "seq_len": self.seq_len,
@@ -130,9 +128,7 @@ class Inspection:
         for note in self.notes:
             console.print(f"note: {note}", markup=False, highlight=False)
         if self.config is not None:
-            console.print(
-                "\nDiagram (mermaid):", mermaid(self.config), sep="\n", markup=False, soft_wrap=True
-            )
+            console.print("\nDiagram (mermaid):", mermaid(self.config), sep="\n", markup=False, soft_wrap=True)
 
 
 def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None = None) -> Inspection:
@@ -227,9 +223,7 @@ def _folder(path: Path) -> _Found:
         return _Found("run", config.model, tensors, config.data.seq_len, config.batch.micro_batch_size, notes)
     config_file, has_weights = path / "config.json", any((path / name).exists() for name in (WEIGHTS, INDEX))
     if not config_file.exists() and has_weights:
-        return _Found(
-            "safetensors", None, find_weights(path).tensors, notes=("the folder has no config.json",)
-        )
+        return _Found("safetensors", None, find_weights(path).tensors, notes=("the folder has no config.json",))
     return _Found("folder", read_model_config(path), find_weights(path).tensors if has_weights else None)
 
 
@@ -261,9 +255,7 @@ def _remote_tensors(hub_id: str) -> dict[str, TensorInfo]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", show_edge=False, width=80, header_style="", title_style="bold"
-    )
+    table = Table(title=title, title_justify="left", show_edge=False, width=80, header_style="", title_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

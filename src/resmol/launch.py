@@ -93,11 +93,15 @@ def launch(wanted: Launch) -> TrainState:
             journal = Journal(Ledger(run.ledger), views)
             stack.callback(journal.close)
             options = (drifts, wanted.allow_fresh, wanted.strict)
-            recorded = begin(state, journal, Beginning(run, config, dataset.fingerprint, runtime.environment(), *options))
+            recorded = begin(
+                state, journal, Beginning(run, config, dataset.fingerprint, runtime.environment(), *options)
+            )
         share_state(state, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
-        session = Session(run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, stop, recorded)
+        session = Session(
+            run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, stop, recorded
+        )
         compile_blocks(state.model, config)
         train(state, session)
     return state

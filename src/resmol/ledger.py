@@ -124,7 +124,13 @@ class Ledger:
             DiskFull: The line could not be written whole; the part that was is taken back, and nothing was recorded.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record: Record = {"seq": len(self.records) + 1, "prev": self.head, "time": now, "kind": kind, **fields}
+        record: Record = {
+            "seq": len(self.records) + 1,
+            "prev": self.head,
+            "time": now,
+            "kind": kind,
+            **fields,
+        }
         line = canonical(record)
         with full_disk_is_an_error(self.path):
             self._write_whole(line + b"\n")

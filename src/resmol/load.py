@@ -117,9 +117,7 @@ def load_model(
     return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
 
 
-def _tokenizer_choice(
-    given: Tokenizer | str | Path | None, own: Callable[[], Tokenizer]
-) -> Callable[[], Tokenizer]:
+def _tokenizer_choice(given: Tokenizer | str | Path | None, own: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
     if given is None:
         return own
     if isinstance(given, Tokenizer):

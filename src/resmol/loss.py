@@ -34,7 +34,7 @@ def cross_entropy_sum(
     Returns:
         The loss in nats, summed, in float32.
     """
-    result = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens)
+    result = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
 
@@ -44,7 +44,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, " N"], chunk: int
+        ctx: Any,
+        hidden: Float[Tensor, "N D"],
+        weight: Float[Tensor, "V D"],
+        targets: Int[Tensor, " N"],
+        chunk: int,
     ) -> Float[Tensor, ""]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix_type = _matrix_type(hidden)

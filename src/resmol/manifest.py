@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from resmol.errors import CheckpointError
 from resmol.rundir import RunDir
 
-FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
 )  # fmt: skip
@@ -109,7 +108,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the committed directories, newest first; leftovers and foreign names are not looked at."""
     if not folder.is_dir():
         return []
-    found = [entry for entry in folder.iterdir() if _NAME.match(entry.name) and entry.is_dir() and not entry.is_symlink()]
+    found = [
+        entry for entry in folder.iterdir() if _NAME.match(entry.name) and entry.is_dir() and not entry.is_symlink()
+    ]
     return sorted(found, reverse=True)
 
 
@@ -226,5 +227,3 @@ def damaged(path: Path, what: str) -> CheckpointError:
         f"{path.parent.name}/{path.name} {what}",
         fix="use another checkpoint of this run; `resmol audit RUN` says which are good",
     )
-
-

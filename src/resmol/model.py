@@ -75,7 +75,12 @@ def attend(
     """
     if kind == "sdpa":
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -139,7 +144,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: Rotation, mask: Mask = None, cache: LayerCache | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation,
+        mask: Mask = None,
+        cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Add attention, then the feed-forward layer, to the residual stream."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
@@ -173,9 +182,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-def attention_mask(
-    positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"] | None, *, has_past: bool
-) -> Mask:
+def attention_mask(positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"] | None, *, has_past: bool) -> Mask:
     """Return which positions may be attended to (True), or None where plain causal attention is meant.
 
     With ``document_ids``, a token sees the earlier tokens of its own document only. With a past (a filled cache),
@@ -248,5 +255,7 @@ class CausalLM(nn.Module):
                 parameter.fill_(1.0)
                 continue
             adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            draw = torch.empty(parameter.shape).normal_(0.0, residual_std if adds_to_residual else std, generator=generator)
+            draw = torch.empty(parameter.shape).normal_(
+                0.0, residual_std if adds_to_residual else std, generator=generator
+            )
             parameter.copy_(draw)

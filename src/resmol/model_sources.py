@@ -193,9 +193,7 @@ def _huggingface(path: Path, kind: Literal["huggingface", "hub"], say: Say) -> S
         config=config,
         fill=lambda model: _copy_into(model, _stored_tensors(weights), path),
         provenance=Provenance(kind, path, _digest(weights), note=f"{len(weights.tensors)} tensors of {path}"),
-        tokenizer=lambda: (
-            named_tokenizer(own_tokenizer, say) if own_tokenizer.exists() else load_tokenizer(say=say)
-        ),
+        tokenizer=lambda: named_tokenizer(own_tokenizer, say) if own_tokenizer.exists() else load_tokenizer(say=say),
     )
 
 
@@ -206,9 +204,7 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}", fix="fetch or export the model again"
-            ) from None
+            raise CheckpointError(f"{path} cannot be read: {error}", fix="fetch or export the model again") from None
 
 
 def _digest(weights: WeightFiles) -> str:
@@ -222,9 +218,7 @@ def _digest(weights: WeightFiles) -> str:
 def _hub(hub_id: str, say: Say) -> Source:
     from huggingface_hub import snapshot_download
 
-    read_model_config(
-        hub_id
-    )  # a few hundred bytes, and the quickest way to learn that the Hub is out of reach
+    read_model_config(hub_id)  # a few hundred bytes, and the quickest way to learn that the Hub is out of reach
     revision = SMOLLM2_HUB_REVISION if hub_id == SMOLLM2_HUB_ID else None
     say(f"load: fetching {hub_id} from the Hub (weights already in its cache are not fetched again)")
     try:
@@ -252,9 +246,7 @@ def _gguf(path: Path, say: Say) -> Source:
     return Source(
         config=config,
         fill=fill,
-        provenance=Provenance(
-            "gguf", path, file_sha256(path), note=f"{', '.join(kinds)}, dequantised to float32"
-        ),
+        provenance=Provenance("gguf", path, file_sha256(path), note=f"{', '.join(kinds)}, dequantised to float32"),
         tokenizer=lambda: load_tokenizer(say=say),
     )
 
@@ -296,7 +288,5 @@ def named_tokenizer(path: Path, say: Say) -> Tokenizer:
     """Load a tokenizer that the user or the model's own folder names: it is meant, whatever its hash."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(
-            f"there is no tokenizer {file}", fix="name a tokenizer.json or a folder that holds one"
-        )
+        raise DataError(f"there is no tokenizer {file}", fix="name a tokenizer.json or a folder that holds one")
     return load_tokenizer(file, sha256=file_sha256(file), say=say)

@@ -60,12 +60,8 @@ LEFT_OPEN = (
 )
 # With a weight file alone, these are open as well.
 LEFT_OPEN_WITHOUT_CONFIG = (
-    OpenQuestion(
-        "base of the rotation (rope theta)", "config.json; or the theta with the lowest loss on long text"
-    ),
-    OpenQuestion(
-        "epsilon of the norms", "config.json; 1e-5 and 1e-6 differ in the last digits of the logits"
-    ),
+    OpenQuestion("base of the rotation (rope theta)", "config.json; or the theta with the lowest loss on long text"),
+    OpenQuestion("epsilon of the norms", "config.json; 1e-5 and 1e-6 differ in the last digits of the logits"),
     OpenQuestion("activation of the gate", "config.json; or the one with the lowest loss on text"),
     OpenQuestion("longest context", "config.json; or the position from which the loss rises"),
     OpenQuestion("ids of bos and eos", "config.json and tokenizer.json"),
@@ -125,11 +121,7 @@ def _head_question(tensors: Mapping[str, TensorInfo]) -> tuple[OpenQuestion, ...
         return ()
     common = math.gcd(width, key_value)
     sizes = [size for size in (32, 64, 96, 128) if common % size == 0]
-    splits = (
-        ", ".join(f"{width // size} : {key_value // size} heads of {size}" for size in sizes) or "many splits"
-    )
+    splits = ", ".join(f"{width // size} : {key_value // size} heads of {size}" for size in sizes) or "many splits"
     return (
-        OpenQuestion(
-            f"how the heads are split: {splits}", "config.json; or the split with the lowest loss on text"
-        ),
+        OpenQuestion(f"how the heads are split: {splits}", "config.json; or the split with the lowest loss on text"),
     )

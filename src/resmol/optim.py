@@ -23,7 +23,10 @@ def build_optimizer(model: CausalLM, config: OptimizerConfig) -> torch.optim.Ada
     parameters = list(model.parameters())
     decayed = [p for p in parameters if config.decay == "all" or p.dim() > 1]
     spared = [p for p in parameters if not (config.decay == "all" or p.dim() > 1)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,

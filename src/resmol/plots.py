@@ -45,8 +45,10 @@ def curves(records: Sequence[Record]) -> dict[str, str]:
 Painter = Callable[[Any, list[Record], Sequence[Record]], None]
 
 
-def _draw(records: Sequence[Record], steps: list[Record], paint: Painter, size: tuple[float, float] = (4.4, 2.6)) -> str:
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+def _draw(
+    records: Sequence[Record], steps: list[Record], paint: Painter, size: tuple[float, float] = (4.4, 2.6)
+) -> str:
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -82,7 +84,7 @@ def thin(steps: Sequence[Record], limit: int = MAX_POINTS) -> list[Record]:
 
 
 def smoothed(values: Sequence[float], span: int) -> list[float]:
-    """Return the exponential moving average with the usual correction at the beginning (Kingma & Ba 2015, section 3)."""
+    """Return the exponential moving average corrected at the beginning (Kingma & Ba 2015, section 3)."""
     decay, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
     for value in values:
         total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
@@ -94,8 +96,9 @@ def _loss(axes: Any, steps: list[Record], records: Sequence[Record]) -> None:
     kept = thin(steps)
     numbers = [record["step"] for record in kept]
     axes.plot(numbers, [record["loss"] for record in kept], color=GREY, linewidth=0.5, label="train, each step")
-    means = dict(zip((r["step"] for r in steps), smoothed([r["loss"] for r in steps], max(2, len(steps) // 50)), strict=True))
-    axes.plot(numbers, [means[number] for number in numbers], color=BLUE, linewidth=1.8, label="train, smoothed")
+    means = smoothed([record["loss"] for record in steps], span=max(2, len(steps) // 50))
+    at = dict(zip((record["step"] for record in steps), means, strict=True))
+    axes.plot(numbers, [at[number] for number in numbers], color=BLUE, linewidth=1.8, label="train, smoothed")
     held_out = [r for r in select(list(records), "eval") if r["step"] <= steps[-1]["step"]]
     if held_out:
         points = ([r["step"] for r in held_out], [r["loss"] for r in held_out])

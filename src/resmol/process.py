@@ -72,7 +72,11 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            handlers = {signal.SIGINT: self._note, signal.SIGTERM: self._note, signal.SIGHUP: signal.SIG_IGN}
+            handlers: dict[int, Any] = {
+                signal.SIGINT: self._note,
+                signal.SIGTERM: self._note,
+                signal.SIGHUP: signal.SIG_IGN,
+            }
             self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 

@@ -36,7 +36,11 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     run.require()
     content = read_ledger(run.ledger)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("resmol"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(
         version=__version__,
@@ -70,7 +74,10 @@ def headline_facts(records: list[Record]) -> list[tuple[str, str]]:
         facts += [
             ("steps", f"{last['step']:,}"),
             ("tokens seen", f"{last['tokens_seen']:,} ({last['epoch']:.2f} epochs)"),
-            (f"training loss, mean of the last {len(recent)} steps", f"{statistics.fmean(recent):.4f} nats per token"),
+            (
+                f"training loss, mean of the last {len(recent)} steps",
+                f"{statistics.fmean(recent):.4f} nats per token",
+            ),
             ("tokens per second, median", f"{rate:,.0f}"),
             ("training time, steps alone", duration(seconds)),
         ]
@@ -96,7 +103,11 @@ def samples(records: list[Record]) -> list[Record]:
 def timeline(records: list[Record]) -> list[tuple[str, str, str]]:
     """Return time, kind and text of everything that happened to the run besides its steps."""
     return [
-        (datetime.fromisoformat(record["time"]).strftime("%Y-%m-%d %H:%M:%S"), record["kind"], describe(record) or "")
+        (
+            datetime.fromisoformat(record["time"]).strftime("%Y-%m-%d %H:%M:%S"),
+            record["kind"],
+            describe(record) or "",
+        )
         for record in records
         if record["kind"] in TIMELINE
     ]

@@ -103,7 +103,10 @@ def reproduce(protocol: Protocol, say: Say) -> list[Check]:
 
     _part(protocol, "verify", ["verify", *preset, "--json"], say)
     if not is_prepared(run.data):
-        source = [part for path in protocol.inputs for part in ("--input", path)] or ["--corpus", protocol.corpus]
+        source = [part for path in protocol.inputs for part in ("--input", path)] or [
+            "--corpus",
+            protocol.corpus,
+        ]
         _part(protocol, "prepare", ["prepare", str(run.data), *source, "--json"], say)
     if _reached(run) < protocol.steps:
         first = ["train", str(run.path), *preset, *options, "--steps", str(protocol.steps)]
@@ -117,7 +120,10 @@ def reproduce(protocol: Protocol, say: Say) -> list[Check]:
     _part(protocol, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"], say)
 
     checks = claims(protocol)
-    evidence = {"passed": all(check.passed for check in checks), "checks": [check.to_dict() for check in checks]}
+    evidence = {
+        "passed": all(check.passed for check in checks),
+        "checks": [check.to_dict() for check in checks],
+    }
     write_durable(run.evidence / "claims.json", json.dumps(evidence, indent=1).encode())
     say(f"report: {write_report(run)}")
     return checks
@@ -167,7 +173,9 @@ def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> 
         write_durable(protocol.run.evidence / f"{name}.json", output)
     if code in (130, 143):
         raise Interrupted(
-            f"`{name}` was interrupted after saving", fix="give the same command again to go on", signal_number=code - 128
+            f"`{name}` was interrupted after saving",
+            fix="give the same command again to go on",
+            signal_number=code - 128,
         )
     if code and name != "audit":  # a failed audit becomes a failed claim, with its table
         raise _PartFailed(f"`resmol {arguments[0]}` ended with exit code {code}", code)
@@ -199,7 +207,12 @@ def claims(protocol: Protocol) -> list[Check]:
     records = read_ledger(run.ledger).records
     steps = effective_steps(records)
     return [
-        _evidence_claim(run, "verify", "architecture and parity with transformers", "the reverse-engineered model is wrong"),
+        _evidence_claim(
+            run,
+            "verify",
+            "architecture and parity with transformers",
+            "the reverse-engineered model is wrong",
+        ),
         _parameters(protocol, run),
         _scratch(steps, protocol.config(), run),
         _saved_exactly(protocol, records),
@@ -233,7 +246,14 @@ def _parameters(protocol: Protocol, run: RunDir) -> Check:
     counted = total_parameters(protocol.config().model)
     recorded = next(select(read_ledger(run.ledger).records, "start"))["parameters"]
     name, expected = "parameters", f"{counted:,} by the closed form"
-    return Check(name, recorded == counted, f"{recorded:,} trained", expected, "an untied output layer", str(run.ledger))
+    return Check(
+        name,
+        recorded == counted,
+        f"{recorded:,} trained",
+        expected,
+        "an untied output layer",
+        str(run.ledger),
+    )
 
 
 def _scratch(steps: dict[int, Record], config: RunConfig, run: RunDir) -> Check:
@@ -295,5 +315,3 @@ def _sample(run: RunDir) -> Check:
     text = " ".join(str(content.get("text", "")).split())
     shown = text[:60] + ("..." if len(text) > 60 else "")
     return Check("it speaks", bool(text), shown or "nothing", "some text", "a demo of other weights", path)
-
-

@@ -151,7 +151,9 @@ def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
     """Tell whether bitwise equality with what came before is promised; record it where it is not."""
     before = next(r["environment"] for r in reversed(journal.records) if r["kind"] in ("start", "resume"))
     now = beginning.environment
-    changed = {fact: {"from": before.get(fact), "to": now[fact]} for fact in BITWISE_FACTS if before.get(fact) != now[fact]}
+    changed = {
+        fact: {"from": before.get(fact), "to": now[fact]} for fact in BITWISE_FACTS if before.get(fact) != now[fact]
+    }
     if changed and beginning.strict:
         raise ConfigError(
             f"the environment changed, so bitwise equality is not promised: {changed}",

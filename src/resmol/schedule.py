@@ -48,4 +48,8 @@ def _cosine(step: int, schedule: ScheduleConfig) -> float:
     return schedule.final_fraction + (1.0 - schedule.final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-_SHAPES: dict[str, Callable[[int, ScheduleConfig], float]] = {"constant": _constant, "wsd": _wsd, "cosine": _cosine}
+_SHAPES: dict[str, Callable[[int, ScheduleConfig], float]] = {
+    "constant": _constant,
+    "wsd": _wsd,
+    "cosine": _cosine,
+}

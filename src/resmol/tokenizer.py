@@ -48,9 +48,7 @@ __all__ = [
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 _TRIAL_SECONDS = 10
-_TRIAL_BYTES = (
-    4 << 30
-)  # address space, of which Python and the Rust allocator reserve far more than they touch
+_TRIAL_BYTES = 4 << 30  # address space, of which Python and the Rust allocator reserve far more than they touch
 
 
 class Tokenizer:
@@ -78,9 +76,7 @@ class Tokenizer:
         self.vocab_size = len(self._bytes)
         self.eos_id = _eos_id(self._rust, path)
         vocabulary = self._rust.get_vocab(with_added_tokens=False)
-        self._untokenizable = bytes(
-            value for value, letter in _byte_alphabet().items() if letter not in vocabulary
-        )
+        self._untokenizable = bytes(value for value, letter in _byte_alphabet().items() if letter not in vocabulary)
 
     @property
     def untokenizable_bytes(self) -> bytes:
@@ -216,9 +212,7 @@ def _try_in_a_subprocess(data: bytes, path: Path) -> None:
         raise _unusable(path, f"trying it out took more than {_TRIAL_SECONDS} s") from error
     if trial.returncode != 0:
         lines = trial.stderr.decode("utf-8", errors="replace").strip().splitlines()
-        raise _unusable(
-            path, lines[-1] if lines else f"the trial process ended with status {trial.returncode}"
-        )
+        raise _unusable(path, lines[-1] if lines else f"the trial process ended with status {trial.returncode}")
 
 
 @contextmanager
@@ -243,9 +237,7 @@ def _require_byte_level(config: dict[str, Any], path: Path) -> None:
     decoder = config.get("decoder") or {}
     kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
     if config["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
-        raise _unusable(
-            path, f"model {config['model'].get('type')}, decoder {kinds}; byte counts need byte-level BPE"
-        )
+        raise _unusable(path, f"model {config['model'].get('type')}, decoder {kinds}; byte counts need byte-level BPE")
 
 
 def _eos_id(rust: tokenizers.Tokenizer, path: Path) -> int:
@@ -264,9 +256,7 @@ def _byte_alphabet() -> dict[int, str]:
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = [value for value in range(256) if value not in printable]
-    return {
-        value: chr(value) if value in printable else chr(256 + moved.index(value)) for value in range(256)
-    }
+    return {value: chr(value) if value in printable else chr(256 + moved.index(value)) for value in range(256)}
 
 
 def _bytes_of_tokens(rust: tokenizers.Tokenizer) -> list[bytes]:

@@ -45,9 +45,7 @@ def default_cache() -> Path:
     return (Path(configured) if configured else Path.home() / ".cache") / "resmol"
 
 
-def find_tokenizer(
-    source: str | Path | None, sha256: str, cache: Path | None, say: Say
-) -> tuple[bytes, Path]:
+def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None, say: Say) -> tuple[bytes, Path]:
     """Return the bytes of a `tokenizer.json` and where they came from; the caller checks the hash.
 
     Raises:
@@ -62,9 +60,7 @@ def find_tokenizer(
     if cached is not None:
         return cached, cache_path(sha256, cache)
     if sha256 != SMOLLM2_TOKENIZER_SHA256:
-        raise DataError(
-            f"no tokenizer with sha256 {sha256} is in the cache", fix="name its file: --tokenizer PATH"
-        )
+        raise DataError(f"no tokenizer with sha256 {sha256} is in the cache", fix="name its file: --tokenizer PATH")
     return _download(say), cache_path(sha256, cache)
 
 
@@ -104,9 +100,7 @@ def tokenizer_json_from_gguf(path: Path) -> bytes:
     fields = GGUFReader(path).fields
     keys = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
     if any(key not in fields for key in keys):
-        raise DataError(
-            f"{path.name} holds no tokenizer", fix="use a GGUF file with tokenizer.ggml.* metadata"
-        )
+        raise DataError(f"{path.name} holds no tokenizer", fix="use a GGUF file with tokenizer.ggml.* metadata")
     tokens, kinds, merges = (fields[key].contents() for key in keys)
     special = [index for index, kind in enumerate(kinds) if kind == _GGUF_CONTROL_TOKEN]
     document = _tokenizer_document(tokens, special, merges)
@@ -149,9 +143,7 @@ def _named(source: str | Path) -> Path:
         return path
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
         return _from_hub(source, SMOLLM2_HUB_REVISION if source == SMOLLM2_HUB_ID else "main")
-    raise DataError(
-        f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id"
-    )
+    raise DataError(f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id")
 
 
 def _read(path: Path) -> bytes:
@@ -159,9 +151,7 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise DataError(
-            f"the tokenizer {path} cannot be read: {error.strerror}", fix="check the path"
-        ) from error
+        raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}", fix="check the path") from error
     if len(data) > _MAX_BYTES:
         raise DataError(f"the tokenizer {path} is larger than 64 MB", fix="name a real tokenizer.json")
     return data
@@ -224,9 +214,7 @@ def _from_hub(hub_id: str, revision: str) -> Path:
     _require_answer(hf_hub_url(hub_id, "tokenizer.json", revision=revision), constants.ENDPOINT)
     try:
         return Path(hf_hub_download(hub_id, "tokenizer.json", revision=revision))
-    except (
-        Exception
-    ) as error:  # the client's errors come from several libraries, and differ between its versions
+    except Exception as error:  # the client's errors come from several libraries, and differ between its versions
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise NetworkError(
             f"the Hub did not give {hub_id}/tokenizer.json ({lines[0][:200]})",

@@ -143,7 +143,7 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], config: RunC
             hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
             targets = batch.targets.to(runtime.device)
             loss = cross_entropy_sum(hidden, model.lm_head.weight, targets, config.runtime.loss_chunk_tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     runtime.sum_over_processes([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     return total

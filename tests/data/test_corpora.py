@@ -174,9 +174,7 @@ def test_valid_text_is_kept_and_chunks_make_no_difference(data, size):
 
 TEXT = st.text(
     st.one_of(
-        st.sampled_from(
-            " \n\t\r\x0b\x1c\x1f\x85\xa0\u180e\u2003\u3000'’0189abcst.,!_é漢字かカー、。，！😀\u0301"
-        ),
+        st.sampled_from(" \n\t\r\x0b\x1c\x1f\x85\xa0\u180e\u2003\u3000'’0189abcst.,!_é漢字かカー、。，！😀\u0301"),
         st.characters(codec="utf-8"),
     ),
     max_size=120,
@@ -206,9 +204,7 @@ def test_ids_of_the_pieces_with_the_genuine_tokenizer(genuine_tokenizer, shared_
         document = path.read_bytes().decode("utf-8", errors="replace")[:300_000]
         pieces = list(cut_into_pieces([document], ReadCounts()))
         assert len(pieces) > len(document) // 3000
-        assert list(chain.from_iterable(genuine_tokenizer.encode_batch(pieces))) == genuine_tokenizer.encode(
-            document
-        )
+        assert list(chain.from_iterable(genuine_tokenizer.encode_batch(pieces))) == genuine_tokenizer.encode(document)
 
 
 def test_pieces_are_bounded_whatever_the_text(monkeypatch):

@@ -75,9 +75,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
     tmp_path_factory, length, seq_len, size, micro_batches, seed
 ):
     stream = stream_of(tmp_path_factory.mktemp("s"), range(1, length + 1), shards=2)
-    loader = loader_of(
-        stream, seq_len=seq_len, micro_batch_size=size, micro_batches_per_step=micro_batches, seed=seed
-    )
+    loader = loader_of(stream, seq_len=seq_len, micro_batch_size=size, micro_batches_per_step=micro_batches, seed=seed)
     per_step = size * micro_batches
     windows: list[int] = []
     targets: list[int] = []
@@ -85,9 +83,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
     while len(windows) < 2 * loader.n_windows:
         step += 1
         batches = list(loader.micro_batches(step))
-        assert [window for batch in batches for window in batch.window_ids] == loader.step_windows(
-            step
-        ).tolist()
+        assert [window for batch in batches for window in batch.window_ids] == loader.step_windows(step).tolist()
         assert loader.step_tokens(step) == sum(batch.tokens for batch in batches)
         for batch in batches:
             windows += batch.window_ids

@@ -31,9 +31,7 @@ def expected(texts, tokenizer) -> list[int]:
 
 def test_every_token_of_every_document_is_kept_once_and_documents_stay_whole(tiny_tokenizer, tmp_path):
     texts = synthetic_texts(200)
-    dataset = prepare(
-        tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=0.1, shard_tokens=3000
-    )
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=0.1, shard_tokens=3000)
     held_out = {number for number in range(200) if is_held_out(number, 0, 0.1)}
     assert 5 < len(held_out) < 40
     train = [text for number, text in enumerate(texts) if number not in held_out]
@@ -120,9 +118,7 @@ def test_a_corpus_can_choose_its_split(tiny_tokenizer, tmp_path):
     val_fraction=st.floats(0, 0.99),
     shard_tokens=st.integers(1, 10),
 )
-def test_tokens_add_up_whatever_the_texts(
-    tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens
-):
+def test_tokens_add_up_whatever_the_texts(tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens):
     out = tmp_path_factory.mktemp("any") / "out"
     options = {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     if not any(texts):
@@ -233,9 +229,7 @@ def test_the_files_are_datatrove_s(tiny_tokenizer, tmp_path):
     ids = expected(texts, tiny_tokenizer)
     assert shard.read_bytes() == np.array(ids, dtype="<u2").tobytes()
     ends = [len(expected(texts[:1], tiny_tokenizer)), len(ids)]
-    assert (tmp_path / "out" / "train" / "00000.ds.index").read_bytes() == np.array(
-        ends, dtype="<u8"
-    ).tobytes()
+    assert (tmp_path / "out" / "train" / "00000.ds.index").read_bytes() == np.array(ends, dtype="<u8").tobytes()
     metadata = (tmp_path / "out" / "train" / "00000.ds.metadata").read_text()
     assert metadata.split("\n") == [f"sha256:{tiny_tokenizer.sha256}|2", str(len(ids)), f"{len(ids)} T"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

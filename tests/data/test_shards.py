@@ -44,9 +44,7 @@ def test_an_opened_folder_equals_the_prepared_one_wherever_it_lies(tiny_dataset,
 @given(st.data())
 def test_any_range_is_read_across_shard_borders(tiny_dataset, data):
     stream = tiny_dataset.train
-    whole = np.concatenate(
-        [np.fromfile(tiny_dataset.root / shard.name, dtype="<u2") for shard in stream.shards]
-    )
+    whole = np.concatenate([np.fromfile(tiny_dataset.root / shard.name, dtype="<u2") for shard in stream.shards])
     assert len(stream.shards) > 2
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, min(len(stream), start + 30_000)))

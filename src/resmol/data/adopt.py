@@ -62,14 +62,10 @@ def adopt(
     if (folder / MANIFEST).exists():
         raise UsageError(f"{folder} has a manifest.json already", fix=f"use it as it is: --data {folder}")
     if not 0 <= val_fraction < 1:
-        raise UsageError(
-            f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1"
-        )
+        raise UsageError(f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1")
     files = _token_files(folder)
     if not files:
-        raise DataError(
-            f"{folder} holds no .ds files", fix="name the folder into which datatrove wrote its tokens"
-        )
+        raise DataError(f"{folder} holds no .ds files", fix="name the folder into which datatrove wrote its tokens")
     width = _token_bytes(folder, files, tokenizer)
     with full_disk_is_an_error(folder):
         shards, ends = _describe_all(folder, files, tokenizer, width, say)
@@ -144,14 +140,10 @@ def _index_of(path: Path, tokens: int, ends_by_token: Int64[np.ndarray, " _"]) -
         write_index(path, ends.tolist())
         return ends
     if index.is_symlink() or index.stat().st_size % 8:
-        raise DataError(
-            f"{index} is no list of 8-byte numbers", fix="remove it, and it is made from the tokens"
-        )
+        raise DataError(f"{index} is no list of 8-byte numbers", fix="remove it, and it is made from the tokens")
     ends = np.fromfile(index, dtype="<u8").astype(np.int64)
     if len(ends) == 0 or ends[-1] != tokens or ends[0] < 0 or (np.diff(ends) < 0).any():
-        raise DataError(
-            f"{index} does not fit to {tokens} tokens", fix="remove it, and it is made from the tokens"
-        )
+        raise DataError(f"{index} does not fit to {tokens} tokens", fix="remove it, and it is made from the tokens")
     return ends
 
 

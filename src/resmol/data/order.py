@@ -49,9 +49,7 @@ class WindowOrder:
             result[chosen] = self._walk(places[chosen].astype(np.uint64), _round_keys(self.seed, int(epoch)))
         return result
 
-    def _walk(
-        self, values: UInt64[np.ndarray, " n"], keys: tuple[np.uint64, ...]
-    ) -> UInt64[np.ndarray, " n"]:
+    def _walk(self, values: UInt64[np.ndarray, " n"], keys: tuple[np.uint64, ...]) -> UInt64[np.ndarray, " n"]:
         values = self._permute(values, keys)
         outside = np.flatnonzero(values >= self.n_windows)
         while outside.size:
@@ -59,9 +57,7 @@ class WindowOrder:
             outside = outside[values[outside] >= self.n_windows]
         return values
 
-    def _permute(
-        self, values: UInt64[np.ndarray, " n"], keys: tuple[np.uint64, ...]
-    ) -> UInt64[np.ndarray, " n"]:
+    def _permute(self, values: UInt64[np.ndarray, " n"], keys: tuple[np.uint64, ...]) -> UInt64[np.ndarray, " n"]:
         low_bits = np.uint64(self._low_bits)
         low = values & np.uint64((1 << self._low_bits) - 1)
         high = values >> low_bits

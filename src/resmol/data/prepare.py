@@ -97,9 +97,7 @@ def prepare(
     """
     _require_fresh(out)
     if not 0 <= val_fraction < 1:
-        raise UsageError(
-            f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1"
-        )
+        raise UsageError(f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1")
     out.parent.mkdir(parents=True, exist_ok=True)
     job = _Job(corpus, tokenizer, val_fraction, seed, shard_tokens, on_progress)
     commit_directory(out, job.write_files, lambda _folder: job.manifest().to_json())
@@ -183,9 +181,7 @@ class _Job:
         reported = 0
         end = np.array([self.tokenizer.eos_id], dtype=np.int64)
         for batch in self._batches():
-            for item, ids in zip(
-                batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True
-            ):
+            for item, ids in zip(batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True):
                 writers[item.split].append(np.array(ids, dtype=np.int64))
                 if item.ends:
                     writers[item.split].append(end)
@@ -195,9 +191,7 @@ class _Job:
                 self._report_progress(writers)
         self._report_progress(writers)
         if self.totals.documents == 0:
-            raise DataError(
-                f"there is no text in {self.corpus.name}", fix="check that the input is not empty"
-            )
+            raise DataError(f"there is no text in {self.corpus.name}", fix="check that the input is not empty")
 
     def _batches(self) -> Iterator[list[_Item]]:
         batch: list[_Item] = []
@@ -264,9 +258,7 @@ class _Job:
         tokenizer, totals = self.tokenizer, self.totals
         return Manifest(
             created_with=f"resmol {__version__}",
-            tokenizer=TokenizerFacts(
-                sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id
-            ),
+            tokenizer=TokenizerFacts(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id),
             token_bytes=self.token_bytes,
             train=Split.of(self.splits["train"]),
             val=Split.of(self.splits["val"]),
@@ -292,13 +284,9 @@ def _require_fresh(out: Path) -> None:
             fix=f"train on it as it is (--data {out}), name another folder, or remove it first",
         )
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UsageError(
-            f"{out} exists and is not an empty folder", fix="name a folder that does not exist yet"
-        )
+        raise UsageError(f"{out} exists and is not an empty folder", fix="name a folder that does not exist yet")
     if out.is_mount():
-        raise UsageError(
-            f"{out} is a mount point, which cannot appear at once", fix=f"name a folder in it: {out}/data"
-        )
+        raise UsageError(f"{out} is a mount point, which cannot appear at once", fix=f"name a folder in it: {out}/data")
 
 
 def _report(dataset: Dataset, say: Callable[[str], None]) -> None:

@@ -24,9 +24,7 @@ class SplitWriter:
         documents: Documents ended so far, over all shards.
     """
 
-    def __init__(
-        self, root: Path, split: str, *, token_bytes: int, tokenizer: str, shard_tokens: int
-    ) -> None:
+    def __init__(self, root: Path, split: str, *, token_bytes: int, tokenizer: str, shard_tokens: int) -> None:
         self.tokens = 0
         self.documents = 0
         self._root = root
@@ -42,9 +40,7 @@ class SplitWriter:
 
     def append(self, ids: Int64[np.ndarray, " n"]) -> None:
         """Add tokens to the current document."""
-        if self._file is None or (
-            self._at_document_end() and self.tokens - self._shard_start >= self._shard_tokens
-        ):
+        if self._file is None or (self._at_document_end() and self.tokens - self._shard_start >= self._shard_tokens):
             self._begin_shard()
         assert self._file is not None
         self._file.write(ids.astype(self._dtype).tobytes())

@@ -128,10 +128,7 @@ class Manifest(_Frozen):
         for shard in (*self.train.shards, *self.val.shards):
             if not _NAME.fullmatch(shard.name):
                 raise ValueError(f"shard name {shard.name!r} is not a plain relative name")
-            if (
-                shard.bytes % self.token_bytes
-                or (shard.start + shard.tokens) * self.token_bytes > shard.bytes
-            ):
+            if shard.bytes % self.token_bytes or (shard.start + shard.tokens) * self.token_bytes > shard.bytes:
                 raise ValueError(f"{shard.name}: bytes, start and tokens do not fit together")
         return self
 
@@ -195,9 +192,7 @@ class TokenStream:
             shard = self.shards[number]
             path = self._root / shard.name
             try:
-                whole = np.memmap(
-                    path, dtype=self._dtype, mode="r", shape=(shard.bytes // self._dtype.itemsize,)
-                )
+                whole = np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.bytes // self._dtype.itemsize,))
             except (OSError, ValueError) as error:
                 raise _damaged(path, str(error)) from error
             self._maps[number] = whole[shard.start : shard.start + shard.tokens]

@@ -40,9 +40,7 @@ class InputCount:
 
     def facts(self) -> InputFacts:
         """Return the count as the manifest records it."""
-        return InputFacts(
-            name=self.name, files=self.files, bytes=self.byte_count, sha256=self.digest.hexdigest()
-        )
+        return InputFacts(name=self.name, files=self.files, bytes=self.byte_count, sha256=self.digest.hexdigest())
 
 
 @dataclass
@@ -127,9 +125,7 @@ def _bounded(chunks: Iterable[str]) -> Iterator[str]:
 def _last_safe_cut(text: str) -> int:
     # Near the end first: in ordinary text the last 1 Ki characters hold a space.
     for width in (1 << 10, PIECE_CHARACTERS):
-        cuts = [
-            match.end() for match in _SAFE_CUT.finditer(text, PIECE_CHARACTERS - width, PIECE_CHARACTERS + 1)
-        ]
+        cuts = [match.end() for match in _SAFE_CUT.finditer(text, PIECE_CHARACTERS - width, PIECE_CHARACTERS + 1)]
         if cuts:
             return cuts[-1]
     return 0

@@ -20,7 +20,9 @@ __all__ = ["verify"]
 FULL_DEPTH_PARAMETERS = 200_000_000
 
 
-def verify(config: ModelConfig, *, weights: CausalLM | None = None, say: Callable[[str], None] = lambda _: None) -> list[Check]:
+def verify(
+    config: ModelConfig, *, weights: CausalLM | None = None, say: Callable[[str], None] = lambda _: None
+) -> list[Check]:
     """Check an architecture against its own rules and against transformers.
 
     Args:

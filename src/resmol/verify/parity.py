@@ -77,13 +77,25 @@ def twin_parity(config: ModelConfig) -> list[Check]:
         results = [check for shape in TWINS for check in parity(_twin(shape, dtype), _shape_name(shape))]
         failed = [check for check in results if not check.passed]
         measured = f"{len(results) - len(failed)} of {len(results)} comparisons on {len(TWINS)} shapes"
-        checks.append(Check(f"tiny twins, {name}", not failed, measured, "all of them", "heads repeated along the wrong axis"))
+        checks.append(
+            Check(
+                f"tiny twins, {name}",
+                not failed,
+                measured,
+                "all of them",
+                "heads repeated along the wrong axis",
+            )
+        )
         checks += failed
     return [*checks, _late_positions(config)]
 
 
 def _labelled(check: Check, label: str) -> Check:
-    return check if not label else Check(f"{label}: {check.name}", check.passed, check.measured, check.expected, check.guards)
+    return (
+        check
+        if not label
+        else Check(f"{label}: {check.name}", check.passed, check.measured, check.expected, check.guards)
+    )
 
 
 def _ids(config: ModelConfig) -> Int[Tensor, "B T"]:
@@ -97,7 +109,11 @@ def _ids(config: ModelConfig) -> Int[Tensor, "B T"]:
 @contextmanager
 def _recording(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     """Keep what every block and the final norm give; both implementations have the same module names."""
-    wanted = {name: module for name, module in model.named_modules() if name.startswith("model.layers.") and name.count(".") == 2}
+    wanted = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("model.layers.") and name.count(".") == 2
+    }
     wanted["model.norm"] = model.get_submodule("model.norm")
 
     def keep(name: str) -> Any:
@@ -122,7 +138,7 @@ def observe_ours(model: CausalLM, ids: Int[Tensor, "B T"]) -> Observation:
     with _recording(model, values), torch.enable_grad():
         hidden = model.hidden(ids)
         loss = cross_entropy_sum(hidden[:, :-1], model.lm_head.weight, ids[:, 1:], 16) / ids[:, 1:].numel()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     values |= {"loss": loss.detach(), "logits": model.lm_head(hidden).detach()}
     values |= _gradients(model)
     for name, parameter in model.named_parameters():
@@ -192,7 +208,9 @@ def _greedy(model: CausalLM, reference: Any, prompt: Int[Tensor, "1 T"]) -> Chec
     same = []
     for use_cache in (True, False):
         options = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
-        theirs = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :].tolist()
+        theirs = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
+            0, prompt.shape[1] :
+        ].tolist()
         same.append(sum(1 for mine, other in zip(ours, theirs, strict=True) if mine == other))
     measured = f"{same[0]} of {count} equal with the reference's cache, {same[1]} without"
     return Check("greedy tokens", same == [count, count], measured, "all equal", "a cache with wrong positions")
@@ -206,7 +224,8 @@ def _twin(shape: tuple[int, int, int, int, int, bool, float], dtype: torch.dtype
     config = ModelConfig(
         vocab_size=211, hidden_size=heads * head_dim, intermediate_size=ffn, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=key_value_heads, max_position_embeddings=64, rms_norm_eps=1e-5,
-        rope_theta=theta, tie_word_embeddings=tied, initializer_range=(heads * head_dim) ** -0.5, bos_token_id=0, eos_token_id=0,
+        rope_theta=theta, tie_word_embeddings=tied, initializer_range=(heads * head_dim) ** -0.5,
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = CausalLM.empty(config)
     model.initialise(seed=heads)
@@ -225,7 +244,13 @@ def _shape_name(shape: tuple[int, int, int, int, int, bool, float]) -> str:
 def _late_positions(config: ModelConfig) -> Check:
     """Compare the last positions of the longest context, on a model of one narrow block with this theta."""
     length = min(config.max_position_embeddings, 8192)
-    small = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 3}
+    small = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+    }
     twin = CausalLM.empty(config.model_copy(update={**small, "num_key_value_heads": 1, "initializer_range": 0.15}))
     twin.initialise(seed=5)
     reference: Any = reference_model(twin.config)
@@ -241,7 +266,13 @@ def _late_positions(config: ModelConfig) -> Check:
     measured = f"error {mine:.1e}, the reference's own {other:.1e}; with another theta it would be {wrong:.1e}"
     expected = f"at most {tolerance:.1e} at positions {length - 64} to {length - 1}"
     name = "late positions"
-    return Check(name, mine <= tolerance < wrong, measured, expected, "theta 10000 by default, positions rounded to bfloat16")
+    return Check(
+        name,
+        mine <= tolerance < wrong,
+        measured,
+        expected,
+        "theta 10000 by default, positions rounded to bfloat16",
+    )
 
 
 def _with_theta(model: CausalLM, theta: float, ids: Int[Tensor, "1 T"]) -> Tensor:

@@ -67,7 +67,13 @@ def _shapes(model: CausalLM) -> Check:
     expected = expected_shapes(model.config)
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     measured = f"{wrong[0]} is {found.get(wrong[0])}" if wrong else f"{len(found)} tensors"
-    return Check("names and shapes", not wrong, measured, f"{len(expected)} as in a Hugging Face file", "prefixes, transposed matrices")
+    return Check(
+        "names and shapes",
+        not wrong,
+        measured,
+        f"{len(expected)} as in a Hugging Face file",
+        "prefixes, transposed matrices",
+    )
 
 
 def _tying(model: CausalLM) -> Check:
@@ -170,7 +176,8 @@ def _rotation(config: ModelConfig) -> list[Check]:
     tolerance = 4 * (last + 1) * 2.0**-24 * float(query.norm() * key.norm())
     return [
         Check(
-            "rotation keeps lengths", stretch < 1e-6 and moved > 0.01, f"stretch {stretch:.1e}, position 1 moves by {moved:.2f}",
+            "rotation keeps lengths", stretch < 1e-6 and moved > 0.01,
+            f"stretch {stretch:.1e}, position 1 moves by {moved:.2f}",
             "below 1e-6 (float32 tables), and positions do turn", "interleaved rotation with half-split tables",
         ),
         Check(
@@ -189,4 +196,10 @@ def _cache(model: CausalLM) -> Check:
     difference, scale = float((parts - whole).abs().max()), float(whole.abs().max())
     tolerance = 64 * torch.finfo(whole.dtype).eps * scale * math.sqrt(model.config.num_hidden_layers)
     expected = f"at most {tolerance:.1e}: other shapes round in another order"
-    return Check("key/value cache", difference <= tolerance, f"difference {difference:.1e}", expected, "wrong positions after the prompt")
+    return Check(
+        "key/value cache",
+        difference <= tolerance,
+        f"difference {difference:.1e}",
+        expected,
+        "wrong positions after the prompt",
+    )
