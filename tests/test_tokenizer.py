@@ -355,15 +355,15 @@ def test_an_unreachable_hub_costs_seconds_and_one_line(tmp_path):
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     from huggingface_hub import constants
 
-    from resmol import tokenizer_sources
+    from resmol import hub
 
     class Silent:
         def head(self, *_args, **_options):
             time.sleep(30)
 
     monkeypatch.setattr("huggingface_hub.get_session", Silent)
-    monkeypatch.setattr(tokenizer_sources, "_PROBE_SECONDS", -0.8)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", -0.8)
     begin = time.monotonic()
     with pytest.raises(NetworkError, match="cannot be reached"):
-        tokenizer_sources._require_answer("http://example.invalid", constants.ENDPOINT)
+        hub.require_answer("http://example.invalid", constants.ENDPOINT, fix="")
     assert time.monotonic() - begin < 5

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from resmol.errors import ConfigError, DataError, NetworkError
+from resmol.errors import ConfigError, DataError
+from resmol.hub import hub_file
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -194,7 +195,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
     if path.is_dir():
         path = path / "config.json"
     if not path.exists() and _looks_like_hub_id(str(source)):
-        path = _download_config(str(source))
+        path = hub_file(str(source), "config.json", fix="check the name and the network, or name a config.json")
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES} bytes", fix="name a config.json")
@@ -223,15 +224,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _looks_like_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".json")
-
-
-def _download_config(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(hub_id, "config.json", etag_timeout=5))
-    except Exception as error:  # the client raises many kinds; to the user all mean that it did not come
-        raise NetworkError(
-            f"{hub_id} is not a file here and its config.json did not come from the Hub ({type(error).__name__})",
-            fix="check the name and the connection, or pass the path of a config.json",
-        ) from error

@@ -18,8 +18,8 @@ from resmol.errors import DataError, UsageError
 from resmol.generate import Sampling, generate
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
-from resmol.model_sources import Provenance, Say, find_source, named_tokenizer
 from resmol.tokenizer import StreamDecoder, Tokenizer
+from resmol.weights.sources import Provenance, Say, find_source, named_tokenizer
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _draw(
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         paint(axes, steps, records)
-        _mark_resumes(axes, records)
+        _mark_resumes(axes, records, labelled=paint is _loss)
         axes.set_xlabel("step")
         axes.margins(x=0.01)
         out = io.StringIO()
@@ -62,11 +62,11 @@ def _draw(
     return text[text.index("<svg") :]  # without the XML declaration, which does not belong inside a page
 
 
-def _mark_resumes(axes: Any, records: Sequence[Record]) -> None:
+def _mark_resumes(axes: Any, records: Sequence[Record], *, labelled: bool) -> None:
     resumes = [record["next_step"] for record in select(list(records), "resume")]
     for number, step in enumerate(resumes):
         axes.axvline(step, color=RED, linewidth=1, linestyle=(0, (4, 3)))
-        if number == 0 or number == len(resumes) - 1:
+        if labelled and number in (0, len(resumes) - 1):
             low, high = axes.get_xlim()
             side = "right" if step > (low + high) / 2 else "left"
             offset = -4 if side == "right" else 4

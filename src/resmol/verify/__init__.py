@@ -6,44 +6,79 @@ What is compared, and where the tolerances come from, is said in docs/verificati
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from resmol.checks import Check
+from resmol.errors import UsageError
 from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
-from resmol.verify.parity import parity, twin_parity
-from resmol.verify.sanity import sanity
+from resmol.verify.foreign import verify_foreign
+from resmol.verify.norms import norm_precision
+from resmol.verify.parity import SEQUENCE, parity
+from resmol.verify.rotation import rotation_checks
+from resmol.verify.sanity import finite, sanity
+from resmol.verify.twins import FULL, STANDARD, twin_parity
 
-__all__ = ["verify"]
+__all__ = ["verify", "verify_foreign"]
 
-# Above this, a model is verified at reduced depth: more blocks are more of the same.
+# Above this, a random model is verified at reduced depth: more blocks are more of the same.
 FULL_DEPTH_PARAMETERS = 200_000_000
+
+Depth = Literal["standard", "full"]
 
 
 def verify(
-    config: ModelConfig, *, weights: CausalLM | None = None, say: Callable[[str], None] = lambda _: None
+    config: ModelConfig,
+    *,
+    weights: CausalLM | None = None,
+    depth: Depth = "standard",
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Check an architecture against its own rules and against transformers.
 
     Args:
         config: The architecture.
-        weights: A model to compare with its weights as they are; None takes random ones.
+        weights: A model of this architecture, on the CPU, to compare with its weights as they are; None takes random
+            ones, and fewer layers for models above 200 million parameters.
+        depth: "full" keeps all layers of large models, and takes longer sequences and more twins.
         say: Receives a sentence before each part.
 
     Returns:
-        The checks, failed ones included.
+        The checks, failed ones included. Weights that are not numbers end them early.
+
+    Raises:
+        DataError: transformers is not installed.
+        UsageError: The weights are not on the CPU, or of another architecture.
     """
-    say("sanity: instantiation, shapes, first loss, causality, rotation, cache")
-    model = weights or _random_model(config)
-    checks = sanity(model, trained=weights is not None)
-    say("parity with transformers: logits, hidden states, loss, gradients, generated tokens")
-    checks += parity(model)
-    return [*checks, *twin_parity(config)]
+    model = _given(config, weights) if weights is not None else _random_model(config, depth)
+    say("sanity: parameters, shapes, tying, first loss, causality, rotation")
+    checks = [finite(model)]
+    if not checks[0].passed:
+        return checks
+    checks += sanity(config, model, trained=weights is not None)
+    checks += rotation_checks(config)
+    layers = model.config.num_hidden_layers
+    reduced = "" if layers == config.num_hidden_layers else f" at {layers} of {config.num_hidden_layers} layers"
+    say(f"parity with transformers{reduced}: logits, hidden states, loss, gradients, cache, generated tokens")
+    checks += parity(model, sequence=SEQUENCE if depth == "standard" else 16 * SEQUENCE)
+    say("parity on small twins of many shapes, in float32 and bfloat16, and at the last positions")
+    return [*checks, norm_precision(config), *twin_parity(config, STANDARD if depth == "standard" else FULL)]
 
 
-def _random_model(config: ModelConfig) -> CausalLM:
-    while total_parameters(config) > FULL_DEPTH_PARAMETERS and config.num_hidden_layers > 1:
-        config = config.model_copy(update={"num_hidden_layers": max(1, config.num_hidden_layers // 2)})
+def _given(config: ModelConfig, weights: CausalLM) -> CausalLM:
+    if weights.config != config:
+        raise UsageError("the weights are of another architecture", fix="pass the configuration that came with them")
+    if weights.lm_head.weight.device.type != "cpu":
+        raise UsageError(
+            "the weights are not on the CPU", fix="load them there: the float64 yardstick is computed there"
+        )
+    return weights
+
+
+def _random_model(config: ModelConfig, depth: Depth) -> CausalLM:
+    while depth == "standard" and total_parameters(config) > FULL_DEPTH_PARAMETERS and config.num_hidden_layers > 1:
+        config = config.model_copy(update={"num_hidden_layers": config.num_hidden_layers // 2})
     model = CausalLM.empty(config)
     model.initialise(seed=8)
     return model

@@ -1,282 +1,176 @@
 """Parity with transformers, with tolerances that are derived.
 
-The yardstick is the reference itself in float64. Its own float32 (or bfloat16) result misses that by some rounding
+The yardstick is the reference in float64. The reference's own float32 (or bfloat16) result misses it by some rounding
 error; ours must miss it by no more than a small factor of the same. A wrong architecture misses it by orders of
-magnitude, and a tolerance guessed by hand is not needed.
+magnitude, and nobody has to guess a tolerance. Errors are root mean squares over a tensor: their ratio is steady,
+where the ratio of two largest errors is a matter of luck.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from resmol.checks import Check
 from resmol.generate import Sampling, generate
-from resmol.hf_config import ModelConfig
-from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
+from resmol.verify.observe import (
+    Observation,
+    observe,
+    our_forward,
+    our_logits_with_cache,
+    reference_forward,
+    reference_logits_with_cache,
+)
+from resmol.verify.reference import exact_model, reference_model
+
+Precision: TypeAlias = Literal["float32", "bfloat16", "bfloat16 autocast"]
 
 # Our error against float64 may be this many times the reference's own, plus this many units in the last place.
-FACTOR, ULPS = 4.0, 8.0
-GREEDY_TOKENS = 24
+FACTOR, ULPS = 4.0, 4.0
+GREEDY_TOKENS = 12
+PROMPT_TOKENS = 8
+SEQUENCE = 24
 
-# Heads H, key/value heads K, head size, layers, feed-forward width, tied, theta.
-TWINS: tuple[tuple[int, int, int, int, int, bool, float], ...] = (
-    (4, 4, 8, 2, 48, True, 10_000.0),
-    (3, 1, 16, 2, 64, True, 100_000.0),
-    (9, 3, 8, 3, 96, True, 100_000.0),
-    (9, 1, 6, 2, 50, False, 130_000.0),
-    (6, 2, 10, 1, 37, False, 500.0),
-)
-
-
-@dataclass
-class Observation:
-    """What a model gives for some ids, by quantity."""
-
-    values: dict[str, Tensor] = field(default_factory=dict)
+GUARDS = {
+    "weights": "Renamed, transposed or missing tensors: an export that nobody else can load.",
+    "logits": "Anything wrong between ids and logits: rotation, mask, head order, norms, scaling. Comparing key names "
+    "would not see it: the original student's check did that, and its logits were off by 37.",
+    "hidden states": "An error that a later layer hides; the first layer that differs is the one to look at.",
+    "loss": "Labels shifted twice (the model learns token t + 2) or never (it learns to copy, and the loss falls to 0).",
+    "gradients": "A branch that is detached, a tied weight that receives half of its gradient, a mean of means: the "
+    "forward pass looks right and training is wrong.",
+    "key/value cache": "New tokens that get the wrong positions or see the wrong past once a cache is used.",
+    "greedy tokens": "Everything together: what a user would see. One wrong position after the prompt changes it.",
+}
 
 
-def reference_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return transformers' LlamaForCausalLM of this architecture, with weights still to be filled."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    reference: nn.Module = LlamaForCausalLM(LlamaConfig(**config.to_hf())).to(dtype)
-    return reference.eval()
+def ids_for(vocab_size: int, batch: int, length: int, seed: int = 4) -> Int[Tensor, "B T"]:
+    """Return random token ids, the same ones each time."""
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def parity(model: CausalLM, label: str = "") -> list[Check]:
+def parity(model: CausalLM, precision: Precision = "float32", *, sequence: int = SEQUENCE) -> list[Check]:
     """Compare a model with the reference that has the same weights: every quantity that training depends on.
 
     Args:
-        model: The model, float32 or bfloat16, on the CPU.
-        label: Put in front of the names of the checks.
+        model: The model, on the CPU, in float32, or in bfloat16 for the precision of that name.
+        precision: What both compute in.
+        sequence: T, the length of the sequences that both are given.
     """
-    dtype = model.lm_head.weight.dtype
-    reference = reference_model(model.config, dtype)
-    reference.load_state_dict(model.state_dict(), strict=True)
-    ids = _ids(model.config)
-    ours, theirs = observe_ours(model, ids), observe_reference(reference, ids)
-    checks = [] if dtype != torch.float32 else [_greedy(model, reference, ids[:1, :8])]
-    exact = observe_reference(reference.double(), ids)
-    groups = ("logits", "hidden states", "loss", "gradients")
-    compared = [_compare(group, ours, theirs, exact, dtype) for group in groups]
-    return [_labelled(check, label) for check in [*compared, *checks]]
-
-
-def twin_parity(config: ModelConfig) -> list[Check]:
-    """Compare small models over many shapes, in float32 and bfloat16, and the last positions of the longest context."""
-    checks: list[Check] = []
-    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-        results = [check for shape in TWINS for check in parity(_twin(shape, dtype), _shape_name(shape))]
-        failed = [check for check in results if not check.passed]
-        measured = f"{len(results) - len(failed)} of {len(results)} comparisons on {len(TWINS)} shapes"
-        checks.append(
-            Check(
-                f"tiny twins, {name}",
-                not failed,
-                measured,
-                "all of them",
-                "heads repeated along the wrong axis",
-            )
-        )
-        checks += failed
-    return [*checks, _late_positions(config)]
-
-
-def _labelled(check: Check, label: str) -> Check:
-    return (
-        check
-        if not label
-        else Check(f"{label}: {check.name}", check.passed, check.measured, check.expected, check.guards)
-    )
-
-
-def _ids(config: ModelConfig) -> Int[Tensor, "B T"]:
-    length = min(24, config.max_position_embeddings)
-    return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(4))
-
-
-# --- observing -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _recording(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Keep what every block and the final norm give; both implementations have the same module names."""
-    wanted = {
-        name: module
-        for name, module in model.named_modules()
-        if name.startswith("model.layers.") and name.count(".") == 2
-    }
-    wanted["model.norm"] = model.get_submodule("model.norm")
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            values[f"hidden states {name}"] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in wanted.items()]
+    config, weights = model.config, model.state_dict()
+    ids = ids_for(config.vocab_size, 2, min(sequence, config.max_position_embeddings))
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        reference = reference_model(config, weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        return [Check("weights load", False, reason, "a strict load_state_dict", GUARDS["weights"])]
+    exact = _with_cache(observe(yardstick := exact_model(config, weights), ids, reference_forward(yardstick)))
+    del yardstick  # twice the size of the model
+    cached = precision != "bfloat16 autocast"
+    with _arithmetic(precision):
+        theirs = observe(reference, ids, reference_forward(reference))
+        if cached:
+            theirs["key/value cache"] = reference_logits_with_cache(reference, ids)
+        their_errors = errors(theirs, exact)
+        del theirs
+        ours = observe(model, ids, our_forward(model))
+        if cached:
+            ours["key/value cache"] = our_logits_with_cache(model, ids)
+    groups = ["logits", "hidden states", "loss", "gradients"] + ["key/value cache"] * cached
+    our_errors = errors(ours, exact)
+    checks = [compare(group, our_errors, their_errors, exact, precision) for group in groups]
+    return checks if precision != "float32" else [*checks, greedy(model, reference)]
 
 
-def observe_ours(model: CausalLM, ids: Int[Tensor, "B T"]) -> Observation:
-    """Return logits, hidden states, loss and gradients as our training computes them."""
-    values: dict[str, Tensor] = {}
-    was_training = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(requires_grad=True).zero_grad(set_to_none=True)
-    with _recording(model, values), torch.enable_grad():
-        hidden = model.hidden(ids)
-        loss = cross_entropy_sum(hidden[:, :-1], model.lm_head.weight, ids[:, 1:], 16) / ids[:, 1:].numel()
-        loss.backward()
-    values |= {"loss": loss.detach(), "logits": model.lm_head(hidden).detach()}
-    values |= _gradients(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(was_training[name])
-    return Observation(values)
+def _with_cache(exact: Observation) -> Observation:
+    return exact | {"key/value cache": exact["logits"]}  # with or without, the right answer is the same
 
 
-def observe_reference(model: Any, ids: Int[Tensor, "B T"]) -> Observation:
-    """Return the same of the reference, its loss by its own path (labels shifted inside the model)."""
-    values: dict[str, Tensor] = {}
-    model.zero_grad(set_to_none=True)
-    with _recording(model, values):
-        output = model(ids, labels=ids, use_cache=False)
-        output.loss.backward()
-    values |= {"loss": output.loss.detach(), "logits": output.logits.detach()}
-    return Observation(values | _gradients(model))
+def _arithmetic(precision: Precision) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16 autocast" else nullcontext()
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {f"gradients {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
+def unit(precision: Precision) -> float:
+    """Return one unit in the last place, relative to the number."""
+    return torch.finfo(torch.float32 if precision == "float32" else torch.bfloat16).eps
 
 
 # --- comparing -----------------------------------------------------------------------------------------------
 
 
-def _compare(group: str, ours: Observation, theirs: Observation, exact: Observation, dtype: torch.dtype) -> Check:
-    """Compare all quantities of a group; the one that comes closest to its tolerance is reported."""
-    names = sorted(name for name in exact.values if name.startswith(group))
-    missing = [name for name in names if name not in ours.values]
-    if missing or not names:
-        return Check(group, False, f"missing: {missing[:2]}", "all of the reference's", "a part that is not there")
-    worst_share, text = -1.0, ""
+def rms(values: Tensor) -> float:
+    """Return the root mean square, in float64."""
+    return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64)) / math.sqrt(values.numel())
+
+
+def errors(observed: Mapping[str, Tensor], exact: Observation) -> dict[str, float]:
+    """Return the root mean square error of each quantity; a missing one, or one of another shape, is infinitely off."""
+    found: dict[str, float] = {}
+    for name, right in exact.items():
+        value = observed.get(name)
+        same_shape = value is not None and value.shape == right.shape
+        found[name] = rms(value.double() - right) if value is not None and same_shape else math.inf
+    return found
+
+
+def tolerance(reference_error: float, size: float, precision: Precision) -> float:
+    """Return how large an error may be, from the reference's own and the size of the values."""
+    return FACTOR * reference_error + ULPS * unit(precision) * size
+
+
+def compare(
+    group: str, ours: Mapping[str, float], theirs: Mapping[str, float], exact: Observation, precision: Precision
+) -> Check:
+    """Compare all quantities of a group; the one that comes closest to its tolerance, or passes it, is reported."""
+    names = [name for name in exact if name.startswith(group)]
+    worst, share_of_worst = "", -1.0
     for name in names:
-        yardstick = exact.values[name].double()
-        mine = _error(ours.values[name], yardstick)
-        other = _error(theirs.values[name], yardstick)
-        tolerance = FACTOR * other + ULPS * torch.finfo(dtype).eps * float(yardstick.abs().max())
-        share = mine / tolerance if tolerance else float(mine > 0)
-        if not share <= worst_share:  # also true for NaN
-            worst_share = share
-            where = "" if name == group else f" in {name.removeprefix(group).strip()}"
-            text = f"error {mine:.1e}{where}; the reference's own {other:.1e}"
-    count = f"{len(names)} compared, " if len(names) > 1 else ""
-    expected = f"at most {FACTOR:.0f} x the reference's own error against float64, plus {ULPS:.0f} ulp"
-    return Check(group, worst_share <= 1.0, count + text, expected, _GUARDS[group])
-
-
-def _error(value: Tensor, yardstick: Tensor) -> float:
-    return float((value.double() - yardstick).abs().max())
-
-
-_GUARDS = {
-    "logits": "anything wrong between ids and logits: rotation, masks, head order, norms",
-    "hidden states": "an error that a later layer hides",
-    "loss": "labels shifted twice, or not at all",
-    "gradients": "a detached branch, a loss that is a mean of means",
-}
-
-
-def _greedy(model: CausalLM, reference: Any, prompt: Int[Tensor, "1 T"]) -> Check:
-    """Compare greedy continuations: ours with its cache, the reference's with and without."""
-    count = min(GREEDY_TOKENS, model.config.max_position_embeddings - prompt.shape[1])
-    ours = list(generate(model, prompt[0].tolist(), Sampling(max_new_tokens=count, temperature=0.0), eos_id=None))
-    reference.generation_config.eos_token_id = None
-    same = []
-    for use_cache in (True, False):
-        options = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
-        theirs = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[
-            0, prompt.shape[1] :
-        ].tolist()
-        same.append(sum(1 for mine, other in zip(ours, theirs, strict=True) if mine == other))
-    measured = f"{same[0]} of {count} equal with the reference's cache, {same[1]} without"
-    return Check("greedy tokens", same == [count, count], measured, "all equal", "a cache with wrong positions")
-
-
-# --- twins ---------------------------------------------------------------------------------------------------
-
-
-def _twin(shape: tuple[int, int, int, int, int, bool, float], dtype: torch.dtype) -> CausalLM:
-    heads, key_value_heads, head_dim, layers, ffn, tied, theta = shape
-    config = ModelConfig(
-        vocab_size=211, hidden_size=heads * head_dim, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=key_value_heads, max_position_embeddings=64, rms_norm_eps=1e-5,
-        rope_theta=theta, tie_word_embeddings=tied, initializer_range=(heads * head_dim) ** -0.5,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = CausalLM.empty(config)
-    model.initialise(seed=heads)
-    with torch.no_grad():  # norms of 1 would hide a norm that is applied twice, or not at all
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.copy_(torch.linspace(0.5, 1.5, parameter.numel()))
-    return model.to(dtype)
-
-
-def _shape_name(shape: tuple[int, int, int, int, int, bool, float]) -> str:
-    heads, key_value_heads, head_dim, _, _, tied, theta = shape
-    return f"{heads}:{key_value_heads} heads of {head_dim}, {'tied' if tied else 'untied'}, theta {theta:g}"
-
-
-def _late_positions(config: ModelConfig) -> Check:
-    """Compare the last positions of the longest context, on a model of one narrow block with this theta."""
-    length = min(config.max_position_embeddings, 8192)
-    small = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 3,
-    }
-    twin = CausalLM.empty(config.model_copy(update={**small, "num_key_value_heads": 1, "initializer_range": 0.15}))
-    twin.initialise(seed=5)
-    reference: Any = reference_model(twin.config)
-    reference.load_state_dict(twin.state_dict(), strict=True)
-    ids = torch.randint(97, (1, length), generator=torch.Generator().manual_seed(6))
-    with torch.no_grad():
-        ours, theirs = twin(ids)[:, -64:], reference(ids).logits[:, -64:]
-        exact = reference.double()(ids).logits[:, -64:]
-    mine, other = _error(ours, exact), _error(theirs, exact)
-    tolerance = FACTOR * other + ULPS * torch.finfo(torch.float32).eps * float(exact.abs().max())
-    # The same weights with theta 10000, or with no rotation at all, must be told apart by this very comparison.
-    wrong = float((_with_theta(twin, 10_000.0 if config.rope_theta != 10_000 else 500.0, ids) - exact).abs().max())
-    measured = f"error {mine:.1e}, the reference's own {other:.1e}; with another theta it would be {wrong:.1e}"
-    expected = f"at most {tolerance:.1e} at positions {length - 64} to {length - 1}"
-    name = "late positions"
+        share = ours[name] / max(tolerance(theirs[name], rms(exact[name]), precision), math.ulp(0.0))
+        if not share <= share_of_worst:  # also true for NaN, which then stays
+            worst, share_of_worst = name, share
+        if math.isnan(share):
+            break
+    size = max(rms(exact[worst]), math.ulp(0.0))
+    mine, reference = ours[worst] / size, theirs[worst] / size
+    where = "" if worst == group else f" in {worst.removeprefix(group).strip()}"
+    count = f"{len(names)} compared; " if len(names) > 1 else ""
+    missing = "missing, or of another shape" if math.isinf(mine) else f"error {mine:.1e}"
     return Check(
-        name,
-        mine <= tolerance < wrong,
-        measured,
-        expected,
-        "theta 10000 by default, positions rounded to bfloat16",
+        group,
+        share_of_worst <= 1.0,
+        f"{count}{missing}{where}",
+        f"at most {FACTOR * reference + ULPS * unit(precision):.1e}: {FACTOR:g} x the reference's own error against "
+        f"float64 ({reference:.1e}) + {ULPS:g} ulp",
+        GUARDS[group],
     )
 
 
-def _with_theta(model: CausalLM, theta: float, ids: Int[Tensor, "1 T"]) -> Tensor:
-    other = CausalLM.empty(model.config.model_copy(update={"rope_theta": theta}))
-    other.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        return other(ids)[:, -64:]
+@torch.no_grad()
+def greedy(model: CausalLM, reference: Any) -> Check:
+    """Compare greedy continuations: ours, with its cache; the reference's, with its own; and without any.
+
+    Without a cache, one forward pass over the continuation tells what each of its tokens should have been.
+    """
+    config = model.config
+    prompt = ids_for(config.vocab_size, 1, min(PROMPT_TOKENS, config.max_position_embeddings // 2))
+    count = min(GREEDY_TOKENS, config.max_position_embeddings - prompt.shape[1])
+    ours = list(generate(model, prompt[0].tolist(), Sampling(max_new_tokens=count, temperature=0.0), eos_id=None))
+    options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    written = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
+    whole = torch.cat([prompt[0], torch.tensor(ours)])[None]
+    again = reference(whole[:, :-1], use_cache=False).logits[0, prompt.shape[1] - 1 :].argmax(-1)
+    with_cache, without = (sum(map(int.__eq__, ours, other.tolist())) for other in (written, again))
+    return Check(
+        "greedy tokens",
+        len(ours) == count and with_cache == count and without == count,
+        f"{with_cache} of {count} equal with the reference's cache, {without} without",
+        "all equal",
+        GUARDS["greedy tokens"],
+    )

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from resmol.errors import CheckpointError, ConfigError
-from resmol.gguf_header import GGUFHeader, GGUFTensor
 from resmol.hf_config import ModelConfig
-from resmol.hf_folder import tensor_shapes
+from resmol.weights.gguf_header import GGUFHeader, GGUFTensor
+from resmol.weights.hf_folder import tensor_shapes
 
 # GGUF name of a part of a block -> Hugging Face's.
 BLOCK_NAMES = {

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resmol.errors import CheckpointError, DataError, ResmolError
-from resmol.gguf_header import _TYPES, MAX_HEADER_BYTES, is_gguf, read_gguf_header
+from resmol.weights.gguf_header import _TYPES, MAX_HEADER_BYTES, is_gguf, read_gguf_header
 
 
 def text(value: str) -> bytes:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from resmol.errors import CheckpointError, ConfigError
-from resmol.gguf_header import read_gguf_header
-from resmol.gguf_weights import BLOCK_NAMES, gguf_config, gguf_tensors
 from resmol.hf_config import ModelConfig
+from resmol.weights.gguf import BLOCK_NAMES, gguf_config, gguf_tensors
+from resmol.weights.gguf_header import read_gguf_header
 
 CONFIG = ModelConfig(
     vocab_size=96,

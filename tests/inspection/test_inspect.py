@@ -15,17 +15,17 @@ import torch
 from conftest import TrainTiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_gguf_weights import CONFIG as GGUF_CONFIG
-from test_gguf_weights import hf_weights, write_gguf
+from test_gguf import CONFIG as GGUF_CONFIG
+from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
 
-from resmol import inspection as module
 from resmol.config import load_preset, preset_names
-from resmol.diagram import mermaid
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
 from resmol.flops import training_memory
 from resmol.hf_config import ModelConfig
+from resmol.inspection import inspect as module
 from resmol.inspection import inspect_model
+from resmol.inspection.diagram import mermaid
 from resmol.model import CausalLM
 from resmol.safetensors_header import parse_header
 

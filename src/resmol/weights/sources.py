@@ -20,10 +20,7 @@ from torch import Tensor
 from resmol.checkpoint import load_weights, weight_tensors
 from resmol.config import TokenizerConfig, load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
-from resmol.gguf_header import is_gguf, read_gguf_header
-from resmol.gguf_weights import gguf_config, gguf_tensors
 from resmol.hf_config import ModelConfig, read_model_config
-from resmol.hf_folder import WeightFiles, cross_check, find_weights
 from resmol.ledger import read_ledger, select
 from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
 from resmol.model import CausalLM
@@ -42,6 +39,9 @@ from resmol.tokenizer_sources import (
     keep_in_cache,
     tokenizer_json_from_gguf,
 )
+from resmol.weights.gguf import gguf_config, gguf_tensors
+from resmol.weights.gguf_header import is_gguf, read_gguf_header
+from resmol.weights.hf_folder import WeightFiles, cross_check, find_weights
 from resmol.wheels import downloaded_wheel, extract_member, file_sha256
 
 PYPI = "pypi"

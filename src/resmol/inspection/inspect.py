@@ -18,7 +18,6 @@ from rich.table import Table
 
 from resmol.checks import Check
 from resmol.config import load_config, load_preset, preset_names
-from resmol.diagram import mermaid
 from resmol.errors import DataError, NetworkError, UsageError
 from resmol.flops import (
     forward_flops_per_token,
@@ -27,14 +26,15 @@ from resmol.flops import (
     training_flops_per_token,
     training_memory,
 )
-from resmol.gguf_header import is_gguf, read_gguf_header
-from resmol.gguf_weights import gguf_config
 from resmol.hf_config import ModelConfig, read_model_config
-from resmol.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
+from resmol.inspection.diagram import mermaid
+from resmol.inspection.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part
 from resmol.manifest import list_checkpoints
-from resmol.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part
 from resmol.rundir import RunDir
 from resmol.safetensors_header import TensorInfo, read_header, read_remote_header
+from resmol.weights.gguf import gguf_config
+from resmol.weights.gguf_header import is_gguf, read_gguf_header
+from resmol.weights.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
 
 DEFAULT_SEQ_LEN = 2048
 DEFAULT_LOSS_CHUNK = 256

@@ -16,7 +16,7 @@ from resmol.config import load_preset
 from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig, read_model_config
-from resmol.hf_folder import cross_check, find_weights, tensor_shapes
+from resmol.weights.hf_folder import cross_check, find_weights, tensor_shapes
 
 
 def reference(**changes: Any) -> Any:

@@ -1,0 +1,134 @@
+"""What a model gives for some ids: logits, hidden states, loss and gradients, each under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from resmol.kv_cache import KVCache
+from resmol.loss import cross_entropy_sum
+from resmol.model import CausalLM
+
+Observation: TypeAlias = dict[str, Tensor]
+Forward: TypeAlias = Callable[[Int[Tensor, "B T"]], tuple[Tensor, Tensor]]
+
+LOSS_CHUNK = 16
+# The parts in which a sequence is given to a cache: a prompt, single tokens, several at once.
+CACHE_PARTS = (9, 1, 3, 1, 1)
+
+
+def observe(
+    model: nn.Module, ids: Int[Tensor, "B T"], forward: Forward, names: Mapping[str, str] | None = None
+) -> Observation:
+    """Run a model forward and backward; its ``.grad`` fields and settings stay as they are.
+
+    Args:
+        model: The model.
+        ids: What it is given.
+        forward: Returns its logits and its loss.
+        names: Our name for each of its parameters, where they differ.
+
+    Returns:
+        ``logits``, ``loss``, ``hidden states <module>`` for every block and the final norm that has the usual name,
+        and ``gradients <parameter>`` for every parameter that the loss depends on.
+    """
+    values: Observation = {}
+    parameters = dict(model.named_parameters())
+    before = {name: p.requires_grad for name, p in parameters.items()}
+    model.requires_grad_(requires_grad=True)
+    try:
+        with _recording(model, values), torch.enable_grad():
+            logits, loss = forward(ids)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(before[name])
+    values |= {"loss": loss.detach(), "logits": logits.detach()}
+    renamed = [names.get(name, name) if names else name for name in parameters]
+    pairs = zip(renamed, gradients, strict=True)
+    return values | {f"gradients {name}": gradient for name, gradient in pairs if gradient is not None}
+
+
+@contextmanager
+def _recording(model: nn.Module, values: Observation) -> Iterator[None]:
+    """Keep what every block and the final norm give, where they have the reference's names."""
+
+    def is_recorded(name: str) -> bool:
+        return name == "model.norm" or (name.startswith("model.layers.") and name.count(".") == 2)
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            values[f"hidden states {name}"] = hidden.detach()
+
+        return hook
+
+    modules = {name: module for name, module in model.named_modules() if is_recorded(name)}
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def our_forward(model: CausalLM) -> Forward:
+    """Return our model as training runs it: hidden states, then the chunked loss, with labels shifted here."""
+
+    def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        hidden = model.hidden(ids)
+        total = cross_entropy_sum(hidden[:, :-1], model.lm_head.weight, ids[:, 1:], LOSS_CHUNK)
+        with torch.no_grad():
+            logits = model.lm_head(hidden)
+        return logits, total / ids[:, 1:].numel()
+
+    return forward
+
+
+def reference_forward(model: Any) -> Forward:
+    """Return the reference with its own loss; it shifts the labels inside."""
+
+    def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        output = model(ids, labels=ids, use_cache=False)
+        return output.logits, output.loss
+
+    return forward
+
+
+def next_token_loss(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy of position t's logits with the token at t + 1."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def our_logits_with_cache(model: CausalLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+    """Return the logits when the sequence is given in parts, through the key/value cache."""
+    cache = KVCache(model.config, ids.shape[0], ids.shape[1], model.lm_head.weight.dtype)
+    return torch.cat([model(part, cache=cache) for part in _parts(ids)], dim=1)
+
+
+@torch.no_grad()
+def reference_logits_with_cache(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+    """Return the same of the reference, through its own cache."""
+    logits, cache = [], None
+    for part in _parts(ids):
+        output = model(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _parts(ids: Int[Tensor, "B T"]) -> Iterator[Int[Tensor, "B part"]]:
+    rest = ids
+    for size in CACHE_PARTS:
+        if rest.shape[1]:
+            yield rest[:, :size]
+        rest = rest[:, size:]
+    if rest.shape[1]:
+        yield rest
