@@ -12,7 +12,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from resmol.api import train_model
-from resmol.config import RunConfig, load_config
+from resmol.config import RunConfig
+from resmol.config_files import load_config
 from resmol.data.corpora import from_texts
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset

@@ -6,7 +6,8 @@ import pytest
 
 from resmol import auto
 from resmol.auto import resolve_auto
-from resmol.config import RunConfig, with_overrides
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
 
 
 def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:

@@ -13,17 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from resmol.config import (
-    RunConfig,
-    describe,
-    drift_classes,
-    flatten,
-    load_config,
-    load_preset,
-    preset_names,
-    reconcile,
-    with_overrides,
-)
+from resmol.config import RunConfig, describe, drift_classes, flatten
+from resmol.config_files import load_config, load_preset, preset_names, with_overrides
+from resmol.drift import reconcile
 from resmol.errors import ConfigError, DataError
 from resmol.flops import total_parameters
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import TrainTiny
 from test_resume import assert_equal_runs
 
-from resmol.config import RunConfig, with_overrides
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime, open_runtime
 from resmol.errors import ConfigError

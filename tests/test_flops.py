@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol.config import load_preset, preset_names
+from resmol.config_files import load_preset, preset_names
 from resmol.flops import (
     forward_flops_per_token,
     inference_memory,

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 import resmol.hf_config
-from resmol.config import load_preset, preset_names
+from resmol.config_files import load_preset, preset_names
 from resmol.errors import ConfigError, DataError, NetworkError
 from resmol.hf_config import ModelConfig, parse_hf_config, read_model_config
 

@@ -14,7 +14,8 @@ from conftest import TrainTiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol import train as module
-from resmol.config import RunConfig, with_overrides
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from resmol import model as module
 from resmol.checks import Check, all_passed
-from resmol.config import RunConfig, load_preset
+from resmol.config import RunConfig
+from resmol.config_files import load_preset
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify import verify

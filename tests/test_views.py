@@ -181,3 +181,17 @@ def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
     view.show({"kind": "step", **step_record(1)})
     view.close()
     assert next((tmp_path / "tb").glob("events.*")).stat().st_size > 100
+
+
+def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = [0.0]
+    monkeypatch.setattr("resmol.views.time.monotonic", lambda: now[0])
+    with (tmp_path / "out").open("w+") as stream:
+        view = ConsoleView(Lines(500, 1000), stream)
+        for step in range(1, 101):
+            now[0] += 1.0
+            view.show({"kind": "step", **step_record(step)})
+        stream.seek(0)
+        lines = stream.read().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/1000", "32/1000", "63/1000", "94/1000"]
+    assert lines[-1].endswith("| 15:06 left")

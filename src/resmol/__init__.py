@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resmol.api import evaluate_model, train_model
-    from resmol.config import RunConfig, load_config, load_preset
+    from resmol.config import RunConfig
+    from resmol.config_files import load_config, load_preset
     from resmol.errors import ResmolError
     from resmol.load import LoadedModel, load_model
 
@@ -41,9 +42,9 @@ _HOMES = {
     "ResmolError": "resmol.errors",
     "RunConfig": "resmol.config",
     "evaluate_model": "resmol.api",
-    "load_config": "resmol.config",
+    "load_config": "resmol.config_files",
     "load_model": "resmol.load",
-    "load_preset": "resmol.config",
+    "load_preset": "resmol.config_files",
     "train_model": "resmol.api",
 }
 

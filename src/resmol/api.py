@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resmol.config import RunConfig, load_config
+from resmol.config import RunConfig
+from resmol.config_files import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.data.source import Text, data_folder, is_prepared, open_or_prepare, prepare_text

@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from resmol.config import RunConfig, with_overrides
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
 from resmol.distributed import Runtime, find_device
 from resmol.flops import training_flops_per_token
 from resmol.hf_config import ModelConfig

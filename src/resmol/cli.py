@@ -20,7 +20,8 @@ from rich.table import Table
 
 from resmol import __version__
 from resmol.checks import Check, all_passed
-from resmol.config import RunConfig, load_config, load_preset
+from resmol.config import RunConfig
+from resmol.config_files import load_config, load_preset
 from resmol.errors import CheckFailed, UsageError
 from resmol.rundir import RunDir
 

@@ -1,34 +1,20 @@
 """The whole configuration of a run: frozen, validated, every field with a drift class.
 
-A configuration is read from one TOML file (a preset or one's own), which may name one ``base`` that it is laid
-over, then from ``--set section.key=value``. Unknown keys are refused with the nearest name, and all problems are
-reported at once. The resolved result is written into the run directory.
-
-The drift class of a field says what happens when a run is resumed with another value:
-
-* **A**: refused. The numbers would no longer be those of one continuous run.
-* **B**: refused, unless ``--accept-drift section.key`` is given; the change becomes a record in the ledger.
-* **C**: free. It does not touch the numbers.
+How it is read is in config_files.py. The drift class of a field says what happens when a run is resumed with
+another value; what A, B and C mean is in drift.py. The resolved result is written into the run directory.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
-from resmol.errors import ConfigError, DataError
-from resmol.hf_config import ModelConfig, read_model_config
+from resmol.hf_config import ModelConfig
 
 DriftClass = Literal["A", "B", "C"]
 
@@ -228,144 +214,6 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
-# --- reading -------------------------------------------------------------------------------------------------
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package."""
-    files = resources.files("resmol").joinpath("presets").iterdir()
-    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
-
-
-def load_preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a preset.
-
-    Raises:
-        ConfigError: There is no such preset, or an override does not fit.
-    """
-    return _build({"name": name} | _preset_table(name), f"preset {name}", overrides)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file, resolve its ``base`` and its ``architecture``, and apply ``section.key=value`` overrides.
-
-    Raises:
-        ConfigError: The file is not TOML, or its values do not make a configuration; all problems are listed.
-        DataError: The file cannot be read.
-    """
-    return _build(_table_with_base(path), str(path), overrides)
-
-
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Lay ``section.key=value`` overrides over an existing configuration (`ConfigError` when one does not fit)."""
-    return _build(config.model_dump(mode="json", exclude_none=True), "--set", overrides) if overrides else config
-
-
-def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunConfig:
-    above: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(above, override)
-    table = _merge(table, _with_architecture(above))
-    try:
-        return RunConfig.model_validate_json(json.dumps(table, default=str))
-    except ValidationError as error:
-        problems = "\n".join(f"  - {_describe(problem)}" for problem in error.errors())
-        raise ConfigError(
-            f"the configuration ({origin}) has {error.error_count()} problem(s):\n{problems}",
-            fix="correct these values in the file or in --set; every field is described in docs/configuration.md",
-        ) from None
-
-
-def _with_architecture(table: dict[str, Any]) -> dict[str, Any]:
-    """Replace ``architecture`` by the values it names: above those of a base, below those of the same table."""
-    if "architecture" not in table:
-        return table
-    architecture = read_model_config(str(table["architecture"])).model_dump()
-    rest = {key: value for key, value in table.items() if key != "architecture"}
-    return _merge({"model": architecture}, rest)
-
-
-def _describe(problem: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "sections disagree"
-    if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(where, [*drift_classes(), *RunConfig.model_fields], n=1)
-        return f"{where}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _apply_override(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {override!r} is not section.key=value", fix="write e.g. --set optimizer.lr=1e-3")
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {part} is a value, not a section", fix="see docs/configuration.md")
-    table[parts[-1]] = _toml_value(text.strip())
-
-
-def _toml_value(text: str) -> Any:
-    """Read a value as TOML would; what is not TOML is a bare string (``runtime.compile=off``)."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _preset_table(name: str) -> dict[str, Any]:
-    if name not in preset_names():
-        nearest = difflib.get_close_matches(name, preset_names(), n=1)
-        raise ConfigError(
-            f"there is no preset {name!r}" + (f"; did you mean {nearest[0]}?" if nearest else ""),
-            fix=f"choose one of: {', '.join(preset_names())}",
-        )
-    text = resources.files("resmol").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
-    return _over_base(tomllib.loads(text), folder=None)
-
-
-def _table_with_base(path: Path) -> dict[str, Any]:
-    return _over_base(_read_toml(path), folder=path.parent)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path of --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}", fix="correct the file at that line") from None
-
-
-def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    base = table.pop("base", None)
-    table = _with_architecture(table)
-    if base is None:
-        return table
-    if base in preset_names():
-        below = _preset_table(base)
-    elif folder is not None and isinstance(base, str) and (folder / base).is_file():
-        below = _read_toml(folder / base)
-        if "base" in below:
-            raise ConfigError(f"{base} has a base of its own", fix="a configuration has one base; merge the two")
-        below = _with_architecture(below)
-    else:
-        raise ConfigError(f"the base {base!r} is neither a preset nor a file", fix="correct the key `base`")
-    return _merge(below, table)
-
-
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
-
-
-# --- drift ---------------------------------------------------------------------------------------------------
-
-
 def drift_classes() -> dict[str, DriftClass]:
     """Return ``section.key`` -> drift class, for every field there is."""
     classes: dict[str, DriftClass] = {}
@@ -377,6 +225,17 @@ def drift_classes() -> dict[str, DriftClass]:
         else:
             classes[section] = field.json_schema_extra["drift"]  # type: ignore[index, assignment]
     return classes
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Return ``section.key`` -> value."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[section] = value
+    return flat
 
 
 def describe() -> str:
@@ -398,50 +257,6 @@ def _describe_field(name: str, field: FieldInfo) -> str:
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if len(choices) > 1 else ""
     return f"| `{name}` | {default} | {drift_classes()[name]} | {field.description}{allowed} |"
-
-
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """Return ``section.key`` -> value."""
-    flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[section] = value
-    return flat
-
-
-def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
-    """Decide whether a run may go on with another configuration.
-
-    A wanted ``auto`` in the runtime section means what was decided when the run started.
-
-    Args:
-        stored: The configuration in the run directory.
-        wanted: The configuration that the user asks for now.
-        accepted: The ``section.key`` names given with ``--accept-drift``.
-
-    Returns:
-        The configuration to go on with, and the accepted drifts as ``key -> {"from": ..., "to": ...}``.
-
-    Raises:
-        ConfigError: A class A field differs, or a class B field that was not accepted; all are listed.
-    """
-    before, after, classes = flatten(stored), flatten(wanted), drift_classes()
-    decided = [key for key in before if key.startswith("runtime.") and after[key] == "auto"]
-    changed = [key for key in before if before[key] != after[key] and key not in decided]
-    refused = [key for key in changed if classes[key] == "A" or (classes[key] == "B" and key not in accepted)]
-    if refused:
-        lines = "\n".join(f"  - {key} (class {classes[key]}): {before[key]!r} -> {after[key]!r}" for key in refused)
-        acceptable = " ".join(f"--accept-drift {key}" for key in refused if classes[key] == "B")
-        raise ConfigError(
-            f"the configuration differs from the one this run was started with:\n{lines}",
-            fix="start a new run directory for class A changes"
-            + (f"; to go on with a class B change, add {acceptable} (it is recorded)" if acceptable else ""),
-        )
-    kept = [f"{key}={json.dumps(before[key])}" for key in decided]
-    drifts = {key: {"from": before[key], "to": after[key]} for key in changed if classes[key] == "B"}
-    return with_overrides(wanted, kept), drifts
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from typing import Any
 
 from resmol.atomic import remove_leftovers, write_durable
 from resmol.auto import resolve_auto
-from resmol.config import RunConfig, load_config, reconcile, with_overrides
+from resmol.config import RunConfig
+from resmol.config_files import load_config, with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, TokenStream
 from resmol.distributed import Runtime, is_main_process, open_runtime
+from resmol.drift import reconcile
 from resmol.errors import ConfigError, DiskFull, UsageError
 from resmol.flops import total_parameters
 from resmol.ledger import Ledger, Record, UnkeptLedger

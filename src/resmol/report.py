@@ -12,7 +12,7 @@ import jinja2
 
 from resmol import __version__
 from resmol.atomic import write_durable
-from resmol.config import load_config
+from resmol.config_files import load_config
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.plots import curves
 from resmol.rundir import RunDir

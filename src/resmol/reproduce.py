@@ -22,7 +22,8 @@ import torch
 
 from resmol.atomic import write_durable
 from resmol.checks import Check
-from resmol.config import RunConfig, load_config, load_preset
+from resmol.config import RunConfig
+from resmol.config_files import load_config, load_preset
 from resmol.data.loader import Batch
 from resmol.data.source import is_prepared
 from resmol.distributed import Runtime

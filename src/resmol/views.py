@@ -29,7 +29,8 @@ from resmol.errors import UsageError
 from resmol.ledger import Kind, Ledger, Record
 from resmol.rundir import RunDir
 
-REFRESH_SECONDS = 0.2
+REFRESH_SECONDS = 0.2  # of the live line
+SILENCE_SECONDS = 30.0  # where there is no live line, a step is shown at least this often
 
 
 @runtime_checkable
@@ -102,13 +103,13 @@ class Lines:
         self._first = True
         self._tokens, self._seconds = 0, 0.0
 
-    def line(self, record: Record) -> str | None:
-        """Return the text of a record, or None for a step that is not shown."""
+    def line(self, record: Record, *, force: bool = False) -> str | None:
+        """Return the text of a record, or None for a step that is not shown; ``force`` shows it all the same."""
         if record["kind"] != "step":
             return describe(record)
         self._tokens += record["tokens"]
         self._seconds += record["seconds"]
-        if not (self._first or record["step"] % self.every == 0 or record["step"] == self.last):
+        if not (force or self._first or record["step"] % self.every == 0 or record["step"] == self.last):
             return None
         rate = self._tokens / self._seconds if self._seconds else 0.0
         self._first, self._tokens, self._seconds = False, 0, 0.0
@@ -208,6 +209,8 @@ class ConsoleView:
         self._bar = self._make_bar() if live else None
         self._task = self._bar.add_task("", total=lines.last) if self._bar else None
         self._shown = 0.0
+        self._printed = self._started = time.monotonic()
+        self._first_step: int | None = None
         if self._bar:
             self._bar.start()
 
@@ -224,9 +227,11 @@ class ConsoleView:
 
     def show(self, record: Record) -> None:
         """Print the record's line, if it has one, and move the progress line."""
-        text = self._lines.line(record)
+        overdue = self._bar is None and time.monotonic() - self._printed > SILENCE_SECONDS
+        text = self._lines.line(record, force=overdue)
         if text is not None:
-            self._console.print(text, markup=False)
+            self._printed = time.monotonic()
+            self._console.print(text + self._time_left(record), markup=False)
         if (
             self._bar
             and self._task is not None
@@ -237,6 +242,17 @@ class ConsoleView:
             rate = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
             note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {rate:,.0f} tok/s"
             self._bar.update(self._task, completed=record["step"], description=note, refresh=True)
+
+    def _time_left(self, record: Record) -> str:
+        """Estimate the rest from the pace so far, saves and evaluations included; a live line does it by itself."""
+        if record["kind"] != "step" or self._bar is not None:
+            return ""
+        if self._first_step is None:
+            self._first_step, self._started = record["step"], time.monotonic()
+            return ""
+        pace = (time.monotonic() - self._started) / max(1, record["step"] - self._first_step)
+        left = round(pace * (self._lines.last - record["step"]))
+        return f" | {left // 60}:{left % 60:02d} left" if left else ""
 
     def close(self) -> None:
         """Take the progress line away."""

@@ -19,7 +19,7 @@ from test_gguf import CONFIG as GGUF_CONFIG
 from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
 
-from resmol.config import load_preset, preset_names
+from resmol.config_files import load_preset, preset_names
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
 from resmol.flops import training_memory
 from resmol.hf_config import ModelConfig

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resmol.checks import Check
-from resmol.config import load_preset
+from resmol.config_files import load_preset
 from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig, read_model_config

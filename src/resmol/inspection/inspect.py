@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check
-from resmol.config import load_config, load_preset, preset_names
+from resmol.config_files import load_config, load_preset, preset_names
 from resmol.errors import DataError, NetworkError, UsageError
 from resmol.flops import (
     forward_flops_per_token,

@@ -10,7 +10,6 @@ from typing import Literal
 
 from resmol.checks import Check
 from resmol.errors import UsageError
-from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify.foreign import verify_foreign
@@ -18,12 +17,9 @@ from resmol.verify.norms import norm_precision
 from resmol.verify.parity import SEQUENCE, parity
 from resmol.verify.rotation import rotation_checks
 from resmol.verify.sanity import finite, sanity
-from resmol.verify.twins import FULL, STANDARD, twin_parity
+from resmol.verify.twins import FULL, STANDARD, shallow, twin_parity
 
 __all__ = ["verify", "verify_foreign"]
-
-# Above this, a random model is verified at reduced depth: more blocks are more of the same.
-FULL_DEPTH_PARAMETERS = 200_000_000
 
 Depth = Literal["standard", "full"]
 
@@ -77,8 +73,6 @@ def _given(config: ModelConfig, weights: CausalLM) -> CausalLM:
 
 
 def _random_model(config: ModelConfig, depth: Depth) -> CausalLM:
-    while depth == "standard" and total_parameters(config) > FULL_DEPTH_PARAMETERS and config.num_hidden_layers > 1:
-        config = config.model_copy(update={"num_hidden_layers": config.num_hidden_layers // 2})
-    model = CausalLM.empty(config)
+    model = CausalLM.empty(shallow(config) if depth == "standard" else config)
     model.initialise(seed=8)
     return model

@@ -45,7 +45,7 @@ def observe(
     try:
         with _recording(model, values), torch.enable_grad():
             logits, loss = forward(ids)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            gradients = _gradients(loss, list(parameters.values()))
     finally:
         for name, p in parameters.items():
             p.requires_grad_(before[name])
@@ -53,6 +53,12 @@ def observe(
     renamed = [names.get(name, name) if names else name for name in parameters]
     pairs = zip(renamed, gradients, strict=True)
     return values | {f"gradients {name}": gradient for name, gradient in pairs if gradient is not None}
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    if not loss.requires_grad:  # somebody's model that detaches everything
+        return (None,) * len(parameters)
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from resmol.checks import Check
 from resmol.generate import Sampling, generate
+from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify.observe import (
     Observation,
@@ -56,6 +58,46 @@ def ids_for(vocab_size: int, batch: int, length: int, seed: int = 4) -> Int[Tens
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What others are compared with.
+
+    Attributes:
+        ids: What the models are given.
+        exact: The yardstick, in float64.
+        reference: transformers' model with the weights.
+        reference_errors: How far the reference's own results are from the yardstick.
+        precision: What the reference, and whoever is compared with it, computes in.
+    """
+
+    ids: Int[Tensor, "B T"]
+    exact: Observation
+    reference: Any
+    reference_errors: dict[str, float]
+    precision: Precision
+
+    def compare(self, group: str, found: Mapping[str, float]) -> Check:
+        """Compare the errors of somebody's results with those of the reference."""
+        return compare(group, found, self.reference_errors, self.exact, self.precision)
+
+
+def baseline(
+    config: ModelConfig, weights: Mapping[str, Tensor], precision: Precision = "float32", sequence: int = SEQUENCE
+) -> Baseline:
+    """Run the reference and the yardstick with these weights (errors: see `reference_model`)."""
+    ids = ids_for(config.vocab_size, 2, min(sequence, config.max_position_embeddings))
+    reference = reference_model(config, weights)
+    yardstick = exact_model(config, weights)
+    exact = observe(yardstick, ids, reference_forward(yardstick))
+    del yardstick  # twice the size of the model
+    with arithmetic(precision):
+        theirs = observe(reference, ids, reference_forward(reference))
+        if precision != "bfloat16 autocast":  # both caches have one type, autocast mixes two
+            exact["key/value cache"] = exact["logits"]  # with or without, the right answer is the same
+            theirs["key/value cache"] = reference_logits_with_cache(reference, ids)
+    return Baseline(ids, exact, reference, errors(theirs, exact), precision)
+
+
 def parity(model: CausalLM, precision: Precision = "float32", *, sequence: int = SEQUENCE) -> list[Check]:
     """Compare a model with the reference that has the same weights: every quantity that training depends on.
 
@@ -64,36 +106,24 @@ def parity(model: CausalLM, precision: Precision = "float32", *, sequence: int =
         precision: What both compute in.
         sequence: T, the length of the sequences that both are given.
     """
-    config, weights = model.config, model.state_dict()
-    ids = ids_for(config.vocab_size, 2, min(sequence, config.max_position_embeddings))
     try:
-        reference = reference_model(config, weights)
+        base = baseline(model.config, model.state_dict(), precision, sequence)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         return [Check("weights load", False, reason, "a strict load_state_dict", GUARDS["weights"])]
-    exact = _with_cache(observe(yardstick := exact_model(config, weights), ids, reference_forward(yardstick)))
-    del yardstick  # twice the size of the model
-    cached = precision != "bfloat16 autocast"
-    with _arithmetic(precision):
-        theirs = observe(reference, ids, reference_forward(reference))
-        if cached:
-            theirs["key/value cache"] = reference_logits_with_cache(reference, ids)
-        their_errors = errors(theirs, exact)
-        del theirs
-        ours = observe(model, ids, our_forward(model))
-        if cached:
-            ours["key/value cache"] = our_logits_with_cache(model, ids)
-    groups = ["logits", "hidden states", "loss", "gradients"] + ["key/value cache"] * cached
-    our_errors = errors(ours, exact)
-    checks = [compare(group, our_errors, their_errors, exact, precision) for group in groups]
-    return checks if precision != "float32" else [*checks, greedy(model, reference)]
+    groups = ["logits", "hidden states", "loss", "gradients"]
+    with arithmetic(precision):
+        ours = observe(model, base.ids, our_forward(model))
+        if "key/value cache" in base.exact:
+            groups.append("key/value cache")
+            ours["key/value cache"] = our_logits_with_cache(model, base.ids)
+    our_errors = errors(ours, base.exact)
+    checks = [base.compare(group, our_errors) for group in groups]
+    return checks if precision != "float32" else [*checks, greedy(model, base.reference)]
 
 
-def _with_cache(exact: Observation) -> Observation:
-    return exact | {"key/value cache": exact["logits"]}  # with or without, the right answer is the same
-
-
-def _arithmetic(precision: Precision) -> Any:
+def arithmetic(precision: Precision) -> Any:
+    """Return the context in which a model computes in this precision."""
     return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16 autocast" else nullcontext()
 
 

@@ -236,7 +236,9 @@ SUSPECTS: tuple[Suspect, ...] = (
     Suspect("values are rotated too", {"turn_value": turn_half_split}),
     Suspect("theta is 10000, the library's default", {"theta": 10_000.0}),
     Suspect("theta is 500000, that of Llama 3", {"theta": 500_000.0}),
-    Suspect("key/value heads are repeated along the wrong axis", {"share": lambda x, groups: x.repeat(1, groups, 1, 1)}),
+    Suspect(
+        "key/value heads are repeated along the wrong axis", {"share": lambda x, groups: x.repeat(1, groups, 1, 1)}
+    ),
     Suspect("attention is scaled twice", {"scale": lambda config: 1.0 / config.head_dim}),
     Suspect("attention is not scaled", {"scale": lambda _config: 1.0}),
     Suspect("attention is scaled by the whole width", {"scale": lambda config: config.hidden_size**-0.5}),

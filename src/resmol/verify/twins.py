@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resmol.checks import Check
+from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig
 from resmol.model import Attention, CausalLM
 from resmol.verify.parity import Precision, errors, ids_for, parity, rms, tolerance
@@ -17,6 +20,8 @@ from resmol.verify.reference import exact_model, reference_model
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "bfloat16 autocast")
 LATE_LENGTH = 8192
 LATE_POSITIONS = 64
+# Above this, random models are compared at reduced depth.
+FULL_DEPTH_PARAMETERS = 200_000_000
 
 
 class Twin(NamedTuple):
@@ -111,20 +116,31 @@ def _named(name: str, check: Check) -> Check:
     return Check(name, check.passed, check.measured, check.expected, check.guards)
 
 
-@torch.no_grad()
 def late_positions(config: ModelConfig, precision: Precision) -> Check:
     """Compare the last positions of the longest context, on one narrow block with this theta."""
-    length = min(config.max_position_embeddings, LATE_LENGTH)
-    twin = fill(CausalLM(_narrow(config)), seed=5)
+    twin = fill(CausalLM(narrow(config)), seed=5)
     twin = twin.bfloat16() if precision == "bfloat16" else twin
+    return compare_late(twin, twin, min(config.max_position_embeddings, LATE_LENGTH), precision)
+
+
+@torch.no_grad()
+def compare_late(
+    run: Callable[[Int[Tensor, "1 T"]], Float[Tensor, "1 T V"]], twin: CausalLM, length: int, precision: Precision
+) -> Check:
+    """Compare the logits at the end of a long sequence.
+
+    Args:
+        run: What is checked; it has the weights of ``twin``.
+        twin: Our model, which also tells what another theta would give.
+        length: T.
+        precision: What both compute in.
+    """
     ids = ids_for(twin.config.vocab_size, 1, length, seed=6)
     exact = {"logits": _last(exact_model(twin.config, twin.state_dict())(ids).logits)}
     theirs = {"logits": _last(reference_model(twin.config, twin.state_dict())(ids).logits)}
     allowed = tolerance(errors(theirs, exact)["logits"], rms(exact["logits"]), precision)
     # The same weights with another theta must be told apart by this very comparison.
-    mine, wrong = (
-        errors({"logits": logits}, exact)["logits"] for logits in (_last(twin(ids)), _other_theta(twin, ids))
-    )
+    mine, wrong = (errors({"logits": logits}, exact)["logits"] for logits in (_last(run(ids)), _other_theta(twin, ids)))
     return Check(
         f"late positions, {precision}",
         mine <= allowed < wrong,
@@ -135,7 +151,15 @@ def late_positions(config: ModelConfig, precision: Precision) -> Check:
     )
 
 
-def _narrow(config: ModelConfig) -> ModelConfig:
+def shallow(config: ModelConfig) -> ModelConfig:
+    """Return the architecture with as many layers as a quick check can take: more blocks are more of the same."""
+    while total_parameters(config) > FULL_DEPTH_PARAMETERS and config.num_hidden_layers > 1:
+        config = config.model_copy(update={"num_hidden_layers": config.num_hidden_layers // 2})
+    return config
+
+
+def narrow(config: ModelConfig) -> ModelConfig:
+    """Return one small block with the theta, epsilon and context of an architecture."""
     change = {
         "vocab_size": max(97, config.bos_token_id + 1, config.eos_token_id + 1),
         "hidden_size": 48,
@@ -146,6 +170,15 @@ def _narrow(config: ModelConfig) -> ModelConfig:
         "initializer_range": 48**-0.5,
     }
     return config.model_copy(update=change)
+
+
+def small(config: ModelConfig) -> ModelConfig:
+    """Return two small blocks with an architecture's ratio of heads, and more than one key/value head."""
+    common = math.gcd(config.num_attention_heads, config.num_key_value_heads)
+    heads, shared = (2 * count // common for count in (config.num_attention_heads, config.num_key_value_heads))
+    change = {"hidden_size": 16 * heads, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": heads}
+    change |= {"num_key_value_heads": shared}
+    return narrow(config).model_copy(update={**change, "initializer_range": (16 * heads) ** -0.5})
 
 
 def _other_theta(twin: CausalLM, ids: Int[Tensor, "1 T"]) -> Float[Tensor, "1 last V"]:

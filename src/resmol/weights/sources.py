@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resmol.checkpoint import load_weights, weight_tensors
-from resmol.config import TokenizerConfig, load_config
+from resmol.config import TokenizerConfig
+from resmol.config_files import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.hf_config import ModelConfig, read_model_config
 from resmol.ledger import read_ledger, select
