@@ -69,6 +69,44 @@ def test_two_resumes_in_a_row(sixty: Path, tmp_path: Path, train_tiny: TrainTiny
     assert_equal_runs(tmp_path / "run", sixty, 60)
 
 
+@pytest.mark.parametrize("arithmetic", ["runtime.precision=bfloat16", "runtime.attention=eager"])
+def test_in_other_arithmetic(tmp_path: Path, train_tiny: TrainTiny, arithmetic: str) -> None:
+    train_tiny(tmp_path / "straight", 12, arithmetic)
+    for steps in (7, 12):
+        train_tiny(tmp_path / "run", steps, arithmetic)
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight", 12)
+
+
+def train_in_another_process(
+    run: Path, config: RunConfig, data: Dataset, tokenizer: Tokenizer, steps: int, *options: str
+) -> subprocess.Popen[bytes]:
+    file = run.parent / "tiny.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "resmol",
+        "train",
+        str(run),
+        "--config",
+        str(file),
+        "--steps",
+        str(steps),
+        *options,
+    ]
+    command += ["--data", str(data.root), "--tokenizer", str(tokenizer.path)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer) -> None:
+    """In processes of their own: what checks shapes under pytest cannot be compiled."""
+    given = (tiny_config, tiny_dataset, tiny_tokenizer)
+    for name, steps in (("straight", 12), ("run", 7), ("run", 12)):
+        assert train_in_another_process(tmp_path / name, *given, steps, "--set", "runtime.compile=on").wait() == 0
+    assert_equal_runs(tmp_path / "run", tmp_path / "straight", 12)
+
+
 def test_across_epoch_borders(tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset) -> None:
     data = {"data": str(short_dataset.root)}
     train_tiny(tmp_path / "straight", 40, **data)
@@ -190,11 +228,8 @@ def test_sigkill_in_another_process(
     tiny_tokenizer: Tokenizer,
     train_tiny: TrainTiny,
 ) -> None:
-    run, config = tmp_path / "run", tmp_path / "tiny.toml"
-    config.write_text(tiny_config.to_toml(), encoding="utf-8")
-    command = [sys.executable, "-m", "resmol", "train", str(run), "--config", str(config), "--steps", "60"]
-    command += ["--data", str(tiny_dataset.root), "--tokenizer", str(tiny_tokenizer.path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = tmp_path / "run"
+    process = train_in_another_process(run, tiny_config, tiny_dataset, tiny_tokenizer, 60)
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:

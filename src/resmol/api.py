@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
+
+from resmol.checks import Check
 from resmol.config import RunConfig
 from resmol.config_files import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.data.source import Text, data_folder, is_prepared, open_or_prepare, prepare_text
 from resmol.distributed import Runtime
+from resmol.errors import UsageError
 from resmol.evaluate import evaluate
+from resmol.hf_config import ModelConfig
 from resmol.launch import Launch, launch
 from resmol.load import LoadedModel, load_model
 from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer, load_tokenizer
 from resmol.train import TrainState
+from resmol.verify import verify, verify_foreign
 from resmol.views import View
 
 Say = Callable[[str], None]
 DEFAULT_EVALUATION_LENGTH = 512
+_NAME_MAP_FIX = "give a JSON object: their parameter name -> Hugging Face's"
 
 
 def _silent(_: str) -> None:
@@ -139,6 +149,62 @@ def evaluate_model(
         "data_fingerprint": dataset.fingerprint,
         "model": loaded.provenance.to_dict(),
     }
+
+
+def verify_model(
+    config: ModelConfig,
+    weights: str = "random",
+    model: str | None = None,
+    names: Path | None = None,
+    say: Say = _silent,
+) -> list[Check]:
+    """Verify our implementation, with random or given weights, or somebody else's.
+
+    Args:
+        config: The architecture, for random weights and for other implementations.
+        weights: ``random``, or whatever `load_model` takes; the architecture is then theirs.
+        model: Another implementation as ``module:callable``: called with ``config``, it returns a module that takes ids
+            and returns logits. Naming it runs its code.
+        names: A JSON file that maps its parameter names to Hugging Face's.
+        say: Receives sentences for the user.
+
+    Raises:
+        UsageError: ``model`` cannot be imported, or ``names`` is not a map of names.
+    """
+    if model is not None:
+        return verify_foreign(import_factory(model), config, _name_map(names))
+    if weights == "random":
+        return verify(config, say=say)
+    loaded = load_model(weights, device="cpu", say=say)
+    return verify(loaded.config, weights=loaded.model, say=say)
+
+
+def import_factory(name: str) -> Callable[[ModelConfig], nn.Module]:
+    """Import ``module:callable``, looking into the current directory as well (`UsageError` when it is not there)."""
+    module_name, colon, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--model {name}: {error}", fix="name an importable module and a callable in it") from None
+    if not callable(found):
+        raise UsageError(f"--model {name} is not module:callable", fix="write e.g. --model my_model:build")
+    return cast("Callable[[ModelConfig], nn.Module]", found)
+
+
+def _name_map(path: Path | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot read {path}: {error}", fix="give a JSON object: their name -> Hugging Face's"
+        ) from None
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise UsageError(f"{path} is not a map of names", fix="give a JSON object: their name -> Hugging Face's")
+    return table
 
 
 def _evaluation_data(

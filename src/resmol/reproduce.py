@@ -32,6 +32,7 @@ from resmol.flops import total_parameters
 from resmol.launch import new_state
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import checkpoint_name, list_checkpoints, step_of
+from resmol.process import StopSignal
 from resmol.report import write_report
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at
@@ -39,6 +40,8 @@ from resmol.train import train_step
 
 Say = Callable[[str], None]
 ESTIMATE_STEPS = 4
+POLL_SECONDS = 0.5
+EVALUATION_TOKENS = 16_384  # a minute or less for the real model on two cores
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ def reproduce(protocol: Protocol, say: Say) -> list[Check]:
     if _reached(run) < protocol.last_step:
         second = ["train", str(run.path), "--steps", str(protocol.last_step)]
         _part(protocol, "resume", [*second, "--json"], say)
-    _part(protocol, "evaluate", ["evaluate", str(run.path), "--json"], say)
+    windows = str(max(1, EVALUATION_TOKENS // config.data.seq_len))
+    _part(protocol, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"], say)
     _part(protocol, "audit", ["audit", str(run.path), "--json"], say)
     prompt = config.sampling.prompt
     _part(protocol, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"], say)
@@ -168,8 +172,9 @@ def _reached(run: RunDir) -> int:
 def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> None:
     """Run one command in a process of its own and keep what it printed as ``evidence/NAME.json``."""
     say(f"--- resmol {' '.join(arguments)}")
-    process = subprocess.Popen([sys.executable, "-m", "resmol", *arguments], stdout=subprocess.PIPE)
-    output, code = _wait(process), process.returncode
+    with StopSignal() as stop:
+        process = subprocess.Popen([sys.executable, "-m", "resmol", *arguments], stdout=subprocess.PIPE)
+        output, code = _wait(process, stop), process.returncode
     if output.strip():
         write_durable(protocol.run.evidence / f"{name}.json", output)
     if code in (130, 143):
@@ -182,13 +187,14 @@ def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> 
         raise _PartFailed(f"`resmol {arguments[0]}` ended with exit code {code}", code)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> bytes:
-    """Wait for a child; Ctrl-C reaches it as well, and it saves before it leaves."""
+def _wait(process: subprocess.Popen[bytes], stop: StopSignal) -> bytes:
+    """Wait for a child and pass a stop signal on to it, so that it saves before both leave."""
     while True:
         try:
-            return process.communicate()[0]
-        except KeyboardInterrupt:
-            continue
+            return process.communicate(timeout=POLL_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            if stop.number is not None:
+                process.send_signal(stop.number)
 
 
 class _PartFailed(CheckFailed):

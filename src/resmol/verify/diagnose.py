@@ -48,8 +48,14 @@ class Diagnosis:
         if self.remaining != self.remaining:
             return "the logits are not numbers"
         if not self.mistakes:
-            return "no architectural mistake is seen here" if self.sure else "none of the usual mistakes explains the logits"
-        words = "; and ".join(suspect.what for suspect in self.mistakes) + (f": {self.evidence}" if self.evidence else "")
+            return (
+                "no architectural mistake is seen here"
+                if self.sure
+                else "none of the usual mistakes explains the logits"
+            )
+        words = "; and ".join(suspect.what for suspect in self.mistakes) + (
+            f": {self.evidence}" if self.evidence else ""
+        )
         certain = "that reproduces these logits" if self.sure else "the nearest of the usual mistakes, not all of it"
         return f"{words} ({certain}, to {self.remaining:.0e})"
 
@@ -108,7 +114,8 @@ def _one_after_the_other(distance: _Distance) -> tuple[tuple[Suspect, ...], floa
 
 
 def _two_together(distance: _Distance) -> tuple[tuple[Suspect, ...], float]:
-    best, pair = math.inf, ()
+    best = math.inf
+    pair: tuple[Suspect, ...] = ()
     for first, second in combinations(SUSPECTS, 2):
         if first.change.keys() & second.change.keys():
             continue

@@ -107,6 +107,17 @@ def reference_forward(model: Any) -> Forward:
     return forward
 
 
+def logits_forward(model: Callable[..., Any]) -> Forward:
+    """Return a model that gives logits alone, with PyTorch's loss, in the type of the logits."""
+
+    def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        output = model(ids)
+        logits = getattr(output, "logits", output)
+        return logits, next_token_loss(logits, ids)
+
+    return forward
+
+
 def next_token_loss(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Return the mean cross-entropy of position t's logits with the token at t + 1."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

@@ -9,7 +9,7 @@ where the ratio of two largest errors is a matter of luck.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -24,6 +24,7 @@ from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify.observe import (
     Observation,
+    logits_forward,
     observe,
     our_forward,
     our_logits_with_cache,
@@ -45,7 +46,7 @@ GUARDS = {
     "logits": "Anything wrong between ids and logits: rotation, mask, head order, norms, scaling. Comparing key names "
     "would not see it: the original student's check did that, and its logits were off by 37.",
     "hidden states": "An error that a later layer hides; the first layer that differs is the one to look at.",
-    "loss": "Labels shifted twice (the model learns token t + 2) or never (it learns to copy, and the loss falls to 0).",
+    "loss": "Labels shifted twice (the model learns token t + 2) or never (it learns to copy: the loss falls to 0).",
     "gradients": "A branch that is detached, a tied weight that receives half of its gradient, a mean of means: the "
     "forward pass looks right and training is wrong.",
     "key/value cache": "New tokens that get the wrong positions or see the wrong past once a cache is used.",
@@ -88,7 +89,7 @@ def baseline(
     ids = ids_for(config.vocab_size, 2, min(sequence, config.max_position_embeddings))
     reference = reference_model(config, weights)
     yardstick = exact_model(config, weights)
-    exact = observe(yardstick, ids, reference_forward(yardstick))
+    exact = observe(yardstick, ids, logits_forward(yardstick))
     del yardstick  # twice the size of the model
     with arithmetic(precision):
         theirs = observe(reference, ids, reference_forward(reference))
@@ -184,23 +185,46 @@ def compare(
 
 @torch.no_grad()
 def greedy(model: CausalLM, reference: Any) -> Check:
-    """Compare greedy continuations: ours, with its cache; the reference's, with its own; and without any.
+    """Compare greedy continuations: ours, with its cache, and the reference's."""
 
-    Without a cache, one forward pass over the continuation tells what each of its tokens should have been.
+    def written(prompt: Int[Tensor, "1 T"], count: int) -> list[int]:
+        greedily = Sampling(max_new_tokens=count, temperature=0.0)
+        return list(generate(model, prompt[0].tolist(), greedily, eos_id=None))
+
+    return greedy_check(reference, model.config, model, written)
+
+
+@torch.no_grad()
+def greedy_check(
+    reference: Any,
+    config: ModelConfig,
+    run: Callable[[Int[Tensor, "1 T"]], Tensor],
+    written: Callable[[Int[Tensor, "1 T"], int], list[int]] | None,
+) -> Check:
+    """Compare greedy continuations with the reference's `generate`, with its cache.
+
+    Args:
+        reference: transformers' model.
+        config: The architecture.
+        run: Returns logits without a cache: one pass over the reference's continuation tells what each token would be.
+        written: Returns the continuation that the implementation writes with its own cache, if it has one.
     """
-    config = model.config
-    prompt = ids_for(config.vocab_size, 1, min(PROMPT_TOKENS, config.max_position_embeddings // 2))
-    count = min(GREEDY_TOKENS, config.max_position_embeddings - prompt.shape[1])
-    ours = list(generate(model, prompt[0].tolist(), Sampling(max_new_tokens=count, temperature=0.0), eos_id=None))
+    prompt = ids_for(config.vocab_size, 1, max(1, min(PROMPT_TOKENS, config.max_position_embeddings // 2)))
+    start, count = prompt.shape[1], min(GREEDY_TOKENS, config.max_position_embeddings - prompt.shape[1])
     options: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    written = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
-    whole = torch.cat([prompt[0], torch.tensor(ours)])[None]
-    again = reference(whole[:, :-1], use_cache=False).logits[0, prompt.shape[1] - 1 :].argmax(-1)
-    with_cache, without = (sum(map(int.__eq__, ours, other.tolist())) for other in (written, again))
+    whole = reference.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    right = whole[0, start:].tolist()
+    found = {
+        "without a cache": run(whole[:, :-1])[0, start - 1 :].argmax(-1).tolist(),
+        "in one pass of the reference": reference(whole[:, :-1]).logits[0, start - 1 :].argmax(-1).tolist(),
+    }
+    if written is not None:
+        found = {"with the cache": written(prompt, count)} | found
+    equal = {how: sum(map(int.__eq__, tokens, right)) for how, tokens in found.items()}
     return Check(
         "greedy tokens",
-        len(ours) == count and with_cache == count and without == count,
-        f"{with_cache} of {count} equal with the reference's cache, {without} without",
-        "all equal",
+        all(tokens == right for tokens in found.values()),
+        ", ".join(f"{number} of {count} {how}" for how, number in equal.items()),
+        "all equal to transformers' generate with its cache",
         GUARDS["greedy tokens"],
     )

@@ -102,8 +102,8 @@ def _shapes(model: CausalLM) -> Check:
         not wrong,
         f"{wrong[0]} is {found.get(wrong[0])}" if wrong else f"{len(found)} tensors",
         f"{len(expected)} tensors with the names and shapes of a Hugging Face file",
-        "Prefixes such as `_orig_mod.` or `module.` in the names, transposed matrices, an output layer in the file of a "
-        "tied model.",
+        "Prefixes such as `_orig_mod.` or `module.` in the names, transposed matrices, an output layer in the file "
+        "of a tied model.",
     )
 
 
@@ -115,7 +115,7 @@ def _tying(model: CausalLM) -> Check:
         same == wanted,
         "one tensor" if same else "two tensors",
         "one tensor" if wanted else "two tensors",
-        "An output layer that is a copy of the embeddings: equal at first, it drifts away with the first training step.",
+        "An output layer that is a copy of the embeddings: equal at first, it drifts away with the first step.",
     )
 
 
@@ -128,7 +128,7 @@ def _round_trip(model: CausalLM) -> Check:
         not changed and back.keys() == weights.keys(),
         f"{changed[0]} changed" if changed else f"{len(back)} tensors, bit for bit",
         "a state dict that goes through safetensors comes back with the same bits",
-        "Weights that are cast to half precision before they are saved: training resumed from them is another training.",
+        "Weights that are cast to half precision before they are saved: what resumes from them is another run.",
     )
 
 

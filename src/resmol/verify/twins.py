@@ -60,7 +60,8 @@ class Twin(NamedTuple):
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
-        return f"{self.heads}:{self.key_value_heads} heads of {self.head_dim}, {tied}, theta {self.theta:g}, {self.attention}"
+        heads = f"{self.heads}:{self.key_value_heads} heads of {self.head_dim}"
+        return f"{heads}, {tied}, theta {self.theta:g}, {self.attention}"
 
 
 STANDARD: tuple[Twin, ...] = (
@@ -139,15 +140,16 @@ def compare_late(
     exact = {"logits": _last(exact_model(twin.config, twin.state_dict())(ids).logits)}
     theirs = {"logits": _last(reference_model(twin.config, twin.state_dict())(ids).logits)}
     allowed = tolerance(errors(theirs, exact)["logits"], rms(exact["logits"]), precision)
+    first = max(0, length - LATE_POSITIONS)
     # The same weights with another theta must be told apart by this very comparison.
     mine, wrong = (errors({"logits": logits}, exact)["logits"] for logits in (_last(run(ids)), _other_theta(twin, ids)))
     return Check(
         f"late positions, {precision}",
         mine <= allowed < wrong,
         f"error {mine:.1e}; with another theta it would be {wrong:.1e}",
-        f"at most {allowed:.1e} (from the reference's own) at positions {max(0, length - LATE_POSITIONS)} to {length - 1}",
-        "Theta left at the library's default of 10000, or positions rounded to bfloat16 (from 256 on, neighbours become "
-        "the same position): both look right on short texts.",
+        f"at most {allowed:.1e} (from the reference's own) at positions {first} to {length - 1}",
+        "Theta left at the library's default of 10000, or positions rounded to bfloat16 (from 256 on, neighbours "
+        "become the same position): both look right on short texts.",
     )
 
 
