@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce test check format clean
+.PHONY: help setup quickstart reproduce test slow check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -20,8 +20,11 @@ quickstart: .venv/package ## SmolLM2's architecture at a size for minutes: 5000 
 reproduce: .venv/package ## the same with the real SmolLM2-135M, on a GPU or a CPU; interrupted, it goes on
 	$(BIN)/resmol reproduce runs/smollm2-135m
 
-test: .venv/package ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/package ## the test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/package ## the tests that take over a minute or download real weights
+	$(BIN)/python -m pytest -m slow
 
 check: .venv/package ## format, lint, strict types, import layers
 	$(BIN)/ruff format --check .
