@@ -258,10 +258,21 @@ def test_the_step_reached_already_is_no_error(tmp_path: Path, train_tiny: TrainT
     assert train_tiny(tmp_path / "run", 10).step == 10
 
 
-def test_other_data_is_refused(tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset) -> None:
+def test_other_data_is_refused_and_changes_nothing(
+    tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset
+) -> None:
     train_tiny(tmp_path / "run", 5)
+    before = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(ConfigError, match="fingerprint"):
         train_tiny(tmp_path / "run", 10, data=str(short_dataset.root))
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    train_tiny(tmp_path / "run", 10, data=None)
+
+
+def test_a_wrong_argument_leaves_nothing_behind(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    with pytest.raises(ConfigError):
+        train_tiny(tmp_path / "run", 5, "optimizer.lr=0")
+    assert not (tmp_path / "run").exists()
 
 
 def test_drift(tmp_path: Path, train_tiny: TrainTiny) -> None:

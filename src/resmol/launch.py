@@ -1,19 +1,18 @@
 """Start a run or resume it: everything that must be true before the first step, then `train`.
 
 The order matters. The run is locked first; then the configuration is compared with the stored one, the data with
-the fingerprint, the ledger with its own chain and the checkpoints with their manifests. Only then is anything
-written.
+the fingerprint, the ledger with its own chain and the checkpoints with their manifests. Only then does the run go on.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from resmol.atomic import remove_leftovers, write_durable
+from resmol.atomic import fsync_path, remove_leftovers, write_durable
 from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import load_config, with_overrides
@@ -23,7 +22,7 @@ from resmol.distributed import Runtime, is_main_process, open_runtime
 from resmol.drift import reconcile
 from resmol.errors import ConfigError, DiskFull, UsageError
 from resmol.flops import total_parameters
-from resmol.ledger import Ledger, Record, UnkeptLedger
+from resmol.ledger import Ledger, UnkeptLedger
 from resmol.model import CausalLM
 from resmol.optim import build_optimizer
 from resmol.process import StopSignal
@@ -74,6 +73,7 @@ def launch(wanted: Launch) -> TrainState:
         ResmolError: What `train` raises.
     """
     run, is_main = wanted.run, is_main_process()
+    settle_configuration(wanted)  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
         if is_main:
             stack.enter_context(run.lock())
@@ -86,18 +86,14 @@ def launch(wanted: Launch) -> TrainState:
         dataset, tokenizer = opened or _open_data(wanted, config)
         stop = stack.enter_context(StopSignal())
         state = new_state(config, runtime)
-        recorded: dict[int, Record] = {}
-        journal = Journal(UnkeptLedger(), ())
+        journal, recorded = Journal(UnkeptLedger(), ()), {}
         if is_main:
-            _check_disk(run, state.model)
-            _begin_directory(run, config, tokenizer)
-            views = wanted.views(config)
-            journal = Journal(Ledger(run.ledger), views)
-            stack.callback(journal.close)
-            options = (drifts, wanted.allow_fresh, wanted.strict)
-            recorded = begin(
-                state, journal, Beginning(run, config, dataset.fingerprint, runtime.environment(), *options)
+            circumstances = Beginning(
+                run, config, dataset.fingerprint, runtime.environment(), drifts, wanted.allow_fresh, wanted.strict
             )
+            journal = stack.enter_context(_open_journal(wanted, config, tokenizer))
+            recorded = begin(state, journal, circumstances)
+            write_durable(run.config, config.to_toml().encode())  # only now is it sure that the run goes on with it
         share_state(state, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
@@ -173,8 +169,8 @@ def _open_data(wanted: Launch, config: RunConfig) -> tuple[Dataset, Tokenizer]:
     return dataset, tokenizer
 
 
-def _check_disk(run: RunDir, model: CausalLM) -> None:
-    needed = 3 * 4 * total_parameters(model.config)
+def _check_disk(run: RunDir, config: RunConfig) -> None:
+    needed = 3 * 4 * total_parameters(config.model)
     run.path.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run.path).free
     if free < needed:
@@ -184,10 +180,22 @@ def _check_disk(run: RunDir, model: CausalLM) -> None:
         )
 
 
-def _begin_directory(run: RunDir, config: RunConfig, tokenizer: Tokenizer) -> None:
+@contextmanager
+def _open_journal(wanted: Launch, config: RunConfig, tokenizer: Tokenizer) -> Iterator[Journal]:
+    """Make the run directory ready and open its ledger; a new run gets its configuration before its first record."""
+    run = wanted.run
+    _check_disk(run, config)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    fsync_path(run.path)
     remove_leftovers(run.checkpoints)
     remove_leftovers(run.path)
     if not run.tokenizer.exists():
         write_durable(run.tokenizer, tokenizer.data)
-    write_durable(run.config, config.to_toml().encode())
+    if not run.exists():
+        write_durable(run.config, config.to_toml().encode())
+    views = wanted.views(config)
+    journal = Journal(Ledger(run.ledger), views)
+    try:
+        yield journal
+    finally:
+        journal.close()
