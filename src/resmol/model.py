@@ -21,7 +21,7 @@ from resmol.hf_config import ModelConfig
 from resmol.kv_cache import KVCache, LayerCache
 
 Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
-Mask: TypeAlias = Bool[Tensor, "B 1 T S"] | None
+Mask: TypeAlias = Bool[Tensor, "#B 1 T S"] | None  # the same for all of a batch, or one for each
 Attention = Literal["sdpa", "eager"]
 
 
