@@ -76,7 +76,7 @@ def train_model(
     if data is not None:
         folder = data_folder(data, "", directory.data)
         own = folder == directory.data
-        overrides = [*overrides, f"data.path={'' if own else folder.resolve()}"]
+        overrides = [*overrides, f"data.path={directory.data.name if own else folder.resolve()}"]
 
     def open_data(settled: RunConfig) -> tuple[Dataset, Tokenizer]:
         found = run_tokenizer(directory, settled, tokenizer, say)

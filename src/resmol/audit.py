@@ -14,6 +14,7 @@ from resmol.config import RunConfig
 from resmol.config_files import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset
+from resmol.data.source import data_folder
 from resmol.errors import CheckpointError, ResmolError
 from resmol.launch import make_loader
 from resmol.ledger import LedgerTampered, Record, effective_steps, read_ledger, select
@@ -161,7 +162,7 @@ def _data_order(records: list[Record], config: RunConfig, run: RunDir) -> Check:
     name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
     drifted = any(key.startswith("batch.") for r in select(records, "drift") for key in r["changes"])
     try:
-        dataset = open_dataset(Path(config.data.path) if config.data.path else run.data)
+        dataset = open_dataset(data_folder(None, config.data.path, run.data))
     except ResmolError as error:
         return Check(name, True, f"not recomputed: {error.what}", expected, "a loader that starts over")
     start = next(select(records, "start"), {})

@@ -64,7 +64,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """How the token stream is cut into windows and shuffled (its content is bound by a fingerprint)."""
 
-    path: str = param("", "C", "folder of the prepared data; empty means RUN/data")
+    path: str = param("", "C", "folder of the prepared data, relative to the run; empty: as before, or RUN/data")
     seq_len: int = param(2048, "A", "tokens in a training window", ge=2)
     document_mask: bool = param(True, "A", "attention stays inside a document")
     seed: int = param(8, "A", "key of the permutation of the windows", ge=0)

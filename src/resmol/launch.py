@@ -6,6 +6,7 @@ the fingerprint, the ledger with its own chain and the checkpoints with their ma
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -117,6 +118,8 @@ def settle_configuration(wanted: Launch) -> tuple[RunConfig, dict[str, Any]]:
         return with_overrides(wanted.config, wanted.overrides), {}
     stored = load_config(run.config)
     asked = with_overrides(wanted.config or stored, wanted.overrides)
+    if not asked.data.path:  # a preset does not say where the data lies; the run does
+        asked = with_overrides(asked, [f"data.path={json.dumps(stored.data.path)}"])
     return reconcile(stored, asked, wanted.accept_drift)
 
 

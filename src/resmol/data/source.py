@@ -77,11 +77,11 @@ def data_folder(data: str | None, stored: str, own: Path) -> Path:
 
     Args:
         data: The ``--data`` of the user, if any: a prepared folder, or text.
-        stored: ``data.path`` of the run's configuration; empty means the run's own folder.
+        stored: ``data.path`` of the run's configuration, relative to the run; empty means the run's own folder.
         own: The run's own folder.
     """
     if data is None:
-        return Path(stored) if stored else own
+        return own.parent / stored if stored else own  # an absolute path stays as it is
     return Path(data) if is_prepared(Path(data)) else own
 
 
