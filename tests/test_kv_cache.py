@@ -1,0 +1,49 @@
+"""The cache gives back what was put in, in order, and the model's output does not depend on how it was filled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resmol.config import RunConfig
+from resmol.kv_cache import KVCache
+from resmol.model import CausalLM
+
+
+def test_extend_returns_everything_so_far(tiny_config: RunConfig) -> None:
+    cache = KVCache(tiny_config.model, batch_size=2, capacity=10)
+    layer, shape = cache.layers[0], (2, 1, 3, tiny_config.model.head_dim)
+    first, second = torch.randn(shape), torch.randn(shape)
+    layer.extend(first, -first)
+    keys, values = layer.extend(second, -second)
+    assert torch.equal(keys, torch.cat([first, second], dim=2))
+    assert torch.equal(values, -keys)
+    assert cache.length == 6
+    assert cache.layers[1].length == 0
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: RunConfig) -> CausalLM:
+    model = CausalLM(tiny_config.model)
+    model.initialise(2)
+    return model
+
+
+@settings(max_examples=25, deadline=None)
+@given(parts=st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_any_way_of_filling_it_gives_the_whole(model: CausalLM, parts: list[int]) -> None:
+    ids = (torch.arange(2 * sum(parts)).reshape(2, -1) * 37) % 512
+    cache = KVCache(model.config, 2, sum(parts))
+    with torch.no_grad():
+        whole = model(ids)
+        pieces = [model(piece, cache=cache) for piece in ids.split(parts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.length == sum(parts)
+
+
+def test_a_full_cache_is_an_error_and_not_a_silent_cut(model: CausalLM) -> None:
+    cache = KVCache(model.config, 1, 4)
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model(torch.arange(5)[None], cache=cache)

@@ -1,0 +1,145 @@
+"""The architecture: properties that hold by themselves, and equality with transformers on small twins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from resmol.config import RunConfig
+from resmol.hf_config import ModelConfig
+from resmol.model import CausalLM, RMSNorm, attend, attention_mask, rotate, rotation_tables
+
+
+def twin(heads: int, key_value_heads: int, head_dim: int, layers: int, tied: bool, theta: float) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=101,
+        hidden_size=heads * head_dim,
+        intermediate_size=3 * heads + 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        rope_theta=theta,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+SHAPES = st.builds(
+    lambda groups, pairs, half, layers, tied, theta: twin(groups * pairs, pairs, 2 * half, layers, tied, theta),
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.booleans(),
+    st.sampled_from([100.0, 1e4, 1e5]),
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(config=SHAPES, attention=st.sampled_from(["sdpa", "eager"]))
+def test_equals_transformers_on_any_shape(config: ModelConfig, attention: str) -> None:
+    model = CausalLM(config, attention=attention)  # type: ignore[arg-type]
+    model.initialise(1)
+    reference = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
+    reference.load_state_dict(model.state_dict(), strict=True)
+    ids = (torch.arange(40).reshape(2, 20) * 13) % 101
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_rms_norm_by_hand() -> None:
+    norm = RMSNorm(3, eps=0.5)
+    x = torch.tensor([[3.0, 0.0, 4.0]])
+    assert torch.allclose(norm(x), x / math.sqrt(25 / 3 + 0.5))
+
+
+def test_rms_norm_works_in_float32_on_bfloat16() -> None:
+    norm, x = RMSNorm(64, 1e-5).bfloat16(), (torch.randn(2, 64) * 300).bfloat16()
+    wide = x.float()
+    exact = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    assert torch.equal(norm(x), exact)
+
+
+@pytest.mark.parametrize("position", [0, 1, 300, 2500, 8191])
+def test_rotation_is_the_complex_one(position: int) -> None:
+    """Pair (i, i + Dh/2) is a complex number that is multiplied by exp(i x position x theta^(-2i / Dh))."""
+    x = torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    turned = rotate(x, rotation_tables(torch.tensor([position]), 8, 100_000.0))
+    angles = position * 100_000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    expected = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    tolerance = (position + 1) * 2.0**-23  # the tables are float32, and so are the angles
+    torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), -1), rtol=0, atol=4 * tolerance)
+    torch.testing.assert_close(turned.norm(), x.norm(), rtol=1e-6, atol=0)
+
+
+def test_tables_are_float32_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cos, sin = rotation_tables(torch.arange(9), 8, 1e5)
+    assert cos.dtype == sin.dtype == torch.float32
+
+
+def test_query_heads_share_neighbouring_key_value_heads() -> None:
+    """Head h reads key/value head h // (H / K): changing pair 1 changes heads 3, 4 and 5 of 9, and no other."""
+    query, key, value = torch.randn(1, 9, 5, 4), torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 4)
+    changed = value.clone()
+    changed[:, 1] += 1
+    for kind in ("sdpa", "eager"):
+        moved = (attend(query, key, value, None, kind) - attend(query, key, changed, None, kind)).abs().amax((0, 2, 3))
+        assert (moved > 1e-3).tolist() == [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_masks() -> None:
+    assert attention_mask(torch.arange(4), None, has_past=False) is None
+    past = attention_mask(torch.tensor([2, 3]), None, has_past=True)
+    assert past is not None
+    assert past[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]
+    documents = attention_mask(torch.arange(4), torch.tensor([[0, 0, 1, 1]]), has_past=False)
+    assert documents is not None
+    assert documents[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_one_document_is_plain_causal_attention(tiny_config: RunConfig) -> None:
+    model = CausalLM(tiny_config.model)
+    model.initialise(4)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, torch.zeros_like(ids)), model(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_tied_is_one_tensor_and_untied_is_two(tiny_config: RunConfig) -> None:
+    for tied in (True, False):
+        config = tiny_config.model.model_copy(update={"tie_word_embeddings": tied})
+        for model in (CausalLM(config), CausalLM.empty(config)):
+            assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+def test_initial_weights_are_a_function_of_the_seed_alone(tiny_config: RunConfig) -> None:
+    first, second, other = (CausalLM.empty(tiny_config.model) for _ in range(3))
+    first.initialise(5)
+    torch.manual_seed(123)
+    second.initialise(5)
+    other.initialise(6)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_building_an_empty_model_draws_no_random_number(tiny_config: RunConfig) -> None:
+    before = torch.get_rng_state()
+    CausalLM.empty(tiny_config.model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_a_gpu_gives_the_same_logits(tiny_config: RunConfig) -> None:
+    model = CausalLM(tiny_config.model)
+    model.initialise(5)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids)
+        torch.testing.assert_close(model.cuda()(ids.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
