@@ -87,7 +87,9 @@ def test_under_autocast_products_are_bfloat16_and_the_sum_is_float32() -> None:
     exact = reference(hidden.double(), weight.double(), targets)
     rounded = reference(hidden.bfloat16().double(), weight.bfloat16().double(), targets)
     assert loss.dtype == torch.float32
-    assert float(loss.detach()) != pytest.approx(float(exact.detach()), rel=1e-7), "the products were not rounded at all"
+    assert float(loss.detach()) != pytest.approx(float(exact.detach()), rel=1e-7), (
+        "the products were not rounded at all"
+    )
     assert float(loss.detach()) == pytest.approx(float(rounded.detach()), rel=2e-3)
     grads = torch.autograd.grad(loss, (hidden, weight))
     assert {grad.dtype for grad in grads} == {torch.float32}

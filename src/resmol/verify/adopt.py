@@ -101,11 +101,15 @@ def adopt(
     model = model.float().eval()
     theirs = dict(model.named_parameters(remove_duplicate=False))
     names = {name: translated(name, name_map or {}) for name in theirs}
+    ours = dict(weights.named_parameters(remove_duplicate=False))
+    embeddings = {id(theirs[name]) for name, known in names.items() if known == "model.embed_tokens.weight"}
+    for name, parameter in theirs.items():  # a map need not name a tied output layer a second time
+        if names[name] not in ours and id(parameter) in embeddings:
+            names[name] = "lm_head.weight"
     fits, named = _names(theirs, names, weights.config)
     checks = [_count(model, weights.config), named, _tying(theirs, names, weights.config)]
     if not fits:
         return None, checks
-    ours = dict(weights.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in theirs.items():
             if names[name] in ours:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resmol.hf_config import ModelConfig
 
-Heads = Float[Tensor, "B N T Dh"]
+Heads = Float[Tensor, "*B T Dh"]
 Turn = Callable[[Heads, float], Heads]
 
 
