@@ -49,12 +49,16 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Datas
     if any(is_token_folder(Path(path)) for path in text.inputs):
         return _adopt(out, text, tokenizer, say)
     corpus = text.open(say)
+    said: list[str] = []  # told after the bar is gone, so that the two do not write over each other
     with byte_progress("preparing") as advance:
 
         def show(progress: Progress) -> None:
             advance(progress.bytes_done, progress.bytes_total, f"{progress.tokens:,} tokens")
 
-        return prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show, say=say)
+        dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show, say=said.append)
+    for sentence in said:
+        say(sentence)
+    return dataset
 
 
 def _adopt(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
