@@ -173,7 +173,9 @@ def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> 
     """Run one command in a process of its own and keep what it printed as ``evidence/NAME.json``."""
     say(f"--- resmol {' '.join(arguments)}")
     with StopSignal() as stop:
-        process = subprocess.Popen([sys.executable, "-m", "resmol", *arguments], stdout=subprocess.PIPE)
+        # A session of its own: Ctrl-C at a terminal reaches this process alone, which passes it on exactly once.
+        command = [sys.executable, "-m", "resmol", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         output, code = _wait(process, stop), process.returncode
     if output.strip():
         write_durable(protocol.run.evidence / f"{name}.json", output)
@@ -189,12 +191,14 @@ def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> 
 
 def _wait(process: subprocess.Popen[bytes], stop: StopSignal) -> bytes:
     """Wait for a child and pass a stop signal on to it, so that it saves before both leave."""
+    passed_on = False
     while True:
         try:
             return process.communicate(timeout=POLL_SECONDS)[0]
         except subprocess.TimeoutExpired:
-            if stop.number is not None:
+            if stop.number is not None and not passed_on:
                 process.send_signal(stop.number)
+                passed_on = True
 
 
 class _PartFailed(CheckFailed):
