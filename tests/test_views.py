@@ -104,6 +104,19 @@ def test_a_full_or_closed_stream(tmp_path: Path, train_tiny: TrainTiny, target: 
         stream.close()
 
 
+def test_a_broken_pipe_does_not_end_training(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    """As in `resmol train ... 2>&1 | head -1`; rich would answer with SystemExit, and nothing would be saved."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w", buffering=1)
+    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
+    with suppress(OSError):
+        stream.close()
+    assert state.step == 3
+    warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))
+    assert [record["reason"] for record in warnings] == ["BrokenPipeError"]
+
+
 def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
     journal = Journal(Ledger(tmp_path / "ledger.jsonl"), [LogView(Path("/dev/full"), Lines(1, 2))])
     journal.write("step", **step_record(1))

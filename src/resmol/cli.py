@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,8 +45,9 @@ Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
 
 
 def say(text: str) -> None:
-    """Print a sentence for the user, on standard error: standard output is for results."""
-    typer.echo(text, err=True)
+    """Print a sentence for the user, on standard error; a run goes on when nobody listens any more."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -199,11 +199,19 @@ class LogView:
         self._file.close()
 
 
+class _PatientConsole(Console):
+    """A console whose broken pipe is an error like any other; rich's own answer would end the process, unsaved."""
+
+    def on_broken_pipe(self) -> None:
+        """Hand the error to the caller; it is called while that error is being handled."""
+        raise BrokenPipeError
+
+
 class ConsoleView:
     """Prints the lines on standard error; on a terminal, with a live progress line below them."""
 
     def __init__(self, lines: Lines, stream: IO[str] | None = None) -> None:
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._console = _PatientConsole(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._lines = lines
         live = self._console.is_terminal and not os.environ.get("CI")
         self._bar = self._make_bar() if live else None
