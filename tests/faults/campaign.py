@@ -1,0 +1,137 @@
+"""The fault campaign at its full counts: `make faults`.
+
+Runs the tests of this folder with RESMOL_FAULTS=full, collects what each row of the fault matrix did, prints the
+table, and writes it as docs/reliability.json and docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+DOCS = FOLDER.parents[1] / "docs"
+DEFAULT_SEED = 20261124
+
+
+@dataclass
+class Row:
+    """One row of the matrix: so many trials of a fault, so many of which ended otherwise than they must."""
+
+    id: str
+    fault: str
+    expected: str
+    trials: int
+    failures: int
+    exhaustive: bool = False
+    note: str = ""
+
+    @property
+    def bound(self) -> str:
+        """The 95 % upper bound on the failure rate: Clopper and Pearson (1934), one-sided; none if exhaustive."""
+        if self.exhaustive:
+            return "all cases"
+        if self.trials == 0:
+            return "not run"
+        return f"< {upper_bound(self.failures, self.trials):.2%}"
+
+
+def upper_bound(failures: int, trials: int, confidence: float = 0.95) -> float:
+    """Return the failure rate at which so few failures would have a probability of 1 - confidence."""
+    from math import comb
+
+    low, high = failures / trials, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        seen = sum(comb(trials, k) * rate**k * (1 - rate) ** (trials - k) for k in range(failures + 1))
+        low, high = (rate, high) if seen > 1 - confidence else (low, rate)
+    return high
+
+
+@dataclass
+class Campaign:
+    """What the tests ask for counts and chance, and tell what happened."""
+
+    full: bool
+    seed: int
+    rows: list[Row] = field(default_factory=list)
+
+    def count(self, selection: int, full: int) -> int:
+        """Return how many trials to make: few in the ordinary suite, the target of the matrix in a campaign."""
+        return full if self.full else selection
+
+    def draw(self, row: str) -> random.Random:
+        """Return the random generator of a row: a function of the campaign's seed, whatever else runs."""
+        return random.Random(f"{self.seed}/{row}")
+
+    def record(
+        self, row: str, fault: str, expected: str, problems: list[str], trials: int, *, exhaustive: bool = False,
+        note: str = "",
+    ) -> None:  # fmt: skip
+        """Note the outcome of a row and fail the test when a trial ended otherwise than it must."""
+        self.rows.append(Row(row, fault, expected, trials, len(problems), exhaustive, note))
+        assert trials > 0, f"{row}: nothing was tried"
+        assert not problems, f"{row}: {len(problems)} of {trials} trials failed, such as: " + "; ".join(problems[:3])
+
+
+def write_report(rows: list[Row], seed: int, seconds: float, passed: bool) -> None:
+    """Write docs/reliability.json and docs/reliability.md."""
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    record = {
+        "seed": seed, "machine": machine, "seconds": round(seconds), "passed": passed, "rows": [asdict(r) for r in rows]
+    }  # fmt: skip
+    (DOCS / "reliability.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    lines = [
+        "# What happens when things go wrong",
+        "",
+        "Written by `make faults`; do not edit. Each row injects a fault many times and compares what is left with a",
+        "run that nothing happened to, bit for bit. A rate without failures is still only known up to its bound;",
+        "rows marked *all cases* have no chance in them: every possible point was tried.",
+        "",
+        f"Seed {seed}; {machine}; {seconds / 60:.0f} min.",
+        "",
+        "| row | fault | must hold | trials | failures | rate (95 %) | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {r.id} | {r.fault} | {r.expected} | {r.trials} | {r.failures} | {r.bound} | {r.note} |"
+            for r in sorted(rows, key=lambda row: _order(row.id))
+        ),
+        "",
+    ]
+    (DOCS / "reliability.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _order(row: str) -> tuple[int, int, str]:
+    letters = "KSCDWFGHM"
+    return letters.find(row[0]), int("".join(filter(str.isdigit, row)) or 0), row
+
+
+def main() -> int:
+    """Run the campaign; the arguments are pytest's (such as -k K1)."""
+    seed = int(os.environ.get("RESMOL_FAULTS_SEED", DEFAULT_SEED))
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        collected = Path(folder) / "rows.json"
+        environment = os.environ | {
+            "RESMOL_FAULTS": "full", "RESMOL_FAULTS_SEED": str(seed), "RESMOL_FAULTS_OUT": str(collected)
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", str(FOLDER), "--durations=15", "-v", *sys.argv[1:]]
+        code = subprocess.run(command, env=environment, cwd=FOLDER.parents[1], check=False).returncode
+        rows = [Row(**row) for row in json.loads(collected.read_text(encoding="utf-8"))] if collected.exists() else []
+    for row in sorted(rows, key=lambda row: _order(row.id)):
+        print(f"{row.id:4} {row.trials:5} trials {row.failures:3} failures  {row.bound:10} {row.fault}")
+    if not sys.argv[1:]:  # a selection does not replace the record of the whole
+        write_report(rows, seed, time.perf_counter() - started, passed=code == 0)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""What a trial consists of: a tiny run, a child process that trains it, and the unharmed run to compare with.
+
+The children are forked from a server that has imported PyTorch once, with one thread and before any operation ran,
+so a trial costs the training alone and hundreds of them fit into minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
+import torch.distributed.fsdp  # the same
+
+from resmol.api import train_model
+from resmol.config_files import load_config
+from resmol.errors import ResmolError
+from resmol.ledger import effective_steps, read_ledger
+from resmol.manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
+from resmol.rundir import RunDir
+from resmol.train import REPRODUCIBLE_FIELDS
+
+STEPS, INTERVAL = 60, 5
+FAULT_RUN = f"""
+name = "faults"
+[model]
+vocab_size = 512
+hidden_size = 64
+intermediate_size = 96
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+max_position_embeddings = 64
+rms_norm_eps = 1e-5
+rope_theta = 100000.0
+tie_word_embeddings = true
+initializer_range = 0.125
+bos_token_id = 0
+eos_token_id = 0
+[data]
+seq_len = 32
+[batch]
+global_batch_tokens = 64
+micro_batch_size = 2
+[optimizer]
+lr = 0.01
+[schedule]
+warmup_steps = 10
+[train]
+steps = {STEPS}
+[runtime]
+device = "cpu"
+precision = "float32"
+compile = "off"
+threads = 1
+loss_chunk_tokens = 64
+[evaluation]
+every = 0
+[sampling]
+every = 0
+[checkpoint]
+every = {INTERVAL}
+keep_last = 3
+[logging]
+every = 10
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every trial of a campaign shares; only paths, so that it travels to a child."""
+
+    config: Path
+    data: Path
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The run that nothing happened to: each step's recorded bits, and the digest of every tensor after it."""
+
+    steps: dict[int, tuple[Any, ...]]
+    tensors: dict[int, dict[str, str]]
+
+    def differences(self, run: Path) -> list[str]:
+        """Compare a run with this one: every effective step, and every checkpoint that it kept."""
+        found = [
+            f"step {step}: {got} instead of {self.steps[step]}"
+            for step, got in step_bits(run).items()
+            if got != self.steps[step]
+        ]
+        for step, tensors in checkpoint_digests(run).items():
+            wrong = [name for name, value in self.tensors[step].items() if tensors.get(name) != value]
+            found += [f"checkpoint of step {step}: {name} differs" for name in wrong]
+        return found
+
+
+def step_bits(run: Path) -> dict[int, tuple[Any, ...]]:
+    """Step -> the fields that must be the same, bit for bit."""
+    steps = effective_steps(read_ledger(RunDir(run).ledger).records)
+    return {step: tuple(record[name] for name in REPRODUCIBLE_FIELDS) for step, record in steps.items()}
+
+
+def checkpoint_digests(run: Path) -> dict[int, dict[str, str]]:
+    """Step -> tensor -> sha256, from the manifests of the run's checkpoints."""
+    manifests = [read_manifest(path) for path in list_checkpoints(RunDir(run).checkpoints)]
+    return {m.step: {**m.files[WEIGHTS].tensors, **m.files[OPTIMIZER].tensors} for m in manifests}
+
+
+def train_run(run: Path, setting: Setting, *overrides: str, **options: Any) -> int:
+    """Start or resume a run as the command line does, silently; return its exit code."""
+    try:
+        sha256 = hashlib.sha256(setting.tokenizer.read_bytes()).hexdigest()
+        config = load_config(setting.config, [f"tokenizer.sha256={sha256}"])
+        train_model(config, run, data=str(setting.data), tokenizer=setting.tokenizer, overrides=overrides, **options)
+    except ResmolError as error:
+        (run.parent / f"{run.name}.error").write_text(f"{error.what}\n{error.fix}\n", encoding="utf-8")
+        return error.exit_code
+    return 0
+
+
+def error_of(run: Path) -> str:
+    """Return the two lines that the last failed `train_run` of a run would have printed."""
+    return (run.parent / f"{run.name}.error").read_text(encoding="utf-8")
+
+
+class Forks:
+    """Starts functions in children of the fork server."""
+
+    def __init__(self, preload: str | None = None) -> None:
+        """Start the server, with a library in LD_PRELOAD if one is given: its children inherit it."""
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["trials"])
+        with _environment(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1", LD_PRELOAD=preload or ""):
+            multiprocessing.forkserver.ensure_running()
+
+    def start(self, function: Callable[..., int], *args: Any, **options: Any) -> BaseProcess:
+        """Start ``function``; its return value becomes the exit code."""
+        process = self._context.Process(target=_exit_with, args=(function, args, options), daemon=True)
+        process.start()
+        return process
+
+    def run(self, function: Callable[..., int], *args: Any, timeout: float = 120, **options: Any) -> int:
+        """Run ``function`` in a child to its end; return the exit code, negative for a signal.
+
+        Raises:
+            TimeoutError: It hangs; it was killed.
+        """
+        process = self.start(function, *args, **options)
+        return finish(process, timeout)
+
+
+def finish(process: BaseProcess, timeout: float = 120) -> int:
+    """Wait for a child and return its exit code (`TimeoutError`, after killing it, when it hangs)."""
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"a child did not end within {timeout} s")
+    return process.exitcode
+
+
+def _exit_with(function: Callable[..., int], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    sys.exit(function(*args, **options))
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+if multiprocessing.parent_process() is None and "forkserver" in " ".join(sys.orig_argv):
+    torch.set_num_threads(1)  # in the server, before it forks: no thread pool exists that a child would miss
