@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce test slow check format clean
+.PHONY: help setup quickstart reproduce test slow mistakes faults check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -25,6 +25,12 @@ test: .venv/package ## the test suite
 
 slow: .venv/package ## the tests that take over a minute or download real weights
 	$(BIN)/python -m pytest -m slow
+
+mistakes: .venv/package ## the mistakes of other reproductions, each put into ours, and what catches it
+	$(BIN)/python tests/test_mistakes.py
+
+faults: .venv/package ## the fault campaign at its full counts; writes docs/reliability.md
+	$(BIN)/python tests/faults/campaign.py
 
 check: .venv/package ## format, lint, strict types, import layers
 	$(BIN)/ruff format --check .

@@ -1,0 +1,100 @@
+"""The mistakes of other reproductions, each put into our code, and the check that notices it.
+
+`make mistakes` prints them as a table: row, mistake, caught by.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "mistakes"))  # the parts of this test; they hold no tests of their own
+
+import architecture
+import resuming
+import text
+import training
+from bench import Bench, Guard, Mistake
+from conftest import TrainTiny
+
+from resmol.config import RunConfig
+from resmol.data.shards import Dataset
+from resmol.tokenizer import Tokenizer
+
+ALL: list[Mistake] = sorted(
+    [*architecture.MISTAKES, *training.MISTAKES, *resuming.MISTAKES, *text.MISTAKES], key=lambda m: m.row
+)
+GUARDS: list[Guard] = list(dict.fromkeys(mistake.guard for mistake in ALL))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mistakes") / "straight"
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path,
+    tiny_config: RunConfig,
+    tiny_dataset: Dataset,
+    short_dataset: Dataset,
+    tiny_tokenizer: Tokenizer,
+    train_tiny: TrainTiny,
+    straight: Path,
+) -> Bench:
+    if not straight.exists():  # before any mistake is put in
+        train_tiny(straight, 24, data=str(short_dataset.root))
+    return Bench(tmp_path, tiny_config, tiny_dataset, short_dataset, tiny_tokenizer, train_tiny, straight)
+
+
+@pytest.mark.parametrize("guard", GUARDS, ids=lambda guard: guard.__name__)
+def test_the_healthy_code_passes(guard: Guard, bench: Bench) -> None:
+    assert guard(bench) == set()
+
+
+@pytest.mark.parametrize("mistake", ALL, ids=lambda mistake: f"{mistake.row}: {mistake.words}")
+def test_the_mistake_is_caught(
+    mistake: Mistake, bench: Bench, monkeypatch: pytest.MonkeyPatch, record_property: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        mistake.put_in(patch)
+        found = mistake.guard(bench)
+    record_property("mistake", (mistake.row, mistake.words, sorted(found)))
+    missed = {wanted for wanted in mistake.caught_by if not any(name.startswith(wanted) for name in found)}
+    assert not missed, f"not caught by {missed}, but by {found or 'nothing'}"
+
+
+def test_every_row_has_its_mistake() -> None:
+    assert {mistake.row for mistake in ALL} == set(range(1, 26))
+
+
+class _Table:
+    """Collects what the tests found, for the table."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str, list[str], bool]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.rows += [(*value, report.passed) for name, value in report.user_properties if name == "mistake"]
+
+
+def main() -> int:
+    """Run the tests and print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    collected = _Table()
+    code = pytest.main([__file__, "-q", "--no-header"], plugins=[collected])
+    table = Table("row", "mistake", "caught by", "", title="mistakes of other reproductions, put into ours")
+    for row, words, found, passed in collected.rows:
+        table.add_row(str(row), words, "; ".join(found), "[green]caught[/]" if passed else "[bold red]MISSED[/]")
+    Console().print(table)
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
