@@ -252,6 +252,21 @@ def generate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    json_: Json = False,
+) -> None:
+    """Write a Hugging Face folder; finished only when transformers reads our logits and token ids from it."""
+    _tune_allocator()
+    from resmol.export import export_hf
+
+    done = export_hf(model, out, dtype=dtype, say=say)
+    report_checks(f"export to {out}", done.checks, json_)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html if left out.")] = None,

@@ -1,0 +1,11 @@
+"""What is published is what was trained: exports that are loaded elsewhere and compared before they exist.
+
+An export is written into a temporary folder, read back by another implementation in another process, and moved into
+place only when logits, token ids and generated tokens are ours. Otherwise nothing is left, and the difference is named.
+"""
+
+from __future__ import annotations
+
+from resmol.export.hf import Export, export_hf
+
+__all__ = ["Export", "export_hf"]
