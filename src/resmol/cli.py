@@ -23,7 +23,7 @@ from resmol import __version__
 from resmol.checks import Check, all_passed
 from resmol.config import RunConfig
 from resmol.config_files import load_config, load_preset
-from resmol.errors import CheckFailed, UsageError
+from resmol.errors import CheckFailed, Interrupted, UsageError
 from resmol.rundir import RunDir
 
 app = typer.Typer(
@@ -264,6 +264,35 @@ def export(
 
     done = export_hf(model, out, dtype=dtype, say=say)
     report_checks(f"export to {out}", done.checks, json_)
+
+
+@app.command()
+def ablate(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A factor, key=a,b; every combination is a variant.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Prepared folder or text; the plays of Shakespeare if left out.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; each measures every variant once.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 5,
+    json_: Json = False,
+) -> None:
+    """Compare settings: speed, memory and loss, with intervals and a control that shows the noise."""
+    chosen = chosen_config(preset, config) or load_preset("nano")
+    from resmol.ablate import Ablation
+    from resmol.ablate import ablate as run_ablation
+
+    result = run_ablation(Ablation(chosen, tuple(set_ or ()), data, repeats, steps, warmup), say)
+    if json_:
+        print_json(result.to_dict())
+    else:
+        result.render(Console())
+    if not result.complete:
+        raise Interrupted("interrupted", fix="run it again for all rounds", signal_number=2)
 
 
 @app.command()

@@ -27,7 +27,8 @@ TOLERANCE = 1e-4
 # What tokenizers disagree about: digits, runs of spaces, newlines, scripts, control characters, special tokens.
 HARD_TEXTS = (
     "a  1", "  2024-11-24  12:30", "x=1234567890;\n\n\ty  =  3.14", "tabs\t\tand   spaces \n \n",
-    "naïve café — “quotes”…", "日本語 123 العربية ٣", "\U0001f642 \U0001f469\u200d\U0001f467 e\u0301", "\u200b\ufeff\x7f",
+    "naïve café — “quotes”…", "日本語 123 العربية ٣",
+    "\U0001f642 \U0001f469\u200d\U0001f467 e\u0301", "\u200b\ufeff\x7f",
     "don't we'll I'M", "<|endoftext|>a<|im_start|>", "", " ", "def f(x):\n    return x**2  # 2nd",
     "ROMEO:\nO, she doth teach the torches to burn bright!",
 )  # fmt: skip

@@ -1,0 +1,286 @@
+"""`resmol ablate`: what a setting does to speed, memory and loss, with intervals and a control.
+
+Tables of other reproductions have rows that differ by 20-42 % though their settings are the same. Here the first
+variant is measured a second time under another name; what those two rows differ by is noise, whatever its size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resmol.auto import resolve_auto
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
+from resmol.data.source import Text, is_prepared, prepare_text
+from resmol.errors import CheckFailed, ConfigError, UsageError
+from resmol.ledger import effective_steps, read_ledger
+from resmol.paired import Ratio, interleaved, is_too_noisy, paired_ratio, verdict
+from resmol.rundir import RunDir
+from resmol.tokenizer import load_tokenizer
+
+MAX_VARIANTS = 32
+CONTROL = "control: the first row again"
+DEFAULT_FACTORS = (
+    "runtime.attention=sdpa,eager", "runtime.precision=float32,bfloat16",
+    "runtime.compile=off,on", "model.tie_word_embeddings=true,false",
+)  # fmt: skip
+QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What to compare.
+
+    Attributes:
+        config: The configuration that everything else stays at.
+        factors: ``key=a,b``: every combination of the values is a variant; none takes the usual ones, one at a time.
+        data: A prepared folder or text; None takes the plays of Shakespeare.
+        repeats: Rounds; every variant is measured once in each.
+        steps: Steps that are timed.
+        warmup: Steps before them.
+        seed: Of the order within the rounds.
+    """
+
+    config: RunConfig
+    factors: tuple[str, ...] = ()
+    data: str | None = None
+    repeats: int = 5
+    steps: int = 20
+    warmup: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("repeats", 2), ("steps", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One process: its speed without saves, its peak memory, and the loss it came to."""
+
+    tokens_per_second: float
+    peak_bytes: int
+    loss: float
+    loss_bits: str
+
+
+@dataclass
+class Variant:
+    """A row of the table."""
+
+    name: str
+    overrides: tuple[str, ...]
+    measurements: list[Measurement] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each round."""
+        return [measurement.tokens_per_second for measurement in self.measurements]
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    """The measured variants, the first of which the others are compared with; the last one is the control."""
+
+    variants: list[Variant]
+    complete: bool
+
+    @property
+    def rounds(self) -> int:
+        """Rounds in which every variant was measured."""
+        return min(len(variant.measurements) for variant in self.variants)
+
+    def ratio(self, variant: Variant) -> Ratio:
+        """Return the variant's speed as a multiple of the first one's."""
+        return paired_ratio(variant.rates[: self.rounds], self.variants[0].rates[: self.rounds])
+
+    @property
+    def control(self) -> Ratio:
+        """What the first variant shows against itself."""
+        return self.ratio(self.variants[-1])
+
+    @property
+    def same_bits(self) -> bool:
+        """Tell whether the first variant and the control came to the same loss, bit for bit, in every round."""
+        return len({m.loss_bits for v in (self.variants[0], self.variants[-1]) for m in v.measurements}) == 1
+
+    def verdict(self, variant: Variant) -> str:
+        """Say in words what the variant's speed shows."""
+        return verdict(self.ratio(variant), self.control)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object with every measurement."""
+        rows = [
+            {
+                "name": variant.name,
+                "overrides": list(variant.overrides),
+                "measurements": [asdict(measurement) for measurement in variant.measurements],
+                "ratio": asdict(self.ratio(variant)) if self.rounds else None,
+                "verdict": self.verdict(variant) if self.rounds else None,
+            }
+            for variant in self.variants
+        ]
+        return {
+            "complete": self.complete,
+            "rounds": self.rounds,
+            "control_has_the_same_bits": self.same_bits,
+            "rows": rows,
+        }
+
+    def render(self, console: Console) -> None:
+        """Print the table."""
+        title = f"{self.rounds} rounds, interleaved" + ("" if self.complete else " (interrupted)")
+        table = Table("variant", "tokens/s", "peak memory", "loss", "against the first row", title=title)
+        for variant in self.variants if self.rounds else []:
+            rates, last = variant.rates, variant.measurements[-1]
+            words = "" if variant is self.variants[0] else self.verdict(variant)
+            if variant is self.variants[-1]:
+                words = f"noise of this machine: up to {100 * (math.exp(self.control.reach) - 1):.0f} %"
+            table.add_row(
+                escape(variant.name),
+                f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
+                f"{statistics.median(m.peak_bytes for m in variant.measurements) / 2**20:,.0f} MiB",
+                f"{last.loss:.4f}",
+                words,
+            )
+        console.print(table)
+        if self.rounds and is_too_noisy(self.control):
+            console.print("[bold red]The control differs from itself: this machine is too noisy for these repeats.[/]")
+        if self.rounds and not self.same_bits:
+            console.print("[bold red]The first row and its control came to different losses: not deterministic.[/]")
+
+
+def variants_of(wanted: Ablation) -> list[Variant]:
+    """Return the rows of the table, the control last.
+
+    Raises:
+        UsageError: A factor is no ``key=a,b``, or there are too many combinations.
+        ConfigError: A variant is not a possible configuration; all are listed.
+    """
+    rows = _combinations(wanted.factors) if wanted.factors else _one_at_a_time(wanted.config)
+    if not 2 <= len(rows) <= MAX_VARIANTS:
+        raise UsageError(f"{len(rows)} variants", fix=f"give factors with 2 to {MAX_VARIANTS} combinations in all")
+    problems = []
+    for row in rows:
+        try:
+            with_overrides(wanted.config, row)
+        except ConfigError as error:
+            problems.append(f"  - {', '.join(row)}: {error.what}")
+    if problems:
+        raise ConfigError("these variants are not possible:\n" + "\n".join(problems), fix="correct the factors")
+    variants = [Variant(", ".join(row) or "as configured", row) for row in rows]
+    return [*variants, Variant(CONTROL, variants[0].overrides)]
+
+
+def _combinations(factors: Sequence[str]) -> list[tuple[str, ...]]:
+    choices = []
+    for factor in factors:
+        key, equals, values = factor.partition("=")
+        if not equals or not all(values.split(",")):
+            raise UsageError(f"--set {factor!r} is no factor", fix="give --set key=a,b with two values or more")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return list(itertools.product(*choices))
+
+
+def _one_at_a_time(config: RunConfig) -> list[tuple[str, ...]]:
+    """Return the configuration as it is, and then each usual setting changed by itself."""
+    stored = config.model_dump(mode="json")
+    rows: list[tuple[str, ...]] = [()]
+    for factor in DEFAULT_FACTORS:
+        section, name = factor.partition("=")[0].split(".")
+        current = str(stored[section][name]).lower()
+        rows += [choice for choice in _combinations([factor]) if choice[0].partition("=")[2] != current]
+    return rows
+
+
+def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | None = None) -> AblationResult:
+    """Measure every variant in interleaved rounds.
+
+    Args:
+        wanted: What to compare.
+        say: Receives progress, with an estimate.
+        measure: Takes (configuration, folder, prepared data, steps, warmup); by default `measure_in_a_process`.
+
+    Returns:
+        The result; incomplete when Ctrl-C ended it, with what was measured until then.
+
+    Raises:
+        UsageError, ConfigError: See `variants_of`.
+        CheckFailed: A process failed.
+    """
+    measure = measure or measure_in_a_process
+    variants = variants_of(wanted)  # everything that can be wrong is, before any time is spent
+    settled, decisions = resolve_auto(wanted.config)  # once: a choice that differs between rounds would be a variant
+    for sentence in decisions:
+        say(sentence)
+    orders = interleaved(len(variants), wanted.repeats, wanted.seed)
+    total, started, done = len(variants) * wanted.repeats, time.monotonic(), 0
+    with tempfile.TemporaryDirectory(prefix="resmol-ablate-") as name:
+        data = _prepared(wanted, Path(name) / "data", say)
+        try:
+            for number, index in ((round_, i) for round_, order in enumerate(orders, 1) for i in order):
+                config = with_overrides(settled, variants[index].overrides)
+                variants[index].measurements.append(measure(config, Path(name), data, wanted.steps, wanted.warmup))
+                done += 1
+                left = (time.monotonic() - started) / done * (total - done)
+                rate = variants[index].rates[-1]
+                say(
+                    f"round {number} of {wanted.repeats}, {variants[index].name}: {rate:,.0f} tokens/s, {left:.0f} s left"
+                )
+        except KeyboardInterrupt:
+            say("interrupted: this is what was measured")
+            return AblationResult(variants, complete=False)
+    return AblationResult(variants, complete=True)
+
+
+def measure_in_a_process(config: RunConfig, folder: Path, data: str, steps: int, warmup: int) -> Measurement:
+    """Train in a process of its own, as `resmol train` does, and read speed and loss from the ledger.
+
+    Raises:
+        CheckFailed: The process failed; the message has its last lines.
+    """
+    run = RunDir(folder / "run")
+    shutil.rmtree(run.path, ignore_errors=True)
+    file = folder / "config.toml"
+    file.write_text(with_overrides(config, QUIET).to_toml(), encoding="utf-8")
+    command = [sys.executable, "-m", "resmol", "train", str(run.path), "--config", str(file), "--data", data]
+    with subprocess.Popen(
+        [*command, "--steps", str(warmup + steps)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = said.decode(errors="replace").strip().splitlines()[-2:]
+        raise CheckFailed(f"a measured process failed: {' '.join(tail)}", fix="correct the variant")
+    records = list(effective_steps(read_ledger(run.ledger).records).values())
+    timed = records[warmup:]
+    rate = sum(record["tokens"] for record in timed) / sum(record["seconds"] for record in timed)
+    return Measurement(rate, usage.ru_maxrss * 1024, records[-1]["loss"], records[-1]["loss_bits"])
+
+
+def _prepared(wanted: Ablation, own: Path, say: Say) -> str:
+    if wanted.data is not None and is_prepared(Path(wanted.data)):
+        return str(Path(wanted.data).resolve())
+    text = Text(inputs=(wanted.data,)) if wanted.data is not None else Text(corpus="shakespeare")
+    prepare_text(own, text, load_tokenizer(None, sha256=wanted.config.tokenizer.sha256, say=say), say)
+    return str(own)

@@ -1,0 +1,80 @@
+"""Is one variant faster than another? Paired measurements, with an interval and a control.
+
+Each round measures every variant once, one after the other, so that what slows the machine down for a minute slows
+all of them. What is compared is the ratio within a round. One variant is measured twice under two names: the spread
+of that ratio is what this machine shows where there is no difference.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1; beyond the table the last value is slightly too wide.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+TOO_NOISY = 0.15  # a control whose interval reaches further than this from 1 allows no verdict
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio with its 95 % interval; 1 is no difference."""
+
+    middle: float
+    low: float
+    high: float
+
+    @property
+    def reach(self) -> float:
+        """How far the interval reaches from 1, as a logarithm."""
+        return max(abs(math.log(self.low)), abs(math.log(self.high))) if self.low > 0 else math.inf
+
+    def contains(self, value: float) -> bool:
+        """Tell whether a ratio lies within the interval."""
+        return self.low <= value <= self.high
+
+
+def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """Return the ratio of two series that were measured in pairs.
+
+    The logarithms of the ratios are taken as normal (Student 1908); two pairs at least, or the interval is infinite.
+    """
+    logs = [math.log(value / base) for value, base in zip(values, baseline, strict=True)]
+    middle = statistics.fmean(logs)
+    if len(logs) < 2:
+        return Ratio(math.exp(middle), 0.0, math.inf)
+    half = _T[min(len(logs) - 1, len(_T)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
+
+
+def is_too_noisy(control: Ratio) -> bool:
+    """Tell whether the control, which has no difference, shows too much of one for any verdict."""
+    return control.reach > TOO_NOISY or not control.contains(1.0)
+
+
+def verdict(ratio: Ratio, control: Ratio) -> str:
+    """Say in words what a ratio of speeds shows, given what the control shows.
+
+    A difference counts only when its interval lies beyond what the control reaches: the machine's own noise.
+    """
+    if is_too_noisy(control):
+        return "no verdict: the control differs from itself"
+    noise = math.exp(control.reach)
+    if ratio.low > noise:
+        return f"faster by {_percent(ratio.middle)} ({_percent(ratio.low)} to {_percent(ratio.high)})"
+    if ratio.high < 1 / noise:
+        return f"slower by {_percent(1 / ratio.middle)} ({_percent(1 / ratio.high)} to {_percent(1 / ratio.low)})"
+    return "no difference shown"
+
+
+def interleaved(variants: int, rounds: int, seed: int) -> list[list[int]]:
+    """Return the order of each round: every variant once, shuffled, so that none always follows the same one."""
+    draw = random.Random(seed)  # noqa: S311 - an order, no secret
+    return [draw.sample(range(variants), variants) for _ in range(rounds)]
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):.0f} %"

@@ -1,0 +1,139 @@
+"""The table of an ablation: what it compares, what it refuses, and what it does not claim."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from resmol.ablate import CONTROL, Ablation, AblationResult, Measurement, ablate, measure_in_a_process, variants_of
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
+from resmol.data.shards import Dataset
+from resmol.errors import CheckFailed, ConfigError, UsageError
+from resmol.tokenizer import Tokenizer
+
+FACTOR = ("runtime.attention=sdpa,eager",)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def pretend(speeds: dict[str, list[float]]) -> Any:
+    """A measurer that gives each attention its speeds in turn; the control shares the first one's."""
+
+    def measure(config: RunConfig, *_: Any) -> Measurement:
+        rates = speeds[config.runtime.attention]
+        rates.append(rates.pop(0))
+        return Measurement(rates[-1], 1 << 20, 2.5, "40200000")
+
+    return measure
+
+
+def table_of(result: AblationResult) -> str:
+    text = StringIO()
+    result.render(Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_rows_are_the_combinations_and_a_control(tiny_config: RunConfig) -> None:
+    rows = variants_of(Ablation(tiny_config, (*FACTOR, "runtime.loss_chunk_tokens=8,16,32")))
+    assert len(rows) == 7
+    assert rows[-1].name == CONTROL
+    assert rows[-1].overrides == rows[0].overrides == ("runtime.attention=sdpa", "runtime.loss_chunk_tokens=8")
+
+
+def test_without_factors_each_usual_setting_is_changed_by_itself(tiny_config: RunConfig) -> None:
+    rows = variants_of(Ablation(tiny_config))
+    assert [row.overrides for row in rows[:-1]] == [
+        (),
+        ("runtime.attention=eager",),
+        ("runtime.precision=bfloat16",),
+        ("runtime.compile=on",),
+        ("model.tie_word_embeddings=false",),
+    ]
+
+
+def test_all_impossible_variants_are_named_before_anything_runs(tiny_config: RunConfig) -> None:
+    def never(*_: Any) -> Measurement:
+        raise AssertionError("something ran")
+
+    with pytest.raises(ConfigError) as error:
+        ablate(Ablation(tiny_config, ("runtime.attention=sdpa,flash,warp",)), quiet, never)
+    assert "flash" in error.value.what
+    assert "warp" in error.value.what
+
+
+@pytest.mark.parametrize("factor", ["runtime.attention", "runtime.attention=", "runtime.attention=sdpa,"])
+def test_what_is_no_factor_is_refused(tiny_config: RunConfig, factor: str) -> None:
+    with pytest.raises(UsageError, match="factor"):
+        variants_of(Ablation(tiny_config, (factor,)))
+
+
+def test_too_many_combinations_are_refused(tiny_config: RunConfig) -> None:
+    many = ",".join(map(str, range(1, 40)))
+    with pytest.raises(UsageError, match="39 variants"):
+        variants_of(Ablation(tiny_config, (f"runtime.loss_chunk_tokens={many}",)))
+
+
+def test_a_difference_is_stated_with_its_interval(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
+    speeds = {"sdpa": [100.0, 101.0, 99.0], "eager": [50.0, 50.5, 49.5]}
+    result = ablate(Ablation(tiny_config, FACTOR, str(tiny_dataset.root)), quiet, pretend(speeds))
+    assert result.verdict(result.variants[1]).startswith("slower by ")
+    assert "slower by" in table_of(result)
+    assert result.to_dict()["rows"][1]["measurements"][0]["tokens_per_second"] in (50.0, 50.5, 49.5)
+
+
+def test_a_noisy_machine_gets_no_verdict(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
+    speeds = {"sdpa": [100.0, 60.0, 140.0, 75.0, 120.0, 90.0, 50.0], "eager": [50.0, 90.0]}
+    result = ablate(Ablation(tiny_config, FACTOR, str(tiny_dataset.root)), quiet, pretend(speeds))
+    assert result.verdict(result.variants[1]).startswith("no verdict")
+    assert "too noisy" in table_of(result)
+
+
+def test_an_interrupted_ablation_shows_what_it_has(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
+    left, genuine = [7], pretend({"sdpa": [100.0], "eager": [100.0]})
+
+    def interrupted(*arguments: Any) -> Measurement:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return genuine(*arguments)
+
+    result = ablate(Ablation(tiny_config, FACTOR, str(tiny_dataset.root)), quiet, interrupted)
+    assert not result.complete
+    assert result.rounds == 2
+    assert "interrupted" in table_of(result)
+
+
+def test_a_real_measurement(
+    tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Identical variants come to identical losses; an untied model is another one."""
+    Path(tmp_path / "run").mkdir()  # whatever an earlier measurement left goes away
+    found = []
+    for overrides in ([], [], ["model.tie_word_embeddings=false"]):
+        own = [f"tokenizer.sha256={tiny_tokenizer.sha256}", *overrides]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(_cache_with(tiny_tokenizer, tmp_path)))
+            found.append(measure_in_a_process(with_overrides(tiny_config, own), tmp_path, str(tiny_dataset.root), 3, 1))
+    assert found[0].loss_bits == found[1].loss_bits != found[2].loss_bits
+    assert all(m.tokens_per_second > 0 and m.peak_bytes > 50 << 20 for m in found)
+
+
+def _cache_with(tokenizer: Tokenizer, folder: Path) -> Path:
+    from resmol.tokenizer_sources import cache_path
+
+    path = cache_path(tokenizer.sha256, folder / "cache" / "resmol")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tokenizer.data)
+    return folder / "cache"
+
+
+def test_a_process_that_fails_says_why(tiny_config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="a measured process failed"):
+        measure_in_a_process(tiny_config, tmp_path, str(tmp_path / "nothing"), 1, 0)
