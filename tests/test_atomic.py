@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from resmol.atomic import commit_directory, fsync_path, remove_directory, remove_leftovers, write_durable
+from resmol.atomic import (
+    commit_directory,
+    fsync_path,
+    make_directory,
+    remove_directory,
+    remove_leftovers,
+    write_durable,
+)
 from resmol.errors import DiskFull
 
 EFFECTS = ("mkdir", "open", "fsync", "rename", "replace", "rmdir", "unlink")
@@ -120,6 +127,14 @@ def test_the_commit_follows_the_protocol(tmp_path: Path, monkeypatch: pytest.Mon
         f"fsync {tmp_path.name}",
     ]
     assert is_whole(tmp_path / "step-00000005")
+
+
+def test_a_new_directory_is_entered_in_those_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watched(monkeypatch, ignore) as effects:
+        make_directory(tmp_path / "runs" / "one")
+        make_directory(tmp_path / "runs" / "one")
+    synced = [effect for effect in effects if effect.startswith("fsync")]
+    assert synced == ["fsync runs", f"fsync {tmp_path.name}"]
 
 
 def test_a_file_is_replaced_by_the_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from conftest import TrainTiny
 
 from resmol.audit import audit
 from resmol.checks import Check, all_passed
-from resmol.errors import DataError
+from resmol.errors import CheckFailed, DataError
 from resmol.ledger import GENESIS, Record, canonical, read_ledger
 from resmol.rundir import RunDir
 
@@ -140,7 +140,7 @@ def test_a_torn_tail_is_reported_and_not_repaired(run: RunDir) -> None:
     run.ledger.write_bytes(torn)
     checks = audit(run)
     assert all_passed(checks)
-    assert "torn last line of 7 bytes" in checks[0].measured
+    assert "torn end of 7 bytes" in checks[0].measured
     assert run.ledger.read_bytes() == torn
 
 
@@ -154,3 +154,17 @@ def test_without_the_data_the_order_is_said_to_be_unchecked(run: RunDir) -> None
 def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a run directory"):
         audit(RunDir(tmp_path))
+
+
+def test_lines_behind_zeros_fail_the_audit(run: RunDir) -> None:
+    lines = run.ledger.read_bytes().splitlines(keepends=True)
+    run.ledger.write_bytes(b"".join(lines[:5]) + b"\0" * len(lines[5]) + b"".join(lines[6:]))
+    assert not audit(run)[0].passed
+
+
+def test_a_checkpoint_behind_zeros_is_not_gone_on_from(run: RunDir, train_tiny: TrainTiny) -> None:
+    """A zero byte in the middle takes the later lines away; what was saved after them is then ahead of its record."""
+    lines = run.ledger.read_bytes().splitlines(keepends=True)
+    run.ledger.write_bytes(b"".join(lines[:5]) + b"\0" * len(lines[5]) + b"".join(lines[6:]))
+    with pytest.raises(CheckFailed, match="older copy"):
+        train_tiny(run.path, 40)

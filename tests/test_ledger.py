@@ -245,6 +245,24 @@ def test_every_torn_tail_is_cut_off_and_recorded(path: Path) -> None:
         assert warning["sha256"] == hashlib.sha256(content[start:end]).hexdigest()
 
 
+def test_a_torn_first_line_leaves_an_empty_ledger(path: Path) -> None:
+    """Otherwise the record of the repair would be the first line, where every reader expects the start."""
+    path.write_bytes(lines_of(path)[0][:-10])
+    Ledger(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_zeros_of_a_power_cut_are_a_torn_end_and_lines_behind_them_are_kept(path: Path) -> None:
+    lines = lines_of(path)
+    behind = b"\0" * len(lines[3]) + b"".join(lines[4:])
+    path.write_bytes(b"".join(lines[:3]) + behind)
+    assert read_ledger(path).torn == behind
+    length = sum(map(len, lines[:3]))
+    Ledger(path).close()
+    assert path.with_name(f"ledger.jsonl.cut-at-{length}").read_bytes() == behind
+    assert [record["kind"] for record in read_ledger(path).records] == ["start", "step", "step", "warn"]
+
+
 def test_a_whole_ledger_is_not_touched_by_opening(path: Path) -> None:
     content = path.read_bytes()
     Ledger(path).close()

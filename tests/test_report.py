@@ -104,7 +104,7 @@ def test_a_run_of_one_step(run: RunDir, torn: bytes) -> None:
     run.ledger.write_bytes(run.ledger.read_bytes() + torn)
     text, tags = page_of(run)
     assert tags.tags.count("svg") == 4
-    assert ("torn last line" in text) is bool(torn)
+    assert ("torn end" in text) is bool(torn)
 
 
 def test_a_run_without_a_step(run: RunDir) -> None:

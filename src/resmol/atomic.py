@@ -41,6 +41,14 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory, and those above it, so that a power cut does not take back their names (it may exist)."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_path(folder.parent)
+
+
 def write_durable(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` so that a crash leaves the old content or the new one.
 
@@ -129,6 +137,7 @@ def full_disk_is_an_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in _NO_ROOM:
+            error.filename = error.filename or str(path)  # a failed write or fsync does not know its file's name
             raise
         raise DiskFull(
             f"{_NO_ROOM[error.errno]}: {path} was not written; earlier files are untouched",

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from resmol.atomic import fsync_path, full_disk_is_an_error
+from resmol.atomic import fsync_path, full_disk_is_an_error, write_durable
 from resmol.errors import CheckFailed, DataError
 
 Kind = Literal["start", "step", "eval", "sample", "save", "resume", "rewind", "drift", "warn", "stop"]
@@ -50,7 +50,7 @@ class LedgerContent:
         records: The records of the unbroken chain, oldest first.
         head: The sha256 of the last whole line (`GENESIS` when there is none).
         length: The bytes of the whole lines.
-        torn: The bytes after the last newline: a line that a crash cut off.
+        torn: What a crash cut off: the bytes after the last newline, or all from a line on that holds zero bytes.
     """
 
     records: list[Record]
@@ -70,7 +70,9 @@ def read_ledger(path: Path) -> LedgerContent:
         content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"there is no ledger at {path}", fix="name a run directory") from None
-    whole, newline, torn = content.rpartition(b"\n")
+    # No line holds a zero byte. Where one begins, a power cut left a page unwritten, perhaps with later ones behind it.
+    whole, newline, _ = content.partition(b"\0")[0].rpartition(b"\n")
+    torn = content[len(whole) + len(newline) :]
     lines = whole.split(b"\n") if newline else []
     records, head = [], GENESIS
     for number, line in enumerate(lines, start=1):
@@ -98,7 +100,8 @@ class Ledger:
     """The open end of a ledger; one process appends, under the run's lock.
 
     Opening verifies the whole chain. A torn last line (the write that a crash interrupted) is cut off and recorded
-    as a ``warn`` record; anything else that is wrong stops with `LedgerTampered`.
+    as a ``warn`` record, unless it was the first. Whole lines behind the zeros of a power cut are cut off as well, and
+    kept in a file beside the ledger. Anything else that is wrong stops with `LedgerTampered`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,9 +115,12 @@ class Ledger:
         if is_new:
             fsync_path(path.parent)  # the name must survive a power cut as well, or checkpoints outlive their record
         if content.torn:
+            if b"\n" in content.torn:  # more than one line; it may be evidence of something else than a crash
+                write_durable(path.with_name(f"{path.name}.cut-at-{content.length}"), content.torn)
             os.ftruncate(self._file.fileno(), content.length)
-            digest = hashlib.sha256(content.torn).hexdigest()
-            self.append("warn", what="torn last line removed", bytes=len(content.torn), sha256=digest)
+            if content.records:  # otherwise there was nothing yet to record anything about: the first line is "start"
+                digest = hashlib.sha256(content.torn).hexdigest()
+                self.append("warn", what="torn last line removed", bytes=len(content.torn), sha256=digest)
             self.sync()
 
     def append(self, kind: Kind, **fields: Any) -> Record:
@@ -151,13 +157,30 @@ class Ledger:
         self._length += len(line)
 
     def sync(self) -> None:
-        """Flush to the disk."""
-        os.fsync(self._file.fileno())
+        """Flush to the disk.
+
+        Raises:
+            DataError: Another file, or none, lies where this one was opened: it is no longer the record of this place.
+        """
+        self._flush()
+        try:
+            is_here = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            is_here = False
+        if not is_here:
+            raise DataError(
+                f"{self.path} is not the file any more that this process writes: its directory was moved or removed",
+                fix="run the same command on the directory where it lies now; nothing was written to the old place",
+            )
 
     def close(self) -> None:
         """Flush and close."""
-        self.sync()
-        self._file.close()
+        with self._file:
+            self._flush()
+
+    def _flush(self) -> None:
+        with full_disk_is_an_error(self.path):
+            os.fsync(self._file.fileno())
 
 
 class UnkeptLedger(Ledger):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from resmol.atomic import full_disk_is_an_error, make_directory
 from resmol.errors import DataError, RunInUse
 
 
@@ -79,7 +80,7 @@ class RunDir:
         Raises:
             RunInUse: Another process holds it; the message names its process and host.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
@@ -90,8 +91,9 @@ class RunDir:
                     f"{self.path} is in use by another process: {owner}",
                     fix="wait for it, stop it with Ctrl-C, or choose another run directory",
                 ) from None
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            with full_disk_is_an_error(self.path / "lock"):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
             yield
         finally:
             os.close(descriptor)

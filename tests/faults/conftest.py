@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import shim as shim_module
 from campaign import DEFAULT_SEED, Campaign
 from trials import FAULT_RUN, STEPS, Forks, Oracle, Setting, checkpoint_digests, step_bits, train_run
 
@@ -26,9 +28,25 @@ def campaign() -> Iterator[Campaign]:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Forks:
-    """The fork server."""
-    return Forks()
+def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path | str:
+    """The library that lets disks fail, or the reason why there is none."""
+    try:
+        return shim_module.build(tmp_path_factory.mktemp("shim"))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+
+
+@pytest.fixture(scope="session")
+def forks(shim_library: Path | str) -> Forks:
+    """The fork server; the library sleeps in all its children."""
+    return Forks(preload=str(shim_library) if isinstance(shim_library, Path) else None)
+
+
+@pytest.fixture
+def shim(shim_library: Path | str, forks: Forks) -> None:
+    """Only where a child of ``forks`` can `shim.arm` itself."""
+    if isinstance(shim_library, str):
+        pytest.skip(f"no faults of the disk: {shim_library}")
 
 
 @pytest.fixture(scope="session")

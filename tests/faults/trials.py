@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,11 +21,15 @@ import torch
 import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
 import torch.distributed.fsdp  # the same
 
+import resmol.cli  # what `command` needs, for the server to import once
+import resmol.views
+from resmol.__main__ import run as run_command_line
 from resmol.api import train_model
 from resmol.config_files import load_config
 from resmol.errors import ResmolError
 from resmol.ledger import effective_steps, read_ledger
 from resmol.manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
+from resmol.process import ALLOCATOR_VARIABLE
 from resmol.rundir import RunDir
 from resmol.train import REPRODUCIBLE_FIELDS
 
@@ -128,8 +132,25 @@ def train_run(run: Path, setting: Setting, *overrides: str, **options: Any) -> i
     return 0
 
 
+def command(run: Path, setting: Setting, *arguments: str) -> int:
+    """Do what `resmol train RUN` does, with these arguments more; its exit code, and its messages for `error_of`.
+
+    Unlike `train_run` this is the whole command line: its views, and its answer to errors that are not resmol's.
+    """
+    os.environ.setdefault(ALLOCATOR_VARIABLE, "")  # it would replace this process by a new one otherwise
+    with (run.parent / f"{run.name}.error").open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
+        return run_command_line(["train", str(run), *command_arguments(setting), *arguments], debug=False)
+
+
+def command_arguments(setting: Setting) -> list[str]:
+    """Return the arguments of `resmol train RUN` that name a setting."""
+    sha256 = hashlib.sha256(setting.tokenizer.read_bytes()).hexdigest()
+    paths = {"--config": setting.config, "--data": setting.data, "--tokenizer": setting.tokenizer}
+    return [*(str(word) for pair in paths.items() for word in pair), "--set", f"tokenizer.sha256={sha256}"]
+
+
 def error_of(run: Path) -> str:
-    """Return the two lines that the last failed `train_run` of a run would have printed."""
+    """Return the two lines that the last failed `train_run` of a run would have printed (`command`: all it printed)."""
     return (run.parent / f"{run.name}.error").read_text(encoding="utf-8")
 
 
