@@ -14,6 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent / "mistakes"))  # the parts of this test; they hold no tests of their own
 
 import architecture
+import publishing
 import resuming
 import text
 import training
@@ -25,7 +26,8 @@ from resmol.data.shards import Dataset
 from resmol.tokenizer import Tokenizer
 
 ALL: list[Mistake] = sorted(
-    [*architecture.MISTAKES, *training.MISTAKES, *resuming.MISTAKES, *text.MISTAKES], key=lambda m: m.row
+    [*architecture.MISTAKES, *training.MISTAKES, *resuming.MISTAKES, *text.MISTAKES, *publishing.MISTAKES],
+    key=lambda m: m.row,
 )
 GUARDS: list[Guard] = list(dict.fromkeys(mistake.guard for mistake in ALL))
 

@@ -241,10 +241,9 @@ def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | Non
                 variants[index].measurements.append(measure(config, Path(name), data, wanted.steps, wanted.warmup))
                 done += 1
                 left = (time.monotonic() - started) / done * (total - done)
-                rate = variants[index].rates[-1]
-                say(
-                    f"round {number} of {wanted.repeats}, {variants[index].name}: {rate:,.0f} tokens/s, {left:.0f} s left"
-                )
+                row = variants[index]
+                rate = f"{row.rates[-1]:,.0f} tokens/s"
+                say(f"round {number} of {wanted.repeats}, {row.name}: {rate}, {left:.0f} s left")
         except KeyboardInterrupt:
             say("interrupted: this is what was measured")
             return AblationResult(variants, complete=False)

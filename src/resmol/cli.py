@@ -239,6 +239,7 @@ def generate(
     from resmol.load import load_model
 
     loaded = load_model(model, say=say)
+    say(loaded.provenance.describe())  # whoever reads the text can tell which weights spoke
     pieces = []
     for piece in loaded.stream(prompt, sampling):
         pieces.append(piece)

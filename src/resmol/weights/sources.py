@@ -77,6 +77,11 @@ class Provenance:
         """Return a JSON object."""
         return asdict(self) | {"path": str(self.path)}
 
+    def describe(self) -> str:
+        """Say in a line which weights these are."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"model: {self.kind} {self.path}{step}, sha256 {self.sha256[:16]}"
+
 
 @dataclass(frozen=True)
 class Source:

@@ -1,0 +1,176 @@
+"""Rows 14, 23, 24, 25: mistakes in what others get to see: demo, tables, exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench import Bench, Mistake, mistake
+from typer.testing import CliRunner
+
+from resmol import ablate as ablation
+from resmol import load
+from resmol.ablate import Ablation, Measurement
+from resmol.cli import app
+from resmol.errors import CheckFailed, ResmolError
+from resmol.export import export_hf, hf
+from resmol.manifest import WEIGHTS, list_checkpoints
+from resmol.model import CausalLM
+from resmol.weights.sources import find_source
+
+# --- what speaks ---------------------------------------------------------------------------------------------
+
+
+def speaker_guard(bench: Bench) -> set[str]:
+    """What speaks names its checkpoint, and says nothing when that cannot be loaded."""
+    run, found = bench.folder / "speaker", set()
+    bench.train(run, 10, "sampling.every=0")
+    arguments = ["generate", str(run), "--prompt", "ka", "--max-new-tokens", "2", "--json"]
+    answer = json.loads(_call(arguments).stdout)["model"]
+    if (answer["step"], len(answer["sha256"])) != (10, 64):
+        found.add("the checkpoint is named")
+    for path in list_checkpoints(run / "checkpoints"):
+        content = (path / WEIGHTS).read_bytes()
+        (path / WEIGHTS).write_bytes(content[:-4] + bytes(4))
+    done = _call(arguments)
+    if not isinstance(done.exception, ResmolError):
+        found.add("weights that cannot be loaded are an error")
+    return found | ({"nothing is said in another model's voice"} if done.stdout.strip() else set())
+
+
+def _call(arguments: list[str]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("resmol.process.restart_with_tuned_allocator", lambda: None)
+        return CliRunner().invoke(app, arguments)
+
+
+def serves_something_else(patch: pytest.MonkeyPatch) -> None:
+    def find(source: Any, say: Any) -> Any:
+        try:
+            return find_source(source, say)
+        except ResmolError:  # the mistake
+            healthy = Path(source).parent / "fallback"
+            return find_source(healthy, say)
+
+    patch.setattr(load, "find_source", find)
+    genuine = list_checkpoints
+
+    def keeps_a_copy(folder: Path) -> list[Path]:
+        """Stands for the weights that such a demo has at hand: those of the run before they were damaged."""
+        if not (folder.parent.parent / "fallback").exists():
+            shutil.copytree(folder.parent, folder.parent.parent / "fallback")
+        return genuine(folder)
+
+    patch.setattr("publishing.list_checkpoints", keeps_a_copy)
+
+
+def speaks_unnamed(patch: pytest.MonkeyPatch) -> None:
+    genuine = load.load_model
+
+    def load_model(*arguments: Any, **options: Any) -> Any:
+        loaded = genuine(*arguments, **options)
+        return replace(loaded, provenance=replace(loaded.provenance, step=None, sha256=""))
+
+    patch.setattr(load, "load_model", load_model)
+
+
+# --- tables --------------------------------------------------------------------------------------------------
+
+
+def table_guard(bench: Bench) -> set[str]:
+    """Speeds on a machine whose pace drifts, of settings that do the same: the table must not call them different."""
+    found = set()
+    for pace in (0.0, 0.1):  # a quiet machine, and one that becomes faster all the time
+        clock, wanted = [0.0], Ablation(bench.config, ("runtime.attention=sdpa,eager",), str(bench.data.root))
+
+        def measure(*_: Any, _pace: float = pace, _clock: list[float] = clock) -> Measurement:
+            _clock[0] += 1
+            noise = [0.99, 1.01, 1.0, 1.015, 0.985, 1.005, 0.995][int(_clock[0] * 3) % 7]
+            return Measurement(100.0 * (1 + _pace * _clock[0]) * noise, 1 << 20, 2.0, "40000000")
+
+        result = ablation.ablate(wanted, lambda _: None, measure)
+        if not result.variants[-1].name.startswith("control"):
+            found.add("a control")
+        if any(word in result.verdict(row) for row in result.variants[1:] for word in ("faster", "slower")):
+            found.add("what is the same is not called different")
+    return found
+
+
+def one_after_the_other(patch: pytest.MonkeyPatch) -> None:
+    """All repeats of a variant in a row, each compared with the mean of the first, without an interval."""
+    patch.setattr(ablation, "interleaved", lambda variants, rounds, seed: [[i] * rounds for i in range(variants)])
+    patch.setattr(ablation, "verdict", lambda ratio, control: "faster" if ratio.middle > 1.02 else "")
+
+
+def no_control(patch: pytest.MonkeyPatch) -> None:
+    genuine = ablation.variants_of
+    patch.setattr(ablation, "variants_of", lambda wanted: genuine(wanted)[:-1])
+
+
+# --- exports -------------------------------------------------------------------------------------------------
+
+
+def export_guard(bench: Bench) -> set[str]:
+    """An export that exists is the trained model; one that is not does not exist."""
+    run, out = bench.folder / "exported", bench.folder / "export"
+    bench.train(run, 3, "sampling.every=0", "evaluation.every=0")
+    failed: set[str] = set()
+    try:
+        export_hf(run, out)
+    except CheckFailed as error:
+        failed.add(error.what.partition(": ")[2])
+        if out.exists():
+            failed.add("a refused export is left behind")
+    return failed
+
+
+def other_weights(patch: pytest.MonkeyPatch) -> None:
+    """The weights of another moment: those of the initial model, say."""
+    genuine = hf.weight_tensors
+
+    def initial(model: CausalLM) -> dict[str, torch.Tensor]:
+        other = CausalLM.empty(model.config)
+        other.initialise(0)
+        return genuine(other)
+
+    patch.setattr(hf, "weight_tensors", initial)
+
+
+def transposed(patch: pytest.MonkeyPatch) -> None:
+    """Square matrices the wrong way round: every name and shape is right."""
+    genuine = hf.weight_tensors
+    patch.setattr(
+        hf, "weight_tensors", lambda m: {n: t.T.contiguous() if "q_proj" in n else t for n, t in genuine(m).items()}
+    )
+
+
+def head_cloned(patch: pytest.MonkeyPatch) -> None:
+    """An output layer of its own, a copy that was made before the last step."""
+    genuine = hf.write_folder
+
+    def write(loaded: Any, folder: Path, *rest: Any) -> None:
+        genuine(loaded, folder, *rest)
+        tensors = hf.weight_tensors(loaded.model)
+        head = tensors["model.embed_tokens.weight"] * 0.99
+        hf.save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
+
+    patch.setattr(hf, "write_folder", write)
+
+
+MISTAKES: list[Mistake] = [
+    mistake(14, "export: the head cloned", head_cloned, export_guard, "logits"),
+    mistake(23, "other weights are served when loading fails", serves_something_else, speaker_guard,
+            "weights that cannot be loaded are an error"),
+    mistake(23, "what is served is not named", speaks_unnamed, speaker_guard, "the checkpoint is named"),
+    mistake(24, "ablation: repeats in a row, no interval", one_after_the_other, table_guard, "what is the same"),
+    mistake(24, "ablation: no control", no_control, table_guard, "a control"),
+    mistake(25, "export: the weights of another moment", other_weights, export_guard, "logits"),
+    mistake(25, "export: matrices transposed", transposed, export_guard, "logits"),
+]  # fmt: skip
