@@ -117,6 +117,37 @@ def test_a_broken_pipe_does_not_end_training(tmp_path: Path, train_tiny: TrainTi
     assert [record["reason"] for record in warnings] == ["BrokenPipeError"]
 
 
+def test_a_full_pipe_is_not_waited_for(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    """A reader that sleeps: its pipe takes 64 KiB, then nothing. Training ends all the same."""
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w", buffering=1)
+    with suppress(BlockingIOError):  # fill it
+        os.set_blocking(writing, False)
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
+    assert state.step == 3
+    os.set_blocking(reading, False)
+    assert set(os.read(reading, 1 << 20)) == {0}
+    os.close(reading)
+    with suppress(OSError):
+        stream.close()
+
+
+def test_a_slow_reader_loses_lines_and_no_halves(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as stream:
+        view = ConsoleView(Lines(1, 10_000), stream)
+        for step in range(1, 3000):
+            view.show({"kind": "step", **step_record(step)})
+        os.set_blocking(reading, False)
+        lines = os.read(reading, 1 << 20).decode().splitlines()
+    os.close(reading)
+    assert 100 < len(lines) < 2999
+    assert all(line.startswith("step") for line in lines)
+
+
 def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
     journal = Journal(Ledger(tmp_path / "ledger.jsonl"), [LogView(Path("/dev/full"), Lines(1, 2))])
     journal.write("step", **step_record(1))

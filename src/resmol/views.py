@@ -6,7 +6,9 @@ the ledger; only the ledger itself may raise.
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from resmol.ledger import Kind, Ledger, Record
 from resmol.rundir import RunDir
 
 REFRESH_SECONDS = 0.2  # of the live line
+PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
 SILENCE_SECONDS = 30.0  # where there is no live line, a step is shown at least this often
 
 
@@ -207,11 +210,43 @@ class _PatientConsole(Console):
         raise BrokenPipeError
 
 
+class _LossyStream(io.TextIOBase):
+    """A stream that drops what its reader does not take: a full pipe or a stopped terminal never holds training up."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        for start in range(0, len(text), PIECE):
+            if not self._has_room():
+                break
+            self._stream.write(text[start : start + PIECE])
+            self._stream.flush()
+        return len(text)
+
+    def _has_room(self) -> bool:
+        """Ask the kernel; a pipe that can be written to takes at least PIPE_BUF = 4096 bytes at once (POSIX)."""
+        try:
+            poll = select.poll()
+            poll.register(self._stream.fileno(), select.POLLOUT)
+            return bool(poll.poll(0))  # an error counts as room: the write then says what is wrong
+        except (OSError, ValueError):
+            return True  # not a file of the system, or closed
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+
 class ConsoleView:
     """Prints the lines on standard error; on a terminal, with a live progress line below them."""
 
     def __init__(self, lines: Lines, stream: IO[str] | None = None) -> None:
-        self._console = _PatientConsole(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        lossy: Any = _LossyStream(stream or sys.stderr)
+        self._console = _PatientConsole(file=lossy, highlight=False, soft_wrap=True)
         self._lines = lines
         live = self._console.is_terminal and not os.environ.get("CI")
         self._bar = self._make_bar() if live else None
