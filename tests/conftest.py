@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,8 @@ from resmol.config_files import load_config
 from resmol.data.corpora import from_texts
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset
+from resmol.ledger import GENESIS, Record, canonical, read_ledger
+from resmol.rundir import RunDir
 from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.tokenizer_sources import cache_path
 from resmol.train import TrainState
@@ -157,6 +161,16 @@ class TrainTiny(Protocol):
     """Starts or resumes a tiny run in this process."""
 
     def __call__(self, run: Path, steps: int, *overrides: str, **options: Any) -> TrainState: ...
+
+
+def rewrite(run: RunDir, change: Callable[[list[Record]], list[Record]]) -> None:
+    """Forge a ledger: change the records, then chain them anew, as a careful forger would."""
+    head, lines = GENESIS, []
+    for number, record in enumerate(change(read_ledger(run.ledger).records), start=1):
+        line = canonical({**record, "seq": number, "prev": head})
+        head = hashlib.sha256(line).hexdigest()
+        lines.append(line + b"\n")
+    run.ledger.write_bytes(b"".join(lines))
 
 
 @pytest.fixture

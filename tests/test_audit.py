@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TrainTiny
+from conftest import TrainTiny, rewrite
 
 from resmol.audit import audit
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
-from resmol.ledger import GENESIS, Record, canonical, read_ledger
+from resmol.ledger import Record
 from resmol.rundir import RunDir
 
 
@@ -35,16 +34,6 @@ def run(finished: Path, train_tiny: TrainTiny, tmp_path: Path) -> RunDir:
 
 def failed(checks: list[Check]) -> set[str]:
     return {check.name for check in checks if not check.passed}
-
-
-def rewrite(run: RunDir, change: Callable[[list[Record]], list[Record]]) -> None:
-    """Forge a ledger: change the records, then chain them anew, as a careful forger would."""
-    head, lines = GENESIS, []
-    for number, record in enumerate(change(read_ledger(run.ledger).records), start=1):
-        line = canonical({**record, "seq": number, "prev": head})
-        head = hashlib.sha256(line).hexdigest()
-        lines.append(line + b"\n")
-    run.ledger.write_bytes(b"".join(lines))
 
 
 def test_an_honest_run_passes(run: RunDir) -> None:

@@ -15,13 +15,13 @@ from conftest import TrainTiny
 
 from resmol import reproduce as module
 from resmol.config import RunConfig
+from resmol.console import console_views
 from resmol.data.shards import Dataset
 from resmol.errors import Interrupted
 from resmol.ledger import read_ledger
 from resmol.reproduce import Protocol, claims, estimate_seconds, reproduce
 from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
-from resmol.views import console_views
 
 
 @pytest.fixture

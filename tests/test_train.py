@@ -19,7 +19,7 @@ from resmol.config_files import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime
-from resmol.errors import DiskFull, NonFiniteError
+from resmol.errors import DataError, DiskFull, NonFiniteError
 from resmol.launch import make_loader, new_state
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import load_state
@@ -223,7 +223,7 @@ def test_run_directory_that_vanishes_is_not_made_again(tmp_path: Path, train_tin
         def close(self) -> None:
             pass
 
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(DataError, match="moved or removed"):
         train_tiny(tmp_path / "run", 20, views=lambda _: [Move()])
     assert not (tmp_path / "run").exists()
 

@@ -14,9 +14,10 @@ import pytest
 from conftest import TrainTiny
 from test_report import step_record
 
+from resmol.console import ConsoleView, console_views
 from resmol.ledger import Ledger, Record, read_ledger, select
 from resmol.rundir import RunDir
-from resmol.views import ConsoleView, Journal, Lines, LogView, TensorBoardView, console_views, describe
+from resmol.views import Journal, Lines, LogView, TensorBoardView, describe
 
 
 def steps_shown(lines: Lines, first: int, last: int) -> list[int]:
@@ -158,7 +159,8 @@ def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
 
 SHOW = """
 import sys
-from resmol.views import ConsoleView, Lines
+from resmol.console import ConsoleView
+from resmol.views import Lines
 view = ConsoleView(Lines(2, 4))
 for step in range(1, 5):
     numbers = {"loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64, "tokens_seen": 64, "epoch": 0.0, "seconds": 0.1}
@@ -229,7 +231,7 @@ def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
 
 def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
-    monkeypatch.setattr("resmol.views.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("resmol.console.time.monotonic", lambda: now[0])
     with (tmp_path / "out").open("w+") as stream:
         view = ConsoleView(Lines(500, 1000), stream)
         for step in range(1, 101):

@@ -19,16 +19,21 @@ from resmol.errors import CheckpointError, ResmolError
 from resmol.launch import make_loader
 from resmol.ledger import LedgerTampered, Record, effective_steps, read_ledger, select
 from resmol.manifest import list_checkpoints, read_manifest, verify_checkpoint
+from resmol.replay import Wish, replay
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at
 
 
-def audit(run: RunDir, say: Callable[[str], None] = lambda _: None) -> list[Check]:
+def audit(
+    run: RunDir, say: Callable[[str], None] = lambda _: None, *, strict: bool = False, wish: Wish | None = None
+) -> list[Check]:
     """Check a run directory.
 
     Args:
         run: The run directory.
         say: Receives a sentence before each slow part.
+        strict: For a third party: what cannot be checked here, and a ledger with a torn end, is a failure.
+        wish: Which parts to execute again.
 
     Returns:
         The checks, failed ones included; an unreadable ledger ends them early.
@@ -44,7 +49,9 @@ def audit(run: RunDir, say: Callable[[str], None] = lambda _: None) -> list[Chec
     config, records = load_config(run.config), content.records
     lines = f"{len(records):,} lines, head {content.head[:16]}"
     torn = f", and a torn end of {len(content.torn)} bytes (repaired at the next start)" if content.torn else ""
-    whole = b"\n" not in content.torn  # lines behind the zeros of a power cut are no torn line, and may be evidence
+    whole = (
+        not content.torn if strict else b"\n" not in content.torn
+    )  # lines behind the zeros of a power cut are no torn line, and may be evidence
     checks = [
         Check(
             "hash chain", whole, lines + torn, "every line carries the hash of the line before",
@@ -56,10 +63,11 @@ def audit(run: RunDir, say: Callable[[str], None] = lambda _: None) -> list[Chec
         _tokens(records),
         _finite(records),
         _learning_rate(records, config),
-        _data_order(records, config, run),
+        _data_order(records, config, run, strict),
     ]  # fmt: skip
     say("reading every checkpoint back")
-    return [*checks, _configuration(records, config), *_checkpoints(run, records)]
+    checks += [_configuration(records, config), *_checkpoints(run, records)]
+    return [*checks, *(replay(run, config, records, wish, say) if wish is not None else [])]
 
 
 def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:
@@ -158,19 +166,19 @@ def _learning_rate(records: list[Record], config: RunConfig) -> Check:
     return _check("learning rate", problems, measured, "exactly lr_at(step)", "a schedule that jumps at the resume")
 
 
-def _data_order(records: list[Record], config: RunConfig, run: RunDir) -> Check:
+def _data_order(records: list[Record], config: RunConfig, run: RunDir, strict: bool) -> Check:
     """Recompute which windows each step had to read; needs the data's manifest, not its tokens."""
     name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
     drifted = any(key.startswith("batch.") for r in select(records, "drift") for key in r["changes"])
     try:
         dataset = open_dataset(data_folder(None, config.data.path, run.data))
     except ResmolError as error:
-        return Check(name, True, f"not recomputed: {error.what}", expected, "a loader that starts over")
+        return Check(name, not strict, f"not recomputed: {error.what}", expected, "a loader that starts over")
     start = next(select(records, "start"), {})
     if dataset.fingerprint != start.get("data_fingerprint"):
         return Check(name, False, "the data here is not the data of the run", expected, "exchanged data")
     if drifted:
-        return Check(name, True, "not recomputed: the batch size was changed on the way", expected)
+        return Check(name, not strict, "not recomputed: the batch size was changed on the way", expected)
     problems = list(_wrong_windows(records, make_loader(config, dataset.train)))
     return _check(name, problems, "recomputed for every step", expected, "a loader that starts over at a resume")
 

@@ -13,8 +13,10 @@ Nothing in it is a pickle. What the files hold and when a directory is whole is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,8 +87,12 @@ def save_checkpoint(
         return record.to_bytes()
 
     final = folder / checkpoint_name(state.step)
-    _set_aside(final)
-    commit_directory(final, write_files, manifest)
+    set_aside(final)
+    try:
+        commit_directory(final, write_files, manifest)
+    except DiskFull as error:
+        needed = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
+        raise DiskFull(f"{error.what} (the checkpoint needs {needed:,} bytes)", fix=error.fix) from error
     return committed[0]
 
 
@@ -124,17 +130,12 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
             metadata={"format": "pt"},
         )
     except SafetensorError as error:
-        if "os error 28" not in str(error) and "os error 122" not in str(error):
-            raise OSError(f"writing {path}: {error}") from error
-        needed = sum(t.numel() * t.element_size() for t in tensors.values())
-        raise DiskFull(
-            f"the disk is full: {path.name} needs {needed:,} bytes; earlier checkpoints are untouched",
-            fix="free some space (or move the run to another disk) and run the same command again",
-        ) from error
+        number = re.search(r"os error (\d+)", str(error))  # safetensors' errors are texts
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
-def _set_aside(final: Path) -> None:
-    """Move a damaged checkpoint of the same step out of the way; nothing is ever deleted to repair something."""
+def set_aside(final: Path) -> None:
+    """Move a damaged checkpoint out of the way; nothing is ever deleted to repair something."""
     if final.exists():
         number = 1
         while (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():

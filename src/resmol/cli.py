@@ -6,24 +6,21 @@ answer at once.
 
 from __future__ import annotations
 
-import json
 import os
+import secrets
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from resmol import __version__
-from resmol.checks import Check, all_passed
 from resmol.config import RunConfig
 from resmol.config_files import load_config, load_preset
 from resmol.errors import CheckFailed, Interrupted, UsageError
+from resmol.printing import print_json, report_checks, say
 from resmol.rundir import RunDir
 
 app = typer.Typer(
@@ -42,17 +39,6 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML config
 TokenizerSource = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id.")]
 TokenizerHash = Annotated[str | None, typer.Option(help="sha256 of a tokenizer that is not SmolLM2's.")]
 Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
-
-
-def say(text: str) -> None:
-    """Print a sentence for the user, on standard error; a run goes on when nobody listens any more."""
-    with suppress(OSError):
-        typer.echo(text, err=True)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on standard output."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _print_version(wanted: bool) -> bool:
@@ -139,7 +125,7 @@ def train(
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     _tune_allocator()
     from resmol.api import train_model
-    from resmol.views import console_views
+    from resmol.console import console_views
 
     state = train_model(
         wanted,
@@ -186,11 +172,25 @@ def verify(
 
 
 @app.command()
-def audit(run: Annotated[Path, typer.Argument(help="Run directory.")], json_: Json = False) -> None:
-    """Check a run's record: hash chain, continuity, learning rate, data order, checkpoints."""
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    replay: Annotated[int, typer.Option(min=0, help="Execute so many random segments again, bit for bit.")] = 0,
+    replay_steps: Annotated[int, typer.Option(min=1, help="Steps of a segment at most.")] = 100,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of segments; random if left out.")] = None,
+    strict: Annotated[bool, typer.Option(help="What cannot be checked here is a failure.")] = False,
+    certify: Annotated[bool, typer.Option(help="Write RUN/certificate.json if everything holds.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check a run's record: hash chain, continuity, learning rate, data order, checkpoints; replay parts of it."""
     from resmol.audit import audit as run_audit
+    from resmol.certificate import write_certificate
+    from resmol.replay import Wish
 
-    report_checks(f"audit of {run}", run_audit(RunDir(run), say), json_)
+    wish = Wish(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict) if replay else None
+    checks = run_audit(RunDir(run), say, strict=strict, wish=wish)
+    report_checks(f"audit of {run}", checks, json_)
+    if certify:
+        say(f"certificate: {write_certificate(RunDir(run), checks)}")
 
 
 @app.command()
@@ -338,36 +338,6 @@ def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
             "--preset and --config are both given", fix="a configuration can name the preset as its `base`"
         )
     return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
-
-
-def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: bool = False) -> None:
-    """Print checks as a table or as JSON; raise `CheckFailed` if one failed."""
-    passed = all_passed(checks)
-    if as_json:
-        print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
-    else:
-        Console().print(check_table(title, checks, explain))
-    if not passed:
-        failed = [check.name for check in checks if not check.passed]
-        raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed[:5])}", fix="see the table")
-
-
-def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
-    """Return checks as a table that also fits 80 columns: what is not needed to see that all is well stays away."""
-    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
-    for check in checks:
-        mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
-        lines = [escape(check.measured)]
-        if explain or not check.passed:
-            lines += [f"[dim]expected: {escape(check.expected)}[/]"]
-        if explain and check.guards:
-            lines += [f"[dim]guards against: {escape(check.guards)}[/]"]
-        if check.evidence:
-            lines += [f"[dim]see {escape(os.path.relpath(check.evidence))}[/]"]
-        table.add_row(mark, escape(check.name), "\n".join(lines))
-    passed = sum(check.passed for check in checks)
-    table.add_row("", f"[bold]{passed} of {len(checks)} passed[/]", "")
-    return table
 
 
 def _tune_allocator() -> None:

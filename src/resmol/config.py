@@ -116,6 +116,7 @@ class TrainConfig(Section):
 
     steps: int = param(5000, "C", "stop after this step", ge=1)
     seed: int = param(8, "A", "seed of the initial weights", ge=0)
+    on_spike: Literal["warn", "stop"] = param("warn", "C", "what a loss far above the recent ones leads to")
 
 
 class RuntimeConfig(Section):

@@ -40,7 +40,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: The file is not TOML, or its values do not make a configuration; all problems are listed.
         DataError: The file cannot be read.
     """
-    return _build(_table_with_base(path), str(path), overrides)
+    try:
+        return _build(_table_with_base(path), str(path), overrides)
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply", fix="write [section] and key = value, no more") from None
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -97,7 +100,7 @@ def _toml_value(text: str) -> Any:
     """Read a value as TOML would; what is not TOML is a bare string (``runtime.compile=off``)."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also numbers of thousands of digits
         return text
 
 
@@ -121,7 +124,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path of --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # TOML's error, UTF-8's, and numbers of thousands of digits
         raise ConfigError(f"{path} is not TOML: {error}", fix="correct the file at that line") from None
 
 

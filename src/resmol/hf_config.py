@@ -197,6 +197,8 @@ def read_model_config(source: str | Path) -> ModelConfig:
     if not path.exists() and _looks_like_hub_id(str(source)):
         path = hub_file(str(source), "config.json", fix="check the name and the network, or name a config.json")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe could be read for ever
+            raise ConfigError(f"{path} is not a regular file", fix="name a config.json")
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES} bytes", fix="name a config.json")
         table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)

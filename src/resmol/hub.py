@@ -7,6 +7,7 @@ HF_HUB_OFFLINE are honoured, since the client does the work.
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -40,7 +41,8 @@ def hub_file(hub_id: str, name: str, *, revision: str | None = None, fix: str) -
         return Path(hf_hub_download(hub_id, name, revision=revision))
     except Exception as error:  # the client's errors come from several libraries, and differ between its versions
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise NetworkError(f"the Hub did not give {hub_id}/{name} ({lines[0][:200]})", fix=fix) from error
+        reason = without_password(lines[0])[:200]
+        raise NetworkError(f"the Hub did not give {hub_id}/{name} ({reason})", fix=fix) from error
 
 
 def require_answer(url: str, endpoint: str, fix: str) -> None:
@@ -58,4 +60,9 @@ def require_answer(url: str, endpoint: str, fix: str) -> None:
     thread.start()
     thread.join(PROBE_SECONDS + 1)
     if not status or status[0] == 429 or status[0] >= 500:
-        raise NetworkError(f"the Hub cannot be reached at {endpoint or 'HF_ENDPOINT'}", fix=fix)
+        raise NetworkError(f"the Hub cannot be reached at {without_password(endpoint) or 'HF_ENDPOINT'}", fix=fix)
+
+
+def without_password(text: str) -> str:
+    """Leave out what stands before the @ of an address: HF_ENDPOINT may name a mirror with user and password."""
+    return re.sub(r"//[^/@\s]*@", "//", text)

@@ -7,6 +7,7 @@ the fingerprint, the ledger with its own chain and the checkpoints with their ma
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, TokenStream
 from resmol.distributed import Runtime, is_main_process, open_runtime
 from resmol.drift import reconcile
-from resmol.errors import ConfigError, DiskFull, UsageError
+from resmol.errors import ConfigError, DataError, DiskFull, UsageError
 from resmol.flops import total_parameters
 from resmol.ledger import Ledger, UnkeptLedger
 from resmol.model import CausalLM
@@ -32,6 +33,8 @@ from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, train
 from resmol.views import Journal, View
+
+FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,17 @@ def _check_disk(run: RunDir, config: RunConfig) -> None:
             f"a checkpoint needs {needed:,} bytes; {run.path} has {free:,} free",
             fix="free some space, or choose a run directory on another disk",
         )
+    disk = os.statvfs(run.path)
+    if disk.f_files > 0 and disk.f_favail < FILES_OF_A_RUN:  # some file systems have no such limit, and say 0
+        raise DiskFull(
+            f"a run and a checkpoint need {FILES_OF_A_RUN} inodes; {run.path} has {disk.f_favail} free",
+            fix="remove some files, or choose a run directory on another disk",
+        )
+    for folder in (run.path, run.checkpoints):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise DataError(
+                f"{folder} cannot be written", fix="check its permissions, and whether the disk is read-only"
+            )
 
 
 @contextmanager

@@ -27,6 +27,13 @@ Record = dict[str, Any]
 GENESIS = "0" * 64
 FORMAT = 1
 
+# Fields without which a record cannot be read. A chain can be forged whole, so they are looked at like the rest.
+_NEEDED: dict[str, dict[str, type]] = {
+    "step": {"step": int},
+    "rewind": {"to_step": int},
+    "save": {"checkpoint": str, "manifest_sha256": str},
+}
+
 
 class LedgerTampered(CheckFailed):
     """The chain is broken: a line was changed, dropped, added, repeated or moved."""
@@ -84,7 +91,7 @@ def read_ledger(path: Path) -> LedgerContent:
 def _parse_line(line: bytes, number: int, head: str, path: Path) -> Record:
     try:
         record = json.loads(line)
-        intact = isinstance(record, dict) and canonical(record) == line
+        intact = isinstance(record, dict) and canonical(record) == line and _has_fields(record)
     except (ValueError, RecursionError):
         record, intact = {}, False
     if intact and record.get("seq") == number and record.get("prev") == head and record.get("kind") in get_args(Kind):
@@ -94,6 +101,11 @@ def _parse_line(line: bytes, number: int, head: str, path: Path) -> Record:
         f"{path}, line {number} {reason}: the record was changed after it was written",
         fix="restore the file from a copy; nothing in it can be trusted from this line on",
     )
+
+
+def _has_fields(record: Record) -> bool:
+    needed = _NEEDED.get(str(record.get("kind")), {})
+    return all(isinstance(record.get(name), kind) for name, kind in needed.items())
 
 
 class Ledger:
@@ -175,8 +187,10 @@ class Ledger:
 
     def close(self) -> None:
         """Flush and close."""
-        with self._file:
+        try:
             self._flush()
+        finally:
+            self._file.close()
 
     def _flush(self) -> None:
         with full_disk_is_an_error(self.path):

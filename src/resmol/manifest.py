@@ -46,6 +46,7 @@ class SavedState(Strict):
     ledger_head: str
     random_state: str
     permanent: bool
+    recent_losses: tuple[float, ...] = ()
 
 
 class FileEntry(Strict):

@@ -12,6 +12,7 @@ import jinja2
 
 from resmol import __version__
 from resmol.atomic import write_durable
+from resmol.certificate import current_certificate
 from resmol.config_files import load_config
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.plots import curves
@@ -53,6 +54,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
         timeline=timeline(content.records),
         environment=last_environment(content.records),
         claims=claims(run),
+        certificate=current_certificate(run),
         checkpoints=list(select(content.records, "save")),
         head=content.head,
         lines=len(content.records),

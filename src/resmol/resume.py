@@ -6,6 +6,7 @@ executed again; the loop compares their bits with the recorded ones, so every cr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 import torch
 
 from resmol import __version__
-from resmol.checkpoint import MOMENTS, load_optimizer, load_weights
+from resmol.checkpoint import MOMENTS, load_optimizer, load_weights, set_aside
 from resmol.config import RunConfig
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.flops import total_parameters
 from resmol.ledger import FORMAT, Record, effective_steps, select
-from resmol.manifest import list_checkpoints, load_state, newest_valid
+from resmol.manifest import STATE, damaged, list_checkpoints, load_state, newest_valid
 from resmol.rundir import RunDir
+from resmol.spikes import MEMORY
 from resmol.train import TrainState
 from resmol.views import Journal
 
@@ -96,12 +98,16 @@ def begin(state: TrainState, journal: Journal, beginning: Beginning) -> dict[int
 
 
 def restore(state: TrainState, checkpoint: Path) -> None:
-    """Fill ``state`` from a verified checkpoint."""
+    """Fill ``state`` from a verified checkpoint (`CheckpointError` when it is that of another model)."""
     saved, manifest_sha256 = load_state(checkpoint)
     load_weights(checkpoint, state.model)
     load_optimizer(checkpoint, state.model, state.optimizer)
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
+    try:
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
+    except (ValueError, RuntimeError):
+        raise damaged(checkpoint / STATE, "holds no state of PyTorch's random generator") from None
     state.step, state.tokens_seen, state.parent = saved.step, saved.tokens_seen, manifest_sha256
+    state.recent_losses = saved.recent_losses
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
@@ -109,6 +115,10 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     counters = torch.tensor([state.step, state.tokens_seen], device=runtime.device)
     runtime.share_from_main([counters])
     state.step, state.tokens_seen = (int(number) for number in counters)
+    losses = torch.full((MEMORY,), math.nan, dtype=torch.float64, device=runtime.device)
+    losses[: len(state.recent_losses)] = torch.tensor(state.recent_losses, dtype=torch.float64)
+    runtime.share_from_main([losses])
+    state.recent_losses = tuple(loss for loss in losses.tolist() if not math.isnan(loss))
     runtime.share_from_main(parameter.data for parameter in state.model.parameters())
     if state.step == 0:
         return  # the optimizer has no moments yet
@@ -165,7 +175,10 @@ def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
 
 
 def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
-    """Return the newest whole checkpoint, or None where the run had not saved any yet."""
+    """Return the newest whole checkpoint, or None where the run had not saved any yet.
+
+    Those that are passed over lose their name: they would count as the newest in retention, and stop the next save.
+    """
     recorded = {record["checkpoint"]: record["manifest_sha256"] for record in select(journal.records, "save")}
     folder = beginning.run.checkpoints
     if not recorded and not list_checkpoints(folder):
@@ -176,9 +189,12 @@ def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
         if not beginning.allow_fresh:
             raise
         journal.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=error.what)
+        for path in list_checkpoints(folder):
+            set_aside(path)
         return None
     for item in rejected:
         journal.write("warn", what="checkpoint passed over", checkpoint=item.path.name, reason=item.reason)
+        set_aside(item.path)
     return path
 
 

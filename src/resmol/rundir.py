@@ -57,6 +57,11 @@ class RunDir:
         return self.path / "evidence"
 
     @property
+    def certificate(self) -> Path:
+        """What `resmol audit --certify` writes."""
+        return self.path / "certificate.json"
+
+    @property
     def report(self) -> Path:
         """The one-page report."""
         return self.path / "report.html"

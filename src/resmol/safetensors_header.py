@@ -243,10 +243,15 @@ def read_remote_header(url: str) -> Header:
         NetworkError: The file is not there, or the server cannot be reached or refuses range requests.
     """
     head, file_size = _fetch_range(url, 0, FIRST_REQUEST_BYTES)
-    missing = LENGTH_BYTES + header_length(head, file_size, url) - len(head)
+    missing = LENGTH_BYTES + header_length(head, file_size, _without_password(url)) - len(head)
     if missing > 0:
         head += _fetch_range(url, len(head), missing)[0]
-    return parse_header(head, file_size, url)
+    return parse_header(head, file_size, _without_password(url))
+
+
+def _without_password(url: str) -> str:
+    """Leave out what stands before the @: a mirror's address may hold user and password."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def _fetch_range(url: str, start: int, count: int) -> tuple[bytes, int]:
@@ -276,6 +281,6 @@ def _fetch_range(url: str, start: int, count: int) -> tuple[bytes, int]:
 
 def _unreachable(url: str, reason: str) -> NetworkError:
     return NetworkError(
-        f"the header of {url} did not come ({reason})",
+        f"the header of {_without_password(url)} did not come ({reason})",
         fix="check the name and the connection, or download the file and pass its path",
     )

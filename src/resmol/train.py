@@ -7,6 +7,7 @@ data: batches and learning rate depend on the number alone, so a resumed run doe
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from resmol.optim import apply_update, gradient_norm
 from resmol.process import StopSignal
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at
+from resmol.spikes import is_spike, remembered
 from resmol.tokenizer import Tokenizer
 from resmol.views import Journal
 
@@ -45,6 +47,7 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     parent: str | None = None  # sha256 of the last checkpoint's manifest
+    recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see spikes.py
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ def train(state: TrainState, session: Session) -> None:
     Raises:
         Interrupted: A signal came; the step was finished and saved.
         NonFiniteError: A loss or gradient is not finite twice in a row; the weights were not updated with it.
-        CheckFailed: A step that is executed again after a crash gives other bits than the ledger recorded.
+        CheckFailed: A step that is executed again after a crash gives other bits than the ledger recorded, or the
+            loss jumped and ``train.on_spike`` is stop.
         DiskFull: A checkpoint could not be written, even after older ones were pruned.
     """
     config, runtime = session.config, session.runtime
@@ -81,6 +85,7 @@ def train(state: TrainState, session: Session) -> None:
         seconds = time.perf_counter() - started
 
         record_step(state, session, loss, grad_norm, seconds)
+        spike = notice_spike(state, session, loss)
         stopping = runtime.any_process(session.stop.requested)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
@@ -89,6 +94,11 @@ def train(state: TrainState, session: Session) -> None:
         permanent, last = step in config.checkpoint.permanent, step == config.train.steps
         if stopping or last or permanent or is_due(config.checkpoint.every, step, config.train.steps):
             save(state, session, permanent=permanent)
+        if spike and config.train.on_spike == "stop":
+            raise CheckFailed(
+                f"the loss of step {step} is {loss:.4f}, far above the recent ones; train.on_spike is stop",
+                fix="look at its windows and at the learning rate; the same command goes on from the last checkpoint",
+            )
         if stopping:
             session.journal.write("stop", step=step, reason=session.stop.name or "stop in another process")
             raise Interrupted(
@@ -183,6 +193,16 @@ def record_step(state: TrainState, session: Session, loss: float, grad_norm: flo
             )
 
 
+def notice_spike(state: TrainState, session: Session, loss: float) -> bool:
+    """Remember the loss, and record it when it lies far above the ones before; every process decides the same."""
+    spike = is_spike(loss, state.recent_losses)
+    if spike:
+        median = statistics.median(state.recent_losses)
+        session.journal.write("warn", what="loss spike", step=state.step, loss=loss, median=median)
+    state.recent_losses = remembered(loss, state.recent_losses)
+    return spike
+
+
 def record_evaluation(state: TrainState, session: Session) -> None:
     """Measure the held-out loss, without compiled code, so that it does not depend on how training computes."""
     if session.held_out is None:
@@ -228,6 +248,7 @@ def save(state: TrainState, session: Session, *, permanent: bool) -> None:
         ledger_head=session.journal.head,
         random_state=torch.get_rng_state().numpy().tobytes().hex(),
         permanent=permanent,
+        recent_losses=state.recent_losses,
     )
     folder, keep = session.run.checkpoints, session.config.checkpoint.keep_last
     session.journal.sync()  # the checkpoint refers to the ledger's head, which must not be lost if it is kept

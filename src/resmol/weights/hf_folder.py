@@ -112,6 +112,8 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return tensor -> file name, where each file name is a plain name."""
+    if not path.is_file():
+        raise _bad_index(path, "it is not a regular file")
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise _bad_index(path, f"it has more than {MAX_INDEX_BYTES} bytes")
     try:

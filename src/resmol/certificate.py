@@ -1,0 +1,78 @@
+"""A run signed off on one page: what was recorded, what was checked, what it survived, and what that does not prove."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from resmol import __version__
+from resmol.atomic import write_durable
+from resmol.checks import Check, all_passed
+from resmol.errors import CheckFailed
+from resmol.ledger import effective_steps, read_ledger, select
+from resmol.rundir import RunDir
+
+LIMITS = (
+    "The chain proves that the record was not changed after its head was known; keep the head somewhere else.",
+    "It does not prove that the data is what it is called, nor that nobody trained twice and kept the better run.",
+    "Replayed segments prove the recorded bits on this kind of machine; the others are bound to them by the chain.",
+    "Bits are the same on the same kind of processor, with the same versions and threads; elsewhere they may differ.",
+)
+
+
+def write_certificate(run: RunDir, checks: Sequence[Check]) -> str:
+    """Write ``certificate.json`` into a run and return its path.
+
+    Args:
+        run: The run directory.
+        checks: An audit of it, just made.
+
+    Raises:
+        CheckFailed: A check failed: there is nothing to certify.
+    """
+    if not all_passed(checks):
+        raise CheckFailed("the audit failed: there is nothing to certify", fix="see the table of `resmol audit`")
+    content = json.dumps(certificate(run, checks), indent=1, ensure_ascii=False) + "\n"
+    write_durable(run.certificate, content.encode())
+    return str(run.certificate)
+
+
+def certificate(run: RunDir, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return what a certificate says, as a JSON object."""
+    content = read_ledger(run.ledger)
+    records, steps = content.records, effective_steps(content.records)
+    start = next(select(records, "start"))
+    executed = sum(1 for _ in select(records, "step"))
+    environments = [record["environment"] for record in records if "environment" in record]
+    return {
+        "format": 1,
+        "issued": datetime.now(UTC).isoformat(timespec="seconds"),
+        "resmol": __version__,
+        "run": run.path.resolve().name,
+        "ledger": {"head": content.head, "lines": len(records)},
+        "config_sha256": start["config_sha256"],
+        "data_fingerprint": start["data_fingerprint"],
+        "steps": max(steps, default=0),
+        "tokens": max((record["tokens_seen"] for record in steps.values()), default=0),
+        "survived": {
+            "restarts": sum(1 for _ in select(records, "resume")),
+            "crashes": sum(1 for _ in select(records, "rewind")),
+            "steps_executed_again": executed - len(steps),
+            "signals": [record["reason"] for record in select(records, "stop") if record["reason"] != "finished"],
+            "warnings": [record["what"] for record in select(records, "warn")],
+        },
+        "machines": [facts for number, facts in enumerate(environments) if facts not in environments[:number]],
+        "checks": [{"name": check.name, "measured": check.measured} for check in checks],
+        "limits": list(LIMITS),
+    }
+
+
+def current_certificate(run: RunDir) -> dict[str, Any] | None:
+    """Return the certificate of a run if it speaks of the ledger as it is now; one of an earlier head says nothing."""
+    try:
+        found: dict[str, Any] = json.loads(run.certificate.read_text(encoding="utf-8"))
+        return found if found["ledger"]["head"] == read_ledger(run.ledger).head else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

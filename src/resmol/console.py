@@ -1,0 +1,142 @@
+"""The view for a person at a terminal: lines as they come, a live progress line; training never waits for it."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from resmol.config import RunConfig
+from resmol.ledger import Record
+from resmol.rundir import RunDir
+from resmol.views import Lines, LogView, TensorBoardView, View
+
+REFRESH_SECONDS = 0.2  # of the live line
+PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
+SILENCE_SECONDS = 30.0  # where there is no live line, a step is shown at least this often
+
+
+class _PatientConsole(Console):
+    """A console whose broken pipe is an error like any other; rich's own answer would end the process, unsaved."""
+
+    def on_broken_pipe(self) -> None:
+        """Hand the error to the caller; it is called while that error is being handled."""
+        raise BrokenPipeError
+
+
+class _LossyStream(io.TextIOBase):
+    """A stream that drops what its reader does not take: a full pipe or a stopped terminal never holds training up."""
+
+    def __init__(self, stream: Any) -> None:  # whatever stands in for sys.stderr
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        for start in range(0, len(text), PIECE):
+            if not self._has_room():
+                break
+            self._stream.write(text[start : start + PIECE])
+            self._stream.flush()
+        return len(text)
+
+    def _has_room(self) -> bool:
+        """Ask the kernel; a pipe that can be written to takes at least PIPE_BUF = 4096 bytes at once (POSIX)."""
+        try:
+            poll = select.poll()
+            poll.register(self._stream.fileno(), select.POLLOUT)
+            return bool(poll.poll(0))  # an error counts as room: the write then says what is wrong
+        except (OSError, ValueError):
+            return True  # not a file of the system, or closed
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+
+class ConsoleView:
+    """Prints the lines on standard error; on a terminal, with a live progress line below them."""
+
+    def __init__(self, lines: Lines, stream: IO[str] | None = None) -> None:
+        lossy: Any = _LossyStream(stream or sys.stderr)
+        self._console = _PatientConsole(file=lossy, highlight=False, soft_wrap=True)
+        self._lines = lines
+        live = self._console.is_terminal and not os.environ.get("CI")
+        self._bar = self._make_bar() if live else None
+        self._task = self._bar.add_task("", total=lines.last) if self._bar else None
+        self._shown = 0.0
+        self._printed = self._started = time.monotonic()
+        self._first_step: int | None = None
+        if self._bar:
+            self._bar.start()
+
+    def _make_bar(self) -> Progress:
+        columns = (
+            BarColumn(30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        return Progress(*columns, console=self._console, auto_refresh=False, transient=True)
+
+    def show(self, record: Record) -> None:
+        """Print the record's line, if it has one, and move the progress line."""
+        overdue = self._bar is None and time.monotonic() - self._printed > SILENCE_SECONDS
+        text = self._lines.line(record, force=overdue)
+        if text is not None:
+            self._printed = time.monotonic()
+            self._console.print(text + self._time_left(record), markup=False)
+        if (
+            self._bar
+            and self._task is not None
+            and record["kind"] == "step"
+            and time.monotonic() - self._shown > REFRESH_SECONDS
+        ):
+            self._shown = time.monotonic()
+            rate = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
+            note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {rate:,.0f} tok/s"
+            self._bar.update(self._task, completed=record["step"], description=note, refresh=True)
+
+    def _time_left(self, record: Record) -> str:
+        """Estimate the rest from the pace so far, saves and evaluations included; a live line does it by itself."""
+        if record["kind"] != "step" or self._bar is not None:
+            return ""
+        if self._first_step is None:
+            self._first_step, self._started = record["step"], time.monotonic()
+            return ""
+        pace = (time.monotonic() - self._started) / max(1, record["step"] - self._first_step)
+        left = round(pace * (self._lines.last - record["step"]))
+        return f" | {left // 60}:{left % 60:02d} left" if left else ""
+
+    def close(self) -> None:
+        """Take the progress line away."""
+        if self._bar:
+            self._bar.stop()
+
+
+def console_views(run: RunDir) -> Callable[[RunConfig], Sequence[View]]:
+    """Return what makes the views of a run for a person at a terminal."""
+
+    def make(config: RunConfig) -> list[View]:
+        every, last = config.logging.every, config.train.steps
+        views: list[View] = [LogView(run.log, Lines(every, last)), ConsoleView(Lines(every, last))]
+        return [*views, TensorBoardView(run.path / "tensorboard")] if config.logging.tensorboard else views
+
+    return make

@@ -1,0 +1,58 @@
+"""What the commands print: sentences on standard error, results and tables on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resmol.checks import Check, all_passed
+from resmol.errors import CheckFailed
+
+
+def say(text: str) -> None:
+    """Print a sentence for the user, on standard error; a run goes on when nobody listens any more."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: bool = False) -> None:
+    """Print checks as a table or as JSON; raise `CheckFailed` if one failed."""
+    passed = all_passed(checks)
+    if as_json:
+        print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
+    else:
+        Console().print(check_table(title, checks, explain))
+    if not passed:
+        failed = [check.name for check in checks if not check.passed]
+        raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed[:5])}", fix="see the table")
+
+
+def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
+    """Return checks as a table that also fits 80 columns: what is not needed to see that all is well stays away."""
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
+    for check in checks:
+        mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
+        lines = [escape(check.measured)]
+        if explain or not check.passed:
+            lines += [f"[dim]expected: {escape(check.expected)}[/]"]
+        if explain and check.guards:
+            lines += [f"[dim]guards against: {escape(check.guards)}[/]"]
+        if check.evidence:
+            lines += [f"[dim]see {escape(os.path.relpath(check.evidence))}[/]"]
+        table.add_row(mark, escape(check.name), "\n".join(lines))
+    passed = sum(check.passed for check in checks)
+    table.add_row("", f"[bold]{passed} of {len(checks)} passed[/]", "")
+    return table

@@ -1,0 +1,205 @@
+"""Replay: execute parts of a run again, from its own checkpoints, and compare every recorded bit.
+
+A segment begins at the initial weights (a function of the seed) or at a checkpoint that is still there, and ends at
+the next one, at the end of the run, or after a limit of steps. Where it ends at a checkpoint, weights and moments are
+compared as well. Another machine than the recorded one is no failure: bits are promised only on the same kind.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from resmol.checkpoint import digest_all, moment_tensors, weight_tensors
+from resmol.checks import Check
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
+from resmol.data.loader import Loader
+from resmol.data.shards import open_dataset, verify_shards
+from resmol.data.source import data_folder
+from resmol.distributed import Runtime, open_runtime
+from resmol.errors import ResmolError
+from resmol.launch import compile_blocks, make_loader, new_state
+from resmol.ledger import Record, effective_steps, float_bits, select
+from resmol.manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
+from resmol.resume import BITWISE_FACTS, restore
+from resmol.rundir import RunDir
+from resmol.schedule import lr_at
+from resmol.train import TrainState, train_step
+
+GUARDS = "A ledger that was made up, a machine that computes wrongly, data or code that is not what was trained with."
+EXPECTED = "the recorded loss, gradient norm, learning rate, tokens and windows of every step, bit for bit"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps ``start`` + 1 to ``end``, to be executed again from the state after ``start`` (0: the initial one)."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to replay.
+
+    Attributes:
+        count: Segments to draw.
+        limit: Steps of a segment at most.
+        seed: Of the draw; whoever audits chooses it, after the run.
+        strict: What cannot be replayed here is a failure.
+    """
+
+    count: int
+    limit: int = 100
+    seed: int = 0
+    strict: bool = False
+
+
+def segments(run: RunDir, records: list[Record], limit: int) -> list[Segment]:
+    """Return every segment that the run's checkpoints allow, in order."""
+    last = max(effective_steps(records), default=0)
+    starts = sorted({0, *(step_of(path) for path in list_checkpoints(run.checkpoints))})
+    ends = [*starts[1:], last]
+    return [Segment(a, min(b, a + limit)) for a, b in zip(starts, ends, strict=True) if min(b, a + limit) > a]
+
+
+def replay(
+    run: RunDir, config: RunConfig, records: list[Record], wish: Wish, say: Callable[[str], None] = lambda _: None
+) -> list[Check]:
+    """Execute drawn segments again.
+
+    Args:
+        run: The run directory.
+        config: Its configuration.
+        records: Its ledger, whose chain was verified.
+        wish: How much.
+        say: Receives progress.
+
+    Returns:
+        A check for each segment (PASS, FAIL or UNSUPPORTED in its words) and one that says what they prove together.
+    """
+    start, possible = next(select(records, "start"), None), segments(run, records, wish.limit)
+    if start is None or not possible:
+        return [_unsupported("replay", "there is no step to execute again", wish)]
+    drawn = sorted(random.Random(wish.seed).sample(possible, min(wish.count, len(possible))), key=lambda s: s.start)  # noqa: S311
+    try:
+        dataset = open_dataset(data_folder(None, config.data.path, run.data))
+        if dataset.fingerprint != start["data_fingerprint"]:
+            return [Check("replay", False, "FAIL: the data here is not the data of the run", EXPECTED, GUARDS)]
+        verify_shards(dataset, say)
+    except ResmolError as error:
+        return [_unsupported("replay", f"the tokens are not here ({error.what})", wish)]
+    checks, started = [], time.perf_counter()
+    loader = make_loader(config, dataset.train)
+    for segment in drawn:
+        say(f"replay: steps {segment.start + 1} to {segment.end}")
+        checks.append(_replay_segment(run, config, records, segment, loader, wish))
+    return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, wish)]
+
+
+def _replay_segment(
+    run: RunDir, config: RunConfig, records: list[Record], segment: Segment, loader: Loader, wish: Wish
+) -> Check:
+    name = f"replay of steps {segment.start + 1} to {segment.end}"
+    steps = effective_steps(records)
+    first = steps[segment.start + 1]["seq"]
+    if any(record["seq"] > first for record in select(records, "drift")):
+        return _unsupported(name, "the configuration was changed after these steps", wish)
+    environment = _environment_at(records, first)
+    same_threads = with_overrides(config, [f"runtime.threads={environment['threads']}"])
+    with open_runtime(same_threads) as runtime:
+        if differences := _differences(environment, runtime):
+            return _unsupported(name, f"another machine or library: {differences}", wish)
+        state = new_state(config, runtime)
+        path = run.checkpoints / checkpoint_name(segment.start)
+        try:
+            if segment.start:
+                restore(state, path)
+        except ResmolError as error:
+            return Check(name, False, f"FAIL: {error.what}", EXPECTED, GUARDS)
+        compile_blocks(state.model, config)
+        for step in range(segment.start + 1, segment.end + 1):
+            if wrong := _execute(state, step, steps[step], config, loader, runtime):
+                return Check(name, False, f"FAIL at step {step}: {wrong}", EXPECTED, GUARDS)
+    return _compare_state(name, state, run, segment)
+
+
+def _execute(
+    state: TrainState, step: int, record: Record, config: RunConfig, loader: Loader, runtime: Runtime
+) -> str | None:
+    """Execute a step and return the first field that is not as recorded."""
+    tokens = loader.step_tokens(step)
+    loss, norm = train_step(state, list(loader.micro_batches(step)), tokens, config, runtime)
+    found: dict[str, Any] = {
+        "windows": loader.window_digest(step),
+        "tokens": tokens,
+        "lr": lr_at(step, config.schedule, config.optimizer.lr),
+        "loss_bits": float_bits(loss),
+        "grad_norm_bits": float_bits(norm),
+    }
+    return next((f"{n} is {v}, recorded is {record[n]}" for n, v in found.items() if record[n] != v), None)
+
+
+def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) -> Check:
+    """Compare weights and moments with the checkpoint at the segment's end, where there is one."""
+    path, count = run.checkpoints / checkpoint_name(segment.end), segment.end - segment.start
+    if not path.is_dir():
+        return Check(name, True, f"PASS: {count} steps", EXPECTED, GUARDS)
+    try:
+        files = read_manifest(path).files
+    except ResmolError as error:
+        return Check(name, False, f"FAIL: {error.what}", EXPECTED, GUARDS)
+    recorded = {**files[WEIGHTS].tensors, **files[OPTIMIZER].tensors}
+    ours = digest_all({**weight_tensors(state.model), **moment_tensors(state.model, state.optimizer)})
+    wrong = [tensor for tensor, value in ours.items() if recorded.get(tensor) != value]
+    if wrong:
+        return Check(name, False, f"FAIL: {wrong[0]} differs from {path.name}", EXPECTED, GUARDS, str(path))
+    words = f"PASS: {count} steps, and the {len(ours)} tensors of {path.name}"
+    return Check(name, True, words, EXPECTED, GUARDS, str(path))
+
+
+def _environment_at(records: list[Record], seq: int) -> dict[str, Any]:
+    """Return the facts about the machine that executed what the ledger's line ``seq`` records."""
+    before = [r for r in records if r["kind"] in ("start", "resume") and r["seq"] < seq]
+    environment: dict[str, Any] = before[-1]["environment"]
+    return environment
+
+
+def _differences(recorded: dict[str, Any], runtime: Runtime) -> str:
+    here = runtime.environment()
+    return ", ".join(f"{n} {recorded.get(n)} -> {here[n]}" for n in BITWISE_FACTS if recorded.get(n) != here[n])
+
+
+def _unsupported(name: str, why: str, wish: Wish) -> Check:
+    return Check(name, not wish.strict, f"UNSUPPORTED: {why}", EXPECTED, GUARDS)
+
+
+def _summary(
+    records: list[Record], possible: list[Segment], drawn: list[Segment], checks: list[Check], seconds: float,
+    wish: Wish,
+) -> Check:  # fmt: skip
+    """Say what was executed again, what it cost, and which share of wrong segments it would have missed.
+
+    Each drawn segment is a right one with probability 1 - f if a share f is wrong, so that all K are with (1 - f)^K at
+    most (the draw is without replacement); that is 5 % at ``f = 1 - 0.05^(1/K)``.
+    """
+    steps = effective_steps(records)
+    passed = [s for s, check in zip(drawn, checks, strict=True) if check.measured.startswith("PASS")]
+    executed = sum(s.end - s.start for s in passed)
+    reachable = sum(s.end - s.start for s in possible)
+    cost = seconds / max(1e-9, sum(record["seconds"] for record in steps.values()))
+    bound = 0.0 if len(passed) == len(possible) else 1 - 0.05 ** (1 / len(passed)) if passed else 1.0
+    words = (
+        f"{executed:,} of {len(steps):,} steps executed again in {seconds:.0f} s ({100 * cost:.1f} % of the run's "
+        f"time; draw {wish.seed}); {reachable:,} steps lie in the {len(possible)} segments that the checkpoints allow: "
+        + (
+            "all of them were replayed"
+            if not bound
+            else f"if over {100 * bound:.0f} % of those were wrong, this draw would have met one with 95 % probability"
+        )
+    )
+    return Check("replay in all", bool(passed) or not wish.strict, words, "at least one segment replayed", GUARDS)
