@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 import tokenizers
+from tiny import TrainTiny, synthetic_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from resmol.api import train_model
@@ -19,24 +17,9 @@ from resmol.config_files import load_config
 from resmol.data.corpora import from_texts
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset
-from resmol.ledger import GENESIS, Record, canonical, read_ledger
-from resmol.rundir import RunDir
 from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.tokenizer_sources import cache_path
 from resmol.train import TrainState
-
-
-def synthetic_texts(count: int, *, seed: int = 0, words: int = 60) -> list[str]:
-    """Return ``count`` texts of made-up words, numbers, punctuation and some letters beyond ASCII."""
-    draw = random.Random(seed)
-    syllables = ["ka", "lo", "mi", "ner", "ta", "shu", "ver", "ing", "é", "ß", "the", "an"]
-    lexicon = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(200)]
-    texts = []
-    for _ in range(count):
-        parts = [draw.choice(lexicon) for _ in range(draw.randint(words // 2, words))]
-        parts[draw.randrange(len(parts))] = str(draw.randrange(10_000))
-        texts.append(" ".join(parts) + draw.choice([".", "!\n", "?\r\n", " …"]))
-    return texts
 
 
 @pytest.fixture(scope="session")
@@ -155,22 +138,6 @@ def short_dataset(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
     """A prepared folder with about 60 windows of 16 tokens: an epoch of the tiny run is about 15 steps."""
     out = tmp_path_factory.mktemp("data") / "short"
     return prepare(out, from_texts(synthetic_texts(10, words=40)), tiny_tokenizer, val_fraction=0.1)
-
-
-class TrainTiny(Protocol):
-    """Starts or resumes a tiny run in this process."""
-
-    def __call__(self, run: Path, steps: int, *overrides: str, **options: Any) -> TrainState: ...
-
-
-def rewrite(run: RunDir, change: Callable[[list[Record]], list[Record]]) -> None:
-    """Forge a ledger: change the records, then chain them anew, as a careful forger would."""
-    head, lines = GENESIS, []
-    for number, record in enumerate(change(read_ledger(run.ledger).records), start=1):
-        line = canonical({**record, "seq": number, "prev": head})
-        head = hashlib.sha256(line).hexdigest()
-        lines.append(line + b"\n")
-    run.ledger.write_bytes(b"".join(lines))
 
 
 @pytest.fixture

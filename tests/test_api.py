@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import TrainTiny
+from tiny import TrainTiny
 
 import resmol
 from resmol.api import evaluate_model, import_factory, verify_model

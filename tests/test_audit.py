@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TrainTiny, rewrite
+from tiny import TrainTiny, rewrite
 
 from resmol.audit import audit
 from resmol.checks import Check, all_passed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TrainTiny
 from safetensors.torch import load_file, save_file
+from tiny import TrainTiny
 
 from resmol import checkpoint as module
 from resmol.checkpoint import load_optimizer, load_weights, prune, save_checkpoint

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TrainTiny
+from tiny import TrainTiny
 
 from resmol.__main__ import exit_code, run
 from resmol.config import RunConfig

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TrainTiny
 from test_resume import assert_equal_runs
+from tiny import TrainTiny
 
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides

@@ -12,11 +12,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import TrainTiny
 from safetensors.torch import load_file, save_file
 from test_gguf import CONFIG as GGUF_CONFIG
 from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
+from tiny import TrainTiny
 
 from resmol import load as load_module
 from resmol.checkpoint import weight_tensors

@@ -19,7 +19,7 @@ import resuming
 import text
 import training
 from bench import Bench, Guard, Mistake
-from conftest import TrainTiny
+from tiny import TrainTiny
 
 from resmol.config import RunConfig
 from resmol.data.shards import Dataset

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TrainTiny, rewrite
+from tiny import TrainTiny, rewrite
 
 from resmol import replay as module
 from resmol.audit import audit

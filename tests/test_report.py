@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import TrainTiny
+from tiny import TrainTiny
 
 from resmol.errors import DataError
 from resmol.ledger import Ledger, LedgerTampered, float_bits

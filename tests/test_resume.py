@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TrainTiny
+from tiny import TrainTiny
 
 from resmol.audit import audit
 from resmol.checks import all_passed

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TrainTiny
+from tiny import TrainTiny
 
 from resmol import train as module
 from resmol.errors import CheckFailed

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TrainTiny
+from tiny import TrainTiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol import train as module

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TrainTiny
 from test_report import step_record
+from tiny import TrainTiny
 
 from resmol.console import ConsoleView, console_views
 from resmol.ledger import Ledger, Record, read_ledger, select

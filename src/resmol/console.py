@@ -62,7 +62,7 @@ class _LossyStream(io.TextIOBase):
             return True  # not a file of the system, or closed
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        return bool(self._stream.isatty())
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

@@ -24,7 +24,7 @@ WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
 )  # fmt: skip
 MAX_JSON_BYTES = 64_000_000
-_NAME = re.compile(r"^step-(\d{8})$")
+_NAME = re.compile(r"^step-([0-9]{8})$")
 
 
 class Strict(BaseModel):
@@ -153,7 +153,7 @@ def verify_checkpoint(path: Path) -> Manifest:
             raise damaged(file, "is missing")
         if file.stat().st_size != entry.bytes:
             raise damaged(file, f"has {file.stat().st_size} bytes; the manifest says {entry.bytes}")
-        if file_entry(file, {}).sha256 != entry.sha256:
+        if _sha256(file) != entry.sha256:
             raise damaged(file, "does not have the sha256 that the manifest says")
     if _read_state(path).step != manifest.step:
         raise damaged(path / STATE, "belongs to another step")
@@ -204,6 +204,13 @@ def file_entry(path: Path, digests: dict[str, str]) -> FileEntry:
         return FileEntry(
             bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest(), tensors=digests
         )
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return file_entry(file, {}).sha256
+    except OSError as error:
+        raise damaged(file, f"cannot be read ({error.strerror})") from None
 
 
 def _read_state(path: Path) -> SavedState:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import synthetic_texts
+from tiny import synthetic_texts
 
 from resmol.data.adopt import adopt, is_token_folder
 from resmol.data.shards import verify_shards

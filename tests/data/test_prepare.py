@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import synthetic_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import synthetic_texts
 
 from resmol.atomic import TEMPORARY_PREFIX
 from resmol.data import prepare as module

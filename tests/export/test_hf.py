@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TrainTiny
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from tiny import TrainTiny
 from tokenizers import Tokenizer as Rust
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

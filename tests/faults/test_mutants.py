@@ -79,7 +79,7 @@ MUTANTS = (
            crash("save")),
     Mutant("zeros in the ledger are a line like any other", "ledger.py", 'content.partition(b"\\0")[0]', "content",
            ("power_losses", {"share": 3, "fates": ["holed"]})),
-    Mutant("a damaged checkpoint is in the way of a new one", "checkpoint.py", "    _set_aside(final)\n", "",
+    Mutant("a damaged checkpoint is in the way of a new one", "checkpoint.py", "    set_aside(final)\n", "",
            crash("set aside")),
     Mutant("files are not compared with their hashes", "manifest.py",
            "        if file_entry(file, {}).sha256 != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),

@@ -21,8 +21,7 @@ import torch
 import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
 import torch.distributed.fsdp  # the same
 
-import resmol.cli  # what `command` needs, for the server to import once
-import resmol.views
+from resmol import cli, console, views  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
 from resmol.api import train_model
 from resmol.config_files import load_config

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TrainTiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_gguf import CONFIG as GGUF_CONFIG
 from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
+from tiny import TrainTiny
 
 from resmol.config_files import load_preset, preset_names
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError

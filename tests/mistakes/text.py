@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bench import Bench, Mistake, mistake
-from conftest import synthetic_texts
+from tiny import synthetic_texts
 
 from resmol.data import shard_writer
 from resmol.data.corpora import from_texts

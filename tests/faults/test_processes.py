@@ -1,0 +1,655 @@
+"""Rows F1 to F8: signals, readers that do not read, several processes at once, clocks, machines and configurations."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from campaign import Campaign
+from trials import (
+    INTERVAL,
+    STEPS,
+    Forks,
+    Oracle,
+    Setting,
+    command,
+    command_arguments,
+    error_of,
+    finish,
+    run_command_line,
+    step_bits,
+)
+
+import resmol.distributed
+import resmol.launch
+import resmol.ledger
+import resmol.train
+from resmol.config import RunConfig, drift_classes, flatten
+from resmol.config_files import load_config, with_overrides
+from resmol.errors import ConfigError, RunInUse
+from resmol.ledger import Record, effective_steps, read_ledger, select
+from resmol.manifest import list_checkpoints, step_of
+from resmol.process import ALLOCATOR_VARIABLE
+from resmol.rundir import RunDir
+
+TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
+
+
+def records_of(run: Path) -> list[Record]:
+    """Return the records of a run's ledger; none where there is no ledger."""
+    return read_ledger(RunDir(run).ledger).records if RunDir(run).ledger.exists() else []
+
+
+def reached(run: Path) -> int:
+    """Return the last step that a run's ledger has."""
+    return max(effective_steps(records_of(run)), default=0)
+
+
+def newest(run: Path) -> int:
+    """Return the step of the newest checkpoint; 0 where there is none."""
+    return max((step_of(path) for path in list_checkpoints(RunDir(run).checkpoints)), default=0)
+
+
+def goes_on(forks: Forks, run: Path, setting: Setting, oracle: Oracle, *arguments: str) -> list[str]:
+    """Start the run again: it must come to its end, as if nothing had happened."""
+    code = forks.run(command, run, setting, *arguments)
+    if code != 0:
+        return [f"started again: exit code {code}: {error_of(run).strip()}"]
+    return [*oracle.differences(run), *([] if reached(run) == STEPS else ["the run is not complete"])]
+
+
+def set_all(*overrides: str) -> list[str]:
+    """Return the arguments that set these."""
+    return [word for override in overrides for word in ("--set", override)]
+
+
+def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
+    """Train; be killed once a step is recorded."""
+    return send_in("record_step", step, [signal.SIGKILL], run, setting, *arguments)
+
+
+# --- F1, F2: signals ---------------------------------------------------------------------------------------------
+
+
+def send_in(
+    place: str, number: int, signals: Sequence[signal.Signals], run: Path, setting: Setting, *arguments: str
+) -> int:
+    """Train; the process gets signals as it returns from the ``number``-th call of a function of train.py."""
+    real, calls = getattr(resmol.train, place), 0
+
+    def call_and_send(*values: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = real(*values, **options)
+        if calls == number:
+            for one in signals:
+                os.kill(os.getpid(), one)
+        return result
+
+    setattr(resmol.train, place, call_and_send)
+    return command(run, setting, *arguments)
+
+
+def stopped_well(run: Path, code: int, wanted: int, name: str) -> list[str]:
+    """Look at a run that a signal stopped: the exit code, and nothing lost."""
+    found = [] if code == wanted else [f"exit code {code}: {error_of(run)}"]
+    found += [] if newest(run) == reached(run) else [f"step {reached(run)} reached, step {newest(run)} saved"]
+    stops = [record["reason"] for record in select(records_of(run), "stop")]
+    return found + ([] if stops[-1:] == [name] else [f"recorded as {stops}"])
+
+
+def test_f1_terminated_at_any_time(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
+) -> None:
+    """SIGTERM after a random time, every other time a second one shortly after; then the run goes on."""
+    count, draw, problems, saved = campaign.count(3, 50), campaign.draw("F1"), [], 0
+    started = time.perf_counter()
+    assert forks.run(command, tmp_path / "whole", setting) == 0
+    duration = time.perf_counter() - started
+    for trial in range(count):
+        run = tmp_path / f"run-{trial}"
+        child = forks.start(command, run, setting)
+        time.sleep(draw.uniform(0.1, 1) * duration)
+        for pause in [0, draw.uniform(0, 0.02)][: 1 + trial % 2]:
+            time.sleep(pause)
+            if child.is_alive():
+                child.terminate()
+        code = finish(child)
+        if code == TERMINATED:
+            found, saved = stopped_well(run, code, TERMINATED, "SIGTERM"), saved + 1
+        elif code in (0, -signal.SIGTERM):  # finished, or before it began: the shell calls the latter 143 as well
+            found = [] if newest(run) == reached(run) else [f"{reached(run) - newest(run)} steps lost"]
+        else:
+            found = [f"exit code {code}: {error_of(run)}"]
+        found += goes_on(forks, run, setting, oracle)
+        problems += [f"trial {trial}: {text}" for text in found[:1]]
+    assert saved, "no signal came while the run was being trained"
+    campaign.record(
+        "F1", "SIGTERM at a random time, once or twice", "exit 143, no step lost, the same bits after a restart",
+        problems, count, note=f"{saved} came between the first step and the last",
+    )  # fmt: skip
+
+
+def test_f1_terminated_where_it_hurts(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
+) -> None:
+    """Signals in the middle of a step, of a save, of an evaluation, of a sample, of retention; also several."""
+    term, interrupt = signal.SIGTERM, signal.SIGINT
+    cases = [
+        ("accumulate_gradients", 7, [term], TERMINATED),
+        ("gradient_norm", 10, [term, term], TERMINATED),
+        ("save_checkpoint", 2, [term], TERMINATED),
+        ("save_checkpoint", 3, [term, interrupt, term], TERMINATED),
+        ("prune", 5, [term], TERMINATED),
+        ("evaluate", 1, [term], TERMINATED),
+        ("evaluate", 2, [term, term], TERMINATED),
+        ("generate", 1, [term], TERMINATED),
+        ("accumulate_gradients", 23, [interrupt, term], INTERRUPTED),
+        ("evaluate", 1, [interrupt], INTERRUPTED),
+    ]
+    chosen = cases if campaign.full else campaign.draw("F1c").sample(cases, 3)
+    extra = set_all("evaluation.every=7", "evaluation.windows=4", "sampling.every=7", "sampling.max_new_tokens=3")
+    problems = []
+    for number, (place, call, signals, wanted) in enumerate(chosen):
+        run = tmp_path / f"run-{number}"
+        code = forks.run(send_in, place, call, signals, run, setting, *extra)
+        found = stopped_well(run, code, wanted, signals[0].name)
+        found += goes_on(forks, run, setting, oracle, *extra)
+        problems += [f"{[s.name for s in signals]} in {place}: {text}" for text in found[:1]]
+    campaign.record(
+        "F1c", "SIGTERM or SIGINT during a step, save, evaluation, sample, retention",
+        "the first one counts, nothing is cut short", problems, len(chosen), exhaustive=campaign.full,
+    )  # fmt: skip
+
+
+def test_f2_other_signals(campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path) -> None:
+    """SIGINT is like SIGTERM; SIGHUP and SIGPIPE do not end a run."""
+    count, draw, problems = campaign.count(1, 10), campaign.draw("F2"), []
+    for trial in range(count):
+        for one in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            run, step = tmp_path / f"run-{trial}-{one.name}", draw.randint(1, STEPS - 1)
+            code = forks.run(send_in, "accumulate_gradients", step, [one], run, setting)
+            if one == signal.SIGINT:
+                found = stopped_well(run, code, INTERRUPTED, "SIGINT") + goes_on(forks, run, setting, oracle)
+                found += [] if newest(run) == STEPS else ["not complete"]
+            else:
+                found = [] if (code, reached(run)) == (0, STEPS) else [f"exit code {code} at step {reached(run)}"]
+                found += oracle.differences(run)
+            problems += [f"{one.name} in step {step}: {text}" for text in found[:1]]
+    campaign.record(
+        "F2", "SIGINT, SIGHUP, SIGPIPE during training", "INT saves and exits with 130, HUP and PIPE are survived",
+        problems, 3 * count,
+    )  # fmt: skip
+
+
+def new_process(run: Path, setting: Setting, *arguments: str) -> list[str]:
+    """Return the command of a real `resmol train`."""
+    return [sys.executable, "-m", "resmol", "train", str(run), *command_arguments(setting), *arguments]
+
+
+def with_environment(**values: str) -> dict[str, str]:
+    """Return the environment of such a process."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **values}
+
+
+def test_f2_output_into_head(campaign: Campaign, setting: Setting, oracle: Oracle, tmp_path: Path) -> None:
+    """`resmol train ... 2>&1 | head -1`: the reader goes away after the first line."""
+    count, problems = campaign.count(1, 10), []
+    for trial in range(count):
+        run = tmp_path / f"run-{trial}"
+        writer = subprocess.Popen(
+            new_process(run, setting, *set_all("logging.every=1")), env=with_environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert writer.stdout is not None
+        head = subprocess.run(["head", "-1"], stdin=writer.stdout, capture_output=True, timeout=120)
+        writer.stdout.close()
+        code = writer.wait(timeout=120)
+        found = [] if (code, reached(run)) == (0, STEPS) else [f"exit code {code} at step {reached(run)}"]
+        found += [] if head.stdout.count(b"\n") == 1 else [f"head saw {head.stdout!r}"]
+        found += oracle.differences(run)
+        problems += [f"trial {trial}: {text}" for text in found[:1]]
+    campaign.record("F2h", "output piped into `head -1`", "training goes on to the end", problems, count)
+
+
+# --- F4: several processes at once -------------------------------------------------------------------------------
+
+
+def contend(go: Path, ended: Path, number: int, others: int, run: Path, setting: Setting) -> int:
+    """Start training the moment ``go`` appears; whoever may train waits until the others have given up."""
+    real = resmol.launch.train
+
+    def train_last(state: Any, session: Any) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(ended.iterdir())) < others and time.monotonic() < deadline:
+            time.sleep(0.002)
+        real(state, session)
+
+    resmol.launch.train = train_last
+    os.environ.setdefault(ALLOCATOR_VARIABLE, "")
+    while not go.exists():
+        pass
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = run_command_line(["train", str(run), *command_arguments(setting)], debug=False)
+    result = ended.with_name(f"{ended.name}-{number}")
+    result.write_text(json.dumps({"code": code, "pid": os.getpid(), "said": said.getvalue()}))
+    result.rename(ended / str(number))
+    return 0
+
+
+def contest(forks: Forks, count: int, run: Path, setting: Setting) -> list[dict[str, Any]]:
+    """Let so many processes train the same run at once, half of them by another name of it."""
+    go, ended, alias = run.with_name(f"{run.name}.go"), run.with_name(f"{run.name}.ended"), run.with_name("alias")
+    ended.mkdir()
+    alias.unlink(missing_ok=True)
+    alias.symlink_to(run, target_is_directory=True)
+    run.mkdir(exist_ok=True)
+    names = [run if number % 2 else alias for number in range(count)]
+    children = [forks.start(contend, go, ended, number, count - 1, names[number], setting) for number in range(count)]
+    time.sleep(0.05)
+    go.touch()
+    for child in children:
+        finish(child)
+    return [json.loads(path.read_text()) for path in sorted(ended.iterdir())]
+
+
+def test_f4_many_processes_one_run(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
+) -> None:
+    """2 to 8 at once: one trains, the others say who does; afterwards the same on a run whose owner was killed."""
+    count, draw, problems = campaign.count(2, 25), campaign.draw("F4"), []
+    for trial in range(count):
+        run, processes = tmp_path / f"run-{trial}", draw.randint(2, 8) if campaign.full else 3 + 3 * trial
+        killed = trial % 2 == 1
+        if killed:
+            code = forks.run(die_after, draw.randint(1, STEPS), run, setting)
+            assert code == -signal.SIGKILL
+        before = len(records_of(run))
+        results = contest(forks, processes, run, setting)
+        trained = [result for result in results if result["code"] == 0]
+        found = [] if len(results) == processes else [f"{len(results)} of {processes} processes answered"]
+        if len(trained) != 1:
+            found.append(f"{len(trained)} trained; exit codes {[result['code'] for result in results]}")
+        for result in results:
+            owner = (f'"pid": {trained[0]["pid"]}', socket.gethostname()) if trained else ()
+            if result["code"] == 0:
+                continue
+            if result["code"] != RunInUse.exit_code or not all(word in result["said"] for word in owner):
+                found.append(f"exit code {result['code']}, expected owner {owner}: {result['said']!r}")
+        added = Counter(record["kind"] for record in records_of(run)[before:])
+        found += [] if added["start"] + added["resume"] <= 1 else [f"more than one beginning: {added}"]
+        found += [] if added["stop"] == 1 and reached(run) == STEPS else [f"not trained once to the end: {added}"]
+        found += oracle.differences(run)
+        problems += [f"{processes} processes: {text}" for text in found[:1]]
+    campaign.record(
+        "F4", "2 to 8 processes at once in one run directory", "one trains, the others exit with 75 and name it",
+        problems, count,
+    )  # fmt: skip
+
+
+# --- F5: clocks --------------------------------------------------------------------------------------------------
+
+
+def command_with_wrong_clock(seed: int, die_at: int, run: Path, setting: Setting) -> int:
+    """Train while the clock jumps by up to a day, back and forth, at every look at it."""
+    draw = random.Random(seed)
+    real_time, real_time_ns = time.time, time.time_ns
+
+    def skew() -> float:
+        return draw.uniform(-86400, 86400)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(seconds=skew())
+
+    time.time = lambda: real_time() + skew()
+    time.time_ns = lambda: real_time_ns() + int(1e9 * skew())
+    resmol.ledger.datetime = Clock
+    return die_after(die_at, run, setting) if die_at else command(run, setting)
+
+
+def audit(run: Path) -> int:
+    """Audit a run."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return run_command_line(["audit", str(run)], debug=False)
+
+
+def without_time(records: list[Record]) -> list[Record]:
+    """Take away what the time of day decides, and the hashes of it."""
+    gone = {"time", "seconds", "prev", "manifest_sha256"}
+    return [{key: value for key, value in record.items() if key not in gone} for record in records]
+
+
+def test_f5_wrong_clocks(campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path) -> None:
+    """Killed and resumed with clocks that jump, and with file times that say the oldest checkpoint is the newest."""
+    count, draw, problems, negative = campaign.count(1, 20), campaign.draw("F5"), [], 0
+    for trial in range(count):
+        die_at, seed = draw.randint(2 * INTERVAL + 1, STEPS - 1), draw.randrange(2**32)
+        plain, run = tmp_path / f"plain-{trial}", tmp_path / f"run-{trial}"
+        codes = [
+            forks.run(die_after, die_at, plain, setting), forks.run(command, plain, setting),
+            forks.run(command_with_wrong_clock, seed, die_at, run, setting),
+        ]  # fmt: skip
+        for age, path in enumerate(list_checkpoints(RunDir(run).checkpoints)):
+            for file in (*path.iterdir(), path):
+                os.utime(file, times=(time.time() - 86400 * (age % 2 * 2 - 1),) * 2)
+        codes += [forks.run(command_with_wrong_clock, seed + 1, 0, run, setting), forks.run(audit, run)]
+        found = [] if codes == [-9, 0, -9, 0, 0] else [f"exit codes {codes}: {error_of(run)}"]
+        records = records_of(run)
+        for here, there in itertools.zip_longest(without_time(records), without_time(records_of(plain))):
+            found += [] if here == there else [f"{here} instead of {there}"]
+        found += [f"{r['kind']} took {r['seconds']} s" for r in records if r.get("seconds", 0) < 0]
+        found += oracle.differences(run)
+        problems += [f"trial {trial}: {text}" for text in found[:1]]
+        times = [datetime.fromisoformat(record["time"]) for record in records]
+        negative += sum(later < earlier for earlier, later in itertools.pairwise(times))
+    assert negative > count, "the clock did not jump"
+    campaign.record(
+        "F5", "the clock jumps by up to a day, file times are exchanged", "no other decision, no negative duration",
+        problems, count, note=f"{negative} jumps backwards",
+    )  # fmt: skip
+
+
+# --- F6: other machines ------------------------------------------------------------------------------------------
+
+
+def command_elsewhere(fact: str, run: Path, setting: Setting, *arguments: str) -> int:
+    """Train where one fact about the machine or its libraries is another one."""
+    if fact == "threads":
+        torch.set_num_threads(2)
+    elif fact == "torch":
+        torch.__version__ = "2.99.0"
+    elif fact == "processor":
+        resmol.distributed._processor_name = lambda: "another processor"
+    elif fact == "system":
+        platform.machine = lambda: "another machine"
+    return command(run, setting, *arguments)
+
+
+def command_on_older_processor(run: Path, setting: Setting, *arguments: str) -> int:
+    """Train in a new process whose PyTorch may not use the widest vectors."""
+    narrower = {"AVX512": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+    process = subprocess.run(
+        new_process(run, setting, *arguments), env=with_environment(ATEN_CPU_CAPABILITY=narrower), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    (run.parent / f"{run.name}.error").write_text(process.stderr)
+    return process.returncode
+
+
+def test_f6_environment_changes(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
+) -> None:
+    """A killed run is resumed elsewhere: --strict refuses, otherwise the ledger says that equality is void."""
+    any_threads = set_all("runtime.threads=0")
+    template, problems = tmp_path / "template", []
+    assert forks.run(die_after, 33, template, setting, *any_threads) == -signal.SIGKILL
+    facts = ["nothing", "threads", *(["torch", "processor", "system"] if campaign.full else [])]
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        facts.append("cpu_capability")
+    for fact in facts:
+        run = tmp_path / fact
+        shutil.copytree(template, run)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+        codes = []
+        for extra in (("--strict",), ()):
+            arguments = [*any_threads, *extra]
+            if fact == "cpu_capability":
+                codes.append(command_on_older_processor(run, setting, *arguments))
+            else:
+                codes.append(forks.run(command_elsewhere, fact, run, setting, *arguments))
+            if extra and fact != "nothing":
+                changed = [
+                    path.name for path, content in before.items() if not path.exists() or path.read_bytes() != content
+                ]
+                problems += [f"{fact}: --strict changed {name}" for name in changed[:1]]
+        found = [] if codes == [0 if fact == "nothing" else ConfigError.exit_code, 0] else [f"exit codes {codes}"]
+        warnings = [r for r in select(records_of(run), "warn") if r["what"].startswith("environment changed")]
+        changes = [set(warning["changes"]) for warning in warnings]
+        found += [] if changes == ([] if fact == "nothing" else [{fact}]) else [f"recorded {changes}"]
+        found += oracle.differences(run) if fact == "nothing" else []
+        found += [] if reached(run) == STEPS else [f"ended at step {reached(run)}: {error_of(run)}"]
+        problems += [f"{fact}: {text}" for text in found[:1]]
+    campaign.record(
+        "F6", "another thread count, processor, instruction set or PyTorch", "recorded; --strict refuses",
+        problems, len(facts), exhaustive=campaign.full, note=", ".join(facts),
+    )  # fmt: skip
+
+
+# --- F7: the schedule --------------------------------------------------------------------------------------------
+
+
+def trace_rates(trace: Path, run: Path, setting: Setting, *arguments: str) -> int:
+    """Train; write down the learning rate that the optimizer was given at each step, bit for bit."""
+    real = resmol.train.apply_update
+
+    def apply(optimizer: torch.optim.AdamW, **options: Any) -> None:
+        real(optimizer, **options)
+        with trace.open("a") as file:
+            file.write(" ".join(sorted({float(group["lr"]).hex() for group in optimizer.param_groups})) + "\n")
+
+    resmol.train.apply_update = apply
+    return command(run, setting, *arguments)
+
+
+SCHEDULES = {
+    "wsd": [],
+    "wsd with a decay": ["schedule.decay_start=45", "schedule.decay_steps=12", "schedule.final_fraction=0.1"],
+    "cosine": ["schedule.kind=cosine", "schedule.horizon=60"],
+    "cosine that ends early": ["schedule.kind=cosine", "schedule.horizon=52", "schedule.final_fraction=0.1"],
+    "constant": ["schedule.kind=constant", "schedule.warmup_steps=0"],
+}
+HORIZONS = ("schedule.horizon=70", "schedule.decay_start=50", "schedule.decay_steps=13", "schedule.warmup_steps=11")
+
+
+def test_f7_the_horizon_is_not_the_last_step(
+    campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path
+) -> None:
+    """To 60 in one go, and to 50 and then on to 60: the same learning rates. Another horizon is refused."""
+    problems, refused = [], 0
+    names = list(SCHEDULES) if campaign.full else ["wsd with a decay", "cosine"]
+    for number, name in enumerate(names):
+        schedule = SCHEDULES[name]
+        arguments, traces = set_all(*schedule), []
+        for way, stops in (("straight", (60,)), ("stopped", (50, 60))):
+            run, trace = tmp_path / f"{way}-{number}", tmp_path / f"{way}-{number}.trace"
+            codes = [forks.run(trace_rates, trace, run, setting, *arguments, "--steps", str(stop)) for stop in stops]
+            problems += [] if not any(codes) else [f"{name}: exit codes {codes}"]
+            traces.append(trace.read_text().split("\n"))
+            recorded = [record["lr"].hex() for _, record in sorted(effective_steps(records_of(run)).items())]
+            problems += [] if recorded == traces[-1][:-1] else [f"{name}: not the learning rates that were recorded"]
+        different = [step for step, (a, b) in enumerate(zip(*traces, strict=True), start=1) if a != b]
+        problems += [f"{name}: other learning rates from step {different[0]} on"] if different else []
+        for change in HORIZONS if campaign.full else HORIZONS[:1]:
+            if change in schedule:
+                continue
+            code = forks.run(command, run, setting, *arguments, *set_all(change), "--steps", "62")
+            refused += 1
+            if code != ConfigError.exit_code or reached(run) != STEPS:
+                problems.append(f"{name}: {change} was not refused ({code})")
+    campaign.record(
+        "F7", "to step 50, then on to 60; another horizon", "the learning rates of a straight run; refused", problems,
+        len(names) + refused, exhaustive=campaign.full,
+    )  # fmt: skip
+
+
+# --- F8: the configuration ---------------------------------------------------------------------------------------
+
+# Values that are allowed when nothing else is changed; other fields are changed by rule (`another_value`).
+OTHER_VALUES: dict[str, Any] = {
+    "model.hidden_size": 128, "model.num_attention_heads": 8, "model.num_key_value_heads": 4,
+    "model.max_position_embeddings": 128, "tokenizer.sha256": "0" * 64, "data.seq_len": 16,
+    "batch.global_batch_tokens": 128, "batch.micro_batch_size": 1, "schedule.kind": "constant",
+    "runtime.device": "cuda", "runtime.compile": "on", "checkpoint.permanent": [23], "sampling.prompt": "ka lo",
+    "train.steps": 26,
+}  # fmt: skip
+STORED = set_all("schedule.decay_start=40", "schedule.decay_steps=20", "sampling.max_new_tokens=3")
+
+
+def choices(key: str) -> tuple[Any, ...]:
+    """Return the values that a field may have; none where they are not listed."""
+    section, _, name = key.partition(".")
+    kind: Any = RunConfig.model_fields[section].annotation
+    kind = kind.model_fields[name].annotation if name else kind
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def another_value(key: str, value: Any) -> Any:
+    """Return another value of a field."""
+    if key in OTHER_VALUES:
+        return OTHER_VALUES[key]
+    if choices(key):
+        return next(choice for choice in choices(key) if choice not in (value, "auto"))
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"{value}x"
+    return value + 1 if isinstance(value, int) else value / 2 or 0.5
+
+
+def drift(
+    forks: Forks, run: Path, setting: Setting, key: str, config: RunConfig, expected: dict[int, tuple[Any, ...]]
+) -> list[str]:
+    """Change one field of a stored run at step 20 and go on to step 25; return what is not as its class says."""
+    kind, old = drift_classes()[key], flatten(config)[key]
+    new = another_value(key, old)
+    change = f"{key}={json.dumps(new)}"
+    assert flatten(with_overrides(config, [change]))[key] == new != old  # allowed, and another one
+    steps = [] if key == "train.steps" else ["--steps", "20" if key == "runtime.compile" else "25"]
+    arguments = [*STORED, *steps, "--set", change]
+    if key == "data.path":  # --data says where; the same data at another place
+        moved = run.parent / "moved-data"
+        shutil.copytree(setting.data, moved)
+        setting = Setting(setting.config, moved, setting.tokenizer)
+    before, found = (RunDir(run).ledger.read_bytes(), RunDir(run).config.read_bytes()), []
+    code = forks.run(command, run, setting, *arguments)
+    after = (RunDir(run).ledger.read_bytes(), RunDir(run).config.read_bytes())
+    if kind in "AB":
+        found += [] if code == ConfigError.exit_code else [f"exit code {code}"]
+        found += [] if f"{key} (class {kind})" in error_of(run) else [f"it says {error_of(run)}"]
+        found += [] if after == before else ["refused, and yet something was written"]
+        found += [] if (f"--accept-drift {key}" in error_of(run)) == (kind == "B") else ["the wrong advice"]
+        code = forks.run(command, run, setting, *arguments, "--accept-drift", key)
+    if kind == "A" or (key == "runtime.device" and not torch.cuda.is_available()):
+        found += [] if code == ConfigError.exit_code else [f"accepted: exit code {code}"]
+        return found + ([] if RunDir(run).ledger.read_bytes() == before[0] else ["accepted: the ledger was changed"])
+    found += [] if code == 0 else [f"exit code {code}: {error_of(run)}"]
+    drifts = [record["changes"] for record in select(records_of(run), "drift")]
+    found += [] if drifts == ([{key: {"from": old, "to": new}}] if kind == "B" else []) else [f"recorded {drifts}"]
+    found += [] if flatten(load_config(RunDir(run).config))[key] == new or key == "data.path" else ["not stored"]
+    last = {"runtime.compile": 20, "train.steps": 26}.get(key, 25)
+    found += [] if reached(run) == last else [f"at step {reached(run)}"]
+    if kind == "C":
+        bits = step_bits(run)
+        found += [f"step {step} has other bits" for step in bits if bits[step] != expected[step]]
+    return found
+
+
+def test_f8_every_field_drifts(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
+    """One field at a time, on a real run: class A refuses, B wants to be accepted and is recorded, C is free."""
+    pytest.importorskip("tensorboardX")
+    template, whole, problems = tmp_path / "template", tmp_path / "whole", []
+    assert forks.run(command, template, setting, *STORED, "--steps", "20") == 0
+    assert forks.run(command, whole, setting, *STORED, "--steps", "26") == 0
+    config, expected = load_config(RunDir(template).config), step_bits(whole)
+    classes = drift_classes()
+    assert set(classes) == set(flatten(config))
+    assert set(classes.values()) == {"A", "B", "C"}
+    keys = [key for key in classes if len(choices(key)) != 1]  # one allowed value: nothing can drift
+    if not campaign.full:
+        draw = campaign.draw("F8")
+        keys = [key for kind, some in (("A", 8), ("B", 4), ("C", 5))
+                for key in draw.sample([key for key in keys if classes[key] == kind], some)]  # fmt: skip
+    for key in keys:
+        run = tmp_path / key / "run"
+        run.parent.mkdir()
+        shutil.copytree(template, run)
+        problems += [
+            f"{key} (class {classes[key]}): {text}" for text in drift(forks, run, setting, key, config, expected)[:1]
+        ]
+    campaign.record(
+        "F8", "one field of the configuration changed", "class A refused, B accepted and recorded, C free", problems,
+        len(keys), exhaustive=campaign.full, note=str(dict(sorted(Counter(classes[key] for key in keys).items()))),
+    )  # fmt: skip
+
+
+# --- F3: nobody reads --------------------------------------------------------------------------------------------
+
+
+def command_into_full_pipe(pipe: Path, run: Path, setting: Setting, *arguments: str) -> int:
+    """Train with both outputs into a pipe; from the second step on it has no room for another byte."""
+    descriptor = os.open(pipe, os.O_WRONLY)
+    real = resmol.train.record_step
+
+    def fill(state: Any, *others: Any) -> None:
+        if state.step == 2:
+            os.set_blocking(descriptor, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(descriptor, b".")
+            os.set_blocking(descriptor, True)
+        real(state, *others)
+
+    resmol.train.record_step = fill
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.setdefault(ALLOCATOR_VARIABLE, "")
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    return run_command_line(["train", str(run), *command_arguments(setting), *arguments], debug=False)
+
+
+def test_f3_nobody_reads(campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path) -> None:
+    """A pipe that is full and not read, outputs that are closed, a full disk behind them: training goes on."""
+    chatty = set_all("logging.every=1", "sampling.every=5", "sampling.max_new_tokens=3")
+    problems = []
+
+    def judge(name: str, run: Path, code: int | None) -> None:
+        found = [] if (code, reached(run)) == (0, STEPS) else [f"exit code {code} at step {reached(run)}"]
+        found += oracle.differences(run) if reached(run) else []
+        logged = RunDir(run).log.read_text(encoding="utf-8") if RunDir(run).log.exists() else ""
+        found += [] if f"step {STEPS}/{STEPS}" in logged else ["train.log is not complete"]
+        problems.extend(f"{name}: {text}" for text in found[:1])
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    sleeper = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    child = forks.start(command_into_full_pipe, pipe, tmp_path / "sleeping", setting, *chatty)
+    try:
+        code: int | None = finish(child, timeout=30)
+    except TimeoutError:
+        code = None
+    judge("the reader sleeps", tmp_path / "sleeping", code)
+    read = os.read(sleeper, 1 << 20)
+    os.close(sleeper)
+    problems += [] if b"step  1/60" in read and b"..." in read else [f"the pipe was not full: {read!r}"]
+
+    targets = [">/dev/full 2>/dev/full", "<&- >&- 2>&-", ">&-", "2>&-", "2>/dev/full"]
+    targets = targets if campaign.full else targets[:2]
+    for number, target in enumerate(targets):
+        run = tmp_path / f"target-{number}"
+        shell = ["sh", "-c", f'exec "$0" "$@" {target}', *new_process(run, setting, *chatty)]
+        code = subprocess.run(shell, env=with_environment(), timeout=120, capture_output=True).returncode
+        judge(target, run, code)
+    campaign.record(
+        "F3", "nobody reads the full pipe; outputs closed; /dev/full", "training goes on to the end", problems,
+        1 + len(targets), exhaustive=campaign.full,
+    )  # fmt: skip

@@ -1,0 +1,42 @@
+"""What tests and fixtures share: made-up texts, the type of the tiny run, a forged ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from resmol.ledger import GENESIS, Record, canonical, read_ledger
+from resmol.rundir import RunDir
+from resmol.train import TrainState
+
+
+def synthetic_texts(count: int, *, seed: int = 0, words: int = 60) -> list[str]:
+    """Return ``count`` texts of made-up words, numbers, punctuation and some letters beyond ASCII."""
+    draw = random.Random(seed)
+    syllables = ["ka", "lo", "mi", "ner", "ta", "shu", "ver", "ing", "é", "ß", "the", "an"]
+    lexicon = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(200)]
+    texts = []
+    for _ in range(count):
+        parts = [draw.choice(lexicon) for _ in range(draw.randint(words // 2, words))]
+        parts[draw.randrange(len(parts))] = str(draw.randrange(10_000))
+        texts.append(" ".join(parts) + draw.choice([".", "!\n", "?\r\n", " …"]))
+    return texts
+
+
+class TrainTiny(Protocol):
+    """Starts or resumes a tiny run in this process."""
+
+    def __call__(self, run: Path, steps: int, *overrides: str, **options: Any) -> TrainState: ...
+
+
+def rewrite(run: RunDir, change: Callable[[list[Record]], list[Record]]) -> None:
+    """Forge a ledger: change the records, then chain them anew, as a careful forger would."""
+    head, lines = GENESIS, []
+    for number, record in enumerate(change(read_ledger(run.ledger).records), start=1):
+        line = canonical({**record, "seq": number, "prev": head})
+        head = hashlib.sha256(line).hexdigest()
+        lines.append(line + b"\n")
+    run.ledger.write_bytes(b"".join(lines))
