@@ -306,7 +306,7 @@ def write_giant_json_line(path: Path, size: int) -> None:
 
 def test_d5_odd_texts(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
     """Texts that are empty, broken, not text, or enormous: an error that says so, or counts; memory stays bounded."""
-    giant = campaign.count(12 << 20, 1 << 30)
+    giant = campaign.count(32 << 20, 1 << 30)
     problems, growth = [], 0
     texts = odd_texts(giant)
     for name, (write, expected) in texts.items():

@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant("a damaged checkpoint is in the way of a new one", "checkpoint.py", "    set_aside(final)\n", "",
            crash("set aside")),
     Mutant("files are not compared with their hashes", "manifest.py",
-           "        if file_entry(file, {}).sha256 != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),
+           "        if _sha256(file) != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),
     Mutant("tensors are not compared with their digests", "checkpoint.py",
            "        if found != entry.tensors.get(name):\n", "        if False:\n", ("changed_on_the_way", {})),
     Mutant("nothing is read back before older ones go", "checkpoint.py", "        verify_first(paths[0])\n",
