@@ -1,0 +1,10 @@
+"""The command line: it parses, calls and prints, and holds no logic.
+
+PyTorch takes seconds to import, so each command imports what it needs when it runs; ``--help`` and usage errors
+answer at once.
+"""
+
+from resmol.cli import checking, measuring, publishing, training  # each registers its commands
+from resmol.cli.app import app
+
+__all__ = ["app", "checking", "measuring", "publishing", "training"]

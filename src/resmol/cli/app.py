@@ -1,0 +1,63 @@
+"""The application that the commands register with, and the options that several of them share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resmol import __version__
+from resmol.config import RunConfig
+from resmol.config_files import load_config, load_preset
+from resmol.errors import UsageError
+
+app = typer.Typer(
+    name="resmol",
+    help="Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
+Preset = Annotated[str | None, typer.Option(help="Name of a preset, e.g. nano or smollm2-135m-cpu.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML configuration.")]
+TokenizerSource = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id.")]
+TokenizerHash = Annotated[str | None, typer.Option(help="sha256 of a tokenizer that is not SmolLM2's.")]
+Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"resmol {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim."""
+
+
+def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
+    """Return the configuration that the options name, or None when they name none."""
+    if preset is not None and config is not None:
+        raise UsageError(
+            "--preset and --config are both given", fix="a configuration can name the preset as its `base`"
+        )
+    return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+
+
+def tune_allocator() -> None:
+    """Restart once with the tuned allocator; called after the arguments are known to be good, before any work."""
+    from resmol.process import restart_with_tuned_allocator
+
+    restart_with_tuned_allocator()

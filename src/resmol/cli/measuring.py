@@ -1,0 +1,77 @@
+"""How good and how fast: evaluate, ablate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from resmol.cli.app import (
+    ConfigFile,
+    Json,
+    Preset,
+    app,
+    chosen_config,
+    tune_allocator,
+)
+from resmol.config_files import load_preset
+from resmol.errors import Interrupted
+from resmol.printing import print_json, say
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder or Hub id.")],
+    data: Annotated[
+        str | None, typer.Option(help="Prepared folder or text; a run's own held-out text if left out.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows to use; 0 takes all.")] = 0,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Measure held-out loss, perplexity and bits per byte."""
+    tune_allocator()
+    from resmol.api import evaluate_model
+
+    result = evaluate_model(model, data, windows=windows, seq_len=seq_len, say=say)
+    if json_:
+        print_json(result)
+    else:
+        table = Table("quantity", "value", title=f"held-out loss of {model}")
+        for key, value in result.items():
+            table.add_row(
+                key.replace("_", " "),
+                f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
+            )
+        Console().print(table)
+
+
+@app.command()
+def ablate(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A factor, key=a,b; every combination is a variant.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Prepared folder or text; the plays of Shakespeare if left out.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds; each measures every variant once.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 5,
+    json_: Json = False,
+) -> None:
+    """Compare settings: speed, memory and loss, with intervals and a control that shows the noise."""
+    chosen = chosen_config(preset, config) or load_preset("nano")
+    from resmol.ablate import Ablation
+    from resmol.ablate import ablate as run_ablation
+
+    result = run_ablation(Ablation(chosen, tuple(set_ or ()), data, repeats, steps, warmup), say)
+    if json_:
+        print_json(result.to_dict())
+    else:
+        result.render(Console())
+    if not result.complete:
+        raise Interrupted("interrupted", fix="run it again for all rounds", signal_number=2)

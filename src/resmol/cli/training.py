@@ -1,0 +1,118 @@
+"""From text to a trained model: prepare, train, reproduce."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resmol.cli.app import (
+    ConfigFile,
+    Corpus,
+    Json,
+    Preset,
+    Set,
+    TokenizerHash,
+    TokenizerSource,
+    app,
+    chosen_config,
+    tune_allocator,
+)
+from resmol.printing import print_json, report_checks, say
+from resmol.rundir import RunDir
+
+
+@app.command()
+def prepare(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for stdin.")
+    ] = None,
+    corpus: Corpus = None,
+    tokenizer: TokenizerSource = None,
+    tokenizer_sha256: TokenizerHash = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.01,
+    text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
+    workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Turn text into token shards and a manifest."""
+    if workers:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
+    from resmol.data.source import Text, prepare_text
+    from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
+
+    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256, say=say)
+    text = Text(tuple(input_ or ()), corpus, val_fraction, text_field)
+    dataset = prepare_text(out, text, found, say)
+    if json_:
+        print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="Run directory; with a checkpoint in it, training resumes.")],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    data: Annotated[str | None, typer.Option(help="Prepared folder, or text to prepare on the fly.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
+    set_: Set = None,
+    tokenizer: TokenizerSource = None,
+    accept_drift: Annotated[
+        list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr.")
+    ] = None,
+    allow_fresh: Annotated[bool, typer.Option(help="Begin again when every checkpoint is damaged.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse an environment without the bitwise promise.")] = False,
+    json_: Json = False,
+) -> None:
+    """Start a run, or resume it bit for bit."""
+    wanted = chosen_config(preset, config)
+    overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
+    tune_allocator()
+    from resmol.api import train_model
+    from resmol.console import console_views
+
+    state = train_model(
+        wanted,
+        run,
+        data=data,
+        overrides=overrides,
+        tokenizer=tokenizer,
+        accept_drift=accept_drift or [],
+        allow_fresh=allow_fresh,
+        strict=strict,
+        views=console_views(RunDir(run)),
+        say=say,
+    )
+    if json_:
+        print_json(
+            {
+                "run": str(run),
+                "step": state.step,
+                "tokens_seen": state.tokens_seen,
+                "checkpoint_sha256": state.parent,
+            }
+        )
+
+
+@app.command()
+def reproduce(
+    run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET if left out.")] = None,
+    preset: Preset = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", help="Own text instead of the plays of Shakespeare.")
+    ] = None,
+    corpus: Corpus = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the first process.")] = 5000,
+    then: Annotated[int, typer.Option(min=1, help="Further steps of the second process.")] = 50,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Do the whole job in separate processes and print the claims, each with its evidence."""
+    from resmol.reproduce import Protocol
+    from resmol.reproduce import reproduce as run_protocol
+
+    protocol = Protocol.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
+    report_checks("claims", run_protocol(protocol, say), json_)
