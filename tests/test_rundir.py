@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from resmol.rundir import RunDir
 
 OWNER = """
 import sys
+import threading
 from pathlib import Path
 from resmol.errors import RunInUse
 from resmol.rundir import RunDir
@@ -133,3 +136,20 @@ def test_every_file_of_a_run_lies_in_its_directory(tmp_path: Path) -> None:
     assert {paths[name].name for name in ("config", "ledger", "log", "checkpoints", "report")} == {
         "config.toml", "ledger.jsonl", "train.log", "checkpoints", "report.html",
     }  # fmt: skip
+
+
+def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(tmp_path: Path) -> None:
+    """The new owner has the lock but has not written its name yet; the file still names a process that is dead."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    file = tmp_path / "lock"
+    file.write_text(json.dumps({"pid": dead.pid, "host": socket.gethostname()}))
+    owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+    with file.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        late = threading.Timer(0.2, file.write_text, [owner])
+        late.start()
+        with pytest.raises(RunInUse) as refused, RunDir(tmp_path).lock():
+            pass
+        late.join()
+    assert owner in refused.value.what

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,9 +92,8 @@ class RunDir:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "unknown"
                 raise RunInUse(
-                    f"{self.path} is in use by another process: {owner}",
+                    f"{self.path} is in use by another process: {_owner_of(descriptor)}",
                     fix="wait for it, stop it with Ctrl-C, or choose another run directory",
                 ) from None
             with full_disk_is_an_error(self.path / "lock"):
@@ -102,3 +102,29 @@ class RunDir:
             yield
         finally:
             os.close(descriptor)
+
+
+def _owner_of(lock: int, patience: float = 1.0) -> str:
+    """Return what a lock's file says of its owner.
+
+    An owner writes its name just after it has the lock, so for an instant the file is empty, or names the process
+    that held the lock before and is dead.
+    """
+    give_up = time.monotonic() + patience
+    while True:
+        said = os.pread(lock, 4096, 0).decode(errors="replace").strip()
+        if _may_be_alive(said) or time.monotonic() > give_up:
+            return said or "unknown"
+        time.sleep(0.01)
+
+
+def _may_be_alive(said: str) -> bool:
+    try:
+        owner = json.loads(said)
+        if owner["host"] == socket.gethostname():
+            os.kill(int(owner["pid"]), 0)  # signal 0 only asks
+    except (ValueError, TypeError, KeyError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True  # it lives, as somebody else's
+    return True

@@ -215,12 +215,18 @@ def damage_a_second_10(run: Path) -> None:
     shutil.copytree(folder / checkpoint_name(5), folder / checkpoint_name(10))
 
 
+def take_the_name_of_10(run: Path) -> None:
+    """A file has the name of the checkpoint to come; a resume does not look at it, so the save must set it aside."""
+    (RunDir(run).checkpoints / checkpoint_name(10)).write_text("in the way")
+
+
 SCENARIOS = {
     "start": Scenario(None, nothing, (0,)),
     "first save": Scenario(nothing, save_at_10, (0, 10)),
     "save": Scenario(saves(5), save_at_10, (5, 10)),
     "save and prune": Scenario(keep_three, lambda a, b: saves(20)(a, b), (15, 20)),
     "set aside": Scenario(saves(5), save_at_10, (5, 10), damage_a_second_10, damaged=True),
+    "name taken": Scenario(saves(5), save_at_10, (5, 10), take_the_name_of_10),
     "prune": Scenario(keep_three, prune_to_1, (15,)),
 }
 WAYS = ("exit-before", "exit-after", "exit-torn")
