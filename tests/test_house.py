@@ -27,10 +27,6 @@ MAX_FUNCTION_LINES = 60
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc", "tools", "core", "base"}
 COMMANDS = {path.name for path in (PACKAGE / "cli").glob("*.py")}
 LAZY_BY_DESIGN = {"__init__.py", "__main__.py", *COMMANDS}  # they answer before PyTorch is imported
-    "__init__.py",
-    "__main__.py",
-    *(path.name for path in (PACKAGE / "cli").glob("*.py")),
-}  # they answer before PyTorch is imported
 HEAVY = ("torch", "transformers")
 
 
