@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -462,6 +465,38 @@ def test_g3_fuzzing(
 
 
 FUZZ_SECONDS = int(os.environ.get("RESMOL_FUZZ_SECONDS", "70"))  # for each of the nine readers: ten minutes in all
+
+
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris: pip install 'resmol[fuzz]'")
+def test_g3_fuzzing_guided_by_coverage(
+    campaign: Campaign, setting: Setting, model: Path, run: Path, tmp_path: Path
+) -> None:
+    """libFuzzer looks for input that takes a new path through a reader, beginning with whole files."""
+    from test_gguf import hf_weights, write_gguf
+
+    gguf, config = tmp_path / "model.gguf", read_model_config(model)
+    write_gguf(gguf, config, hf_weights(config))
+    seeds = {
+        "safetensors": model / WEIGHTS, "GGUF": gguf, "ledger": run / "ledger.jsonl",
+        "config.json": model / "config.json", "TOML": setting.config,
+    }  # fmt: skip
+    seconds, runs, problems = FUZZ_SECONDS if campaign.full else 1, {}, []
+    for reader, whole in seeds.items():
+        corpus = tmp_path / f"corpus {reader}"
+        corpus.mkdir()
+        shutil.copy(whole, corpus)
+        script = Path(__file__).with_name("coverage_fuzz.py")
+        limits = [f"-max_total_time={seconds}", "-rss_limit_mb=2048", "-timeout=10", "-max_len=1000000"]
+        command = [sys.executable, str(script), reader, str(corpus), f"-seed={campaign.seed}", *limits]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
+        found = re.search(r"Done (\d+) runs", done.stderr)
+        runs[reader] = int(found[1]) if found else 0
+        if done.returncode != 0 or not found:
+            problems.append(f"{reader}: exit code {done.returncode}: {done.stderr[-2000:]}")
+    campaign.record(
+        "G3c", "input that libFuzzer made, guided by coverage", "our error or a result, under 2 GiB and 10 s",
+        problems, max(1, sum(runs.values())), note=", ".join(f"{name} {count:,}" for name, count in runs.items()),
+    )  # fmt: skip
 
 
 FUZZ_BYTES = 1024 * MIB  # of addresses, which threads use up faster than memory
