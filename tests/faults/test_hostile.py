@@ -467,7 +467,7 @@ def test_g3_fuzzing(
 FUZZ_SECONDS = int(os.environ.get("RESMOL_FUZZ_SECONDS", "70"))  # for each of the nine readers: ten minutes in all
 
 
-@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris: pip install 'resmol[fuzz]'")
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="needs atheris: pip install atheris")
 def test_g3_fuzzing_guided_by_coverage(
     campaign: Campaign, setting: Setting, model: Path, run: Path, tmp_path: Path
 ) -> None:
