@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from resmol.atomic import commit_directory, fsync_path
+from resmol.atomic import commit_directory
 from resmol.checkpoint import weight_tensors
-from resmol.checks import Check, all_passed
-from resmol.errors import CheckFailed, UsageError
+from resmol.checks import Check
+from resmol.errors import UsageError
 from resmol.export.card import model_card
 from resmol.export.comparison import compare_with_transformers
+from resmol.export.seal import Seal, make_seal
 from resmol.load import LoadedModel, load_model
-from resmol.manifest import file_entry
 from resmol.model import CausalLM
 from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def export_hf(
         raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
     loaded = load_model(source, device="cpu", say=say)
     checks: list[Check] = []
-    entries: dict[str, str] = {}
+    seals: list[Seal] = []
 
     def write_files(folder: Path) -> None:
         say(f"writing {loaded.provenance.path} as {dtype}")
@@ -78,23 +78,15 @@ def export_hf(
         say("reading it back with transformers, in a process of its own")
         checks.extend(compare_with_transformers(rounded(loaded.model, dtype), loaded.tokenizer, folder))
         checks.append(_cast_error(loaded.model, dtype))
-        if not all_passed(checks):
-            failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
-            raise CheckFailed(
-                f"the export is not the model: {'; '.join(failed)}",
-                fix="nothing was written; check the versions of transformers and tokenizers, or report this",
-            )
 
-    def manifest(folder: Path) -> bytes:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            fsync_path(path)
-            entries[str(path.relative_to(folder))] = file_entry(path, {}).sha256
-        record = {"format": 1, "dtype": dtype, "model": loaded.provenance.to_dict() | {"path": ""}, "files": entries}
-        return json.dumps(record, indent=1, sort_keys=True).encode()
+    def seal(folder: Path) -> bytes:
+        facts = {"dtype": dtype, "model": loaded.provenance.to_dict() | {"path": "", "note": ""}}
+        seals.append(make_seal(folder, "model", checks, facts))
+        return seals[0].to_bytes()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    commit_directory(out, write_files, manifest)
-    return Export(out, checks, entries)
+    commit_directory(out, write_files, seal)
+    return Export(out, checks, {name: file.sha256 for name, file in seals[0].files.items()})
 
 
 def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | None) -> None:
