@@ -25,7 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
 EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc", "tools", "core", "base"}
-LAZY_BY_DESIGN = {"__init__.py", "__main__.py", *(path.name for path in (PACKAGE / "cli").glob("*.py"))}  # they answer before PyTorch is imported
+LAZY_BY_DESIGN = {
+    "__init__.py",
+    "__main__.py",
+    *(path.name for path in (PACKAGE / "cli").glob("*.py")),
+}  # they answer before PyTorch is imported
 HEAVY = ("torch", "transformers")
 
 

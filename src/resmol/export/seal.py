@@ -1,7 +1,7 @@
 """The seal of an export: which files it consists of, and which checks it passed before it got its name.
 
-It is the folder's ``manifest.json``, the file that `commit_directory` writes last. `publish` sends what a seal lists, nothing
-else, and only while every byte is still as it was sealed. Its digest finds accidents; it is not a signature.
+It is the folder's ``manifest.json``, the file that `commit_directory` writes last. `publish` sends what a seal lists,
+nothing else, and only while every byte is still as it was sealed. Its digest finds accidents; it is not a signature.
 """
 
 from __future__ import annotations
