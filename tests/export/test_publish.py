@@ -273,6 +273,23 @@ def test_a_broken_connection_leaves_a_clear_state_and_can_be_repeated(
         assert hub.sent("PUT") == []  # what has arrived is not sent again
 
 
+def test_what_somebody_commits_meanwhile_is_not_lost(hub: Hub, export: Export, capsys: Any) -> None:
+    assert publish(export("first"), "--yes") == 0
+    repo = hub.repos["models/alice/nano"]
+
+    def interfere(request: str) -> None:
+        if "/preupload/" in request and len(repo.commits) == 2:
+            repo.commit({**repo.files, "config.json": b"theirs"}, "by hand")
+
+    hub.breaks = interfere
+    second = export("second", README_md=CARD.replace("A model", "Another").encode())
+    assert publish(second, "--yes") == 3
+    assert "changed by somebody else" in capsys.readouterr().err
+    assert repo.files["config.json"] == b"theirs"
+    assert publish(second, "--yes") == 0
+    assert published(hub) == contents(second)
+
+
 def test_nobody_answers(hub: Hub, export: Export, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://user:s3cr3t@127.0.0.1:9")
     assert publish(export(), "--yes") == 3

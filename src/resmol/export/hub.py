@@ -13,7 +13,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from logging import ERROR
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, logging
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from resmol import __version__
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
@@ -21,9 +25,6 @@ from resmol.export.hub_errors import explained
 from resmol.export.seal import Seal, SealedFile, parse_seal, verified_seal
 from resmol.hub import require_answer, without_password
 from resmol.manifest import MANIFEST, MAX_JSON_BYTES
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 CARD = "README.md"
 MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git
@@ -59,8 +60,6 @@ class Plan:
     @property
     def url(self) -> str:
         """Where people will find it."""
-        from huggingface_hub import constants
-
         prefix = "spaces/" if self.repo_type == "space" else ""
         return f"{without_password(constants.ENDPOINT)}/{prefix}{self.repo_id}"
 
@@ -132,9 +131,6 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
         UsageError: No valid repository id, or the folder is not of this kind.
         CheckFailed: The folder is not a verified export, or was changed since; `DataError`: there is none.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -169,8 +165,6 @@ def publish(
         NetworkError: The Hub is out of reach or the connection broke; the message says what state the repository is in.
         CheckFailed: What arrived is not what was sent.
     """
-    from huggingface_hub import HfApi, constants, get_token
-
     if constants.HF_HUB_OFFLINE:
         raise NetworkError("HF_HUB_OFFLINE is set, so nothing can be published", fix="unset it and repeat the command")
     if get_token() is None:
@@ -227,8 +221,6 @@ def _commit(
     say: Callable[[str], None],
 ) -> str:
     """Send files and make one commit of them; return it after it was compared with the seal."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
-
     progress.state = UNTOUCHED
     if find_spec("hf_xet") and not constants.HF_HUB_DISABLE_XET:
         progress.advice = "; if a proxy or mirror is in the way of xet, HF_HUB_DISABLE_XET=1 may help"
@@ -260,8 +252,6 @@ def _commit(
 
 def _look(api: HfApi, plan: Plan, revision: str | None = None) -> _Remote | None:
     """Return the repository as it is, or None when there is none (or none that this token may see)."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     try:
         info: Any = api.repo_info(plan.repo_id, repo_type=plan.repo_type, revision=revision, files_metadata=True)
     except RepositoryNotFoundError:
@@ -312,8 +302,6 @@ def _explained(plan: Plan, progress: _Progress) -> Iterator[None]:
 @contextmanager
 def _quiet_client() -> Iterator[None]:
     """Silence the client's log: it names addresses, which may carry a password or a signature."""
-    from huggingface_hub import logging
-
     level = logging.get_verbosity()
     logging.set_verbosity(ERROR)
     try:

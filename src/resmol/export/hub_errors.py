@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from http import HTTPStatus
 
+from huggingface_hub import get_token
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
 from resmol.hub import without_password
 
@@ -21,8 +24,6 @@ def explained(error: Exception, repo_id: str, state: str, advice: str) -> Resmol
         state: What is known about it.
         advice: What else may help, appended to the fix.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     reason = readable(error)
     cause = _cause(error)
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
@@ -44,8 +45,6 @@ def explained(error: Exception, repo_id: str, state: str, advice: str) -> Resmol
 
 def readable(error: BaseException) -> str:
     """Return the reason in a line, without passwords, signatures, tokens and control characters."""
-    from huggingface_hub import get_token
-
     cause = _cause(error)
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
     text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", without_password(text))
@@ -57,8 +56,6 @@ def readable(error: BaseException) -> str:
 
 def _cause(error: BaseException) -> BaseException:
     """Return the error that another one stands for: the client wraps those of its upload threads and of its cache."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     while type(error) in (RuntimeError, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
