@@ -220,6 +220,12 @@ def test_the_tokenizer_is_looked_up_when_it_is_used(folder: Path, own_cache: Pat
         _ = loaded.tokenizer
 
 
+def test_a_run_speaks_with_its_own_copy_of_the_tokenizer(run: Path, tiny_tokenizer: Tokenizer, own_cache: Path) -> None:
+    """Also where no cache holds it, and nothing can be fetched: on another machine."""
+    assert load_model(run).tokenizer.sha256 == tiny_tokenizer.sha256
+    assert load_model(run / "checkpoints" / "step-00000010").tokenizer.sha256 == tiny_tokenizer.sha256
+
+
 def test_a_given_tokenizer_is_used(folder: Path, tiny_tokenizer: Tokenizer, own_cache: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert load_model(folder, tokenizer=tiny_tokenizer).tokenizer is tiny_tokenizer

@@ -1,11 +1,11 @@
-"""The curves of a run as inline SVG; drawn with matplotlib, without pyplot and its global state."""
+"""The curves of a run: SVG for a page, PNG for a model card; drawn with matplotlib, without pyplot's global state."""
 
 from __future__ import annotations
 
 import io
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -29,37 +29,58 @@ _STYLE = {
 }
 
 
+Painter = Callable[[Any, list[Record], Sequence[Record]], None]
+Drawing = TypeVar("Drawing", str, bytes)
+WIDE, SMALL = (7.2, 3.0), (4.4, 2.6)
+PNG_DOTS_PER_INCH = 150
+
+
 def curves(records: Sequence[Record]) -> dict[str, str]:
     """Return title -> SVG for the loss, the learning rate, the gradient norm and the speed."""
-    steps = list(effective_steps(list(records)).values())
-    if not steps:
+    return {title: _draw(records, paint, size, _svg) for title, (paint, size) in _panels(records).items()}
+
+
+def curve_images(records: Sequence[Record]) -> dict[str, bytes]:
+    """Return title -> PNG of the same curves, for pages that show no SVG from elsewhere."""
+    return {title: _draw(records, paint, size, _png) for title, (paint, size) in _panels(records).items()}
+
+
+def _panels(records: Sequence[Record]) -> dict[str, tuple[Painter, tuple[float, float]]]:
+    if not effective_steps(list(records)):
         return {}
     return {
-        "Loss": _draw(records, steps, _loss, size=(7.2, 3.0)),
-        "Learning rate": _draw(records, steps, lambda axes, s, _: _line(axes, s, "lr", "learning rate")),
-        "Gradient norm": _draw(records, steps, _gradient_norm),
-        "Speed": _draw(records, steps, _speed),
+        "Loss": (_loss, WIDE),
+        "Learning rate": (lambda axes, steps, _: _line(axes, steps, "lr", "learning rate"), SMALL),
+        "Gradient norm": (_gradient_norm, SMALL),
+        "Speed": (_speed, SMALL),
     }
 
 
-Painter = Callable[[Any, list[Record], Sequence[Record]], None]
-
-
 def _draw(
-    records: Sequence[Record], steps: list[Record], paint: Painter, size: tuple[float, float] = (4.4, 2.6)
-) -> str:
+    records: Sequence[Record], paint: Painter, size: tuple[float, float], save: Callable[[Figure], Drawing]
+) -> Drawing:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        paint(axes, steps, records)
+        paint(axes, list(effective_steps(list(records)).values()), records)
         _mark_resumes(axes, records, labelled=paint is _loss)
         axes.set_xlabel("step")
         axes.margins(x=0.01)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        return save(figure)
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = out.getvalue()
     return text[text.index("<svg") :]  # without the XML declaration, which does not belong inside a page
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
+    return out.getvalue()
 
 
 def _mark_resumes(axes: Any, records: Sequence[Record], *, labelled: bool) -> None:

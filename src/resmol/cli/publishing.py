@@ -1,4 +1,4 @@
-"""What a trained model says, and how it leaves the house: generate, export."""
+"""What a trained model says, and how it leaves the house: generate, export, publish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resmol.cli.app import (
     app,
     tune_allocator,
 )
-from resmol.printing import print_json, report_checks, say
+from resmol.printing import print_json, print_plan, print_published, report_checks, say
 
 
 @app.command()
@@ -61,3 +61,24 @@ def export(
 
     done = export_hf(model, out, dtype=dtype, say=say)
     report_checks(f"export to {out}", done.checks, json_)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `resmol export` wrote.")],
+    repo: Annotated[str, typer.Option(help="OWNER/NAME on the Hub.")],
+    space: Annotated[bool, typer.Option("--space", help="DIR is a Space and becomes one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also what resmol did not publish.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only shown.")] = False,
+    json_: Json = False,
+) -> None:
+    """Publish a verified export on the Hub; a dry run unless --yes. The token: HF_TOKEN or `hf auth login`."""
+    from resmol.export import hub
+
+    plan = hub.plan_publication(folder, repo, space=space)
+    if not yes:
+        print_plan(plan.to_dict(), json_)
+        return
+    done = hub.publish(plan, private=private, overwrite=overwrite, say=say).to_dict()
+    print_json(done) if json_ else print_published(done)

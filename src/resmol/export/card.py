@@ -2,57 +2,123 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+from typing import Any
+
 import jinja2
 
+import resmol
 from resmol import __version__
-from resmol.config_files import load_config
+from resmol.data.named import SHAKESPEARE, licence_of
+from resmol.errors import DataError
+from resmol.export.markdown import code_block, code_span, plain
+from resmol.export.record import RunRecord
 from resmol.flops import total_parameters
-from resmol.ledger import effective_steps, read_ledger, select
+from resmol.ledger import select
 from resmol.load import LoadedModel
-from resmol.rundir import RunDir
+from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256
 
 SMOLLM2_TOKENS = 2_000_000_000_000  # what the published model saw (its model card)
+SHOWN_SAMPLES = 3
+SHOWN_STRETCHES = 6
 
 
-def model_card(loaded: LoadedModel, dtype: str, run: RunDir | None) -> str:
+def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None) -> str:
     """Return ``README.md`` of an export.
 
     Args:
         loaded: The model.
         dtype: The type of the weights in the file.
-        run: The run that it is a checkpoint of; a model from elsewhere gets a short card.
+        record: That of the run that it is a checkpoint of; a model from elsewhere gets a short card.
+
+    Raises:
+        DataError: The ledger's chain holds, and its records do not say what resmol's say.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - Markdown, not a page; samples stand in a code block that they cannot end
+        autoescape=False,  # noqa: S701 - Markdown, not a page; text from outside goes through the filters below
     )  # fmt: skip
-    return environment.get_template("model_card.md.j2").render(
-        version=__version__,
-        config=loaded.config,
-        parameters=total_parameters(loaded.config),
-        dtype=dtype,
-        provenance=loaded.provenance,
-        run=_facts(run, loaded.provenance.step) if run is not None else None,
-    )
+    environment.filters |= {"plain": plain, "code_span": code_span, "code_block": code_block}
+    try:
+        return environment.get_template("model_card.md.j2").render(
+            metadata=card_metadata(record),
+            version=__version__,
+            commit=source_commit(),
+            config=loaded.config,
+            parameters=total_parameters(loaded.config),
+            dtype=dtype,
+            provenance=loaded.provenance,
+            run=run_facts(record) if record is not None else None,
+        )
+    except (TypeError, ValueError, KeyError, IndexError, StopIteration, jinja2.TemplateError) as error:
+        raise DataError(
+            f"the record of the run cannot be put into words ({type(error).__name__}: {error})",
+            fix="its ledger was not written by resmol; name a checkpoint outside of this run to export without it",
+        ) from error
 
 
-def _facts(run: RunDir, step: int | None) -> dict[str, object]:
-    """Collect what the ledger recorded up to the checkpoint's step."""
-    content = read_ledger(run.ledger)
-    steps = [record for number, record in effective_steps(content.records).items() if step is None or number <= step]
-    evaluations = [r for r in select(content.records, "eval") if step is None or r["step"] <= step]
-    samples = [r for r in select(content.records, "sample") if step is None or r["step"] <= step]
-    environments = [r["environment"] for r in content.records if r["kind"] in ("start", "resume")]
+def card_metadata(record: RunRecord | None) -> str:
+    """Return the front matter as YAML. There is no ``base_model``: the weights are derived from no other model's."""
+    from huggingface_hub import ModelCardData
+
+    inputs = [] if record is None or record.data is None else [item.name for item in record.data.source.inputs]
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["resmol", "llama"] if record is None else ["resmol", "llama", "from-scratch"],
+    }
+    if record is not None:
+        fields["license"] = "apache-2.0"  # that of LICENSE; about weights from elsewhere, only their source can tell
+    if inputs and all(name == SHAKESPEARE for name in inputs):
+        fields["language"] = "en"
+    return str(ModelCardData(**fields).to_yaml()).strip()
+
+
+def run_facts(record: RunRecord) -> dict[str, Any]:
+    """Return what the card says about the run, from its ledger, its configuration and the manifest of its data."""
+    steps, records = record.steps, record.ledger.records
+    start = next(select(records, "start"))
+    environments = [r["environment"] for r in records if r["kind"] in ("start", "resume")]
+    evaluations = record.newest("eval")
     return {
-        "name": run.path.resolve().name,
-        "config": load_config(run.config),
+        "name": record.name,
+        "config": record.config,
+        "start": start,
+        "first": steps[0] if steps else None,
         "last": steps[-1] if steps else None,
         "share": steps[-1]["tokens_seen"] / SMOLLM2_TOKENS if steps else 0.0,
-        "evaluation": evaluations[-1] if evaluations else None,
-        "sample": {k: str(samples[-1][k]).replace("```", "'''") for k in ("prompt", "text")} if samples else None,
-        "environment": environments[-1],
-        "head": content.head,
-        "lines": len(content.records),
-        "fingerprint": next(select(content.records, "start"))["data_fingerprint"],
-        "resumes": sum(1 for _ in select(content.records, "resume")),
+        "seconds": sum(r["seconds"] for r in steps),
+        "stretches": record.stretches()[:SHOWN_STRETCHES],
+        "processes": len(record.stretches()),
+        "crashes": sum(1 for _ in select(records, "rewind")),
+        "evaluation": evaluations[0] if evaluations else None,
+        "samples": record.newest("sample")[:SHOWN_SAMPLES],
+        "machines": [facts for number, facts in enumerate(environments) if facts not in environments[:number]],
+        "head": record.ledger.head,
+        "lines": len(records),
+        "later": max((r["step"] for r in records if r["kind"] == "step"), default=0) > record.step,
+        "data": record.data,
+        "inputs": [] if record.data is None else [(i, licence_of(i.name)) for i in record.data.source.inputs],
+        "other_tokenizer": record.config.tokenizer.sha256 != SMOLLM2_TOKENIZER_SHA256,
+        "shakespeare": record.data is not None and {i.name for i in record.data.source.inputs} == {SHAKESPEARE},
+        "certificate": record.certificate,
+        "curves": record.curves,
     }
+
+
+def source_commit() -> str | None:
+    """Return the commit of resmol's own sources where they are a checkout, marked when they were changed since."""
+    package = Path(resmol.__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) / "src" / "resmol" != package:
+            return None  # an installed package inside of some other checkout
+        changed = git("status", "--porcelain", "--", str(package))
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -8,23 +8,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from resmol.atomic import commit_directory, fsync_path
+from resmol.atomic import commit_directory
 from resmol.checkpoint import weight_tensors
-from resmol.checks import Check, all_passed
-from resmol.errors import CheckFailed, UsageError
+from resmol.checks import Check
+from resmol.errors import UsageError
 from resmol.export.card import model_card
 from resmol.export.comparison import compare_with_transformers
+from resmol.export.record import write_record
+from resmol.export.seal import Seal, make_seal
 from resmol.load import LoadedModel, load_model
-from resmol.manifest import file_entry
 from resmol.model import CausalLM
 from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
+from resmol.weights.sources import Provenance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,31 +73,23 @@ def export_hf(
         raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
     loaded = load_model(source, device="cpu", say=say)
     checks: list[Check] = []
-    entries: dict[str, str] = {}
+    seals: list[Seal] = []
 
     def write_files(folder: Path) -> None:
         say(f"writing {loaded.provenance.path} as {dtype}")
-        write_folder(loaded, folder, dtype, _run_of(source))
+        write_folder(loaded, folder, dtype, _run_of(loaded.provenance))
         say("reading it back with transformers, in a process of its own")
         checks.extend(compare_with_transformers(rounded(loaded.model, dtype), loaded.tokenizer, folder))
         checks.append(_cast_error(loaded.model, dtype))
-        if not all_passed(checks):
-            failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
-            raise CheckFailed(
-                f"the export is not the model: {'; '.join(failed)}",
-                fix="nothing was written; check the versions of transformers and tokenizers, or report this",
-            )
 
-    def manifest(folder: Path) -> bytes:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            fsync_path(path)
-            entries[str(path.relative_to(folder))] = file_entry(path, {}).sha256
-        record = {"format": 1, "dtype": dtype, "model": loaded.provenance.to_dict() | {"path": ""}, "files": entries}
-        return json.dumps(record, indent=1, sort_keys=True).encode()
+    def seal(folder: Path) -> bytes:
+        facts = {"dtype": dtype, "model": loaded.provenance.to_dict() | {"path": "", "note": ""}}
+        seals.append(make_seal(folder, "model", checks, facts))
+        return seals[0].to_bytes()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    commit_directory(out, write_files, manifest)
-    return Export(out, checks, entries)
+    commit_directory(out, write_files, seal)
+    return Export(out, checks, {name: file.sha256 for name, file in seals[0].files.items()})
 
 
 def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | None) -> None:
@@ -113,11 +108,12 @@ def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | No
     for name, table in tables.items():
         (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.json").write_bytes(tokenizer.data)
-    (folder / "README.md").write_text(model_card(loaded, dtype, run), encoding="utf-8")
+    record = None
     if run is not None:
         (folder / "training").mkdir()
-        for path in (run.config, run.ledger):
-            (folder / "training" / path.name).write_bytes(path.read_bytes())
+        record = write_record(run, folder / "training", loaded.provenance)
+        (folder / "LICENSE").write_bytes((files("resmol") / "templates" / "apache-2.0.txt").read_bytes())
+    (folder / "README.md").write_text(model_card(loaded, dtype, record), encoding="utf-8")
 
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
@@ -168,11 +164,7 @@ def _cast_error(model: CausalLM, dtype: str) -> Check:
     )
 
 
-def _run_of(source: str | Path) -> RunDir | None:
-    """Return the run that a source is, or a checkpoint of."""
-    path = Path(source)
-    for candidate in (path, path.parent.parent):
-        run = RunDir(candidate)
-        if run.exists() and run.ledger.exists():
-            return run
-    return None
+def _run_of(provenance: Provenance) -> RunDir | None:
+    """Return the run whose checkpoint these weights are; what merely lies inside of a run's folder is not its work."""
+    run = RunDir(provenance.path.resolve().parent.parent)
+    return run if provenance.trained_here and run.exists() and run.ledger.exists() else None

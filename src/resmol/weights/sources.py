@@ -167,6 +167,7 @@ def _checkpoint(path: Path, say: Say) -> Source:
     step = step_of(path)
     run = RunDir(path.parent.parent)
     expected = (load_config(run.config).tokenizer if run.exists() else TokenizerConfig()).sha256
+    own = run.tokenizer if run.exists() and run.tokenizer.is_file() else None
     return Source(
         config=read_model_config(path),
         fill=lambda model: load_weights(path, model),
@@ -178,7 +179,7 @@ def _checkpoint(path: Path, say: Say) -> Source:
             step=step,
             note=f"step {step} of {run.path}",
         ),
-        tokenizer=lambda: load_tokenizer(sha256=expected, say=say),
+        tokenizer=lambda: load_tokenizer(own, sha256=expected, say=say),
     )
 
 

@@ -1,0 +1,161 @@
+"""The seal of an export: which files it consists of, and which checks it passed before it got its name.
+
+It is the folder's ``manifest.json``, the file that `commit_directory` writes last. `publish` sends what a seal lists,
+nothing else, and only while every byte is still as it was sealed. Its digest finds accidents; it is not a signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from resmol import __version__
+from resmol.atomic import fsync_path
+from resmol.checks import Check, all_passed
+from resmol.errors import CheckFailed, DataError
+from resmol.manifest import MANIFEST, MAX_JSON_BYTES, Strict, file_entry
+
+Kind = Literal["model", "space", "gguf"]
+
+
+class SealedFile(Strict):
+    """Size and sha256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class PassedCheck(Strict):
+    """A check that the export passed, and what was measured."""
+
+    name: str
+    measured: str
+
+
+class Seal(Strict):
+    """What ``manifest.json`` of an export says.
+
+    Attributes:
+        kind: What kind of repository the folder is meant for.
+        resmol: The version that wrote it.
+        checks: What was compared before the folder got its name; never empty.
+        facts: What else is worth knowing, such as the type of the weights and where they come from.
+        files: Path below the folder, with ``/`` -> size and sha256, of every file but the seal itself.
+    """
+
+    format: Literal[2] = 2
+    kind: Kind
+    resmol: str
+    checks: tuple[PassedCheck, ...]
+    facts: dict[str, Any]
+    files: dict[str, SealedFile]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the fields."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Return the content of ``manifest.json``: the fields, and the digest that covers them."""
+        return json.dumps({**self.model_dump(mode="json"), "sha256": self.sha256}, indent=1, sort_keys=True).encode()
+
+
+def make_seal(folder: Path, kind: Kind, checks: Sequence[Check], facts: dict[str, Any]) -> Seal:
+    """Seal the files of a folder as they are now, after they are on the disk.
+
+    Its bytes are what `commit_directory` wants from ``manifest``.
+
+    Args:
+        folder: All its files are listed; they must be whole.
+        kind: What the folder is.
+        checks: What it passed.
+        facts: Plain JSON values; no path of this machine.
+
+    Raises:
+        CheckFailed: A check failed, or there were none: what was not compared is not sealed.
+    """
+    if not all_passed(checks):
+        failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
+        raise CheckFailed(
+            f"the export is not the model: {'; '.join(failed) or 'nothing was compared'}",
+            fix="nothing was written; check the versions of transformers and tokenizers, or report this",
+        )
+    files = {}
+    for name in sorted(_present(folder) - {MANIFEST}):
+        fsync_path(folder / name)
+        entry = file_entry(folder / name, {})
+        files[name] = SealedFile(bytes=entry.bytes, sha256=entry.sha256)
+    passed = tuple(PassedCheck(name=check.name, measured=check.measured) for check in checks)
+    return Seal(kind=kind, resmol=__version__, checks=passed, facts=facts, files=files)
+
+
+def parse_seal(content: bytes) -> Seal | None:
+    """Return the seal that some bytes are, or None when they are none or were changed."""
+    try:
+        fields = json.loads(content)
+        fields.pop("sha256")
+        seal = Seal.model_validate_json(json.dumps(fields))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
+        return None
+    whole = seal.to_bytes() == content and bool(seal.checks) and bool(seal.files)
+    return seal if whole and all(_is_plain(name) for name in seal.files) else None
+
+
+def verified_seal(folder: Path) -> Seal:
+    """Read the seal of a folder and check every byte against it.
+
+    Raises:
+        DataError: There is no such folder.
+        CheckFailed: It has no seal, or a file is missing, changed or too much; the message names it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}", fix="name a folder that `resmol export` wrote")
+    path = folder / MANIFEST
+    seal = None
+    if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_JSON_BYTES:
+        seal = parse_seal(path.read_bytes())
+    if seal is None:
+        raise CheckFailed(
+            f"{folder} is not an export that resmol has verified: its {MANIFEST} is missing or not as it was written",
+            fix="write it with `resmol export MODEL OUT`, which compares before it finishes",
+        )
+    present = _present(folder) - {MANIFEST}
+    if extra := sorted(present - seal.files.keys()):
+        raise CheckFailed(
+            f"{folder} holds files that the export did not write: {', '.join(extra[:5])}{', …' * (len(extra) > 5)}",
+            fix="move them out of the folder; only what was verified is published",
+        )
+    for name, entry in seal.files.items():
+        if name not in present:
+            raise _changed(folder, name, "is missing")
+        if (size := (folder / name).stat().st_size) != entry.bytes:
+            raise _changed(folder, name, f"has {size} bytes; {entry.bytes} were verified")
+        if file_entry(folder / name, {}).sha256 != entry.sha256:
+            raise _changed(folder, name, "was changed after it was verified")
+    return seal
+
+
+def _changed(folder: Path, name: str, what: str) -> CheckFailed:
+    return CheckFailed(f"{folder / name} {what}", fix="export again into a new folder")
+
+
+def _present(folder: Path) -> set[str]:
+    """Return all files below a folder (`CheckFailed` on anything that is neither a file nor a folder)."""
+    found = set()
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise _changed(folder, path.relative_to(folder).as_posix(), "is a link, or no file at all")
+        if path.is_file():
+            found.add(path.relative_to(folder).as_posix())
+    return found
+
+
+def _is_plain(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    sound = bool(parts) and "/".join(parts) == name and not {"..", "/"} & set(parts) and parts[0] != ".git"
+    return sound and name != MANIFEST and name.isprintable() and "\\" not in name
