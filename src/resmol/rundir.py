@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resmol.atomic import full_disk_is_an_error, make_directory
 from resmol.errors import DataError, RunInUse
@@ -69,6 +70,16 @@ class RunDir:
     def exists(self) -> bool:
         """Tell whether a run was started here."""
         return self.config.is_file()
+
+    def claims(self) -> list[dict[str, Any]]:
+        """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run."""
+        try:
+            found = json.loads((self.evidence / "claims.json").read_bytes())["checks"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        checks = [check for check in found if isinstance(check, dict)] if isinstance(found, list) else []
+        root = f"{self.path}/"
+        return [{**check, "evidence": str(check.get("evidence", "")).removeprefix(root)} for check in checks]
 
     def require(self) -> None:
         """Raise `DataError` when no run was ever started here."""

@@ -61,3 +61,18 @@ def export(
 
     done = export_hf(model, out, dtype=dtype, say=say)
     report_checks(f"export to {out}", done.checks, json_)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; by default this machine alone can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+) -> None:
+    """Serve a page to try a model in: text, sampling, and the record of its training."""
+    tune_allocator()
+    from resmol.demo import serve
+
+    serve(model, host, port, say=say)
