@@ -78,8 +78,8 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError):
             return []
         checks = [check for check in found if isinstance(check, dict)] if isinstance(found, list) else []
-        root = f"{self.path}/"
-        return [{**check, "evidence": str(check.get("evidence", "")).removeprefix(root)} for check in checks]
+        root = f"{self.path.resolve().name}/"  # the paths were relative to wherever the claims were made
+        return [{**check, "evidence": str(check.get("evidence", "")).rpartition(root)[2]} for check in checks]
 
     def require(self) -> None:
         """Raise `DataError` when no run was ever started here."""

@@ -13,6 +13,7 @@ from resmol.cli.app import (
     app,
     tune_allocator,
 )
+from resmol.errors import UsageError
 from resmol.printing import print_json, report_checks, say
 
 
@@ -53,13 +54,20 @@ def export(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    space: Annotated[bool, typer.Option("--space", help="A Space with the demo, the weights and the record.")] = False,
+    model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
     json_: Json = False,
 ) -> None:
     """Write a Hugging Face folder; finished only when transformers reads our logits and token ids from it."""
+    if model_repo is not None and not space:
+        raise UsageError("--model-repo is for a Space", fix="add --space")
     tune_allocator()
-    from resmol.export import export_hf
+    from resmol.export import export_hf, export_space
 
-    done = export_hf(model, out, dtype=dtype, say=say)
+    if space:
+        done = export_space(model, out, dtype=dtype, model_repo=model_repo, say=say)
+    else:
+        done = export_hf(model, out, dtype=dtype, say=say)
     report_checks(f"export to {out}", done.checks, json_)
 
 

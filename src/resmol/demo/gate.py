@@ -22,7 +22,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-JOIN, CANCEL, DATA = "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/queue/data"
+JOIN, DATA = "/gradio_api/queue/join", "/gradio_api/queue/data"
+CANCEL, RESET = "/gradio_api/cancel", "/gradio_api/reset"  # the page calls both when Stop is pressed
 _READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json"
     r"|/(assets|static)/[\w@-][\w.@-]*(/[\w@-][\w.@-]*)*"
@@ -101,7 +102,7 @@ class Gate:
             raise Refusal(403, "this demo is not served under that name")
         if len(scope["query_string"]) > _MAX_QUERY:
             raise Refusal(414, "the address is too long")
-        allowed = ("POST",) if path in (JOIN, CANCEL) else ("GET", "HEAD") if _READ.fullmatch(path) else ()
+        allowed = ("POST",) if path in (JOIN, CANCEL, RESET) else ("GET", "HEAD") if _READ.fullmatch(path) else ()
         if not allowed:
             raise Refusal(404, "there is no such page")
         if method not in allowed:
@@ -114,7 +115,7 @@ class Gate:
             if not await self._sessions.join(session):
                 raise Refusal(503, "too many requests wait for a listener; try again in a few seconds")
         else:
-            check_cancel(body, self._generate)
+            check_cancel(body)
         await self._inner(scope, _replay(body, receive), self._with_headers(send))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -178,13 +179,13 @@ def check_join(body: bytes, generate: int, limits: Limits) -> str:
     return session
 
 
-def check_cancel(body: bytes, generate: int) -> None:
+def check_cancel(body: bytes) -> None:
     """Raise `Refusal` when this is not how the page cancels."""
     request = _object(body)
-    _session(request.get("session_hash"))
-    _require_function(request, generate)
-    if not isinstance(request.get("event_id"), str):
-        raise Refusal(400, "event_id must be text")
+    if unknown := request.keys() - {"session_hash", "fn_index", "event_id"}:
+        raise Refusal(400, f"a request has no {min(unknown)[:40]!r}")
+    if not isinstance(request.get("event_id"), str | None) or not isinstance(request.get("fn_index"), int | None):
+        raise Refusal(400, "event_id must be text, and fn_index a number")
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Limits:
     prompt_chars: int = 4_000
     new_tokens: int = 512
     temperature: float = 2.0
-    top_k: int = 1_000
+    top_k: int = 200
     seed: int = 2**32 - 1
     seconds: float = 120.0
     body_bytes: int = 64 << 10

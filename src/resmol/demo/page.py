@@ -51,18 +51,18 @@ def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, is_heard
                     with gr.Row(elem_classes="actions"):
                         run = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                         stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                    status = gr.HTML("", elem_id="status", padding=False)
                     output = gr.Textbox(
-                        label="Text", lines=10, max_lines=24, interactive=False, buttons=["copy"], elem_id="output",
+                        label="Text", lines=8, max_lines=16, interactive=False, buttons=["copy"], elem_id="output",
                         placeholder="What the model makes of the prompt appears here.",
                     )  # fmt: skip
-                    status = gr.HTML("", elem_id="status", padding=False)
                 with gr.Column(scale=2, min_width=280):
                     options = sampling_fields(gr, limits)
             with gr.Tab("Training run"):
                 gr.HTML(record_page(identity), padding=False)
         event = run.click(
             _answering(loaded, limits, is_heard), [prompt, *options], [output, status],
-            show_progress="hidden", concurrency_limit=1, api_name="generate", trigger_mode="once",
+            show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate", trigger_mode="once",
         )  # fmt: skip
         # These three run in the browser alone, so there is no further function that a stranger could call.
         stop.click(None, [status], [status], js="(s) => (s || '').replace('writing', 'stopped')", cancels=[event])
@@ -94,6 +94,10 @@ def theme() -> Any:
     return gr.themes.Base(
         primary_hue="blue", neutral_hue="slate", radius_size="md",
         font=[gr.themes.Font(name) for name in _FONTS], font_mono=[gr.themes.Font(name) for name in _MONOSPACE],
+    ).set(  # grey that can be read: 4.7 to 1 and better, where Gradio's own has 2.6 to 1
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
     )  # fmt: skip
 
 

@@ -7,5 +7,6 @@ place only when logits, token ids and generated tokens are ours. Otherwise nothi
 from __future__ import annotations
 
 from resmol.export.hf import Export, export_hf
+from resmol.export.space import export_space
 
-__all__ = ["Export", "export_hf"]
+__all__ = ["Export", "export_hf", "export_space"]

@@ -118,6 +118,10 @@ def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | No
         (folder / "training").mkdir()
         for path in (run.config, run.ledger):
             (folder / "training" / path.name).write_bytes(path.read_bytes())
+        if claims := run.claims():
+            (folder / "training" / run.evidence.name).mkdir()
+            text = json.dumps({"checks": claims}, indent=1) + "\n"
+            (folder / "training" / run.evidence.name / "claims.json").write_text(text, encoding="utf-8")
 
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
