@@ -98,7 +98,7 @@ def _prompt_problem(prompt: object, limit: int) -> str:
     return ""
 
 
-def _number_problem(name: str, value: object, low: float, high: float, *, whole: bool = False) -> str:
+def _number_problem(name: str, value: object, low: int | float, high: int | float, *, whole: bool = False) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(_number(value)):
         return f"{name} must be a number"

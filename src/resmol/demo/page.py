@@ -114,10 +114,12 @@ def _answering(
 ) -> Callable[..., Iterator[tuple[str, str]]]:
     import gradio as gr
 
-    def generate(*values: Any, request: gr.Request | None = None) -> Iterator[tuple[str, str]]:
-        session = request.session_hash if request is not None else None
+    def generate(
+        prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, seed: Any, request: gr.Request
+    ) -> Iterator[tuple[str, str]]:
+        values = (prompt, max_new_tokens, temperature, top_p, top_k, seed)
         try:
-            yield from answer(loaded, values, limits, lambda: session is None or is_heard(session))
+            yield from answer(loaded, values, limits, lambda: is_heard(str(request.session_hash)))
         except ResmolError as error:
             raise gr.Error(f"{error.what}. Please {error.fix}.", duration=10, print_exception=False) from None
 
