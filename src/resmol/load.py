@@ -57,8 +57,12 @@ class LoadedModel:
             )
         return tokenizer
 
-    def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+    def stream(
+        self, prompt: str, sampling: Sampling, *, on_token: Callable[[int], None] = lambda _token: None
+    ) -> Iterator[str]:
         """Yield the continuation of ``prompt`` piece by piece, never half a character.
+
+        ``on_token`` is told every token, also one that completes no character.
 
         Raises:
             UsageError: The prompt fills the context.
@@ -66,6 +70,7 @@ class LoadedModel:
         decoder = StreamDecoder(self.tokenizer)
         ids = self.tokenizer.encode(prompt)
         for token in generate(self.model, ids, sampling, eos_id=self.config.eos_token_id):
+            on_token(token)
             if text := decoder.push(token):
                 yield text
         if rest := decoder.flush():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from datetime import datetime
 from pathlib import Path
@@ -53,7 +52,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
         samples=samples(content.records),
         timeline=timeline(content.records),
         environment=last_environment(content.records),
-        claims=claims(run),
+        claims=run.claims(),
         certificate=current_certificate(run),
         checkpoints=list(select(content.records, "save")),
         head=content.head,
@@ -120,13 +119,3 @@ def last_environment(records: list[Record]) -> dict[str, Any]:
     """Return the facts about machine and libraries that were recorded last."""
     found = [record["environment"] for record in records if record["kind"] in ("start", "resume")]
     return dict(found[-1]) if found else {}
-
-
-def claims(run: RunDir) -> list[dict[str, Any]]:
-    """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run."""
-    try:
-        checks = json.loads((run.evidence / "claims.json").read_bytes())["checks"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    root = f"{run.path}/"
-    return [{**check, "evidence": str(check.get("evidence", "")).removeprefix(root)} for check in checks]

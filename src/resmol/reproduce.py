@@ -129,7 +129,7 @@ def reproduce(protocol: Protocol, say: Say) -> list[Check]:
         "passed": all(check.passed for check in checks),
         "checks": [check.to_dict() for check in checks],
     }
-    write_durable(run.evidence / "claims.json", json.dumps(evidence, indent=1).encode())
+    write_durable(run.claims_file, json.dumps(evidence, indent=1).encode())
     say(f"report: {write_report(run)}")
     return checks
 

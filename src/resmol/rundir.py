@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resmol.atomic import full_disk_is_an_error, make_directory
 from resmol.errors import DataError, RunInUse
@@ -67,9 +68,24 @@ class RunDir:
         """The one-page report."""
         return self.path / "report.html"
 
+    @property
+    def claims_file(self) -> Path:
+        """What `reproduce` claims, and how each claim came out."""
+        return self.evidence / "claims.json"
+
     def exists(self) -> bool:
         """Tell whether a run was started here."""
         return self.config.is_file()
+
+    def claims(self) -> list[dict[str, Any]]:
+        """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run."""
+        try:
+            found = json.loads(self.claims_file.read_bytes())["checks"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        checks = [check for check in found if isinstance(check, dict)] if isinstance(found, list) else []
+        root = f"{self.path.resolve().name}/"  # the paths were relative to wherever the claims were made
+        return [{**check, "evidence": str(check.get("evidence", "")).rpartition(root)[2]} for check in checks]
 
     def require(self) -> None:
         """Raise `DataError` when no run was ever started here."""

@@ -13,6 +13,7 @@ from resmol.cli.app import (
     app,
     tune_allocator,
 )
+from resmol.errors import UsageError
 from resmol.printing import print_json, print_plan, print_published, report_checks, say
 
 
@@ -53,13 +54,20 @@ def export(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    space: Annotated[bool, typer.Option("--space", help="A Space with the demo, the weights and the record.")] = False,
+    model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
     json_: Json = False,
 ) -> None:
     """Write a Hugging Face folder; finished only when transformers reads our logits and token ids from it."""
+    if model_repo is not None and not space:
+        raise UsageError("--model-repo is for a Space", fix="add --space")
     tune_allocator()
-    from resmol.export import export_hf
+    from resmol.export import export_hf, export_space
 
-    done = export_hf(model, out, dtype=dtype, say=say)
+    if space:
+        done = export_space(model, out, dtype=dtype, model_repo=model_repo, say=say)
+    else:
+        done = export_hf(model, out, dtype=dtype, say=say)
     report_checks(f"export to {out}", done.checks, json_)
 
 
@@ -82,3 +90,18 @@ def publish(
         return
     done = hub.publish(plan, private=private, overwrite=overwrite, say=say).to_dict()
     print_json(done) if json_ else print_published(done)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; by default this machine alone can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+) -> None:
+    """Serve a page to try a model in: text, sampling, and the record of its training."""
+    tune_allocator()
+    from resmol.demo import serve
+
+    serve(model, host, port, say=say)

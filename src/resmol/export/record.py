@@ -1,7 +1,8 @@
-"""What a run leaves to the readers of its export: configuration, ledger, curves and certificate in ``training/``."""
+"""What a run leaves to the readers of its export: configuration, ledger, curves, claims and certificate in ``training/``."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def write_record(run: RunDir, folder: Path, made_by: Provenance) -> RunRecord:
         copy.certificate.write_bytes(run.certificate.read_bytes())
     else:
         certificate = None
+    if claims := run.claims():
+        copy.evidence.mkdir()
+        copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8")
     pictures = {}
     for title, png in curve_images(content.records).items():
         pictures[title] = f"{title.lower().replace(' ', '-')}.png"

@@ -1,0 +1,198 @@
+"""The page: a tab to generate in, and a tab with the record of the training. Gradio draws it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from resmol.demo.identity import Identity
+from resmol.demo.limits import Limits, parse
+from resmol.errors import ResmolError
+from resmol.flops import total_parameters
+from resmol.ledger import LedgerTampered, read_ledger
+from resmol.load import LoadedModel
+from resmol.plots import curves
+from resmol.report import headline_facts, samples
+
+EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
+UPDATE_SECONDS = 0.05  # the text on the page grows twenty times a second, however fast the model is
+_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
+_MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, is_heard: Callable[[str], bool]) -> Any:
+    """Return the page as Gradio's blocks, and the number of the function that it calls.
+
+    Args:
+        loaded: The model that answers.
+        identity: Which weights these are.
+        limits: What a request may hold.
+        is_heard: Tells whether somebody listens to a session; it ends the computation when nobody does.
+    """
+    import gradio as gr
+
+    title = f"{identity.title} · resmol"
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+        gr.HTML(heading(loaded, identity), padding=False)
+        with gr.Tabs():
+            with gr.Tab("Generate"), gr.Row(equal_height=False):
+                with gr.Column(scale=3, min_width=320):
+                    prompt = gr.Textbox(
+                        EXAMPLES[0], label="Prompt", lines=3, max_lines=12, max_length=limits.prompt_chars,
+                        elem_id="prompt", info="It continues a text; it does not answer questions.",
+                    )  # fmt: skip
+                    with gr.Row(elem_classes="examples"):
+                        buttons = [gr.Button(text, size="sm", variant="secondary", min_width=60) for text in EXAMPLES]
+                    with gr.Row(elem_classes="actions"):
+                        run = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+                        stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                    status = gr.HTML("", elem_id="status", padding=False)
+                    output = gr.Textbox(
+                        label="Text", lines=8, max_lines=16, interactive=False, buttons=["copy"], elem_id="output",
+                        placeholder="What the model makes of the prompt appears here.",
+                    )  # fmt: skip
+                with gr.Column(scale=2, min_width=280):
+                    options = sampling_fields(gr, limits)
+            with gr.Tab("Training run"):
+                gr.HTML(record_page(identity), padding=False)
+        event = run.click(
+            _answering(loaded, limits, is_heard), [prompt, *options], [output, status],
+            show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate", trigger_mode="once",
+        )  # fmt: skip
+        # These three run in the browser alone, so there is no further function that a stranger could call.
+        stop.click(None, [status], [status], js="(s) => (s || '').replace('writing', 'stopped')", cancels=[event])
+        for button, text in zip(buttons, EXAMPLES, strict=True):
+            button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
+    blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    number = next(index for index, function in blocks.fns.items() if function.api_name == "generate")
+    return blocks, number
+
+
+def sampling_fields(gr: Any, limits: Limits) -> list[Any]:
+    """Return the fields for the options of sampling, in the order of `limits.FIELDS`."""
+    return [
+        gr.Slider(1, limits.new_tokens, 64, step=1, label="New tokens", elem_id="max_new_tokens"),
+        gr.Slider(0, limits.temperature, 0.8, step=0.05, label="Temperature", info="0 always takes the likeliest token.",
+                  elem_id="temperature"),
+        gr.Slider(0.01, 1, 0.95, step=0.01, label="Top-p", elem_id="top_p",
+                  info="Draws from the likeliest tokens that make up this share; 1 is off."),
+        gr.Slider(0, limits.top_k, 50, step=1, label="Top-k", elem_id="top_k",
+                  info="Draws from so many of the likeliest tokens; 0 is off."),
+        gr.Number(0, label="Seed", info="The same seed gives the same text.", precision=0, elem_id="seed"),
+    ]  # fmt: skip
+
+
+def theme() -> Any:
+    """Return a theme whose fonts are those of the visitor's system: the page loads nothing from elsewhere."""
+    import gradio as gr
+
+    return gr.themes.Base(
+        primary_hue="blue", neutral_hue="slate", radius_size="md",
+        font=[gr.themes.Font(name) for name in _FONTS], font_mono=[gr.themes.Font(name) for name in _MONOSPACE],
+    ).set(  # grey that can be read: 4.7 to 1 and better, where Gradio's own has 2.6 to 1
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500", input_placeholder_color_dark="*neutral_400",
+    )  # fmt: skip
+
+
+def style() -> str:
+    """Return the page's own style sheet."""
+    return files("resmol.demo").joinpath("page.css").read_text(encoding="utf-8")
+
+
+# --- answering -----------------------------------------------------------------------------------------------
+
+
+def _answering(
+    loaded: LoadedModel, limits: Limits, is_heard: Callable[[str], bool]
+) -> Callable[..., Iterator[tuple[str, str]]]:
+    import gradio as gr
+
+    def generate(
+        prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, seed: Any, request: gr.Request
+    ) -> Iterator[tuple[str, str]]:
+        values = (prompt, max_new_tokens, temperature, top_p, top_k, seed)
+        try:
+            yield from answer(loaded, values, limits, lambda: is_heard(str(request.session_hash)))
+        except ResmolError as error:
+            raise gr.Error(f"{error.what}. Please {error.fix}.", duration=10, print_exception=False) from None
+
+    generate.__annotations__ = {"request": gr.Request}  # Gradio looks for the class itself, not for its name
+    return generate
+
+
+def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+    """Yield the text so far and a line about it, until it ends or nobody wants it any longer.
+
+    Raises:
+        UsageError: A value is outside the limits, or the prompt fills the model's context.
+    """
+    request = parse(values, limits)
+    dropped = loaded.tokenizer.count_untokenizable(request.prompt)
+    tokens: list[int] = []
+    text, shown, started, end = request.prompt, 0.0, time.monotonic(), "end of the text"
+    yield text, _status("reading the prompt", 0, 0.0, dropped)
+    for piece in loaded.stream(request.prompt, request.sampling, on_token=tokens.append):
+        text += piece
+        now = time.monotonic()
+        if not wanted():
+            return
+        if now - started > limits.seconds:
+            end = f"stopped after {limits.seconds:.0f} s, the limit of this demo"
+            break
+        if now - shown >= UPDATE_SECONDS:
+            shown = now
+            yield text, _status("writing", len(tokens), now - started, dropped)
+    if len(tokens) >= request.sampling.max_new_tokens:
+        end = "done"
+    yield text, _status(end, len(tokens), time.monotonic() - started, dropped)
+
+
+def _status(state: str, tokens: int, seconds: float, dropped: int) -> str:
+    rate = f"{tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else ""
+    count = f"{tokens:,} token{'' if tokens == 1 else 's'}" if tokens else ""
+    note = f"{dropped} bytes of the prompt have no token and were left out" if dropped else ""
+    return "<span>" + "</span><span>".join(part for part in (state, count, rate, note) if part) + "</span>"
+
+
+# --- what is shown about the weights -------------------------------------------------------------------------
+
+
+def heading(loaded: LoadedModel, identity: Identity) -> str:
+    """Return the top of the page: which model, which weights."""
+    return _render(
+        "demo_heading.html.j2", identity=identity, parameters=total_parameters(loaded.config), config=loaded.config,
+        device=str(loaded.model.lm_head.weight.device.type),
+    )  # fmt: skip
+
+
+def record_page(identity: Identity) -> str:
+    """Return the second tab: facts, claims and curves of the run; or why there are none."""
+    run = identity.record
+    if run is None:
+        return _render("demo_record.html.j2", why="No record of a training came with these weights.")
+    try:
+        content = read_ledger(run.ledger)
+        facts, drawn, said = headline_facts(content.records), curves(content.records), samples(content.records)
+    except LedgerTampered as error:
+        return _render("demo_record.html.j2", why=f"The record of this run does not hold together: {error.what}.")
+    return _render(
+        "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=said[:1],
+        head=content.head, lines=len(content.records),
+    )  # fmt: skip
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    html = environment.get_template(template).render(**values)
+    # Gradio takes what it is given for a template once more; in a text such as a sample these signs are only signs.
+    return html.replace("{", "&#123;").replace("$", "&#36;").replace("`", "&#96;")

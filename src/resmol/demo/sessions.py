@@ -1,0 +1,73 @@
+"""Who listens to which answer, so that nothing is computed and kept for somebody who left.
+
+Gradio keeps the messages of a session until they are fetched. A client that asks and never listens would let the
+process grow without bound, and would be computed for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Queue(Protocol):
+    """The part of Gradio's queue that is needed here."""
+
+    pending_messages_per_session: Any
+    pending_event_ids_session: Any
+
+    async def clean_events(self, *, session_hash: str | None = None) -> None:
+        """Give up what a session asked for."""
+
+
+class Sessions:
+    """Counts the listeners of each session and gives up sessions that have none.
+
+    Args:
+        queue: Gradio's.
+        patience: Seconds that a session may be without a listener.
+        most: Sessions without a listener that may exist at a time.
+    """
+
+    def __init__(self, queue: Queue, patience: float, most: int) -> None:
+        self._queue, self._patience, self._most = queue, patience, most
+        self._listeners: dict[str, int] = {}
+        self._silent_since: dict[str, float] = {}
+
+    async def join(self, session: str) -> bool:
+        """Note that a session asks for something; False when there are too many that nobody listens to."""
+        await self._give_up_silent()
+        if session not in self._listeners:
+            if len(self._silent_since) >= self._most and session not in self._silent_since:
+                return False
+            self._silent_since.setdefault(session, time.monotonic())
+        return True
+
+    @contextmanager
+    def listening(self, session: str) -> Iterator[None]:
+        """Somebody listens to a session while this context is open."""
+        self._listeners[session] = self._listeners.get(session, 0) + 1
+        self._silent_since.pop(session, None)
+        try:
+            yield
+        finally:
+            self._listeners[session] -= 1
+            if not self._listeners[session]:
+                del self._listeners[session]
+                self._silent_since[session] = time.monotonic()
+
+    def is_heard(self, session: str) -> bool:
+        """Tell whether somebody listens to a session, or may still begin to."""
+        since = self._silent_since.get(session)
+        return session in self._listeners or (since is not None and time.monotonic() - since < self._patience)
+
+    async def _give_up_silent(self) -> None:
+        now = time.monotonic()
+        for session in [s for s, since in self._silent_since.items() if now - since >= self._patience]:
+            del self._silent_since[session]
+            await self._queue.clean_events(session_hash=session)
+            self._queue.pending_messages_per_session.pop(session, None)
+            self._queue.pending_event_ids_session.pop(session, None)

@@ -1,0 +1,127 @@
+"""A complete Hugging Face Space: the page of `resmol demo`, the weights, their record, and this package's source.
+
+resmol is not on the package index that a Space installs from, so the Space carries the package as it runs here. The
+versions of everything else are those that the tests of resmol passed with (`templates/space_requirements.txt`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import jinja2
+
+from resmol import __version__
+from resmol.atomic import commit_directory
+from resmol.errors import UsageError
+from resmol.export.hf import Export, export_hf
+from resmol.export.seal import Seal, make_seal
+from resmol.flops import total_parameters
+from resmol.hf_config import read_model_config
+from resmol.manifest import WEIGHTS
+
+PYTHON = "3.11"
+SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the package ends with
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def export_space(
+    source: str | Path, out: Path, *, dtype: str = "float32", model_repo: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Export:  # fmt: skip
+    """Write a Space that serves a model; it can be started where it is, or pushed to the Hub.
+
+    Args:
+        source: What `load_model` takes.
+        out: The folder to create.
+        dtype: The type of the weights in the file.
+        model_repo: ``OWNER/NAME`` of the repository that holds the same export: the Space then fetches the weights from
+            there, and refuses others than these.
+        say: Receives a sentence before each slow part.
+
+    Returns:
+        The Space, with the checks that the export in it passed.
+
+    Raises:
+        UsageError: ``out`` exists, or ``model_repo`` is not a name.
+        ResmolError: See `export_hf`; nothing is left of the Space.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
+    if model_repo is not None and not _REPOSITORY.fullmatch(model_repo):
+        raise UsageError(f"{model_repo} does not name a repository", fix="write it as OWNER/NAME")
+    made: list[Export] = []
+
+    def write_files(folder: Path) -> None:
+        made.append(export_hf(source, folder / "model", dtype=dtype, say=say))
+        if model_repo is not None:
+            (folder / "model" / WEIGHTS).unlink()  # its hash stays in the manifest: the Space serves no other weights
+        say("writing the Space")
+        for name, content in _files(folder / "model", model_repo):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    seals: list[Seal] = []
+
+    def seal(folder: Path) -> bytes:
+        seals.append(make_seal(folder, "space", made[0].checks, {"model_repo": model_repo}))
+        return seals[0].to_bytes()
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    commit_directory(out, write_files, seal)
+    return Export(out, made[0].checks, {name: file.sha256 for name, file in seals[0].files.items()})
+
+
+def requirements() -> dict[str, str]:
+    """Return name -> version of everything that a Space installs."""
+    text = files("resmol").joinpath("templates/space_requirements.txt").read_text(encoding="utf-8")
+    return dict(line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def _files(model: Path, model_repo: str | None) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every file of the Space besides the model."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,  # noqa: S701 - a program and Markdown, made of checked values
+    )  # fmt: skip
+    pins = requirements()
+    values = {
+        "model_repo": model_repo,
+        "gradio": pins["gradio"],
+        "python": PYTHON,
+        "parameters": total_parameters(read_model_config(model)),
+        "version": __version__,
+    }
+    for name, template in (("README.md", "space_readme.md.j2"), ("app.py", "space_app.py.j2")):
+        yield name, environment.get_template(template).render(**values).encode()
+    yield "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pins.items()).encode()
+    yield ".gitattributes", b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+    yield from _licenses()
+    yield from _package()
+
+
+def _package() -> Iterator[tuple[str, bytes]]:
+    """Yield the source of this package."""
+    with as_file(files("resmol")) as package:
+        for path in sorted(package.rglob("*")):
+            if (
+                path.is_file()
+                and "__pycache__" not in path.parts
+                and (path.suffix in SHIPPED or path.name == "py.typed")
+            ):
+                yield f"resmol/{path.relative_to(package).as_posix()}", path.read_bytes()
+
+
+def _licenses() -> Iterator[tuple[str, bytes]]:
+    """Yield the licence files of the installed package; from a bare source folder there are none to find."""
+    try:
+        installed = distribution("resmol")
+    except PackageNotFoundError:
+        return
+    for name in ("LICENSE", "NOTICE"):
+        if text := installed.read_text(f"licenses/{name}"):
+            yield name, text.encode()

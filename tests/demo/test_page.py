@@ -1,0 +1,102 @@
+"""What the function behind the page answers, and what the page says about the weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import rewrite
+
+from resmol.demo.identity import identify
+from resmol.demo.limits import Limits
+from resmol.demo.page import answer, heading, record_page
+from resmol.errors import CheckpointError, UsageError
+from resmol.load import LoadedModel, load_model
+from resmol.manifest import read_manifest
+from resmol.rundir import RunDir
+
+VALUES: list[Any] = ["ka lo", 20, 0.8, 0.95, 50, 3]
+
+
+def test_the_answer_is_what_generate_says(demo_model: LoadedModel) -> None:
+    found = list(answer(demo_model, VALUES, Limits(), lambda: True))
+    options = {"max_new_tokens": 20, "temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 3}
+    assert found[-1][0] == "ka lo" + demo_model.generate("ka lo", **options)
+    assert "20 tokens" in found[-1][1]
+    assert "tokens/s" in found[-1][1]
+
+
+def test_it_stops_when_nobody_listens(demo_model: LoadedModel) -> None:
+    computed: list[int] = []
+    listening = iter([True, True, False])
+    stream = demo_model.stream
+
+    class Counting(LoadedModel):
+        def stream(self, prompt: str, sampling: Any, **_: Any) -> Any:
+            return stream(prompt, sampling, on_token=computed.append)
+
+    counting = Counting(demo_model.model, demo_model.provenance, demo_model.find_tokenizer)
+    list(answer(counting, ["ka", 500, 0.8, 0.95, 50, 3], Limits(), lambda: next(listening)))
+    assert len(computed) < 20
+
+
+def test_it_stops_after_its_time(demo_model: LoadedModel) -> None:
+    found = list(answer(demo_model, ["ka", 500, 0.8, 0.95, 50, 3], Limits(seconds=0.0), lambda: True))
+    assert "the limit of this demo" in found[-1][1]
+    assert "500 tokens" not in found[-1][1]
+
+
+def test_a_prompt_beyond_the_context_is_refused(demo_model: LoadedModel) -> None:
+    with pytest.raises(UsageError, match="context is 1024"):
+        list(answer(demo_model, ["9" * 2000, *VALUES[1:]], Limits(), lambda: True))
+
+
+def test_a_checkpoint_is_named(demo_run: Path, demo_model: LoadedModel) -> None:
+    found = identify(demo_model)
+    checkpoint = demo_run / "checkpoints" / "step-00000012"
+    assert (found.step, found.sha256) == (12, read_manifest(checkpoint).sha256)
+    page = heading(demo_model, found)
+    assert "step 12" in page
+    assert found.sha256[:16] in page
+    assert "tiny-run" in page
+
+
+def test_an_export_knows_its_step_and_brings_its_record(demo_space: Path) -> None:
+    found = identify(load_model(demo_space / "model"))
+    assert found.step == 12
+    page = record_page(found)
+    assert page.count("<svg") == 4
+    assert "it &lt;speaks&gt;" in page
+    assert "<code>ledger.jsonl</code>" in page
+    assert not {"{", "$", "`"} & set(page), "Gradio would take it for a template"
+
+
+def test_other_weights_than_the_exported_are_refused(demo_space: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(demo_space / "model", tmp_path / "model"))
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # another last bit of a number's exponent: a valid file of other weights
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="speaks of weights"):
+        identify(load_model(folder))
+
+
+def test_weights_without_a_record_say_so(demo_space: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(demo_space / "model", tmp_path / "model"))
+    shutil.rmtree(folder / "training")
+    (folder / "manifest.json").unlink()
+    found = identify(load_model(folder))
+    assert (found.step, found.record) == (None, None)
+    assert "not trained by resmol" in found.title
+    assert "No record" in record_page(found)
+
+
+def test_a_forged_record_is_not_shown(demo_run: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(demo_run, tmp_path / "tiny-run")))
+    rewrite(run, lambda records: records)
+    lines = run.ledger.read_bytes().splitlines(keepends=True)
+    run.ledger.write_bytes(b"".join([*lines[:3], lines[4].replace(b"0", b"1"), *lines[4:]]))
+    page = record_page(identify(load_model(run.path / "checkpoints" / "step-00000012")))
+    assert "does not hold together" in page
+    assert "<svg" not in page
