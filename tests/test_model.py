@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,3 +144,21 @@ def test_a_gpu_gives_the_same_logits(tiny_config: RunConfig) -> None:
     with torch.no_grad():
         expected = model(ids)
         torch.testing.assert_close(model.cuda()(ids.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_uses_of_a_tied_matrix_add_up_to_its_gradient(tiny_config: RunConfig, tied: bool) -> None:
+    """What the loss takes has a backward pass of its own for the tied matrix; autograd's sum of the two is the judge."""
+    config = tiny_config.model.model_copy(update={"tie_word_embeddings": tied})
+    ids = torch.tensor([[5, 3, 5, 5, 9], [0, 3, 1, 2, 5]])
+    gradients = []
+    for pair in (True, False):
+        model = CausalLM(config)
+        model.initialise(3)
+        hidden, weight = (
+            model.hidden_and_output_weight(ids) if pair else (model.hidden(ids), model.lm_head.weight)
+        )
+        F.cross_entropy((hidden @ weight.T).flatten(0, 1), ids.flatten()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, mine in gradients[0].items():
+        torch.testing.assert_close(mine, gradients[1][name], rtol=1e-6, atol=1e-9)

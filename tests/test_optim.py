@@ -63,3 +63,13 @@ def test_every_parameter_is_updated_once(tiny_config: RunConfig) -> None:
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     assert all(p.dim() == 1 for p in groups[1]["params"])
+
+
+def test_the_norm_of_a_large_matrix_is_that_in_float64(tiny_config: RunConfig) -> None:
+    """Millions of squares are added up in float32: PyTorch's own norm of such a matrix is off by over 1e-3."""
+    model = CausalLM(tiny_config.model)
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(49152, 576, generator=generator)
+    model.model.norm.weight = torch.nn.Parameter(matrix)
+    model.model.norm.weight.grad = matrix
+    assert float(gradient_norm(model, 7)) == pytest.approx(float(matrix.double().norm()) / 7, rel=1e-4)

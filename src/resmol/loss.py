@@ -52,21 +52,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Float[Tensor, ""]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix_type = _matrix_type(hidden)
-        weight_cast = weight.to(matrix_type)
+        inputs, matrix = hidden.to(matrix_type), weight.to(matrix_type)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        grad_weight = _SumOfProducts(weight, matrix_type) if needs_weight else None
+        scratch = _Scratch(min(chunk, len(hidden)), weight, matrix_type)
+        total = torch.zeros((), dtype=scratch.wide.dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            x = hidden[rows].to(matrix_type)
-            chunk_loss, delta = _loss_and_logit_gradient(x @ weight_cast.T, targets[rows])
-            total += chunk_loss
-            delta = delta.to(matrix_type)
+            logits = scratch.product(inputs[rows], matrix)
+            total += _loss_and_logit_gradient(logits, targets[rows])
+            delta = scratch.narrowed(logits)
             if grad_hidden is not None:
-                grad_hidden[rows] = delta @ weight_cast
+                grad_hidden[rows] = delta @ matrix
             if grad_weight is not None:
-                _add_product(grad_weight, delta.T, x)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                grad_weight.add(delta.T, inputs[rows])
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
         return total
 
     @staticmethod
@@ -79,35 +79,65 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+class _Scratch:
+    """The logits of a chunk, in memory that all chunks share: fresh memory would cost more than what is done with it.
+
+    Products of a narrow type (bfloat16) are widened for the softmax, and its result narrowed for the next products.
+    """
+
+    def __init__(self, rows: int, weight: Float[Tensor, "V D"], matrix_type: torch.dtype) -> None:
+        self.wide = torch.empty(
+            rows, len(weight), dtype=torch.promote_types(matrix_type, torch.float32), device=weight.device
+        )
+        self.narrow = self.wide if self.wide.dtype == matrix_type else torch.empty_like(self.wide, dtype=matrix_type)
+
+    def product(self, x: Float[Tensor, "N D"], matrix: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
+        """Return the logits of a chunk, wide."""
+        wide, narrow = self.wide[: len(x)], self.narrow[: len(x)]
+        torch.mm(x, matrix.T, out=narrow)
+        return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
+
+    def narrowed(self, wide: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Return numbers of the size of a chunk's logits in the type of the products."""
+        return wide if wide.dtype == self.narrow.dtype else self.narrow[: len(wide)].copy_(wide)
+
+
+class _SumOfProducts:
+    """A sum of ``left @ right`` in the type of the weights, which no pass sets to zero first."""
+
+    def __init__(self, weight: Float[Tensor, "V D"], matrix_type: torch.dtype) -> None:
+        self.total = torch.empty_like(weight)
+        self._product = None if weight.dtype == matrix_type else torch.empty_like(weight, dtype=matrix_type)
+        self._is_empty = True
+
+    def add(self, left: Float[Tensor, "V N"], right: Float[Tensor, "N D"]) -> None:
+        """Add a product."""
+        if self._product is None:
+            self.total.addmm_(left, right, beta=0 if self._is_empty else 1)
+        else:
+            torch.mm(left, right, out=self._product)
+            self.total.copy_(self._product) if self._is_empty else self.total.add_(self._product)
+        self._is_empty = False
+
+
 def _matrix_type(hidden: Tensor) -> torch.dtype:
     """Return the type of the matrix products: autocast's where it is on, else that of the input."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _loss_and_logit_gradient(
-    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Return the summed negative log-likelihood and its gradient with respect to the logits.
+def _loss_and_logit_gradient(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+    """Return the summed negative log-likelihood, and replace the logits by its gradient with respect to them.
 
     The softmax kernel reads and writes the logits once, where log-sum-exp would pass over them four times. Its
     largest probability is at least 1/V, so ``max(logits) - log(max(softmax))`` is the log-sum-exp to full precision.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     counts = targets != IGNORE
     index = targets.clamp(min=0)[:, None]
-    delta = torch.softmax(logits, dim=-1)
-    log_sum_exp = logits.amax(dim=-1) - delta.amax(dim=-1).log()
-    losses = log_sum_exp - logits.gather(1, index)[:, 0]
+    largest, wanted = logits.amax(dim=-1), logits.gather(1, index)[:, 0]
+    delta = torch.softmax(logits, dim=-1, out=logits)
+    losses = largest - delta.amax(dim=-1).log() - wanted
     delta.scatter_add_(1, index, torch.full_like(index, -1, dtype=delta.dtype))
     if not bool(counts.all()):
         delta[~counts] = 0.0
-    return (losses * counts).sum(), delta
-
-
-def _add_product(total: Float[Tensor, "V D"], left: Float[Tensor, "V N"], right: Float[Tensor, "N D"]) -> None:
-    """Add ``left @ right`` to ``total``, without a temporary where the types allow it."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+    return (losses * counts).sum()

@@ -10,7 +10,7 @@ Shape legend, used in every annotation:
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +82,13 @@ def attend(
             is_causal=mask is None,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    scores = (query @ key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
-    scores = scores.masked_fill(~mask, -math.inf)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype) @ value
+    grouped = query.unflatten(1, (key.shape[1], -1))  # the heads that share keys side by side: B K H/K T Dh
+    scores = (grouped.flatten(2, 3) @ key.transpose(-1, -2)).view(*grouped.shape[:4], key.shape[2])
+    scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~mask[:, None], -math.inf)
+    weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype)
+    return (weights.flatten(2, 3) @ value).view(query.shape)
 
 
 class SelfAttention(nn.Module):
@@ -172,9 +172,17 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the normalised hidden states."""
+        return self.transform(self.embed_tokens(input_ids), document_ids, cache)
+
+    def transform(
+        self,
+        x: Float[Tensor, "B T D"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the normalised hidden states of tokens that are embedded already."""
         start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        x = self.embed_tokens(input_ids)
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
         rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
         mask = attention_mask(positions, document_ids, has_past=start > 0)
         for index, layer in enumerate(self.layers):
@@ -195,6 +203,27 @@ def attention_mask(positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"
         seen = torch.arange(int(positions[-1]) + 1, device=positions.device)
         return (positions[:, None] >= seen[None, :])[None, None]
     return None
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Rows of the matrix, and the matrix itself for the output layer: both uses share one gradient.
+
+    The output layer's gradient is dense. That of the rows is added to a few of its rows, where autograd would fill a
+    second matrix of V x D zeros and add the two.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input_ids: Int[Tensor, "B T"], weight: Float[Tensor, "V D"]
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "V D"]]:
+        ctx.save_for_backward(input_ids)
+        return F.embedding(input_ids, weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
+        grad_rows, grad_weight = grad_outputs
+        (input_ids,) = ctx.saved_tensors
+        return None, grad_weight.index_put_((input_ids,), grad_rows.to(grad_weight.dtype), accumulate=True)
 
 
 class CausalLM(nn.Module):
@@ -225,6 +254,18 @@ class CausalLM(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Return what the output layer is applied to."""
         return self.model(input_ids, document_ids, cache)
+
+    def hidden_and_output_weight(
+        self, input_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "V D"]]:
+        """Return what the loss takes: what the output layer is applied to, and its weight.
+
+        The numbers are those of `hidden` and ``lm_head.weight``; the gradient of a tied matrix is cheaper this way.
+        """
+        if not self.config.tie_word_embeddings:
+            return self.hidden(input_ids, document_ids), self.lm_head.weight
+        embedded, weight = _TiedEmbedding.apply(input_ids, self.lm_head.weight)  # type: ignore[no-untyped-call]
+        return self.model.transform(embedded, document_ids), weight
 
     @classmethod
     def empty(cls, config: ModelConfig, *, attention: Attention = "sdpa") -> CausalLM:

@@ -22,6 +22,7 @@ ALLOCATOR_SETTINGS = ":".join(
         "glibc.malloc.mmap_threshold=4294967296",  # blocks below 4 GiB come from the heap
         "glibc.malloc.trim_threshold=17179869184",  # the heap is not returned while it may be needed again
         "glibc.malloc.top_pad=67108864",
+        "glibc.malloc.hugetlb=1",  # in pages of 2 MiB where the kernel leaves that to programs
     )
 )
 

@@ -150,9 +150,9 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], config: RunC
     for batch in batches:
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
-            hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
+            hidden, weight = model.hidden_and_output_weight(batch.input_ids.to(runtime.device), documents)
             targets = batch.targets.to(runtime.device)
-            loss = cross_entropy_sum(hidden, model.lm_head.weight, targets, config.runtime.loss_chunk_tokens)
+            loss = cross_entropy_sum(hidden, weight, targets, config.runtime.loss_chunk_tokens)
         loss.backward()
         total += loss.detach()
     runtime.sum_over_processes([total, *(p.grad for p in model.parameters() if p.grad is not None)])
