@@ -8,13 +8,16 @@ from resmol import auto
 from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
+from resmol.errors import ConfigError
+
+DECIDED = ("device", "precision", "compile", "activation_checkpointing")
 
 
 def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
-    wanted = with_overrides(tiny_config, [f"runtime.{key}=auto" for key in ("device", "precision", "compile")])
+    wanted = with_overrides(tiny_config, [f"runtime.{key}=auto" for key in DECIDED])
     decided, reasons = resolve_auto(wanted)
     assert "auto" not in decided.runtime.model_dump().values()
-    assert len(reasons) == 2
+    assert len(reasons) == len(DECIDED) - 1  # the device needs no words
     assert resolve_auto(decided) == (decided, [])
 
 
@@ -45,3 +48,28 @@ def test_bfloat16_must_be_clearly_faster(
 
 def test_the_measurement_measures(tiny_config: RunConfig) -> None:
     assert auto.bfloat16_gain(tiny_config) > 0
+
+
+@pytest.mark.parametrize(("free", "expected"), [(None, "off"), (10**12, "off"), (10, "on")])
+def test_blocks_are_computed_again_when_memory_is_short(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, free: int | None, expected: str
+) -> None:
+    monkeypatch.setattr(auto, "free_memory", lambda: free)
+    decided, reasons = resolve_auto(with_overrides(tiny_config, ["runtime.activation_checkpointing=auto"]))
+    assert decided.runtime.activation_checkpointing == expected
+    assert f"activation checkpointing: {expected}" in reasons[0]
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_starts(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_overrides(tiny_config, ["runtime.activation_checkpointing=off"])
+    needed = auto.needed_memory(config, recompute=False)
+    monkeypatch.setattr(auto, "free_memory", lambda: needed)
+    auto.check_memory(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="GB of memory") as caught:
+        auto.check_memory(config)
+    assert "activation_checkpointing=on" in caught.value.fix
+    monkeypatch.setattr(auto, "free_memory", lambda: None)
+    auto.check_memory(config)  # a system that does not say is given the benefit of the doubt

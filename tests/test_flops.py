@@ -162,6 +162,15 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps() -> None:
     assert estimate == pytest.approx(measured, rel=0.08)
 
 
+def test_the_estimate_with_recomputed_blocks_is_near_what_autograd_keeps_at_once() -> None:
+    """Between forward and backward that is the input of every block; in the backward pass one block comes on top."""
+    config = TINY.model_copy(update={"num_hidden_layers": 8, "vocab_size": 64})
+    one = TINY.model_copy(update={"num_hidden_layers": 1, "vocab_size": 64})
+    inputs = 4 * 4 * 64 * 8 * config.hidden_size
+    estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, recompute=True)["activations"]
+    assert estimate == pytest.approx(inputs + kept_for_backward(one, batch=4, seq_len=64), rel=0.15)
+
+
 def test_training_memory_is_four_copies_of_the_weights_and_what_the_batch_needs() -> None:
     memory = training_memory(TINY, 2, 16, 8)
     copies = memory["weights"] + memory["gradients"] + memory["adamw moments"]

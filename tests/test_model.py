@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config import RunConfig
 from resmol.hf_config import ModelConfig
+from resmol.kv_cache import KVCache
 from resmol.model import CausalLM, RMSNorm, attend, attention_mask, rotate, rotation_tables
 
 
@@ -148,17 +149,49 @@ def test_a_gpu_gives_the_same_logits(tiny_config: RunConfig) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_both_uses_of_a_tied_matrix_add_up_to_its_gradient(tiny_config: RunConfig, tied: bool) -> None:
-    """What the loss takes has a backward pass of its own for the tied matrix; autograd's sum of the two is the judge."""
+    """What the loss takes has a backward pass of its own for the tied matrix; autograd's sum is the judge."""
     config = tiny_config.model.model_copy(update={"tie_word_embeddings": tied})
     ids = torch.tensor([[5, 3, 5, 5, 9], [0, 3, 1, 2, 5]])
     gradients = []
     for pair in (True, False):
         model = CausalLM(config)
         model.initialise(3)
-        hidden, weight = (
-            model.hidden_and_output_weight(ids) if pair else (model.hidden(ids), model.lm_head.weight)
-        )
+        hidden, weight = model.hidden_and_output_weight(ids) if pair else (model.hidden(ids), model.lm_head.weight)
         F.cross_entropy((hidden @ weight.T).flatten(0, 1), ids.flatten()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, mine in gradients[0].items():
         torch.testing.assert_close(mine, gradients[1][name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_computing_blocks_again_gives_the_same_bits_and_keeps_less(tiny_config: RunConfig, attention: str) -> None:
+    ids = torch.arange(48).reshape(2, 24) % 50
+    documents = (torch.arange(24) >= 9).long().expand(2, 24)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model = CausalLM(tiny_config.model, attention=attention)  # type: ignore[arg-type]
+        model.initialise(3)
+        model.model.recompute_blocks = recompute
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = model.hidden(ids, documents).square().sum()
+        total.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        kept.append(sum(sizes.values()))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
+def test_generation_with_a_cache_never_recomputes(tiny_config: RunConfig) -> None:
+    model = CausalLM(tiny_config.model)
+    model.initialise(3)
+    model.model.recompute_blocks = True
+    cache = KVCache(tiny_config.model, 1, 8)
+    with torch.no_grad():
+        model.hidden(torch.tensor([[1, 2, 3]]), cache=cache)
+    assert cache.length == 3

@@ -1,4 +1,7 @@
-"""What ``auto`` means: decided once, when a run starts, by device and by measurement, then stored in the run."""
+"""What ``auto`` means: decided once, when a run starts, by device and by measurement, then stored in the run.
+
+Memory is counted before it is taken: a refusal that says what to do beats being killed in the first step.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import torch
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.distributed import Runtime, find_device
-from resmol.flops import training_flops_per_token
+from resmol.errors import ConfigError
+from resmol.flops import training_flops_per_token, training_memory
 from resmol.hf_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
+from resmol.process import free_memory
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
 COMPILE_SECONDS = 30.0
@@ -23,6 +28,8 @@ CPU_FLOPS_PER_SECOND = 1.5e11
 # bfloat16 must be this much faster before it is worth its rounding.
 BFLOAT16_MUST_GAIN = 1.2
 MEASUREMENTS = 7
+# Keep activations while they take this share of the free memory at most: the count is an estimate.
+MEMORY_SHARE = 0.85
 
 
 def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -42,7 +49,52 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if config.runtime.compile == "auto":
         decisions["compile"], reason = _choose_compile(config, device)
         reasons.append(reason)
+    if config.runtime.activation_checkpointing == "auto":
+        decisions["activation_checkpointing"], reason = _choose_activation_checkpointing(config, device)
+        reasons.append(reason)
     return with_overrides(config, [f"runtime.{key}={value}" for key, value in decisions.items()]), reasons
+
+
+def needed_memory(config: RunConfig, *, recompute: bool) -> int:
+    """Return the bytes that a training step takes, counted (see `training_memory`)."""
+    parts = training_memory(
+        config.model,
+        config.batch.micro_batch_size,
+        config.data.seq_len,
+        config.runtime.loss_chunk_tokens,
+        recompute=recompute,
+    )
+    return sum(parts.values())
+
+
+def check_memory(config: RunConfig) -> None:
+    """Refuse a run that does not fit (`ConfigError`), given its settled configuration."""
+    device = find_device(config.runtime.device)
+    recompute = config.runtime.activation_checkpointing == "on"
+    needed, free = needed_memory(config, recompute=recompute), _free_memory(device)
+    if free is None or needed <= free:
+        return
+    smaller = "" if config.batch.micro_batch_size == 1 else "set a smaller batch.micro_batch_size, "
+    again = "" if recompute else "set runtime.activation_checkpointing=on, "
+    raise ConfigError(
+        f"training needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
+        fix=f"{smaller}{again}choose a shorter data.seq_len or a smaller model, or end other programs",
+    )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    """Return the free bytes for each process of a run on this machine, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = free_memory()
+    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _choose_activation_checkpointing(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    needed, free = needed_memory(config, recompute=False), _free_memory(device)
+    chosen = "on" if free is not None and needed > MEMORY_SHARE * free else "off"
+    room = "an unknown amount is" if free is None else f"{free / 1e9:.1f} GB are"
+    return chosen, f"activation checkpointing: {chosen} (a step takes about {needed / 1e9:.1f} GB, {room} free)"
 
 
 def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:

@@ -126,6 +126,9 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matrix products")
     compile: Literal["auto", "on", "off"] = param("auto", "B", "torch.compile of the transformer block")
     attention: Literal["sdpa", "eager"] = param("sdpa", "B", "fused attention, or the formula written out")
+    activation_checkpointing: Literal["auto", "on", "off"] = param(
+        "auto", "B", "compute blocks again in the backward pass instead of keeping what they need"
+    )
     loss_chunk_tokens: int = param(512, "B", "tokens whose logits exist at the same time", ge=1)
     threads: int = param(0, "B", "CPU threads; 0 takes what PyTorch takes", ge=0)
 

@@ -43,23 +43,27 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 3 * forward_flops_per_token(config, seq_len)
 
 
-def training_memory(config: ModelConfig, micro_batch_size: int, seq_len: int, loss_chunk_tokens: int) -> dict[str, int]:
+def training_memory(
+    config: ModelConfig, micro_batch_size: int, seq_len: int, loss_chunk_tokens: int, *, recompute: bool = False
+) -> dict[str, int]:
     """Estimate the bytes that fp32 training needs, by part.
 
     Activations are what the backward pass keeps for each token and block, counted in the uncompiled model: eight
     tensors of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
-    SwiGLU, and a row of the document mask, which the fused attention of the CPU keeps as numbers in each block.
+    SwiGLU, and a row of the document mask, which the fused attention of the CPU keeps as numbers in each block. With
+    ``recompute`` (activation checkpointing) that is kept of one block at a time, and of the others their inputs.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
     kept = 8 * width + 2 * key_value + 4 * config.intermediate_size + seq_len
     tokens = micro_batch_size * seq_len
+    activations = kept + config.num_hidden_layers * width if recompute else config.num_hidden_layers * kept
     return {
         "weights": parameters,
         "gradients": parameters,
         "adamw moments": 2 * parameters,
-        "activations": 4 * tokens * config.num_hidden_layers * kept,
-        "logits chunk": 4 * min(tokens, loss_chunk_tokens) * config.vocab_size * 2,
+        "activations": 4 * tokens * activations,
+        "logits chunk": 4 * min(tokens, loss_chunk_tokens) * config.vocab_size,
     }
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resmol.atomic import fsync_path, remove_leftovers, write_durable
-from resmol.auto import resolve_auto
+from resmol.auto import check_memory, resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import load_config, with_overrides
 from resmol.data.loader import Loader
@@ -86,6 +86,7 @@ def launch(wanted: Launch) -> TrainState:
         config, decisions = resolve_auto(config)
         for sentence in decisions:
             wanted.say(sentence)
+        check_memory(config)
         runtime = stack.enter_context(open_runtime(config))
         dataset, tokenizer = opened or _open_data(wanted, config)
         stop = stack.enter_context(StopSignal())
@@ -130,6 +131,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     """Return a model with its initial weights, and an optimizer that has seen nothing."""
     model = CausalLM.empty(config.model, attention=config.runtime.attention)
     model.initialise(config.train.seed)
+    model.model.recompute_blocks = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
     return TrainState(model, build_optimizer(model, config.optimizer))
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from resmol.hf_config import ModelConfig
 from resmol.kv_cache import KVCache, LayerCache
@@ -164,6 +165,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute_blocks = False  # keep only the input of each block for the backward pass (Chen et al. 2016)
 
     def forward(
         self,
@@ -186,7 +188,10 @@ class Decoder(nn.Module):
         rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
         mask = attention_mask(positions, document_ids, has_past=start > 0)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, mask, None if cache is None else cache.layers[index])
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotation, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rotation, mask, None if cache is None else cache.layers[index])
         return self.norm(x)
 
 
