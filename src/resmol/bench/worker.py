@@ -1,0 +1,58 @@
+"""How a measured process is told what to do, and how it answers: one JSON file in, one out.
+
+Standard output is not used, since libraries print there as well.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from resmol.errors import CheckFailed
+from resmol.measurement import Finished, run_process
+
+Numbers = dict[str, Any]
+
+
+def run_worker(
+    module: str, task: Mapping[str, Any], folder: Path, environment: Mapping[str, str] | None = None
+) -> Numbers:
+    """Run ``python -m module`` on a task.
+
+    Args:
+        module: A module that calls `answer`.
+        task: What it gets; JSON.
+        folder: For the two files.
+        environment: Variables besides this process's own.
+
+    Returns:
+        What it answered, with ``peak_bytes`` and ``process_seconds`` of the whole process.
+
+    Raises:
+        CheckFailed: It failed, or answered nothing.
+    """
+    given, answered = folder / "task.json", folder / "answer.json"
+    given.write_text(json.dumps(task), encoding="utf-8")
+    answered.unlink(missing_ok=True)
+    command = [sys.executable, "-m", module, str(given), str(answered)]
+    done = run_process(command, environment=environment)
+    return _read_answer(module, done, answered)
+
+
+def _read_answer(module: str, done: Finished, answered: Path) -> Numbers:
+    if done.code or not answered.is_file():
+        raise CheckFailed(
+            f"{module} failed: {done.last_words}", fix="see its message; a peer can be left out of the comparison"
+        )
+    numbers = json.loads(answered.read_text(encoding="utf-8"))
+    return {**numbers, "peak_bytes": done.peak_bytes, "process_seconds": done.seconds}
+
+
+def answer(work: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    """Do the task that the arguments name, and write the answer: the whole life of a measured process."""
+    given, answered = (Path(name) for name in sys.argv[1:3])
+    numbers = work(json.loads(given.read_text(encoding="utf-8")))
+    answered.write_text(json.dumps(numbers), encoding="utf-8")

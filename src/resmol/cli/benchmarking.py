@@ -1,0 +1,80 @@
+"""How fast and how large, against what one would use instead: bench."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from resmol.cli.app import ConfigFile, Json, Preset, Set, app, chosen_config
+from resmol.config_files import load_preset
+from resmol.errors import Interrupted
+from resmol.printing import print_json, say
+
+bench = typer.Typer(
+    help="Speed and memory, against what one would use instead and what the machine allows.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+
+Peer = Annotated[str | None, typer.Option(help="Measure it as well: transformers.")]
+Repeats = Annotated[int, typer.Option(help="Rounds; each measures every contender once.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="The tables as Markdown on standard output.")]
+Data = Annotated[str | None, typer.Option(help="Prepared folder or text; the plays of Shakespeare if left out.")]
+Precision = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
+
+@bench.command("train")
+def bench_train(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    batch: Annotated[
+        list[str] | None, typer.Option(help="Windows x tokens of a step, e.g. 2x512; may be repeated.")
+    ] = None,
+    precision: Precision = "float32",
+    peer: Peer = None,
+    repeats: Repeats = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 8,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    data: Data = None,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure training steps: ours, the peer's as it is and tuned, and those of an ideal machine."""
+    chosen = chosen_config(preset, config) or load_preset("smollm2-135m-cpu")
+    from resmol.bench.training import TrainBench, parse_batch, training_contests
+    from resmol.measurement import prepared_folder
+
+    batches = tuple(parse_batch(text) for text in batch or ())
+    wanted = TrainBench(chosen, tuple(set_ or ()), batches, precision, peer, repeats, steps, warmup)
+
+    def contests(folder: Path) -> Sequence[Any]:
+        first = wanted.configurations()[0]  # what is wrong with the options is said before any text is prepared
+        return training_contests(wanted, folder, prepared_folder(data, first, folder / "data", say), say)
+
+    _hold(contests, repeats, json_, markdown)
+
+
+def _hold(prepare: Callable[[Path], Sequence[Any]], repeats: int, as_json: bool, as_markdown: bool) -> None:
+    """Run contests one after the other and print their tables, also of what Ctrl-C left."""
+    with tempfile.TemporaryDirectory(prefix="resmol-bench-") as name:
+        contests = prepare(Path(name))
+        for contest in contests:
+            say(contest.title)
+            contest.run(repeats, 0, say)
+            if as_markdown:
+                typer.echo(contest.markdown())
+            elif not as_json:
+                contest.render(Console())
+            if not contest.complete:
+                break
+    if as_json:
+        print_json({"contests": [contest.to_dict() for contest in contests if contest.rounds]})
+    if not all(contest.complete for contest in contests):
+        raise Interrupted("interrupted", fix="run it again for all rounds", signal_number=2)
