@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from resmol.cli.app import ConfigFile, Json, Preset, Set, app, chosen_config
-from resmol.config_files import load_preset
+from resmol.config_files import load_preset, with_overrides
 from resmol.errors import Interrupted
 from resmol.printing import print_json, say
 
@@ -59,6 +59,27 @@ def bench_train(
         return training_contests(wanted, folder, prepared_folder(data, first, folder / "data", say), say)
 
     _hold(contests, repeats, json_, markdown)
+
+
+@bench.command("generate")
+def bench_generate(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once; may be repeated.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
+    peer: Peer = None,
+    repeats: Repeats = 5,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure greedy decoding, and the time until the first token."""
+    chosen = with_overrides(chosen_config(preset, config) or load_preset("smollm2-135m-cpu"), set_ or ())
+    from resmol.bench.generation import GenerateBench, generation_contests
+
+    wanted = GenerateBench(chosen, tuple(batch or (1,)), prompt, new, peer, repeats)
+    _hold(lambda folder: generation_contests(wanted, folder), repeats, json_, markdown)
 
 
 def _hold(prepare: Callable[[Path], Sequence[Any]], repeats: int, as_json: bool, as_markdown: bool) -> None:
