@@ -5,13 +5,13 @@ What is measured takes turns (A B C, C A B, ...), since a machine that slows dow
 
 from __future__ import annotations
 
+import json
 import os
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from resmol.rundir import RunDir
 from resmol.tokenizer import load_tokenizer
 
 QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
+LAUNCHER = Path(__file__).with_name("launcher.py")
 Say = Callable[[str], None]
 
 
@@ -37,9 +38,10 @@ class Finished:
 
     Attributes:
         seconds: From start to end, by the wall clock.
-        peak_bytes: The most memory that was resident at once (``ru_maxrss`` of wait4).
+        peak_bytes: The most memory that was resident at once (``ru_maxrss`` of wait4); 0 when it was ended.
         code: The exit code; negative is the signal that ended it.
         said: Standard error.
+        processor_seconds: What all its threads computed; far below its seconds, the machine was busy elsewhere.
         timed_out: Whether it was ended because its time was over.
     """
 
@@ -48,6 +50,7 @@ class Finished:
     code: int
     said: str
     timed_out: bool = False
+    processor_seconds: float = float("nan")
 
     @property
     def last_words(self) -> str:
@@ -65,7 +68,8 @@ class Measurement:
     loss_bits: str
     mean_loss: float = float("nan")
     step_seconds: tuple[float, ...] = ()
-    seconds: float = float("nan")
+    process_seconds: float = float("nan")
+    processor_seconds: float = float("nan")
 
 
 def run_process(
@@ -86,37 +90,31 @@ def run_process(
             fails inside the process, which spares its neighbours the kernel's choice of a victim.
     """
     inherited = {name: value for name, value in os.environ.items() if name != ALLOCATOR_VARIABLE}
-
-    with tempfile.TemporaryFile() as words:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as words:
+        report = Path(folder) / "report.json"
         started = time.perf_counter()
-        variables = {**inherited, **(environment or {})}
-        process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=words, env=variables)
-        if memory_bytes is not None:
-            resource.prlimit(process.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-        overdue = threading.Event()
-
-        def end() -> None:
-            overdue.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, end) if seconds is not None else None
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(LAUNCHER), str(report), str(memory_bytes or 0), *command],
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            env={**inherited, **(environment or {})},
+            process_group=0,
+        )
+        timed_out = False
         try:
-            if timer:
-                timer.start()
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            os.wait4(process.pid, 0)
-            process.returncode = -9
-            raise
-        finally:
-            if timer:
-                timer.cancel()
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:  # also when Ctrl-C came: nothing that is measured outlives its measurement
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         took = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
         words.seek(0)
         said = words.read().decode(errors="replace")
-    return Finished(took, usage.ru_maxrss * 1024, process.returncode, said, overdue.is_set())
+        usage = json.loads(report.read_bytes()) if report.is_file() else {"code": -9, "peak_bytes": 0}
+    computed = usage.get("processor_seconds", float("nan"))
+    return Finished(took, usage["peak_bytes"], usage["code"], said, timed_out, computed)
 
 
 def run_training(
@@ -177,7 +175,8 @@ def training_measurement(done: Finished, records: list[Record], warmup: int) -> 
         loss_bits=steps[-1]["loss_bits"],
         mean_loss=sum(step["loss"] for step in steps) / len(steps),
         step_seconds=tuple(step["seconds"] for step in timed),
-        seconds=done.seconds,
+        process_seconds=done.seconds,
+        processor_seconds=done.processor_seconds,
     )
 
 

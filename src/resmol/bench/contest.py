@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resmol.bench.worker import Numbers
+from resmol.bench.answering import Numbers
 from resmol.errors import CheckFailed
 from resmol.measurement import Say, take_turns
 from resmol.paired import Ratio, is_too_noisy, paired_ratio, verdict
 
 OURS, CONTROL = "resmol", "control: resmol again"
+FAR = 100.0  # an interval that reaches this far says nothing
 Kind = Literal["ours", "control", "peer", "limit"]
 
 
@@ -141,8 +142,10 @@ class Contest:
         if ratio is None or contender is self.contenders[0] or contender.kind == "limit":
             return ""
         if contender.kind == "control":
-            return f"noise: up to {100 * math.expm1(ratio.reach):.0f} %" if math.isfinite(ratio.reach) else "one round"
-        words = f"{ratio.middle:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+            known = ratio.reach < math.log(FAR)
+            return f"noise: up to {100 * math.expm1(ratio.reach):.0f} %" if known else "noise: without bound"
+        high = f"{ratio.high:.2f}" if ratio.high < FAR else "any"
+        words = f"{ratio.middle:.2f}x ({ratio.low:.2f} to {high})"
         return f"{words}: {verdict(ratio, control)}" if control else words
 
     def cells(self) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resmol.bench.worker import Numbers, answer
+from resmol.bench.answering import Numbers, answer
 from resmol.generate import Sampling, generate
 from resmol.load import load_model
 from resmol.model import CausalLM

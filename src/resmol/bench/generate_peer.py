@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from resmol.bench.answering import Numbers, answer
 from resmol.bench.generate_ours import generation_numbers
-from resmol.bench.worker import Numbers, answer
 
 
 class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers is met without types
@@ -22,7 +22,7 @@ class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Note the time."""
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

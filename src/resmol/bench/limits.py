@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from resmol.bench.worker import Numbers, answer
+from resmol.bench.answering import Numbers, answer
 from resmol.flops import forward_flops_per_token, inference_memory, total_parameters
 from resmol.hf_config import ModelConfig
 

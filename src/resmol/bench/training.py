@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from resmol.auto import resolve_auto
+from resmol.bench.answering import Numbers
 from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
 from resmol.bench.machine import machine_facts, require_peer
-from resmol.bench.worker import Numbers, run_worker
+from resmol.bench.worker import run_worker
 from resmol.checkpoint import weight_tensors
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides

@@ -1,20 +1,16 @@
-"""How a measured process is told what to do, and how it answers: one JSON file in, one out.
-
-Standard output is not used, since libraries print there as well.
-"""
+"""Running a measured process on a task: one JSON file in, one out (see answering.py)."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from resmol.bench.answering import Numbers
 from resmol.errors import CheckFailed
 from resmol.measurement import Finished, run_process
-
-Numbers = dict[str, Any]
 
 
 def run_worker(
@@ -23,13 +19,13 @@ def run_worker(
     """Run ``python -m module`` on a task.
 
     Args:
-        module: A module that calls `answer`.
+        module: A module that ends with `answer`.
         task: What it gets; JSON.
         folder: For the two files.
         environment: Variables besides this process's own.
 
     Returns:
-        What it answered, with ``peak_bytes`` and ``process_seconds`` of the whole process.
+        What it answered, with the figures of the whole process.
 
     Raises:
         CheckFailed: It failed, or answered nothing.
@@ -48,11 +44,5 @@ def _read_answer(module: str, done: Finished, answered: Path) -> Numbers:
             f"{module} failed: {done.last_words}", fix="see its message; a peer can be left out of the comparison"
         )
     numbers = json.loads(answered.read_text(encoding="utf-8"))
-    return {**numbers, "peak_bytes": done.peak_bytes, "process_seconds": done.seconds}
-
-
-def answer(work: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Do the task that the arguments name, and write the answer: the whole life of a measured process."""
-    given, answered = (Path(name) for name in sys.argv[1:3])
-    numbers = work(json.loads(given.read_text(encoding="utf-8")))
-    answered.write_text(json.dumps(numbers), encoding="utf-8")
+    whole = {"process_seconds": done.seconds, "processor_seconds": done.processor_seconds}
+    return {**numbers, "peak_bytes": done.peak_bytes, **whole}

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from resmol.cli.app import ConfigFile, Json, Preset, Set, app, chosen_config
+from resmol.cli.app import (
+    ConfigFile,
+    Corpus,
+    Json,
+    Preset,
+    Set,
+    TokenizerHash,
+    TokenizerSource,
+    app,
+    chosen_config,
+)
 from resmol.config_files import load_preset, with_overrides
 from resmol.errors import Interrupted
 from resmol.printing import print_json, say
@@ -80,6 +90,52 @@ def bench_generate(
 
     wanted = GenerateBench(chosen, tuple(batch or (1,)), prompt, new, peer, repeats)
     _hold(lambda folder: generation_contests(wanted, folder), repeats, json_, markdown)
+
+
+@bench.command("prepare")
+def bench_prepare(
+    input_: Annotated[list[str] | None, typer.Option("--input", help="Text to repeat instead of a corpus.")] = None,
+    corpus: Corpus = None,
+    megabytes: Annotated[int, typer.Option(help="Millions of bytes of text to make of it.")] = 20,
+    tokenizer: TokenizerSource = None,
+    tokenizer_sha256: TokenizerHash = None,
+    workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
+    repeats: Repeats = 5,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure text to tokens against the bare tokenizers library, and the memory it takes."""
+    from resmol.bench.preparation import PrepareBench, preparation_contest
+    from resmol.data.source import Text
+    from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
+
+    text = Text(tuple(input_ or ()), corpus if corpus or input_ else "shakespeare")
+    wanted = PrepareBench(text, megabytes, workers, repeats)
+    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256, say=say)
+    _hold(lambda folder: [preparation_contest(wanted, found, folder, say)], repeats, json_, markdown)
+
+
+@bench.command("checkpoint")
+def bench_checkpoint(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    data: Data = None,
+    repeats: Repeats = 5,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure saving and loading against torch.save, safetensors and the disk below TMPDIR."""
+    chosen = chosen_config(preset, config) or load_preset("smollm2-135m-cpu")
+    from resmol.bench.checkpoints import CheckpointBench, checkpoint_contest
+    from resmol.measurement import prepared_folder
+
+    wanted = CheckpointBench(chosen, tuple(set_ or ()), repeats)
+
+    def contests(folder: Path) -> Sequence[Any]:
+        return [checkpoint_contest(wanted, folder, prepared_folder(data, wanted.settled, folder / "data", say))]
+
+    _hold(contests, repeats, json_, markdown)
 
 
 def _hold(prepare: Callable[[Path], Sequence[Any]], repeats: int, as_json: bool, as_markdown: bool) -> None:
