@@ -21,8 +21,9 @@ from resmol.cli.app import (
     app,
     chosen_config,
 )
+from resmol.config import RunConfig
 from resmol.config_files import load_preset, with_overrides
-from resmol.errors import Interrupted
+from resmol.errors import Interrupted, UsageError
 from resmol.printing import print_json, say
 
 bench = typer.Typer(
@@ -53,6 +54,9 @@ def bench_train(
     steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 8,
     warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
     data: Data = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace of a few steps there instead of measuring.")
+    ] = None,
     json_: Json = False,
     markdown: Markdown = False,
 ) -> None:
@@ -63,6 +67,10 @@ def bench_train(
 
     batches = tuple(parse_batch(text) for text in batch or ())
     wanted = TrainBench(chosen, tuple(set_ or ()), batches, precision, peer, repeats, steps, warmup)
+
+    if trace is not None:
+        _trace(wanted.configurations()[0], data, trace, steps, warmup)
+        return
 
     def contests(folder: Path) -> Sequence[Any]:
         first = wanted.configurations()[0]  # what is wrong with the options is said before any text is prepared
@@ -136,6 +144,54 @@ def bench_checkpoint(
         return [checkpoint_contest(wanted, folder, prepared_folder(data, wanted.settled, folder / "data", say))]
 
     _hold(contests, repeats, json_, markdown)
+
+
+@bench.command("scaling")
+def bench_scaling(
+    out: Annotated[Path, typer.Option(help="Folder for the points, the table and the plot.")],
+    presets: Annotated[str, typer.Option(help="Names, separated by commas.")] = "nano,smollm2-135m,smollm2-360m",
+    lengths: Annotated[str, typer.Option(help="Tokens of a window.")] = "128,256,512,1024,2048,4096,8192",
+    batches: Annotated[str, typer.Option(help="Windows of a step.")] = "1",
+    set_: Set = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 2,
+    seconds: Annotated[float, typer.Option(help="The most time of a point.")] = 600.0,
+    memory: Annotated[float, typer.Option(help="The most GiB of a point; 0 takes what is free.")] = 0.0,
+    data: Data = None,
+    json_: Json = False,
+) -> None:
+    """Measure training against length, batch and size; what was measured before is not measured again."""
+    from resmol.bench.scaling import Scaling, scale, table
+    from resmol.measurement import prepared_folder
+
+    names = tuple(filter(None, presets.split(",")))
+    sizes = (_numbers("--lengths", lengths), _numbers("--batches", batches))
+    wanted = Scaling(names, *sizes, tuple(set_ or ()), steps, warmup, seconds, int(memory * 2**30))
+    first = wanted.configurations()[0]
+    with tempfile.TemporaryDirectory(prefix="resmol-bench-") as folder:
+        prepared = prepared_folder(data, first, Path(folder) / "data", say)
+        points = scale(wanted, Path(folder), prepared, out, say)
+    if json_:
+        print_json({"points": points})
+    else:
+        typer.echo(table(points))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}", fix=f"write e.g. {option} 128,256") from None
+
+
+def _trace(config: RunConfig, data: str | None, file: Path, steps: int, warmup: int) -> None:
+    from resmol.bench.trace import trace_training
+    from resmol.measurement import prepared_folder
+
+    with tempfile.TemporaryDirectory(prefix="resmol-bench-") as folder:
+        prepared = prepared_folder(data, config, Path(folder) / "data", say)
+        say(trace_training(config, prepared, file, steps=steps, warmup=warmup))
+    say(f"trace: {file}; open it in ui.perfetto.dev")
 
 
 def _hold(prepare: Callable[[Path], Sequence[Any]], repeats: int, as_json: bool, as_markdown: bool) -> None:
