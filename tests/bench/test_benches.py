@@ -136,7 +136,8 @@ def test_points_are_kept_and_failures_shown(
     wanted = Scaling(("tiny",), (64, 16, 128, 32), (1,))
     scale(wanted, tmp_path, "", tmp_path / "out", quiet, measure)
     assert measured == [16, 32, 64]  # the cheap ones first; 128 is beyond the context
-    (tmp_path / "out" / "points.jsonl").open("a").write('{"cut off')
+    with (tmp_path / "out" / "points.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write('{"cut off')
     scale(wanted, tmp_path, "", tmp_path / "out", quiet, measure)
     assert measured == [16, 32, 64, 64]
     assert len(known_points(tmp_path / "out")) == 2

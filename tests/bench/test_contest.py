@@ -25,7 +25,7 @@ def contender(name: str, kind: Any, *values: float) -> Contender:
 
 
 def contest(*contenders: Contender, more_is_better: bool = True) -> Contest:
-    memory = Quantity("peak_bytes", "MiB", unit=2**20)
+    memory = Quantity("peak_bytes", "MiB", unit=2.0**20)
     return Contest("a title", SPEED, (memory,), list(contenders), {"threads": 2}, more_is_better)
 
 

@@ -43,7 +43,7 @@ class Quantity:
         return middle if low == high else f"{middle} ({low} to {high})"
 
 
-MEMORY = Quantity("peak_bytes", "peak memory, MiB", unit=2**20)
+MEMORY = Quantity("peak_bytes", "peak memory, MiB", unit=2.0**20)
 
 
 @dataclass

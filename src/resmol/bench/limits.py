@@ -57,7 +57,7 @@ class Product:
     m: int
     k: int
     n: int
-    times: float
+    times: int | float
     counted: float = 1.0
 
     @property

@@ -24,6 +24,7 @@ from resmol.flops import training_flops_per_token, training_memory
 from resmol.measurement import QUIET, Say, run_training, training_measurement
 from resmol.plots import scaling_plot
 
+OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
 TITLES = ("preset", "batch", "step, s", "tokens/s", "peak memory, MiB", "estimated, MiB", "GFLOP/token", "GFLOP/s", "")
 
@@ -171,7 +172,7 @@ def measure_point(wanted: Scaling, config: RunConfig, folder: Path, data: str) -
     if done.timed_out:
         return {**point, "outcome": f"took more than {wanted.seconds:.0f} s"}
     if done.code:
-        out_of_memory = done.code == -9 or "memory" in done.said.lower()
+        out_of_memory = done.code == -9 or any(sign in done.last_words.lower() for sign in OUT_OF_MEMORY)
         return {**point, "outcome": "did not fit in memory" if out_of_memory else f"failed: {done.last_words}"}
     return {**point, "outcome": "measured", **asdict(training_measurement(done, records, wanted.warmup))}
 
