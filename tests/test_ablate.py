@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from resmol.ablate import CONTROL, Ablation, AblationResult, Measurement, ablate, measure_in_a_process, variants_of
+from resmol.ablate import CONTROL, Ablation, AblationResult, ablate, variants_of
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, ConfigError, UsageError
+from resmol.measurement import Measurement, measure_training
 from resmol.tokenizer import Tokenizer
 
 FACTOR = ("runtime.attention=sdpa,eager",)
@@ -120,7 +121,7 @@ def test_a_real_measurement(
         own = [f"tokenizer.sha256={tiny_tokenizer.sha256}", *overrides]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(_cache_with(tiny_tokenizer, tmp_path)))
-            found.append(measure_in_a_process(with_overrides(tiny_config, own), tmp_path, str(tiny_dataset.root), 3, 1))
+            found.append(measure_training(with_overrides(tiny_config, own), tmp_path, str(tiny_dataset.root), 3, 1))
     assert found[0].loss_bits == found[1].loss_bits != found[2].loss_bits
     assert all(m.tokens_per_second > 0 and m.peak_bytes > 50 << 20 for m in found)
 
@@ -136,4 +137,4 @@ def _cache_with(tokenizer: Tokenizer, folder: Path) -> Path:
 
 def test_a_process_that_fails_says_why(tiny_config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="a measured process failed"):
-        measure_in_a_process(tiny_config, tmp_path, str(tmp_path / "nothing"), 1, 0)
+        measure_training(tiny_config, tmp_path, str(tmp_path / "nothing"), 1, 0)

@@ -52,9 +52,8 @@ def test_commands_of_the_readme_parse(command: str) -> None:
 
 def test_every_command_is_listed() -> None:
     listed = set(re.findall(r"^\| `resmol (\w+)", README, re.MULTILINE))
-    assert listed == {
-        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
-    }
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert listed == commands | {group.name for group in app.registered_groups}
 
 
 def test_make_targets_exist() -> None:

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,12 +22,9 @@ from rich.table import Table
 from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
-from resmol.data.source import Text, is_prepared, prepare_text
-from resmol.errors import CheckFailed, ConfigError, UsageError
-from resmol.ledger import effective_steps, read_ledger
-from resmol.paired import Ratio, interleaved, is_too_noisy, paired_ratio, verdict
-from resmol.rundir import RunDir
-from resmol.tokenizer import load_tokenizer
+from resmol.errors import ConfigError, UsageError
+from resmol.measurement import Measurement, Say, measure_training, prepared_folder, take_turns
+from resmol.paired import Ratio, is_too_noisy, paired_ratio, verdict
 
 MAX_VARIANTS = 32
 CONTROL = "control: the first row again"
@@ -40,8 +32,6 @@ DEFAULT_FACTORS = (
     "runtime.attention=sdpa,eager", "runtime.precision=float32,bfloat16",
     "runtime.compile=off,on", "model.tie_word_embeddings=true,false",
 )  # fmt: skip
-QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -70,16 +60,6 @@ class Ablation:
         for name, least in (("repeats", 2), ("steps", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One process: its speed without saves, its peak memory, and the loss it came to."""
-
-    tokens_per_second: float
-    peak_bytes: int
-    loss: float
-    loss_bits: str
 
 
 @dataclass
@@ -217,7 +197,7 @@ def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | Non
     Args:
         wanted: What to compare.
         say: Receives progress, with an estimate.
-        measure: Takes (configuration, folder, prepared data, steps, warmup); by default `measure_in_a_process`.
+        measure: Takes (configuration, folder, prepared data, steps, warmup); by default `measure_training`.
 
     Returns:
         The result; incomplete when Ctrl-C ended it, with what was measured until then.
@@ -226,60 +206,20 @@ def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | Non
         UsageError, ConfigError: See `variants_of`.
         CheckFailed: A process failed.
     """
-    measure = measure or measure_in_a_process
+    measure = measure or measure_training
     variants = variants_of(wanted)  # everything that can be wrong is, before any time is spent
     settled, decisions = resolve_auto(wanted.config)  # once: a choice that differs between rounds would be a variant
     for sentence in decisions:
         say(sentence)
-    orders = interleaved(len(variants), wanted.repeats, wanted.seed)
-    total, started, done = len(variants) * wanted.repeats, time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="resmol-ablate-") as name:
-        data = _prepared(wanted, Path(name) / "data", say)
-        try:
-            for number, index in ((round_, i) for round_, order in enumerate(orders, 1) for i in order):
-                config = with_overrides(settled, variants[index].overrides)
-                variants[index].measurements.append(measure(config, Path(name), data, wanted.steps, wanted.warmup))
-                done += 1
-                left = (time.monotonic() - started) / done * (total - done)
-                row = variants[index]
-                rate = f"{row.rates[-1]:,.0f} tokens/s"
-                say(f"round {number} of {wanted.repeats}, {row.name}: {rate}, {left:.0f} s left")
-        except KeyboardInterrupt:
-            say("interrupted: this is what was measured")
-            return AblationResult(variants, complete=False)
-    return AblationResult(variants, complete=True)
+        folder = Path(name)
+        data = prepared_folder(wanted.data, wanted.config, folder / "data", say)
 
+        def once(index: int) -> str:
+            row = variants[index]
+            config = with_overrides(settled, row.overrides)
+            row.measurements.append(measure(config, folder, data, wanted.steps, wanted.warmup))
+            return f"{row.name}: {row.rates[-1]:,.0f} tokens/s"
 
-def measure_in_a_process(config: RunConfig, folder: Path, data: str, steps: int, warmup: int) -> Measurement:
-    """Train in a process of its own, as `resmol train` does, and read speed and loss from the ledger.
-
-    Raises:
-        CheckFailed: The process failed; the message has its last lines.
-    """
-    run = RunDir(folder / "run")
-    shutil.rmtree(run.path, ignore_errors=True)
-    file = folder / "config.toml"
-    file.write_text(with_overrides(config, QUIET).to_toml(), encoding="utf-8")
-    command = [sys.executable, "-m", "resmol", "train", str(run.path), "--config", str(file), "--data", data]
-    with subprocess.Popen(
-        [*command, "--steps", str(warmup + steps)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        tail = said.decode(errors="replace").strip().splitlines()[-2:]
-        raise CheckFailed(f"a measured process failed: {' '.join(tail)}", fix="correct the variant")
-    records = list(effective_steps(read_ledger(run.ledger).records).values())
-    timed = records[warmup:]
-    rate = sum(record["tokens"] for record in timed) / sum(record["seconds"] for record in timed)
-    return Measurement(rate, usage.ru_maxrss * 1024, records[-1]["loss"], records[-1]["loss_bits"])
-
-
-def _prepared(wanted: Ablation, own: Path, say: Say) -> str:
-    if wanted.data is not None and is_prepared(Path(wanted.data)):
-        return str(Path(wanted.data).resolve())
-    text = Text(inputs=(wanted.data,)) if wanted.data is not None else Text(corpus="shakespeare")
-    prepare_text(own, text, load_tokenizer(None, sha256=wanted.config.tokenizer.sha256, say=say), say)
-    return str(own)
+        complete = take_turns(len(variants), wanted.repeats, wanted.seed, once, say)
+    return AblationResult(variants, complete)

@@ -150,3 +150,31 @@ def _speed(axes: Any, steps: list[Record], _records: Sequence[Record]) -> None:
     axes.plot([group[-1]["step"] for group in groups], rates, color=BLUE, linewidth=1.2)
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0, top=1.15 * max(rates))
+
+
+def scaling_plot(points: Sequence[dict[str, Any]]) -> str:
+    """Return an SVG of speed and memory against the length of a window: a line for each preset and batch.
+
+    Args:
+        points: As `resmol bench scaling` keeps them; those that were not measured are left out.
+    """
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for point in (point for point in points if point["outcome"] == "measured"):
+        lines.setdefault(f"{point['key']['preset']}, {point['key']['rows']} a step", []).append(point)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=WIDE, layout="constrained")
+        FigureCanvasSVG(figure)
+        speed, memory = figure.subplots(1, 2)
+        for label, line in lines.items():
+            line.sort(key=lambda point: point["key"]["seq_len"])
+            lengths = [point["key"]["seq_len"] for point in line]
+            speed.plot(lengths, [point["tokens_per_second"] for point in line], "o-", markersize=4, label=label)
+            memory.plot(lengths, [point["peak_bytes"] / 2**30 for point in line], "o-", markersize=4)
+        for axes, label in ((speed, "tokens per second"), (memory, "peak memory, GiB")):
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("tokens of a window")
+            axes.set_ylabel(label)
+            axes.set_ylim(bottom=0)
+        if lines:
+            speed.legend(frameon=False, fontsize=8)
+        return _svg(figure)

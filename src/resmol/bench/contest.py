@@ -1,0 +1,239 @@
+"""Contenders that take turns, and the table of what they did.
+
+Ours is measured twice under two names: what the two differ by is noise. A ratio is taken within a round, and counts
+only beyond that noise; the share of a limit is taken within a round as well, since the limit is measured in each.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resmol.bench.answering import Numbers
+from resmol.errors import CheckFailed
+from resmol.measurement import Say, take_turns
+from resmol.paired import Ratio, is_too_noisy, paired_ratio, verdict
+
+OURS, CONTROL = "resmol", "control: resmol again"
+FAR = 100.0  # an interval that reaches this far says nothing
+Kind = Literal["ours", "control", "peer", "limit"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column: a key of the measurements, its title, how a number is written, and by what it is divided first."""
+
+    key: str
+    title: str
+    form: str = ",.0f"
+    unit: float = 1.0
+
+    def show(self, values: Sequence[float]) -> str:
+        """Return the median with the smallest and the largest value."""
+        low, middle, high = (
+            format(value / self.unit, self.form) for value in (min(values), statistics.median(values), max(values))
+        )
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+
+MEMORY = Quantity("peak_bytes", "peak memory, MiB", unit=2.0**20)
+
+
+@dataclass
+class Contender:
+    """A row: a name, what measures it once in a process of its own, and what came out of each round."""
+
+    name: str
+    kind: Kind
+    measure: Callable[[], Numbers]
+    measurements: list[Numbers] = field(default_factory=list)
+    failure: str = ""
+
+    def values(self, key: str, rounds: int | None = None) -> list[float]:
+        """Return a quantity of each round; nothing where it was not measured."""
+        return [float(numbers[key]) for numbers in self.measurements[:rounds] if numbers.get(key) is not None]
+
+
+@dataclass
+class Contest:
+    """What is compared.
+
+    Attributes:
+        title: What all of them do.
+        headline: The quantity that is compared.
+        more_is_better: Whether it is a speed, and not a time.
+        columns: The other quantities to show.
+        contenders: Ours first.
+        facts: The machine, the versions, the sizes.
+        notes: Sentences below the table, made of the finished contest.
+        complete: Whether all rounds were measured.
+    """
+
+    title: str
+    headline: Quantity
+    columns: tuple[Quantity, ...]
+    contenders: list[Contender]
+    facts: dict[str, Any]
+    more_is_better: bool = True
+    notes: Callable[[Contest], list[str]] = lambda _contest: []
+    complete: bool = False
+
+    def run(self, rounds: int, seed: int, say: Say) -> None:
+        """Measure every contender once a round; a peer that fails is not tried again, anything else that does ends it.
+
+        Raises:
+            CheckFailed: Ours, or the measurement of a limit, failed.
+        """
+
+        def once(index: int) -> str:
+            contender = self.contenders[index]
+            if contender.failure:
+                return f"{contender.name}: left out, since it failed"
+            try:
+                contender.measurements.append(contender.measure())
+            except CheckFailed as error:
+                if contender.kind != "peer":
+                    raise
+                contender.failure = error.what
+                return f"{contender.name}: {error.what}"
+            latest = contender.values(self.headline.key)[-1:]
+            return f"{contender.name}: {self.headline.show(latest)} {self.headline.title}" if latest else contender.name
+
+        self.complete = take_turns(len(self.contenders), rounds, seed, once, say)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds in which every contender that works was measured."""
+        return min((len(one.measurements) for one in self.contenders if not one.failure), default=0)
+
+    def of_kind(self, kind: Kind) -> Contender | None:
+        """Return the first contender of a kind."""
+        return next((one for one in self.contenders if one.kind == kind), None)
+
+    def ratio(self, other: Contender) -> Ratio | None:
+        """Return how many times as fast ours is, with its interval; None where there is nothing to compare."""
+        ours = self.contenders[0].values(self.headline.key, self.rounds)
+        theirs = other.values(self.headline.key, self.rounds)
+        if not ours or len(ours) != len(theirs) or min(*ours, *theirs) <= 0:
+            return None
+        return paired_ratio(ours, theirs) if self.more_is_better else paired_ratio(theirs, ours)
+
+    def share(self, contender: Contender) -> list[float]:
+        """Return the share of the limit that was reached, in each round."""
+        limit = self.of_kind("limit")
+        if limit is None or contender is limit:
+            return []
+        pairs = zip(
+            contender.values(self.headline.key, self.rounds), limit.values(self.headline.key, self.rounds), strict=False
+        )
+        return [value / most if self.more_is_better else most / value for value, most in pairs]
+
+    def verdict(self, contender: Contender) -> str:
+        """Say in words how ours compares."""
+        ratio, again = self.ratio(contender), self.of_kind("control")
+        control = self.ratio(again) if again else None
+        if ratio is None or contender is self.contenders[0] or contender.kind == "limit":
+            return ""
+        if contender.kind == "control":
+            known = ratio.reach < math.log(FAR)
+            return f"noise: up to {100 * math.expm1(ratio.reach):.0f} %" if known else "noise: without bound"
+        high = f"{ratio.high:.2f}" if ratio.high < FAR else "any"
+        words = f"{ratio.middle:.2f}x ({ratio.low:.2f} to {high})"
+        return f"{words}: {verdict(ratio, control)}" if control else words
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Return the titles and the rows of the table."""
+        limit = self.of_kind("limit")
+        titles = ["", self.headline.title, *(column.title for column in self.columns)]
+        titles += (["share of the limit"] if limit else []) + ["resmol against it"]
+        return titles, [self._row(contender, with_share=limit is not None) for contender in self.contenders]
+
+    def _row(self, contender: Contender, *, with_share: bool) -> list[str]:
+        row = [contender.name]
+        for column in (self.headline, *self.columns):
+            values = contender.values(column.key, self.rounds)
+            row.append(column.show(values) if values else "")
+        if with_share:
+            shares = self.share(contender)
+            row.append(f"{100 * statistics.median(shares):.0f} %" if shares else "")
+        return [*row, f"failed: {contender.failure}" if contender.failure else self.verdict(contender)]
+
+    def remarks(self) -> list[str]:
+        """Return the sentences below the table."""
+        again = self.of_kind("control")
+        control = self.ratio(again) if again else None
+        noisy = (
+            ["The control differs from itself: this machine is too noisy for these rounds."]
+            if control and is_too_noisy(control)
+            else []
+        )
+        return [*(self.notes(self) if self.rounds else []), *noisy]
+
+    @property
+    def heading(self) -> str:
+        """The title, with the number of rounds."""
+        return f"{self.title}; {self.rounds} rounds, interleaved" + ("" if self.complete else " (interrupted)")
+
+    def render(self, console: Console) -> None:
+        """Print the table, for people."""
+        titles, rows = self.cells()
+        table = Table(*titles, title=escape(self.heading), title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        for sentence in self.remarks():
+            console.print(sentence, markup=False, highlight=False)
+
+    def markdown(self) -> str:
+        """Return the table as Markdown, with the machine below it."""
+        titles, rows = self.cells()
+        lines = [f"**{self.heading}**", "", *markdown_table(titles, rows), ""]
+        facts = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.facts.items())
+        return "\n".join([*lines, *(f"{sentence}  " for sentence in self.remarks()), facts, ""])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object with every single measurement."""
+        rows = []
+        for one in self.contenders:
+            ratio = self.ratio(one)
+            rows.append(
+                {
+                    "name": one.name,
+                    "kind": one.kind,
+                    "measurements": one.measurements,
+                    "failure": one.failure or None,
+                    "resmol_is_faster_by": _finite(asdict(ratio)) if ratio else None,
+                    "share_of_limit": self.share(one),
+                    "verdict": self.verdict(one),
+                }
+            )
+        return {
+            "title": self.title,
+            "complete": self.complete,
+            "rounds": self.rounds,
+            "headline": self.headline.key,
+            "rows": rows,
+            "remarks": self.remarks(),
+            "facts": self.facts,
+        }
+
+
+def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity: an interval without an end has None there."""
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    bars = [["---"] * len(titles)]
+    return [
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in [titles, *bars, *rows]
+    ]

@@ -1,0 +1,57 @@
+"""Ours in `resmol bench generate`: greedy decoding by `resmol.generate`, in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from resmol.bench.answering import Numbers, answer
+from resmol.generate import Sampling, generate
+from resmol.load import load_model
+from resmol.model import CausalLM
+
+
+def continuations(model: CausalLM, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[list[int]], float, float]:
+    """Continue each prompt greedily by ``new`` tokens, one prompt after the other.
+
+    Returns:
+        The new tokens, the seconds until the first token of each prompt, and the seconds of all others.
+    """
+    sampling, found, prefill, decoding = Sampling(max_new_tokens=new, temperature=0), [], 0.0, 0.0
+    for prompt in prompts:
+        started = time.perf_counter()
+        tokens = generate(model, prompt, sampling, eos_id=None)
+        first = next(tokens)
+        met = time.perf_counter()
+        found.append([first, *tokens])
+        prefill, decoding = prefill + met - started, decoding + time.perf_counter() - met
+    return found, prefill, decoding
+
+
+def generation_numbers(tokens: list[list[int]], prompt: int, prefill: float, decoding: float) -> Numbers:
+    """Return the speeds: the first token of each sequence belongs to its prompt, the others to decoding."""
+    later = sum(len(sequence) - 1 for sequence in tokens)
+    return {
+        "tokens_per_second": later / decoding,
+        "prefill_per_second": len(tokens) * prompt / prefill,
+        "prefill_seconds": prefill,
+        "decoding_seconds": decoding,
+        "tokens": tokens,
+    }
+
+
+def generate_ours(task: Mapping[str, Any]) -> Numbers:
+    """Load the model, decode once as a warm-up, and once for the clock."""
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    model = load_model(task["folder"], device=task["device"]).model
+    continuations(model, task["prompts"], task["new"])
+    tokens, prefill, decoding = continuations(model, task["prompts"], task["new"])
+    return generation_numbers(tokens, len(task["prompts"][0]), prefill, decoding)
+
+
+if __name__ == "__main__":
+    answer(generate_ours)

@@ -1,0 +1,59 @@
+"""The peer of `resmol bench generate`: transformers' ``model.generate``, greedy, with its cache, as its users call it.
+
+``tuned`` adds what its documentation offers for speed: a static cache and a compiled forward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+from resmol.bench.answering import Numbers, answer
+from resmol.bench.generate_ours import generation_numbers
+
+
+class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers is met without types
+    """Is asked after each token whether to stop; says no, and notes the time."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def generate_peer(task: Mapping[str, Any]) -> Numbers:
+    """Load the model, decode once as a warm-up (and to compile), and once for the clock."""
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(task["folder"], dtype=torch.float32).eval()
+    model.to(task["device"])
+    model.generation_config.eos_token_id = None  # a fixed length, as ours
+    if task["tuned"]:
+        model.forward = torch.compile(model.forward)
+    prompts = torch.tensor(task["prompts"], device=task["device"])
+    options = {
+        "attention_mask": torch.ones_like(prompts),
+        "max_new_tokens": task["new"],
+        "do_sample": False,
+        "use_cache": True,
+        **({"cache_implementation": "static"} if task["tuned"] else {}),
+    }
+    for _ in range(2):
+        clock, started = Clock(), time.perf_counter()
+        criteria = transformers.StoppingCriteriaList([clock])
+        found = model.generate(prompts, stopping_criteria=criteria, **options)
+    times = clock.times
+    new = found[:, prompts.shape[1] :].tolist()
+    numbers = generation_numbers(new, prompts.shape[1], times[0] - started, times[-1] - times[0])
+    return {**numbers, "versions": {"transformers": transformers.__version__}}
+
+
+if __name__ == "__main__":
+    answer(generate_peer)

@@ -1,0 +1,151 @@
+"""`resmol bench generate`: greedy decoding of ours, of transformers, and as fast as memory can be read."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from resmol.bench.answering import Numbers
+from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
+from resmol.bench.machine import machine_facts, require_peer
+from resmol.bench.worker import run_worker
+from resmol.checkpoint import weight_tensors
+from resmol.config import RunConfig
+from resmol.distributed import find_device
+from resmol.errors import UsageError
+from resmol.flops import total_parameters
+from resmol.hf_config import ModelConfig
+from resmol.model import CausalLM
+from resmol.process import allocator_environment
+
+PEERS = ("transformers",)
+DECODING = Quantity("tokens_per_second", "tokens/s", ",.1f")
+PREFILL = Quantity("prefill_per_second", "prompt, tokens/s")
+
+
+@dataclass(frozen=True)
+class GenerateBench:
+    """What to compare.
+
+    Attributes:
+        config: Its model and runtime are used.
+        batches: Sequences at once; each is a contest of its own.
+        prompt: Tokens of the prompt.
+        new: Tokens to add.
+        peer: ``transformers``, or None to measure only ours.
+        repeats: Rounds.
+    """
+
+    config: RunConfig
+    batches: tuple[int, ...] = (1,)
+    prompt: int = 128
+    new: int = 128
+    peer: str | None = None
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        least = {"repeats": 1, "prompt": 1, "new": 2, "batch": 1}
+        given = {"repeats": self.repeats, "prompt": self.prompt, "new": self.new, "batch": min(self.batches)}
+        for name, value in given.items():
+            if value < least[name]:
+                raise UsageError(f"--{name} is {value}", fix=f"give at least {least[name]}")
+        context = self.config.model.max_position_embeddings
+        if self.prompt + self.new > context:
+            raise UsageError(f"{self.prompt} + {self.new} tokens exceed the context of {context}", fix="give fewer")
+        require_peer(self.peer, PEERS, ("transformers",))
+
+
+def generation_contests(wanted: GenerateBench, folder: Path) -> list[Contest]:
+    """Return a contest for each batch, ready to run; the model is written to ``folder`` once, and all read it there."""
+    model = folder / "model"
+    write_model(wanted.config, model)
+    return [_contest(wanted, batch, model, folder) for batch in wanted.batches]
+
+
+def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Contest:
+    config = wanted.config
+    task = {
+        "folder": str(model),
+        "prompts": prompts(config.model, batch, wanted.prompt),
+        "new": wanted.new,
+        "threads": config.runtime.threads,
+        "device": find_device(config.runtime.device).type,
+    }
+    tuned = allocator_environment({})  # `resmol generate` restarts itself with it
+
+    def ours() -> Numbers:
+        return run_worker("resmol.bench.generate_ours", task, folder, tuned)
+
+    def peer(*, faster: bool) -> Numbers:
+        wish = {**task, "tuned": faster}
+        return run_worker("resmol.bench.generate_peer", wish, folder, tuned if faster else {})
+
+    def limit() -> Numbers:
+        sizes = {"of": "generation", "batch": batch, "prompt": wanted.prompt, "new": wanted.new}
+        wish = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
+        return {**run_worker("resmol.bench.limits", wish, folder), "peak_bytes": None}
+
+    contenders = [Contender(OURS, "ours", ours), Contender(CONTROL, "control", ours)]
+    if wanted.peer:
+        contenders.append(Contender("transformers generate", "peer", lambda: peer(faster=False)))
+        contenders.append(Contender("transformers generate, tuned", "peer", lambda: peer(faster=True)))
+    contenders.append(Contender("limit: reading the weights", "limit", limit))
+    return Contest(
+        title=f"greedy decoding with {config.name}, {batch} x ({wanted.prompt} + {wanted.new}) tokens, float32",
+        headline=DECODING,
+        columns=(PREFILL, MEMORY),
+        contenders=contenders,
+        facts={**machine_facts(config.runtime.threads), "parameters": total_parameters(config.model)},
+        notes=generation_notes,
+    )
+
+
+def write_model(config: RunConfig, folder: Path) -> None:
+    """Write a model with random weights as a Hugging Face folder, which ours and the peer's loader both read."""
+    model = CausalLM.empty(config.model)
+    model.initialise(config.train.seed)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.model.to_hf()), encoding="utf-8")
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weight_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
+    """Return the same random prompts each time, without the tokens that begin or end a text."""
+    draw = random.Random(0)  # noqa: S311 - a prompt, no secret
+    special = {config.bos_token_id, config.eos_token_id}
+    ordinary = [token for token in range(config.vocab_size) if token not in special] or [config.eos_token_id]
+    return [draw.choices(ordinary, k=length) for _ in range(batch)]
+
+
+def generation_notes(contest: Contest) -> list[str]:
+    """Say what the limits are, and how many of the tokens are the same."""
+    notes = []
+    ours = contest.contenders[0].measurements[0]["tokens"]
+    if limit := contest.of_kind("limit"):
+        read = statistics.median(limit.values("read_bytes_per_second"))
+        prompt = statistics.median(limit.values(PREFILL.key))
+        reached = 100 * statistics.median(contest.contenders[0].values(PREFILL.key)) / prompt
+        notes.append(
+            f"Memory is read at {read / 1e9:.1f} GB/s. The products of the prompt alone would take it at "
+            f"{prompt:,.0f} tokens/s, of which resmol has {reached:.0f} %."
+        )
+    for one in contest.contenders:
+        if one.kind == "peer" and one.measurements:
+            same, total = equal_tokens(ours, one.measurements[0]["tokens"])
+            notes.append(f"{one.name} gave the same {same} of {total} tokens, counted up to the first difference.")
+    return notes
+
+
+def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
+    """Return how many tokens are the same before the first difference in each sequence, and how many there are."""
+    same = 0
+    for left, right in zip(ours, theirs, strict=True):
+        differing = [number for number, pair in enumerate(zip(left, right, strict=True)) if pair[0] != pair[1]]
+        same += differing[0] if differing else len(left)
+    return same, sum(map(len, ours))

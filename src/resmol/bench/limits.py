@@ -1,0 +1,200 @@
+"""What the machine allows: the time of an ideal step that is nothing but the model's matrix products.
+
+**Training.** A step on N tokens must compute, for each weight matrix W (O x I) with input x (N x I), three products:
+``y = x W^T``, the input's gradient ``dx = dy W`` and the weight's ``dW = dy^T x``, each 2 N I O operations. Attention
+adds ``Q K^T`` and ``P V`` with two gradients each. Each of these is timed by itself, at its own shape, on matrices that
+nothing else uses, best of several; its rate r is its operations by that time. The counts are those of flops.py, so
+attention counts the causal half only, at the rate of the whole product. The limit is
+
+    tokens per second = N / sum(operations_p / r_p).
+
+Nothing of norms, activations, softmax, loss and optimizer is in it, so no implementation on these products reaches it.
+``with_update`` adds the traffic of AdamW, which reads weight, gradient and two moments and writes three of them back:
+7 x 4 bytes a parameter at the measured bandwidth of a copy.
+
+**Generation.** A new token needs every weight once, whatever the cache: the limit is the bandwidth of reading, divided
+by the bytes of the weights (a tied embedding counts once; of an untied one only a row is read) and of the keys and
+values of the mean context. A batch of B shares the weights. The prompt's limit is that of the forward products.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from resmol.bench.answering import Numbers, answer
+from resmol.flops import forward_flops_per_token, inference_memory, total_parameters
+from resmol.hf_config import ModelConfig
+
+STREAM_BYTES = 1 << 29  # far beyond any cache
+SECONDS_PER_PRODUCT = 0.25
+LEAST_REPEATS = 3
+LOGITS_ROWS = 1024  # more of them at once need gigabytes and are no faster
+ADAMW_BYTES_PER_PARAMETER = 7 * 4
+
+
+@dataclass(frozen=True)
+class Product:
+    """Matrix products of one shape: (batch of) m x k by k x n, as often as a step needs them.
+
+    Attributes:
+        role: What it is for.
+        batch: Independent products in one call; 0 is a plain product.
+        m: Rows of the result.
+        k: The length of the sums.
+        n: Columns of the result.
+        times: Calls in a step; a fraction where a long product is measured on a piece.
+        counted: The share of the operations that is counted; a half for causal attention.
+    """
+
+    role: str
+    batch: int
+    m: int
+    k: int
+    n: int
+    times: int | float
+    counted: float = 1.0
+
+    @property
+    def operations(self) -> float:
+        """Multiply-adds x 2 that a step needs of it."""
+        return 2.0 * max(1, self.batch) * self.m * self.k * self.n * self.times * self.counted
+
+
+def forward_products(config: ModelConfig, rows: int, seq_len: int) -> list[Product]:
+    """Return the products of a forward pass over ``rows`` windows of ``seq_len`` tokens."""
+    width, hidden, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    key_value, tokens = config.num_key_value_heads * config.head_dim, rows * seq_len
+    heads, causal = rows * config.num_attention_heads, (seq_len + 1) / (2 * seq_len)
+    chunk = min(tokens, LOGITS_ROWS)
+    return [
+        Product("query, output", 0, tokens, width, width, 2 * layers),
+        Product("key, value", 0, tokens, width, key_value, 2 * layers),
+        Product("gate, up", 0, tokens, width, hidden, 2 * layers),
+        Product("down", 0, tokens, hidden, width, layers),
+        Product("logits", 0, chunk, width, config.vocab_size, tokens / chunk),
+        Product("scores", heads, seq_len, config.head_dim, seq_len, layers, causal),
+        Product("mixed values", heads, seq_len, seq_len, config.head_dim, layers, causal),
+    ]
+
+
+def training_products(config: ModelConfig, rows: int, seq_len: int) -> list[Product]:
+    """Return the products of a step: forward, then the gradients by both factors (m x n by n x k, k x m by m x n)."""
+    forward = forward_products(config, rows, seq_len)
+    left = [Product(f"{p.role}: by input", p.batch, p.m, p.n, p.k, p.times, p.counted) for p in forward]
+    right = [Product(f"{p.role}: by weight", p.batch, p.n, p.m, p.k, p.times, p.counted) for p in forward]
+    return [*forward, *left, *right]
+
+
+def product_seconds(product: Product, dtype: torch.dtype) -> float:
+    """Return the best time of one call, with the operand layouts of PyTorch's own linear layers.
+
+    Forward multiplies by a transposed weight, the weight's gradient transposes its first factor, and the input's
+    gradient transposes nothing.
+    """
+    lead = (product.batch,) if product.batch else ()
+    by_weight, by_input = product.role.endswith("by weight"), product.role.endswith("by input")
+    first = torch.rand(*lead, product.k, product.m, dtype=dtype).mT if by_weight else None
+    first = torch.rand(*lead, product.m, product.k, dtype=dtype) if first is None else first
+    plain = by_weight or by_input or product.role == "mixed values"
+    second = torch.rand(*lead, product.k, product.n, dtype=dtype) if plain else None
+    second = torch.rand(*lead, product.n, product.k, dtype=dtype).mT if second is None else second
+    out = torch.empty(*lead, product.m, product.n, dtype=dtype)
+    return best_seconds(lambda: torch.matmul(first, second, out=out))
+
+
+def best_seconds(work: Callable[[], object], budget: float = SECONDS_PER_PRODUCT) -> float:
+    """Return the shortest time of several: other programs only ever make one longer."""
+    work()
+    best, spent, count = math.inf, 0.0, 0
+    while spent < budget or count < LEAST_REPEATS:
+        started = time.perf_counter()
+        work()
+        took = time.perf_counter() - started
+        best, spent, count = min(best, took), spent + took, count + 1
+    return max(best, 1e-9)
+
+
+def products_seconds(products: list[Product], dtype: torch.dtype) -> tuple[float, list[dict[str, Any]]]:
+    """Return the sum of counted operations / measured rate over all products, and each product's part in it."""
+    total, parts = 0.0, []
+    for product in products:
+        seconds = product_seconds(product, dtype) * product.times * product.counted
+        total += seconds
+        parts.append(
+            {
+                "role": product.role,
+                "shape": [product.batch, product.m, product.k, product.n],
+                "operations": product.operations,
+                "flops_per_second": product.operations / seconds,
+            }
+        )
+    return total, parts
+
+
+def bandwidth(size: int = STREAM_BYTES) -> dict[str, float]:
+    """Return bytes per second of memory: reading (a sum, or a matrix by a vector), and copying (read and write)."""
+    numbers = torch.ones(size // 4)
+    vector, target = torch.ones(1024), torch.empty_like(numbers)
+    matrix = numbers.view(-1, 1024)
+    read = min(best_seconds(numbers.sum, 0.5), best_seconds(lambda: torch.mv(matrix, vector), 0.5))
+    copy = best_seconds(lambda: target.copy_(numbers), 0.5)
+    return {"read_bytes_per_second": size / read, "copy_bytes_per_second": 2 * size / copy}
+
+
+def training_limit(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype) -> Numbers:
+    """Measure the limit of training; see the derivation above.
+
+    Returns:
+        ``tokens_per_second`` of products only, ``with_update`` with AdamW's traffic, and what both are made of.
+    """
+    tokens = rows * seq_len
+    seconds, parts = products_seconds(training_products(config, rows, seq_len), dtype)
+    memory = bandwidth()
+    update = ADAMW_BYTES_PER_PARAMETER * total_parameters(config) / memory["copy_bytes_per_second"]
+    operations = sum(part["operations"] for part in parts)
+    return {
+        "tokens_per_second": tokens / seconds,
+        "with_update": tokens / (seconds + update),
+        "flops_per_second": operations / seconds,
+        "operations": operations,
+        "products": parts,
+        **memory,
+    }
+
+
+def generation_limit(config: ModelConfig, batch: int, prompt: int, new: int, dtype: torch.dtype) -> Numbers:
+    """Measure the limit of greedy decoding (``tokens_per_second``) and of the prompt (``prefill_per_second``)."""
+    memory = bandwidth()
+    itemsize = dtype.itemsize
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    weights = itemsize * (total_parameters(config) - embedding)
+    kept = batch * inference_memory(config, 1, prompt + new // 2)["kv cache"] * itemsize / 4
+    seconds, parts = products_seconds(forward_products(config, batch, prompt), dtype)
+    return {
+        "tokens_per_second": batch * memory["read_bytes_per_second"] / (weights + kept),
+        "prefill_per_second": batch * prompt / seconds,
+        "flops_per_second": batch * prompt * forward_flops_per_token(config, prompt) / seconds,
+        "bytes_per_step": weights + kept,
+        "products": parts,
+        **memory,
+    }
+
+
+def measure_limit(task: Mapping[str, Any]) -> Numbers:
+    """Measure the limit that a task asks for; the work of a process."""
+    config, dtype = ModelConfig.model_validate(task["model"]), getattr(torch, task["precision"])
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    if task["of"] == "training":
+        return training_limit(config, task["rows"], task["seq_len"], dtype)
+    return generation_limit(config, task["batch"], task["prompt"], task["new"], dtype)
+
+
+if __name__ == "__main__":
+    answer(measure_limit)

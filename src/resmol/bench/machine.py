@@ -1,0 +1,44 @@
+"""The circumstances that a measurement belongs to: the machine, the versions, and whether the peers are installed."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from resmol.distributed import Runtime
+from resmol.errors import DataError, UsageError
+
+PEER_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
+
+
+def machine_facts(threads: int) -> dict[str, Any]:
+    """Return processor, system, versions and the number of threads (0: what PyTorch takes); no name, no path."""
+    environment = Runtime(0, 1, torch.device("cpu"), None).environment()
+    facts: dict[str, Any] = {
+        key: value for key, value in environment.items() if key not in ("world_size", "device", "threads")
+    }
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {package: _version(package) for package in PEER_PACKAGES}
+    versions = {package: number for package, number in found.items() if number}
+    return {**facts, "processors": usable, "threads": threads or environment["threads"], **versions}
+
+
+def require_peer(peer: str | None, known: tuple[str, ...], packages: tuple[str, ...]) -> None:
+    """Raise `UsageError` for a peer that is unknown, and `DataError` for one that is not installed."""
+    if peer is None:
+        return
+    if peer not in known:
+        raise UsageError(f"there is no peer {peer!r}", fix=f"choose one of: {', '.join(known)}")
+    for package in packages:
+        if _version(package) is None:
+            raise DataError(f"this peer needs {package}", fix="install it: pip install 'resmol[bench]'")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,111 @@
+"""`resmol bench prepare`: text to tokens, ours against the bare tokenizers library, and the memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from resmol.bench.answering import Numbers
+from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
+from resmol.bench.machine import machine_facts
+from resmol.bench.worker import run_worker
+from resmol.data.corpora import Corpus
+from resmol.data.source import Text
+from resmol.data.text import ReadCounts
+from resmol.errors import DataError, UsageError
+from resmol.measurement import Say
+from resmol.tokenizer import Tokenizer
+
+DOCUMENT_CHARACTERS = 4000
+SPEED = Quantity("megabytes_per_second", "MB/s", ".2f")
+TOKENS = Quantity("tokens", "tokens")
+
+
+@dataclass(frozen=True)
+class PrepareBench:
+    """What to compare.
+
+    Attributes:
+        text: The corpus that is repeated.
+        megabytes: Millions of bytes of text to make of it.
+        threads: Of the tokenizers library; 0 takes all.
+        repeats: Rounds.
+    """
+
+    text: Text
+    megabytes: int = 20
+    threads: int = 0
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("megabytes", self.megabytes, 1), ("repeats", self.repeats, 1), ("workers", self.threads, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise UsageError(f"--{name} is {value}", fix=f"give at least {least}")
+
+
+def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path, say: Say) -> Contest:
+    """Write the text to ``folder`` and return the contest, ready to run."""
+    text, out = folder / "text.jsonl", folder / "out"
+    size, documents = write_text(wanted.text.open(say), text, wanted.megabytes * 1_000_000)
+    saved = folder / "tokenizer.json"
+    saved.write_bytes(tokenizer.data)
+    environment = {"RAYON_NUM_THREADS": str(wanted.threads)} if wanted.threads else {}
+    task = {"text": str(text), "text_bytes": size, "tokenizer": str(saved), "sha256": tokenizer.sha256, "out": str(out)}
+
+    def once(who: str, *, tuned: bool = False) -> Numbers:
+        try:
+            return run_worker(f"resmol.bench.{who}", {**task, "tuned": tuned}, folder, environment)
+        finally:
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+
+    return Contest(
+        title=f"preparing {size / 1e6:,.0f} MB in {documents:,} documents",
+        headline=SPEED,
+        columns=(MEMORY, TOKENS),
+        contenders=[
+            Contender(OURS, "ours", lambda: once("prepare_ours")),
+            Contender(CONTROL, "control", lambda: once("prepare_ours")),
+            Contender("tokenizers", "peer", lambda: once("tokenizers_peer")),
+            Contender("tokenizers, tuned, ids thrown away", "peer", lambda: once("tokenizers_peer", tuned=True)),
+        ],
+        facts={**machine_facts(0), "threads": wanted.threads or os.cpu_count(), "text_bytes": size},
+        notes=lambda _contest: [
+            "The text repeats a corpus, which the library's cache of words likes, on all rows alike."
+        ],
+    )
+
+
+def write_text(corpus: Corpus, path: Path, size: int) -> tuple[int, int]:
+    """Write a corpus again and again as JSON Lines until ``size`` bytes of text are reached; memory holds one piece.
+
+    Returns:
+        The bytes of text and the documents that were written.
+
+    Raises:
+        DataError: The corpus holds no text.
+    """
+    written = documents = 0
+    with path.open("w", encoding="utf-8") as out:
+        while written < size:
+            before = written
+            for text in _documents(corpus):
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                written, documents = written + len(text.encode("utf-8")), documents + 1
+                if written >= size:
+                    break
+            if written == before:
+                raise DataError(f"there is no text in {corpus.name}", fix="check that the input is not empty")
+    return written, documents
+
+
+def _documents(corpus: Corpus) -> Iterator[str]:
+    for document in corpus.read(ReadCounts()):
+        for piece in document.pieces:
+            for start in range(0, len(piece), DOCUMENT_CHARACTERS):
+                yield piece[start : start + DOCUMENT_CHARACTERS]

@@ -1,0 +1,199 @@
+"""`resmol bench scaling`: step time, speed and memory of training against length, batch and size of the model.
+
+Each point is a process of its own with a time and a memory of its own to spend. A point that needs more is a result as
+well, and is shown as such. Points are kept as lines of OUT/points.jsonl as they come, and one that is there under the
+same circumstances is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from resmol.auto import resolve_auto
+from resmol.bench.contest import markdown_table
+from resmol.bench.machine import machine_facts
+from resmol.config import RunConfig
+from resmol.config_files import load_preset, with_overrides
+from resmol.errors import ConfigError, UsageError
+from resmol.flops import training_flops_per_token, training_memory
+from resmol.measurement import QUIET, Say, run_training, training_measurement
+from resmol.plots import scaling_plot
+
+OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
+POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
+TITLES = ("preset", "batch", "step, s", "tokens/s", "peak memory, MiB", "estimated, MiB", "GFLOP/token", "GFLOP/s", "")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What to measure: every combination, the cheap ones first.
+
+    Attributes:
+        presets: Names of presets.
+        lengths: Tokens of a window.
+        batches: Windows of a step.
+        overrides: ``key=value``, laid over each.
+        steps: Timed steps of a point.
+        warmup: Steps before them.
+        seconds: The time of a point.
+        memory_bytes: The memory of a point.
+    """
+
+    presets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
+    steps: int = 3
+    warmup: int = 2
+    seconds: float = 600.0
+    memory_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = {"--lengths": self.lengths, "--batches": self.batches, "--steps": (self.steps,)}
+        for name, values in numbers.items():
+            if not values or min(values) < 1:
+                raise UsageError(
+                    f"{name} is {', '.join(map(str, values)) or 'empty'}", fix="give numbers of at least 1"
+                )
+
+    def configurations(self) -> list[RunConfig]:
+        """Return a configuration for each point; lengths beyond a model's context are left out.
+
+        Raises:
+            ConfigError: A preset or an override is wrong, or no length fits.
+        """
+        points = [
+            with_overrides(
+                preset,
+                [
+                    f"data.seq_len={length}",
+                    f"batch.micro_batch_size={rows}",
+                    f"batch.global_batch_tokens={rows * length}",
+                    "runtime.precision=float32",
+                    "runtime.compile=off",
+                    *self.overrides,
+                    *QUIET,
+                ],
+            )
+            for preset in map(load_preset, self.presets)
+            for length in self.lengths
+            for rows in self.batches
+            if length <= preset.model.max_position_embeddings
+        ]
+        if not points:
+            raise ConfigError("no length fits the context of any preset", fix="give smaller --lengths")
+        return sorted(points, key=step_flops)
+
+
+def step_flops(config: RunConfig) -> int:
+    """Return the counted operations of a step."""
+    return config.batch.global_batch_tokens * training_flops_per_token(config.model, config.data.seq_len)
+
+
+def available_memory() -> int:
+    """Return the bytes that the kernel says a new process can use; 0 where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def scale(
+    wanted: Scaling, folder: Path, data: str, out: Path, say: Say, measure: Callable[..., dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Measure every point that is not known yet, and write table and plot after each, so that Ctrl-C loses one point.
+
+    Args:
+        wanted: What to measure.
+        folder: For the files of the processes.
+        data: A prepared folder.
+        out: Gets points.jsonl, scaling.md and scaling.svg.
+        say: Receives progress.
+        measure: Takes (wanted, configuration, folder, data); by default `measure_point`.
+
+    Returns:
+        The points of this call, known ones included.
+    """
+    measure = measure or measure_point
+    out.mkdir(parents=True, exist_ok=True)
+    configurations, found = wanted.configurations(), []
+    for number, config in enumerate(configurations, 1):
+        key = circumstances(wanted, config)
+        point = known_points(out).get(json.dumps(key, sort_keys=True))
+        if point is None:
+            point = {"key": key, **measure(wanted, config, folder, data)}
+            with (out / POINTS).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(point) + "\n")
+        found.append(point)
+        say(f"point {number} of {len(configurations)}: {', '.join(filter(None, row(point)))}")
+        (out / TABLE).write_text(table(found), encoding="utf-8")
+        (out / PLOT).write_text(scaling_plot(found), encoding="utf-8")
+    return found
+
+
+def circumstances(wanted: Scaling, config: RunConfig) -> dict[str, Any]:
+    """Return what a point depends on; another value is another point."""
+    sizes = {"preset": config.name, "rows": config.batch.micro_batch_size, "seq_len": config.data.seq_len}
+    spent = {"steps": wanted.steps, "warmup": wanted.warmup, "seconds": wanted.seconds}
+    return {**sizes, **spent, "config": config.sha256, **machine_facts(config.runtime.threads)}
+
+
+def known_points(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the points of an earlier call by their circumstances; a line that was cut off is none."""
+    points = {}
+    for line in (out / POINTS).read_text(encoding="utf-8").splitlines() if (out / POINTS).is_file() else []:
+        try:
+            point = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(point, dict) and point.get("outcome") == "measured":  # what did not fit is tried again
+            points[json.dumps(point["key"], sort_keys=True)] = point
+    return points
+
+
+def measure_point(wanted: Scaling, config: RunConfig, folder: Path, data: str) -> dict[str, Any]:
+    """Train a few steps in a process of its own; what it could not do is its outcome."""
+    batch, chunk = config.batch.micro_batch_size, config.runtime.loss_chunk_tokens
+    estimate = sum(training_memory(config.model, batch, config.data.seq_len, chunk).values())
+    memory = wanted.memory_bytes or available_memory()
+    point: dict[str, Any] = {
+        "estimated_bytes": estimate,
+        "flops_per_token": training_flops_per_token(config.model, config.data.seq_len),
+    }
+    steps, limit = wanted.warmup + wanted.steps, memory or None
+    settled, _ = resolve_auto(config)
+    done, records = run_training(settled, folder, data, steps, seconds=wanted.seconds, memory_bytes=limit)
+    if done.timed_out:
+        return {**point, "outcome": f"took more than {wanted.seconds:.0f} s"}
+    if done.code:
+        out_of_memory = done.code == -9 or any(sign in done.last_words.lower() for sign in OUT_OF_MEMORY)
+        return {**point, "outcome": "did not fit in memory" if out_of_memory else f"failed: {done.last_words}"}
+    return {**point, "outcome": "measured", **asdict(training_measurement(done, records, wanted.warmup))}
+
+
+def row(point: dict[str, Any]) -> list[str]:
+    """Return the cells of a point."""
+    key, measured = point["key"], point["outcome"] == "measured"
+    rate = point.get("tokens_per_second", 0.0)
+    return [
+        key["preset"],
+        f"{key['rows']} x {key['seq_len']}",
+        f"{statistics.median(point['step_seconds']):.3f}" if measured else "",
+        f"{rate:,.0f}" if measured else "",
+        f"{point['peak_bytes'] / 2**20:,.0f}" if measured else "",
+        f"{point['estimated_bytes'] / 2**20:,.0f}",
+        f"{point['flops_per_token'] / 1e9:.3f}",
+        f"{rate * point['flops_per_token'] / 1e9:,.0f}" if measured else "",
+        "" if measured else point["outcome"],
+    ]
+
+
+def table(points: list[dict[str, Any]]) -> str:
+    """Return the table of points, as Markdown; GFLOP/s are counted operations by measured time."""
+    return "\n".join([*markdown_table(TITLES, [row(point) for point in points]), ""])

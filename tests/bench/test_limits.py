@@ -1,0 +1,38 @@
+"""The products of a step are all of them: their operations are the counted ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resmol.bench import limits
+from resmol.bench.limits import Product, forward_products, product_seconds, training_products
+from resmol.config_files import load_preset
+from resmol.flops import forward_flops_per_token, training_flops_per_token
+
+
+@pytest.mark.parametrize("preset", ["nano", "smollm2-135m"])
+@pytest.mark.parametrize(("rows", "seq_len"), [(1, 128), (2, 512), (3, 2048)])
+def test_operations_are_those_of_the_counts(preset: str, rows: int, seq_len: int) -> None:
+    model, tokens = load_preset(preset).model, rows * seq_len
+    forward = sum(product.operations for product in forward_products(model, rows, seq_len))
+    step = sum(product.operations for product in training_products(model, rows, seq_len))
+    assert forward == pytest.approx(tokens * forward_flops_per_token(model, seq_len))
+    assert step == pytest.approx(tokens * training_flops_per_token(model, seq_len))
+
+
+@pytest.mark.parametrize("role", ["gate, up", "gate, up: by input", "gate, up: by weight", "scores", "mixed values"])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_every_layout_can_be_multiplied(role: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SECONDS_PER_PRODUCT", 0.0)
+    assert product_seconds(Product(role, batch, 5, 7, 11, 1), torch.float32) > 0
+
+
+def test_the_limit_of_generation_is_bandwidth_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_preset("nano").model
+    monkeypatch.setattr(limits, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "copy_bytes_per_second": 1e9})
+    monkeypatch.setattr(limits, "products_seconds", lambda products, dtype: (2.0, []))
+    found = limits.generation_limit(model, 2, 10, 20, torch.float32)
+    cache = 2 * 20 * 2 * 4 * 1 * 16 * 4  # rows, mean context, key and value, blocks, heads, head size, bytes
+    assert found["tokens_per_second"] == pytest.approx(2 * 1e9 / (2_458_032 * 4 + cache))
+    assert found["prefill_per_second"] == pytest.approx(10.0)
