@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce test slow mistakes faults check format clean
+.PHONY: help setup quickstart reproduce test interop slow mistakes faults check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -21,7 +21,10 @@ reproduce: .venv/package ## the same with the real SmolLM2-135M, on a GPU or a C
 	$(BIN)/resmol reproduce runs/smollm2-135m
 
 test: .venv/package ## the test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not interop"
+
+interop: .venv/interop ## what llama.cpp and lm-eval make of our exports; builds llama.cpp the first time (minutes)
+	$(BIN)/python -m pytest -m interop
 
 slow: .venv/package ## the tests that take over a minute or download real weights
 	$(BIN)/python -m pytest -m slow
@@ -49,6 +52,15 @@ clean: ## remove .venv, caches and builds; runs/ stays
 # Two stamps: a changed lock makes a new environment, a changed pyproject.toml only installs the package again.
 .venv/package: .venv/locked pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# llama.cpp comes as source. pip keeps the wheel that it builds, so a new .venv costs seconds. Built for any processor with
+# AVX2 instead of this one alone, so that a kept wheel runs elsewhere; without what only its web client and images need;
+# and with -O1 for its C++: what is tested is numbers, not speed.
+.venv/interop: .venv/package requirements-interop.lock
+	@echo "adding llama.cpp and lm-eval to .venv"; \
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DCMAKE_CXX_FLAGS_RELEASE='-O1 -DNDEBUG'" \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock -r requirements-interop.lock
 	@touch $@
 
 .venv/locked: requirements.lock

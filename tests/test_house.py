@@ -156,14 +156,20 @@ def distribution(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
-def declared() -> set[str]:
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    return {distribution(item) for group in [PROJECT["project"]["dependencies"], *extras] for item in group}
+def declared(extras: tuple[str, ...] | None = None) -> set[str]:
+    """Return the libraries of these extras; by default of all, and what is always needed."""
+    optional = PROJECT["project"]["optional-dependencies"]
+    always = PROJECT["project"]["dependencies"] if extras is None else []
+    groups = [always, *(optional[name] for name in (extras or optional))]
+    return {distribution(item) for group in groups for item in group}
 
 
 def test_every_library_that_is_imported_is_declared() -> None:
     imported = {name.partition(".")[0] for path in SOURCES for name in imports_of(ast.parse(path.read_text("utf-8")))}
-    providers = packages_distributions() | {"pydantic_core": ["pydantic"]}  # one library in two packages
+    providers = packages_distributions() | {
+        "pydantic_core": ["pydantic"],  # one library in two packages
+        "llama_cpp": ["llama-cpp-python"],  # not installed unless `make interop` was run
+    }
     outside = imported - sys.stdlib_module_names - {"resmol", ""}
     undeclared = {name for name in outside if not {distribution(d) for d in providers.get(name, [name])} & declared()}
     assert not undeclared
@@ -229,19 +235,33 @@ def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
 
 # --- what is shipped ----------------------------------------------------------------------------------------
 
-LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+LOCKS = {
+    name: (ROOT / name).read_text(encoding="utf-8").splitlines()
+    for name in ("requirements.lock", "requirements-interop.lock")
+}
+INTEROP = ("interop", "eval")  # extras that only `make interop` installs
 
 
-def test_the_lock_holds_exact_versions_and_nothing_else() -> None:
+def locked(name: str) -> list[str]:
+    return [line.partition("==")[0] for line in LOCKS[name]]
+
+
+@pytest.mark.parametrize("name", list(LOCKS))
+def test_a_lock_holds_exact_versions_and_nothing_else(name: str) -> None:
     """No addresses, no paths, no local versions: it must install from any index."""
-    assert [line for line in LOCK if not re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line)] == []
-    names = [line.partition("==")[0] for line in LOCK]
-    assert names == sorted(set(names))
+    assert [line for line in LOCKS[name] if not re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line)] == []
+    assert locked(name) == sorted(set(locked(name)))
 
 
-def test_the_lock_pins_every_direct_dependency() -> None:
+def test_the_locks_do_not_overlap() -> None:
+    assert not set(locked("requirements.lock")) & set(locked("requirements-interop.lock"))
+
+
+def test_the_locks_pin_every_direct_dependency() -> None:
     build = {distribution(item) for item in PROJECT["build-system"]["requires"]}
-    assert (declared() | build) - {"resmol"} <= {line.partition("==")[0] for line in LOCK}
+    interop = declared(INTEROP) - {"resmol"}
+    assert interop <= set(locked("requirements-interop.lock"))
+    assert (declared() | build) - interop - {"resmol"} <= set(locked("requirements.lock"))
 
 
 def test_the_license_is_the_standard_text() -> None:

@@ -34,7 +34,7 @@ def require_peer(peer: str | None, known: tuple[str, ...], packages: tuple[str, 
         raise UsageError(f"there is no peer {peer!r}", fix=f"choose one of: {', '.join(known)}")
     for package in packages:
         if _version(package) is None:
-            raise DataError(f"this peer needs {package}", fix="install it: pip install 'resmol[bench]'")
+            raise DataError(f"this peer needs {package}", fix="install it: pip install 'resmol[verify]'")
 
 
 def _version(package: str) -> str | None:

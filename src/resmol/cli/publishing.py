@@ -53,19 +53,28 @@ def generate(
 def export(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    format_: Annotated[
+        str, typer.Option("--format", help="hf (a Hugging Face folder) or gguf (llama.cpp, ollama).")
+    ] = ("hf"),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; with gguf also q8_0.")] = "float32",
     space: Annotated[bool, typer.Option("--space", help="A Space with the demo, the weights and the record.")] = False,
     model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write a Hugging Face folder; finished only when transformers reads our logits and token ids from it."""
+    """Write a folder for others; finished only when they read our logits and token ids from it."""
+    if format_ not in ("hf", "gguf"):
+        raise UsageError(f"{format_} is not a format of an export", fix="choose from: hf, gguf")
+    if space and format_ != "hf":
+        raise UsageError("a Space serves a Hugging Face folder", fix="leave --format out")
     if model_repo is not None and not space:
         raise UsageError("--model-repo is for a Space", fix="add --space")
     tune_allocator()
-    from resmol.export import export_hf, export_space
+    from resmol.export import export_gguf, export_hf, export_space
 
     if space:
         done = export_space(model, out, dtype=dtype, model_repo=model_repo, say=say)
+    elif format_ == "gguf":
+        done = export_gguf(model, out, dtype=dtype, say=say)
     else:
         done = export_hf(model, out, dtype=dtype, say=say)
     report_checks(f"export to {out}", done.checks, json_)

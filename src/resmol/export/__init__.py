@@ -6,8 +6,9 @@ place only when logits, token ids and generated tokens are ours. Otherwise nothi
 
 from __future__ import annotations
 
+from resmol.export.gguf import export_gguf
 from resmol.export.hf import Export, export_hf
 from resmol.export.seal import Kind, Seal, make_seal, verified_seal
 from resmol.export.space import export_space
 
-__all__ = ["Export", "Kind", "Seal", "export_hf", "export_space", "make_seal", "verified_seal"]
+__all__ = ["Export", "Kind", "Seal", "export_gguf", "export_hf", "export_space", "make_seal", "verified_seal"]

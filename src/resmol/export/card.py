@@ -24,13 +24,14 @@ SHOWN_SAMPLES = 3
 SHOWN_STRETCHES = 6
 
 
-def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None) -> str:
+def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: str | None = None) -> str:
     """Return ``README.md`` of an export.
 
     Args:
         loaded: The model.
         dtype: The type of the weights in the file.
         record: That of the run that it is a checkpoint of; a model from elsewhere gets a short card.
+        gguf: Name of the file of a GGUF export.
 
     Raises:
         DataError: The ledger's chain holds, and its records do not say what resmol's say.
@@ -42,7 +43,8 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None) -> str
     environment.filters |= {"plain": plain, "code_span": code_span, "code_block": code_block}
     try:
         return environment.get_template("model_card.md.j2").render(
-            metadata=card_metadata(record),
+            metadata=card_metadata(record, "transformers" if gguf is None else "gguf"),
+            gguf=gguf,
             version=__version__,
             commit=source_commit(),
             config=loaded.config,
@@ -58,13 +60,13 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None) -> str
         ) from error
 
 
-def card_metadata(record: RunRecord | None) -> str:
+def card_metadata(record: RunRecord | None, library: str) -> str:
     """Return the front matter as YAML. There is no ``base_model``: the weights are derived from no other model's."""
     from huggingface_hub import ModelCardData
 
     inputs = [] if record is None or record.data is None else [item.name for item in record.data.source.inputs]
     fields: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["resmol", "llama"] if record is None else ["resmol", "llama", "from-scratch"],
     }

@@ -22,6 +22,7 @@ from resmol.model import CausalLM
 from resmol.tokenizer import Tokenizer
 
 NEW_TOKENS = 16
+VOCABULARY_TEXTS = 100
 # Relative to the largest logit. Two float32 implementations differ by some 1e-6; the smallest mistake, by over 1e-2.
 TOLERANCE = 1e-4
 # What tokenizers disagree about: digits, runs of spaces, newlines, scripts, control characters, special tokens.
@@ -32,6 +33,26 @@ HARD_TEXTS = (
     "don't we'll I'M", "<|endoftext|>a<|im_start|>", "", " ", "def f(x):\n    return x**2  # 2nd",
     "ROMEO:\nO, she doth teach the torches to burn bright!",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Another implementation that can load an export.
+
+    Attributes:
+        name: As people call it.
+        program: The module of ours that runs it, alone in its process.
+        package: What it imports.
+        extra: The extra of resmol that installs it.
+    """
+
+    name: str
+    program: str
+    package: str
+    extra: str
+
+
+TRANSFORMERS = Reader("transformers", "resmol.export.readback", "transformers", "verify")
 
 
 @dataclass(frozen=True)
@@ -58,9 +79,13 @@ def compare_with_transformers(model: CausalLM, tokenizer: Tokenizer, folder: Pat
         DataError: transformers is not installed.
         CheckFailed: transformers cannot load the folder.
     """
-    inputs = comparison_inputs(model)
-    theirs = read_back(folder, inputs)
-    return [_logits(model, inputs, theirs), _greedy(model, inputs, theirs), _token_ids(tokenizer, theirs)]
+    inputs, texts = comparison_inputs(model), comparison_texts(tokenizer)
+    theirs = read_back(TRANSFORMERS, folder, inputs, texts)
+    return [
+        logits_check("logits", model, inputs, theirs),
+        greedy_check("greedy tokens", model, inputs, theirs),
+        token_ids_check("token ids", tokenizer, texts, theirs),
+    ]
 
 
 def comparison_inputs(model: CausalLM) -> list[list[int]]:
@@ -70,9 +95,28 @@ def comparison_inputs(model: CausalLM) -> list[list[int]]:
     return [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths or [1]]
 
 
-def read_back(folder: Path, inputs: list[list[int]]) -> ReadBack:
-    """Let transformers load a folder, offline, and compute (errors: see `compare_with_transformers`)."""
-    request = {"inputs": inputs, "texts": list(HARD_TEXTS), "new_tokens": NEW_TOKENS}
+def comparison_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return what tokenizers disagree about, and texts drawn from this vocabulary: merges are only met in those."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(tokenizer.vocab_size, (VOCABULARY_TEXTS, 16), generator=generator).tolist()
+    return [*HARD_TEXTS, tokenizer.decode(range(32)), *(tokenizer.decode(ids) for ids in drawn)]
+
+
+def read_back(reader: Reader, path: Path, inputs: list[list[int]], texts: list[str], **more: str) -> ReadBack:
+    """Let another implementation load an export in a process of its own, offline, and compute.
+
+    Args:
+        reader: Which one.
+        path: What it loads.
+        inputs: Token ids to compute the logits of, and to continue.
+        texts: Texts to turn into ids.
+        more: What else it is asked.
+
+    Raises:
+        DataError: It is not installed.
+        CheckFailed: It cannot load the export.
+    """
+    request = {"inputs": inputs, "texts": texts, "new_tokens": NEW_TOKENS, **more}
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -80,28 +124,33 @@ def read_back(folder: Path, inputs: list[list[int]]) -> ReadBack:
     }
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
-        command = [sys.executable, "-m", "resmol.export.readback", str(folder), str(out)]
+        command = [sys.executable, "-m", reader.program, str(path), str(out)]
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
         )
         if done.returncode:
-            raise _unreadable(done.stderr)
+            raise _unreadable(reader, done.stderr)
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         logits = load_file(out)
         return ReadBack([logits[str(n)] for n in range(len(inputs))], answer["greedy"], answer["ids"])
 
 
-def _unreadable(stderr: str) -> DataError | CheckFailed:
+def _unreadable(reader: Reader, stderr: str) -> DataError | CheckFailed:
     last = (stderr.strip().splitlines() or ["no message"])[-1]
-    if "No module named 'transformers'" in last:
+    if f"No module named {reader.package!r}" in last:
         return DataError(
-            "an export is read back with transformers, which is not installed", fix="pip install 'resmol[verify]'"
+            f"an export is read back with {reader.name}, which is not installed",
+            fix=f"pip install 'resmol[{reader.extra}]'",
         )
-    return CheckFailed(f"transformers cannot load the export: {last[:300]}", fix="nothing was written; report this")
+    return CheckFailed(f"{reader.name} cannot load the export: {last[:300]}", fix="nothing was written; report this")
 
 
 @torch.no_grad()
-def _logits(model: CausalLM, inputs: list[list[int]], theirs: ReadBack) -> Check:
+def logits_check(
+    name: str, model: CausalLM, inputs: list[list[int]], theirs: ReadBack, tolerance: float = TOLERANCE,
+    why: str = "two implementations in float32",
+) -> Check:  # fmt: skip
+    """Compare logits; ``tolerance`` is relative to the largest, and ``why`` says where it comes from."""
     worst = 0.0
     for ids, other in zip(inputs, theirs.logits, strict=True):
         ours = model(torch.tensor([ids]))[0]
@@ -109,19 +158,20 @@ def _logits(model: CausalLM, inputs: list[list[int]], theirs: ReadBack) -> Check
             max(worst, float((ours - other).abs().max() / ours.abs().max())) if ours.shape == other.shape else torch.inf
         )
     return Check(
-        "logits",
-        worst <= TOLERANCE,
+        name,
+        worst <= tolerance,
         f"largest difference {worst:.1e} of the largest logit",
-        f"at most {TOLERANCE:g}: two implementations in float32",
+        f"at most {tolerance:.2g}: {why}",
         "An export whose weights, names, rotation or tying are not those that were trained.",
     )
 
 
-def _greedy(model: CausalLM, inputs: list[list[int]], theirs: ReadBack) -> Check:
+def greedy_check(name: str, model: CausalLM, inputs: list[list[int]], theirs: ReadBack) -> Check:
+    """Compare greedy continuations."""
     sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
     ours = [list(generate(model, ids, sampling, eos_id=None)) for ids in inputs]
     return Check(
-        "greedy tokens",
+        name,
         ours == theirs.greedy,
         "equal" if ours == theirs.greedy else f"{ours} here, {theirs.greedy} there",
         f"the same {NEW_TOKENS} tokens after each of {len(inputs)} prompts",
@@ -129,16 +179,34 @@ def _greedy(model: CausalLM, inputs: list[list[int]], theirs: ReadBack) -> Check
     )
 
 
-def _token_ids(tokenizer: Tokenizer, theirs: ReadBack) -> Check:
+def token_ids_check(name: str, tokenizer: Tokenizer, texts: list[str], theirs: ReadBack) -> Check:
+    """Compare the token ids of `comparison_texts`."""
     wrong = [
         f"{text!r} is {other} there and {ours} here"
-        for text, other in zip(HARD_TEXTS, theirs.ids, strict=True)
+        for text, other in zip(texts, theirs.ids, strict=True)
         if (ours := tokenizer.encode(text)) != other
     ]
     return Check(
-        "token ids",
+        name,
         not wrong,
-        wrong[0] if wrong else f"{len(HARD_TEXTS)} hard texts, the same ids",
+        wrong[0] if wrong else f"{len(texts)} hard texts, the same ids",
         "the ids that the model was trained on",
         "A tokenizer class that drops the step which separates digits: the model then reads numbers it never saw.",
+    )
+
+
+@torch.no_grad()
+def cast_check(before: CausalLM, after: CausalLM) -> Check:
+    """Measure what storing the weights in another type does to the log-probabilities."""
+    ids = torch.arange(64)[None] % before.config.vocab_size
+    ids = ids[:, : before.config.max_position_embeddings]
+    ours, stored = before(ids).log_softmax(-1), after(ids).log_softmax(-1)
+    divergence = float((ours.exp() * (ours - stored)).sum(-1).mean())
+    return Check(
+        "cast",
+        bool(torch.isfinite(stored).all()),
+        f"largest change of a log-probability {float((ours - stored).abs().max()):.2e}, "
+        f"Kullback-Leibler divergence {divergence:.1e} nats per token",
+        "finite numbers; the change is that of the type",
+        "Weights beyond the largest number of float16.",
     )

@@ -20,9 +20,9 @@ from resmol.checkpoint import weight_tensors
 from resmol.checks import Check
 from resmol.errors import UsageError
 from resmol.export.card import model_card
-from resmol.export.comparison import compare_with_transformers
+from resmol.export.comparison import cast_check, compare_with_transformers
 from resmol.export.record import write_record
-from resmol.export.seal import Seal, make_seal
+from resmol.export.seal import Kind, Seal, make_seal
 from resmol.load import LoadedModel, load_model
 from resmol.model import CausalLM
 from resmol.rundir import RunDir
@@ -69,51 +69,80 @@ def export_hf(
     """
     if dtype not in DTYPES:
         raise UsageError(f"{dtype} is not a type of a Hugging Face export", fix=f"choose from: {', '.join(DTYPES)}")
+    require_new(out)
+    loaded = load_model(source, device="cpu", say=say)
+
+    def write_files(folder: Path) -> list[Check]:
+        say(f"writing {loaded.provenance.path} as {dtype}")
+        write_folder(loaded, folder, dtype, run_of(loaded.provenance))
+        say("reading it back with transformers, in a process of its own")
+        stored = rounded(loaded.model, dtype)
+        return [*compare_with_transformers(stored, loaded.tokenizer, folder), cast_check(loaded.model, stored)]
+
+    return commit_export(out, "model", export_facts(loaded, dtype), write_files)
+
+
+def require_new(out: Path) -> None:
+    """Refuse a folder that exists (`UsageError`)."""
     if out.exists():
         raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
-    loaded = load_model(source, device="cpu", say=say)
+
+
+def export_facts(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
+    """Return what the seal says about the weights: their type and source, without paths of this machine."""
+    return {"dtype": dtype, "model": loaded.provenance.to_dict() | {"path": "", "note": ""}}
+
+
+def commit_export(out: Path, kind: Kind, facts: dict[str, Any], write_files: Callable[[Path], list[Check]]) -> Export:
+    """Create a sealed folder, or nothing.
+
+    Args:
+        out: The folder to create.
+        kind: What it is.
+        facts: For its seal.
+        write_files: Fills the folder that it is given, compares, and returns the checks.
+
+    Raises:
+        CheckFailed: A check did not pass; `DiskFull`: no room. Nothing is left.
+    """
     checks: list[Check] = []
     seals: list[Seal] = []
 
-    def write_files(folder: Path) -> None:
-        say(f"writing {loaded.provenance.path} as {dtype}")
-        write_folder(loaded, folder, dtype, _run_of(loaded.provenance))
-        say("reading it back with transformers, in a process of its own")
-        checks.extend(compare_with_transformers(rounded(loaded.model, dtype), loaded.tokenizer, folder))
-        checks.append(_cast_error(loaded.model, dtype))
-
     def seal(folder: Path) -> bytes:
-        facts = {"dtype": dtype, "model": loaded.provenance.to_dict() | {"path": "", "note": ""}}
-        seals.append(make_seal(folder, "model", checks, facts))
+        seals.append(make_seal(folder, kind, checks, facts))
         return seals[0].to_bytes()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    commit_directory(out, write_files, seal)
+    commit_directory(out, lambda folder: checks.extend(write_files(folder)), seal)
     return Export(out, checks, {name: file.sha256 for name, file in seals[0].files.items()})
 
 
 def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | None) -> None:
     """Write all files of an export into an existing, empty folder."""
-    config, tokenizer = loaded.config, loaded.tokenizer
+    config = loaded.config
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in weight_tensors(loaded.model).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tables = {
-        "config.json": config.to_hf(dtype),
-        "generation_config.json": {
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-        },
-        "tokenizer_config.json": tokenizer_config(tokenizer, config.max_position_embeddings),
-    }
-    for name, table in tables.items():
-        (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    write_json(folder / "config.json", config.to_hf(dtype))
+    write_json(folder / "generation_config.json", ends)
+    write_papers(loaded, folder, dtype, run)
+
+
+def write_papers(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | None, gguf: str | None = None) -> None:
+    """Write what goes with the weights: tokenizer, record, licence and card (``gguf``: name of the weights' file)."""
+    tokenizer, record = loaded.tokenizer, None
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, loaded.config.max_position_embeddings))
     (folder / "tokenizer.json").write_bytes(tokenizer.data)
-    record = None
     if run is not None:
         (folder / "training").mkdir()
         record = write_record(run, folder / "training", loaded.provenance)
         (folder / "LICENSE").write_bytes((files("resmol") / "templates" / "apache-2.0.txt").read_bytes())
-    (folder / "README.md").write_text(model_card(loaded, dtype, record), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(loaded, dtype, record, gguf), encoding="utf-8")
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Write a table as people read it."""
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
@@ -148,23 +177,7 @@ def rounded(model: CausalLM, dtype: str) -> CausalLM:
     return copy.eval().requires_grad_(requires_grad=False)
 
 
-@torch.no_grad()
-def _cast_error(model: CausalLM, dtype: str) -> Check:
-    ids = torch.arange(64)[None] % model.config.vocab_size
-    ids = ids[:, : model.config.max_position_embeddings]
-    before, after = model(ids).log_softmax(-1), rounded(model, dtype)(ids).log_softmax(-1)
-    divergence = float((before.exp() * (before - after)).sum(-1).mean())
-    return Check(
-        "cast",
-        bool(torch.isfinite(after).all()),
-        f"largest change of a log-probability {float((before - after).abs().max()):.2e}, "
-        f"Kullback-Leibler divergence {divergence:.1e} nats per token",
-        "finite numbers; the change is that of the type",
-        "Weights beyond the largest number of float16.",
-    )
-
-
-def _run_of(provenance: Provenance) -> RunDir | None:
+def run_of(provenance: Provenance) -> RunDir | None:
     """Return the run whose checkpoint these weights are; what merely lies inside of a run's folder is not its work."""
     run = RunDir(provenance.path.resolve().parent.parent)
     return run if provenance.trained_here and run.exists() and run.ledger.exists() else None

@@ -1,7 +1,8 @@
 """Reads an export as a stranger would: transformers alone, offline, in a process of its own.
 
 ``python -m resmol.export.readback FOLDER OUT`` takes ``{"inputs": [[id, ...], ...], "texts": [...], "new_tokens": n}``
-on standard input, writes the logits to OUT and prints ``{"ids": [[...], ...], "greedy": [[...], ...]}``.
+on standard input, writes the logits to OUT and prints ``{"ids": [[...], ...], "greedy": [[...], ...]}``. With
+``"gguf_file": NAME`` it reads that file of FOLDER, and nothing else in it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
 
 
 def main(folder: str, out: str) -> None:
@@ -19,8 +21,14 @@ def main(folder: str, out: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted: dict[str, Any] = json.load(sys.stdin)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    options: dict[str, Any] = {"local_files_only": True}
+    if "gguf_file" in wanted:
+        options["gguf_file"] = wanted["gguf_file"]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+    if wanted.get("pre") == "smollm":  # transformers takes the vocabulary from the file, and not the rule for digits
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     logits, greedy = {}, []
     with torch.no_grad():
         for number, ids in enumerate(wanted["inputs"]):

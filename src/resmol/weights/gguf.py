@@ -1,7 +1,7 @@
-"""The weights of a GGUF file under Hugging Face's names, as float32; no PyTorch.
+"""What GGUF calls the tensors and fields of a model, both ways, and the weights of a file as float32; no PyTorch.
 
 GGUF has the rows of the query and key projections in another order, because llama.cpp rotates neighbouring
-pairs where Hugging Face's layout rotates ``(i, i + Dh/2)``. Here the order is turned back.
+pairs where Hugging Face's layout rotates ``(i, i + Dh/2)``. `permuted` is that order; `unpermuted` turns it back.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_NAMES = {theirs: name for name, theirs in (BLOCK_NAMES | OUTER_NAMES).items()}
 
 # Metadata key (after "llama.") -> field of the architecture.
 _FIELDS = {
@@ -84,6 +85,12 @@ def gguf_config(header: GGUFHeader, origin: str = "the file") -> ModelConfig:
     return config
 
 
+def gguf_metadata(config: ModelConfig) -> dict[str, int | float]:
+    """Return the fields of a GGUF file that describe an architecture: the inverse of `gguf_config`."""
+    fields = {f"llama.{key}": getattr(config, field) for key, field in _FIELDS.items()}
+    return fields | {f"llama.{_HEAD_DIMS[0]}": config.head_dim, "llama.vocab_size": config.vocab_size}
+
+
 def _tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
     known = "tokenizer.ggml.eos_token_id" in metadata
     return [] if known else ["tokenizer.ggml.eos_token_id is missing: where a text ends would be a guess"]
@@ -130,6 +137,15 @@ def hf_name(name: str) -> str:
     return f"{OUTER_NAMES[stem]}.weight" if stem in OUTER_NAMES else name
 
 
+def gguf_name(name: str) -> str:
+    """Return the GGUF name of a tensor of `tensor_shapes`: the inverse of `hf_name`."""
+    stem = name.removesuffix(".weight")
+    prefix, _, rest = stem.removeprefix("model.layers.").partition(".")
+    if stem.startswith("model.layers."):
+        return f"blk.{prefix}.{_GGUF_NAMES[rest]}.weight"
+    return f"{_GGUF_NAMES[stem]}.weight"
+
+
 def gguf_tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
     """Yield Hugging Face's name and the values of each tensor, one at a time.
 
@@ -141,7 +157,7 @@ def gguf_tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> Iterato
         for name, tensor in header.tensors.items():
             raw = np.frombuffer(content[tensor.start : tensor.end], dtype=np.uint8)
             values = _dequantised(raw, tensor).reshape(tensor.shape)
-            yield hf_name(name), unpermuted(values, _rotated_heads(name, config))
+            yield hf_name(name), unpermuted(values, rotated_heads(name, config))
 
 
 def _check_table(path: Path, header: GGUFHeader, config: ModelConfig) -> None:
@@ -165,8 +181,8 @@ def _dequantised(raw: np.ndarray[Any, np.dtype[np.uint8]], tensor: GGUFTensor) -
     return np.ascontiguousarray(quants.dequantize(rows, kind), dtype=np.float32)
 
 
-def _rotated_heads(name: str, config: ModelConfig) -> int:
-    """Return how many heads a tensor's rows are ordered by, 0 where nothing was reordered."""
+def rotated_heads(name: str, config: ModelConfig) -> int:
+    """Return by how many heads the rows of a GGUF tensor are reordered, 0 where they are Hugging Face's."""
     if name.endswith(".attn_q.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if name.endswith(".attn_k.weight") else 0
@@ -181,3 +197,11 @@ def unpermuted(values: Float32[np.ndarray, "*shape"], heads: int) -> Float32[np.
         return values
     rows, columns = values.shape
     return values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def permuted(values: Float32[np.ndarray, "*shape"], heads: int) -> Float32[np.ndarray, "*shape"]:
+    """Put the rows of a projection into GGUF's order: the inverse of `unpermuted`."""
+    if heads == 0:
+        return values
+    rows, columns = values.shape
+    return values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

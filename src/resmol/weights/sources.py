@@ -123,6 +123,8 @@ def _folder(path: Path, say: Say) -> Source:
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
         return _checkpoint(path, say)
+    if not (path / "config.json").exists() and len(files := sorted(path.glob("*.gguf"))) == 1:
+        return _gguf(files[0], say)
     return _huggingface(path, "huggingface", say)
 
 
@@ -245,6 +247,7 @@ def _gguf(path: Path, say: Say) -> Source:
     header = read_gguf_header(path)
     config = gguf_config(header, str(path))
     kinds = sorted({tensor.kind for tensor in header.tensors.values()})
+    own_tokenizer = path.with_name("tokenizer.json")  # an export of ours has it beside the file
 
     def fill(model: CausalLM) -> None:
         values = gguf_tensors(path, header, config)
@@ -254,7 +257,7 @@ def _gguf(path: Path, say: Say) -> Source:
         config=config,
         fill=fill,
         provenance=Provenance("gguf", path, file_sha256(path), note=f"{', '.join(kinds)}, dequantised to float32"),
-        tokenizer=lambda: load_tokenizer(say=say),
+        tokenizer=lambda: named_tokenizer(own_tokenizer, say) if own_tokenizer.exists() else load_tokenizer(say=say),
     )
 
 
