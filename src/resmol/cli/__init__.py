@@ -4,7 +4,7 @@ PyTorch takes seconds to import, so each command imports what it needs when it r
 answer at once.
 """
 
-from resmol.cli import checking, measuring, publishing, training  # each registers its commands
+from resmol.cli import checking, generating, measuring, publishing, training  # each registers its commands
 from resmol.cli.app import app
 
-__all__ = ["app", "checking", "measuring", "publishing", "training"]
+__all__ = ["app", "checking", "generating", "measuring", "publishing", "training"]
