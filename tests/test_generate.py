@@ -84,7 +84,7 @@ def test_with_the_same_noise_the_draws_are_those_of_transformers(
 def test_the_penalty_equals_transformers(seed: int, penalty: float, seen: list[int]) -> None:
     logits = torch.randn(32, generator=torch.Generator().manual_seed(seed))
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits[None].clone())[0]
-    assert torch.equal(penalised(logits, seen, penalty), theirs)
+    assert torch.equal(penalised(logits, torch.tensor(seen), penalty), theirs)
 
 
 @settings(deadline=None, max_examples=60)
@@ -103,6 +103,17 @@ def test_filters_equal_transformers(seed: int, temperature: float, top_k: int, t
     if top_p < 1:
         theirs = TopPLogitsWarper(top_p)(None, theirs)
     torch.testing.assert_close(ours, theirs.softmax(-1)[0], atol=1e-6, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), top_p=st.floats(0.05, 0.99), top_k=st.integers(0, 40))
+def test_of_ties_as_many_are_kept_as_by_transformers(seed: int, top_p: float, top_k: int) -> None:
+    """Which of them is left to the sort, there as here; so the kept logits are compared, not their places."""
+    logits = torch.randint(0, 6, (48,), generator=torch.Generator().manual_seed(seed)).float()
+    kept = filtered_probabilities(logits, Sampling(1, 1.0, top_k, top_p)) > 0
+    theirs = TopKLogitsWarper(top_k)(None, logits[None]) if top_k else logits[None]
+    theirs = TopPLogitsWarper(top_p)(None, theirs)[0].isfinite()
+    assert logits[kept].sort().values.tolist() == logits[theirs].sort().values.tolist()
 
 
 def test_the_seed_decides_and_global_state_does_not(model: CausalLM) -> None:
@@ -213,11 +224,11 @@ def test_a_reader_can_end_a_row_of_a_batch(model: CausalLM) -> None:
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:
-    for value in (torch.nan, torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf):
         logits = torch.tensor([0.0, value])
         for temperature in (0.0, 1.0):
             with pytest.raises(NonFiniteError):
-                choose(logits, [0], Sampling(temperature=temperature), torch.Generator())
+                choose(logits, torch.tensor([0]), Sampling(temperature=temperature), torch.Generator())
 
 
 def test_ids_outside_the_vocabulary(model: CausalLM) -> None:

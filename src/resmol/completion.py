@@ -223,6 +223,7 @@ def complete_batches(
     stop: Sequence[str] = (),
     batch_size: int = 8,
     names: Sequence[str] = (),
+    with_logprobs: bool = False,
 ) -> Iterator[list[Completion]]:
     """Continue several texts, ``batch_size`` together, each as if it were alone; yield batch by batch, in order.
 
@@ -236,16 +237,17 @@ def complete_batches(
         stop: Stop strings.
         batch_size: How many are decoded together.
         names: What to call the prompts in an error; by default ``prompt 1``, ``prompt 2``, ...
+        with_logprobs: Keep the tokens' log-probabilities; they cost a softmax for each token.
 
     Raises:
         UsageError: A prompt fills the context (the message says which), or another argument makes no sense.
     """
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
-    writers = []
+    eos, writers = model.config.eos_token_id, []
     for number, ids in enumerate(tokenizer.encode_batch(prompts)):
         try:
-            row = Continuation(model.config, ids, sampling, eos_id=model.config.eos_token_id, with_logprobs=True)
+            row = Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
         except UsageError as error:
             name = names[number] if names else f"prompt {number + 1}"
             raise UsageError(f"{name}: {error.what}", fix=error.fix) from None

@@ -9,12 +9,12 @@ counts for greedy decoding; the other three do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+import math
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from resmol.errors import NonFiniteError, UsageError
@@ -74,6 +74,7 @@ class Continuation:
         self._eos_id = eos_id
         self._with_logprobs = with_logprobs
         self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._seen = torch.tensor(self.prompt + [0] * self.limit)  # filled as it goes, not made anew for each token
 
     @property
     def limit(self) -> int:
@@ -82,11 +83,13 @@ class Continuation:
 
     def add(self, logits: Float[Tensor, " V"]) -> bool:
         """Choose the next token by the logits behind the last one; tell whether there is one (or the text ended)."""
-        token = choose(logits, chain(self.prompt, self.tokens), self.sampling, self._generator)
+        length = len(self.prompt) + len(self.tokens)
+        token = choose(logits, self._seen[:length], self.sampling, self._generator)
         if token == self._eos_id:
             self.finish_reason = "eos"
             return False
         self.tokens.append(token)
+        self._seen[length] = token
         if self._with_logprobs:
             self.logprobs.append(float(logits.float().log_softmax(-1)[token]))
         if len(self.tokens) == self.limit:
@@ -163,22 +166,23 @@ def decode_batch(model: CausalLM, rows: Sequence[Continuation]) -> Iterator[list
         yield [row for row, behind in zip(active, logits, strict=True) if row.add(behind)]
 
 
-def penalised(logits: Float[Tensor, " V"], seen: Iterable[int], penalty: float) -> Float[Tensor, " V"]:
+def penalised(logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], penalty: float) -> Float[Tensor, " V"]:
     """Return the logits with those of the ``seen`` tokens made less likely (Keskar et al. 2019, section 4.1).
 
     A token counts once, however often it was seen. A penalty of 1 returns the logits as they are.
     """
     if penalty == 1.0:
         return logits
-    index = torch.tensor(sorted(set(seen)), dtype=torch.long, device=logits.device)
-    scores = logits[index]
+    index = seen.to(logits.device)
+    scores = logits[index]  # a token that was seen twice has the same score twice, and is written twice
     return logits.scatter(0, index, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def filtered_probabilities(logits: Float[Tensor, " V"], sampling: Sampling) -> Float[Tensor, " V"]:
     """Return the distribution to draw from: temperature, then top-k, then top-p.
 
-    The most probable token is always kept. Ties at the border of top-k are all kept, as in transformers.
+    The most probable token is always kept. Ties at the border of top-k are all kept, as in transformers. Of ties at
+    the border of top-p as many are kept as there; which of them, neither sort promises.
     """
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.numel():
@@ -193,12 +197,14 @@ def filtered_probabilities(logits: Float[Tensor, " V"], sampling: Sampling) -> F
     return probabilities / probabilities.sum()
 
 
-def choose(logits: Float[Tensor, " V"], seen: Iterable[int], sampling: Sampling, generator: torch.Generator) -> int:
+def choose(
+    logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: Sampling, generator: torch.Generator
+) -> int:
     """Return the id of the next token.
 
     Args:
         logits: Of the model, as they are.
-        seen: All tokens so far, those of the prompt included.
+        seen: The ids of all tokens so far, those of the prompt included.
         sampling: How to choose.
         generator: On the CPU, so that the same seed draws the same tokens whatever the model computes on.
 
@@ -206,7 +212,7 @@ def choose(logits: Float[Tensor, " V"], seen: Iterable[int], sampling: Sampling,
         NonFiniteError: The model gave NaN or infinity; nothing can be chosen then.
     """
     scores = penalised(logits.float(), seen, sampling.repetition_penalty)
-    if not bool(scores.isfinite().all()):
+    if not all(map(math.isfinite, torch.stack(scores.aminmax()).tolist())):  # NaN is passed on by both
         raise NonFiniteError("the model's logits hold NaN or infinity", fix="check the weights; training diverged")
     if sampling.temperature == 0:
         return int(scores.argmax())

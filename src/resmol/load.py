@@ -120,7 +120,9 @@ class LoadedModel:
             UsageError: An unknown or impossible option, or a prompt that fills the context; the message says which.
         """
         options = _options(sampling)
-        batches = complete_batches(self.model, self.tokenizer, prompts, options, stop=stop, batch_size=batch_size)
+        batches = complete_batches(
+            self.model, self.tokenizer, prompts, options, stop=stop, batch_size=batch_size, with_logprobs=True
+        )
         return [completion for batch in batches for completion in batch]
 
 

@@ -35,7 +35,7 @@ def given_prompt(text: str) -> str:
     """
     if text == "-":
         return one_line(decoded(_read(sys.stdin.buffer, "standard input"), "standard input"))
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python hands over bytes that are not UTF-8
+    if _holds_surrogate(text):  # how Python hands over bytes that are not UTF-8
         raise DataError("--prompt is not UTF-8", fix="pass the text as UTF-8")
     return text
 
@@ -102,9 +102,13 @@ def _json_prompt(line: str, number: int) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str):
         raise DataError(f'line {number} has no string "prompt"', fix="")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+    if _holds_surrogate(prompt):
         raise DataError(f"line {number} holds half a character (a surrogate without its partner)", fix="")
     return prompt
+
+
+def _holds_surrogate(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _read(file: BinaryIO, name: str) -> bytes:

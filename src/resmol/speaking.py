@@ -49,12 +49,16 @@ def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence[
     Raises:
         UsageError: The prompt fills the context.
         BrokenPipeError: Nobody reads standard output any more.
+        KeyboardInterrupt: Ctrl-C, after the line about what was written so far.
     """
     warn_untokenizable(loaded, prompt)
     pieces = loaded.stream(prompt, sampling, stop=stop)
-    _show_all(pieces)
-    show("\n")
-    say(describe(pieces.completion()))
+    try:
+        _show_all(pieces)
+    except KeyboardInterrupt:
+        _end(pieces)
+        raise
+    _end(pieces)
 
 
 def print_batch(done: Sequence[Completion], places: Sequence[str]) -> None:
@@ -70,6 +74,7 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
 
     Raises:
         DataError: At the end, if the input was no terminal and there was a prompt that could not be answered.
+        KeyboardInterrupt: Ctrl-C while the input is no terminal: nobody is there to type the next prompt.
     """
     at_terminal = sys.stdin.isatty()
     asked = failed = 0
@@ -84,8 +89,10 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
             if not prompt.strip():
                 continue
             asked += 1
-            _answer(loaded, prompt, sampling, stop)
+            (_answer if at_terminal else stream)(loaded, prompt, sampling, stop)
         except KeyboardInterrupt:  # at the prompt: the line is given up, as in a shell
+            if not at_terminal:
+                raise
             say("")
         except ResmolError as error:
             failed += 1
@@ -119,6 +126,11 @@ def _answer(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence
     pieces = loaded.stream(prompt, sampling, stop=stop)
     with _first_interrupt_only(), suppress(KeyboardInterrupt):
         _show_all(pieces)
+    _end(pieces)
+
+
+def _end(pieces: TextStream) -> None:
+    """End the line that the text stands in, and tell about it."""
     show("\n")
     say(describe(pieces.completion()))
 

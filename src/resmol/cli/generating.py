@@ -89,8 +89,9 @@ def _generate_several(
     done: list[Completion] = []
     timings: list[Timings] = []
     for batch in complete_batches(
-        loaded.model, loaded.tokenizer, texts, sampling, stop=stop, batch_size=batch_size, names=places
-    ):
+        loaded.model, loaded.tokenizer, texts, sampling, stop=stop, batch_size=batch_size, names=places,
+        with_logprobs=facts is not None,
+    ):  # fmt: skip
         if facts is None:
             print_batch(batch, places[len(done) :])
         done += batch
