@@ -47,3 +47,25 @@ def test_a_full_cache_is_an_error_and_not_a_silent_cut(model: CausalLM) -> None:
     cache = KVCache(model.config, 1, 4)
     with pytest.raises(RuntimeError), torch.no_grad():
         model(torch.arange(5)[None], cache=cache)
+
+
+def test_a_row_is_a_window_into_the_whole(tiny_config: RunConfig) -> None:
+    cache = KVCache(tiny_config.model, batch_size=3, capacity=9)
+    shape = (1, 1, 4, tiny_config.model.head_dim)
+    written = torch.randn(shape)
+    cache.row(1, end=6, length=4).layers[0].extend(written, -written)
+    assert torch.equal(cache.layers[0].keys[1, :, 2:6], written[0])
+    assert torch.equal(cache.layers[0].values[1, :, 2:6], -written[0])
+    assert int(cache.layers[0].keys.count_nonzero()) == written.numel()
+    assert cache.length == 0
+
+
+def test_kept_rows_move_with_their_beginnings(tiny_config: RunConfig) -> None:
+    cache = KVCache(tiny_config.model, batch_size=3, capacity=4)
+    for layer in cache.layers:
+        layer.keys += torch.arange(3)[:, None, None, None]
+    cache.align([0, 2, 1], length=3)
+    cache.keep([1, 2])
+    assert cache.starts is not None
+    assert (cache.starts.tolist(), cache.length) == ([2, 1], 3)
+    assert cache.layers[1].keys[:, 0, 0, 0].tolist() == [1.0, 2.0]

@@ -196,11 +196,11 @@ def test_text_ends_at_the_end_of_text_and_half_a_character_is_not_lost(
     half = next(token for token in range(512) if tiny_tokenizer.token_bytes(token) == b"\xc3")
     asked: list[int | None] = []
 
-    def speak(model: Any, ids: Any, sampling: Any, *, eos_id: int | None) -> Any:
-        asked.append(eos_id)
+    def speak(_model: Any, text: Any) -> Any:
+        asked.append(text._eos_id)
         yield half
 
-    monkeypatch.setattr(load_module, "generate", speak)
+    monkeypatch.setattr("resmol.completion.decode", speak)
     assert loaded.generate("ka") == "\ufffd"
     assert asked == [loaded.config.eos_token_id] == [0]
 

@@ -5,8 +5,11 @@ Shapes as in model.py: B batch, K key/value heads, T new tokens, S positions see
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from resmol.hf_config import ModelConfig
@@ -40,6 +43,10 @@ class KVCache:
         capacity: The most positions that will be stored.
         dtype: Type of keys and values.
         device: Where they live.
+
+    Attributes:
+        starts: For texts of different lengths in one batch: how many places of a row are empty before its text
+            begins. None where all rows begin at the first place.
     """
 
     def __init__(
@@ -54,8 +61,31 @@ class KVCache:
         where = device or torch.device("cpu")
         self.capacity = capacity
         self.layers = [LayerCache(shape, dtype, where) for _ in range(config.num_hidden_layers)]
+        self.starts: Int[Tensor, " B"] | None = None
 
     @property
     def length(self) -> int:
         """S, the positions stored so far."""
         return self.layers[0].length
+
+    def row(self, number: int, end: int, length: int) -> KVCache:
+        """Return the places [end - length, end) of one row as a cache of their own, which writes into this one."""
+        part, begin = copy.copy(self), end - length
+        part.layers, part.capacity = [copy.copy(layer) for layer in self.layers], length
+        for layer in part.layers:
+            layer.keys = layer.keys[number : number + 1, :, begin:end]
+            layer.values = layer.values[number : number + 1, :, begin:end]
+        return part
+
+    def align(self, starts: Sequence[int], length: int) -> None:
+        """Declare the rows filled up to ``length``, the text of each beginning at its own place."""
+        self.starts = torch.tensor(starts, device=self.layers[0].keys.device)
+        for layer in self.layers:
+            layer.length = length
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these, which move together in the given order."""
+        index = torch.tensor(rows, device=self.layers[0].keys.device)
+        self.starts = None if self.starts is None else self.starts[index]
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]

@@ -6,7 +6,7 @@ without gradients. `model_sources` finds, checks and reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from resmol.completion import Completion, TextStream, complete_batches
 from resmol.errors import DataError, UsageError
-from resmol.generate import Sampling, generate
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
-from resmol.tokenizer import StreamDecoder, Tokenizer
+from resmol.sampling import Sampling
+from resmol.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance, Say, find_source, named_tokenizer
 
 
@@ -58,38 +59,78 @@ class LoadedModel:
         return tokenizer
 
     def stream(
-        self, prompt: str, sampling: Sampling, *, on_token: Callable[[int], None] = lambda _token: None
-    ) -> Iterator[str]:
-        """Yield the continuation of ``prompt`` piece by piece, never half a character.
+        self,
+        prompt: str,
+        sampling: Sampling,
+        *,
+        stop: Sequence[str] = (),
+        on_token: Callable[[int], None] = lambda _token: None,
+        with_logprobs: bool = False,
+    ) -> TextStream:
+        """Return the continuation of ``prompt`` as an iterator over pieces of text, never half a character.
 
-        ``on_token`` is told every token, also one that completes no character.
+        Its `TextStream.completion` has the token ids, why it ended, and the times of prefill and decoding.
+
+        Args:
+            prompt: The text to go on from; an empty one begins a document.
+            sampling: How to choose tokens.
+            stop: The text ends before the first of these strings.
+            on_token: Is told every token, also one that completes no character.
+            with_logprobs: Keep the tokens' log-probabilities as well.
 
         Raises:
-            UsageError: The prompt fills the context.
+            UsageError: The prompt fills the context, or a stop string is empty.
         """
-        decoder = StreamDecoder(self.tokenizer)
-        ids = self.tokenizer.encode(prompt)
-        for token in generate(self.model, ids, sampling, eos_id=self.config.eos_token_id):
-            on_token(token)
-            if text := decoder.push(token):
-                yield text
-        if rest := decoder.flush():
-            yield rest
+        return TextStream(
+            self.model, self.tokenizer, prompt, sampling, stop=stop, on_token=on_token, with_logprobs=with_logprobs
+        )
 
-    def generate(self, prompt: str, **sampling: Any) -> str:
+    def generate(self, prompt: str, *, stop: Sequence[str] = (), **sampling: Any) -> str:
         """Return the continuation of ``prompt``, without the prompt.
 
         Args:
             prompt: The text to go on from; an empty one begins a document.
-            sampling: Fields of `Sampling`: max_new_tokens, temperature, top_k, top_p, seed.
+            stop: The text ends before the first of these strings.
+            sampling: Fields of `Sampling`: max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty.
 
         Raises:
             UsageError: An unknown or impossible option, or a prompt that fills the context.
         """
-        if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
-            known = ", ".join(Sampling.__dataclass_fields__)
-            raise UsageError(f"{min(unknown)} is not a sampling option", fix=f"choose from: {known}")
-        return "".join(self.stream(prompt, Sampling(**sampling)))
+        return "".join(self.stream(prompt, _options(sampling), stop=stop))
+
+    def complete(self, prompt: str, *, stop: Sequence[str] = (), **sampling: Any) -> Completion:
+        """Return the continuation with token ids, log-probabilities, the reason of its end, and timings.
+
+        Arguments and errors are those of `generate`.
+        """
+        stream = self.stream(prompt, _options(sampling), stop=stop, with_logprobs=True)
+        for _ in stream:
+            pass
+        return stream.completion()
+
+    def complete_batch(
+        self, prompts: Sequence[str], *, stop: Sequence[str] = (), batch_size: int = 8, **sampling: Any
+    ) -> list[Completion]:
+        """Return what `complete` returns for each of several prompts, ``batch_size`` decoded together, which is faster.
+
+        Each draws with a random generator of its own that begins at the seed, so that its text does not depend on its
+        neighbours; see `generate.generate_batch` for what rounding may change. Timings are those of its batch.
+
+        Raises:
+            UsageError: An unknown or impossible option, or a prompt that fills the context; the message says which.
+        """
+        options = _options(sampling)
+        batches = complete_batches(
+            self.model, self.tokenizer, prompts, options, stop=stop, batch_size=batch_size, with_logprobs=True
+        )
+        return [completion for batch in batches for completion in batch]
+
+
+def _options(sampling: dict[str, Any]) -> Sampling:
+    if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise UsageError(f"{min(unknown)} is not a sampling option", fix=f"choose from: {known}")
+    return Sampling(**sampling)
 
 
 def load_model(

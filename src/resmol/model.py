@@ -187,12 +187,21 @@ class Decoder(nn.Module):
         positions = torch.arange(start, start + x.shape[1], device=x.device)
         rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
         mask = attention_mask(positions, document_ids, has_past=start > 0)
+        if cache is not None and cache.starts is not None:
+            rotation, mask = self._ragged(positions, cache.starts)
         for index, layer in enumerate(self.layers):
             if self.recompute_blocks and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotation, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotation, mask, None if cache is None else cache.layers[index])
         return self.norm(x)
+
+    def _ragged(self, places: Int[Tensor, " T"], starts: Int[Tensor, " B"]) -> tuple[Rotation, Mask]:
+        """Return rotation and mask for rows whose texts begin at different places of the cache, position 0 there."""
+        positions = places - starts[:, None, None]  # B 1 T: the same for all heads
+        rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
+        seen = torch.arange(int(places[-1]) + 1, device=places.device)
+        return rotation, ((places[:, None] >= seen) & (seen >= starts[:, None, None]))[:, None]
 
 
 def attention_mask(positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"] | None, *, has_past: bool) -> Mask:

@@ -4,7 +4,14 @@ PyTorch takes seconds to import, so each command imports what it needs when it r
 answer at once.
 """
 
-from resmol.cli import benchmarking, checking, measuring, publishing, training  # each registers its commands
+from resmol.cli import (  # each registers its commands
+    benchmarking,
+    checking,
+    generating,
+    measuring,
+    publishing,
+    training,
+)
 from resmol.cli.app import app
 
-__all__ = ["app", "benchmarking", "checking", "measuring", "publishing", "training"]
+__all__ = ["app", "benchmarking", "checking", "generating", "measuring", "publishing", "training"]

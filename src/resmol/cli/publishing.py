@@ -1,8 +1,7 @@
-"""What a trained model says, and how it leaves the house: generate, export, publish."""
+"""How a trained model leaves the house: export, publish, demo."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,38 +14,6 @@ from resmol.cli.app import (
 )
 from resmol.errors import UsageError
 from resmol.printing import print_json, print_plan, print_published, report_checks, say
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder or Hub id.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 50,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 0.95,
-    seed: int = 0,
-    json_: Json = False,
-) -> None:
-    """Continue a text."""
-    from resmol.generate import Sampling
-
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    tune_allocator()
-    from resmol.load import load_model
-
-    loaded = load_model(model, say=say)
-    say(loaded.provenance.describe())  # whoever reads the text can tell which weights spoke
-    pieces = []
-    for piece in loaded.stream(prompt, sampling):
-        pieces.append(piece)
-        if not json_:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    if json_:
-        print_json({"prompt": prompt, "text": "".join(pieces), "seed": seed, "model": loaded.provenance.to_dict()})
-    else:
-        typer.echo()
 
 
 @app.command()

@@ -41,7 +41,7 @@ _POLICY = (
 
 
 @dataclass(frozen=True)
-class Refusal(Exception):  # noqa: N818 - an answer, not a fault
+class Refusal(Exception):
     """A request that does not get through: its status, and the JSON that says why."""
 
     status: int
@@ -162,8 +162,8 @@ def check_join(body: bytes, generate: int, limits: Limits) -> str:
     """Return the session that asks for a continuation.
 
     Raises:
-        Refusal: 400 when it is not what the page sends; 422 with one verdict for each field, which the page shows beside
-            the field, when a value is outside the limits.
+        Refusal: 400 when it is not what the page sends; 422 with one verdict for each field, which the page shows
+            beside the field, when a value is outside the limits.
     """
     request = _object(body)
     if unknown := request.keys() - {"data", "fn_index", "session_hash", "trigger_id", "event_data"}:

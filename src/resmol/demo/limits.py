@@ -60,9 +60,7 @@ def problems(values: Sequence[object], limits: Limits) -> list[str]:
     return [
         _prompt_problem(prompt, limits.prompt_chars),
         _number_problem("new tokens", new_tokens, 1, limits.new_tokens, whole=True),
-        _number_problem("temperature", temperature, 0, limits.temperature)
-        # Closer to 0 the division of the logits overflows; 0 itself does not divide.
-        or ("temperature must be 0, or 0.01 or more" if isinstance(temperature, float) and 0 < temperature < 0.01 else ""),
+        _temperature_problem(temperature, limits.temperature),
         _number_problem("top-p", top_p, 0.01, 1),
         _number_problem("top-k", top_k, 0, limits.top_k, whole=True),
         _number_problem("seed", seed, 0, limits.seed, whole=True),
@@ -107,6 +105,13 @@ def _number_problem(name: str, value: object, low: int | float, high: int | floa
     if whole and _number(value) != int(_number(value)):
         return f"{name} must be a whole number"
     return ""
+
+
+def _temperature_problem(value: object, high: float) -> str:
+    """As for any number; close to 0 the division of the logits overflows, and 0 itself does not divide."""
+    if problem := _number_problem("temperature", value, 0, high):
+        return problem
+    return "temperature must be 0, or 0.01 or more" if 0 < _number(value) < 0.01 else ""
 
 
 def _number(value: object) -> float:

@@ -62,7 +62,8 @@ def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, is_heard
                 gr.HTML(record_page(identity), padding=False)
         event = run.click(
             _answering(loaded, limits, is_heard), [prompt, *options], [output, status],
-            show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate", trigger_mode="once",
+            show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate",
+            trigger_mode="once",
         )  # fmt: skip
         # These three run in the browser alone, so there is no further function that a stranger could call.
         stop.click(None, [status], [status], js="(s) => (s || '').replace('writing', 'stopped')", cancels=[event])
@@ -77,8 +78,8 @@ def sampling_fields(gr: Any, limits: Limits) -> list[Any]:
     """Return the fields for the options of sampling, in the order of `limits.FIELDS`."""
     return [
         gr.Slider(1, limits.new_tokens, 64, step=1, label="New tokens", elem_id="max_new_tokens"),
-        gr.Slider(0, limits.temperature, 0.8, step=0.05, label="Temperature", info="0 always takes the likeliest token.",
-                  elem_id="temperature"),
+        gr.Slider(0, limits.temperature, 0.8, step=0.05, label="Temperature", elem_id="temperature",
+                  info="0 always takes the likeliest token."),
         gr.Slider(0.01, 1, 0.95, step=0.01, label="Top-p", elem_id="top_p",
                   info="Draws from the likeliest tokens that make up this share; 1 is off."),
         gr.Slider(0, limits.top_k, 50, step=1, label="Top-k", elem_id="top_k",

@@ -76,7 +76,7 @@ def build_app(
     loaded.tokenizer  # noqa: B018 - a missing one must be an error now, not an answer later
     heard: Callable[[str], bool] = lambda session: sessions.is_heard(session)  # noqa: E731
     blocks, generate = build_page(loaded, identity, limits, heard)
-    sessions = Sessions(blocks._queue, limits.listener_seconds, limits.connections)  # noqa: SLF001
+    sessions = Sessions(blocks._queue, limits.listener_seconds, limits.connections)
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, path="", footer_links=[], run_history=False,
         allowed_paths=[], max_file_size=1, show_error=False, ssr_mode=False, enable_monitoring=False, pwa=False,

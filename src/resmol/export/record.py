@@ -1,4 +1,4 @@
-"""What a run leaves to the readers of its export: configuration, ledger, curves, claims and certificate in ``training/``."""
+"""What a run leaves to the readers of its export: ``training/`` with its ledger, curves, claims and certificate."""
 
 from __future__ import annotations
 

@@ -1,0 +1,104 @@
+"""What a trained model says: generate."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from resmol.cli.app import Json, app, tune_allocator
+from resmol.errors import UsageError
+from resmol.printing import print_json, say
+from resmol.prompts import Prompt, given_prompt, prompts_from
+from resmol.sampling import Sampling
+from resmol.stop_strings import StopStrings
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads it from standard input.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help='A prompt on each line, or jsonl with "prompt"; - is stdin.')
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts, one after the other.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 50,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 0.95,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens that were seen; 1 is off.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are decoded together.")] = 8,
+    json_: Json = False,
+) -> None:
+    """Continue a text, the texts of a file, or what is typed."""
+    if (prompt is not None) + (prompts is not None) + interactive != 1:
+        raise UsageError("say what to continue", fix="give one of --prompt TEXT, --prompts FILE, --interactive")
+    if interactive and json_:
+        raise UsageError("--interactive and --json exclude each other", fix="use --prompts - with --json")
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
+    stops = StopStrings(stop or ()).strings
+    tune_allocator()
+    from resmol.load import load_model
+
+    # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.
+    text = None if prompt is None else given_prompt(prompt)
+    several = None if prompts is None else prompts_from(prompts)
+    loaded = load_model(model, say=say)
+    say(loaded.provenance.describe())  # whoever reads the text can tell which weights spoke
+    facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.provenance.to_dict()}
+    if text is not None:
+        _generate_one(loaded, text, sampling, stops, facts if json_ else None)
+    elif several is not None:
+        _generate_several(loaded, several, sampling, stops, batch_size, facts if json_ else None)
+    else:
+        from resmol.speaking import converse
+
+        converse(loaded, sampling, stops)
+
+
+def _generate_one(
+    loaded: Any, prompt: str, sampling: Sampling, stop: tuple[str, ...], facts: dict[str, Any] | None
+) -> None:
+    from resmol.speaking import stream, warn_untokenizable
+
+    if facts is None:
+        stream(loaded, prompt, sampling, stop)
+        return
+    warn_untokenizable(loaded, prompt)
+    done = loaded.complete(prompt, stop=stop, **asdict(sampling))
+    print_json({**done.to_dict(), **facts, "timings": done.timings.to_dict()})
+
+
+def _generate_several(
+    loaded: Any,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    batch_size: int,
+    facts: dict[str, Any] | None,
+) -> None:
+    from resmol.completion import Completion, Timings, complete_batches
+    from resmol.speaking import print_batch, warn_untokenizable
+
+    texts, places = [prompt.text for prompt in prompts], [prompt.place for prompt in prompts]
+    for text in texts:
+        warn_untokenizable(loaded, text)
+    done: list[Completion] = []
+    timings: list[Timings] = []
+    for batch in complete_batches(
+        loaded.model, loaded.tokenizer, texts, sampling, stop=stop, batch_size=batch_size, names=places,
+        with_logprobs=facts is not None,
+    ):  # fmt: skip
+        if facts is None:
+            print_batch(batch, places[len(done) :])
+        done += batch
+        timings.append(batch[0].timings)
+    total = Timings.total(timings)
+    if facts is None:
+        say(f"[{len(done)} prompts, {sum(len(one.token_ids) for one in done):,} tokens; {total.describe()}]")
+    else:
+        rows = [{"place": place, **one.to_dict()} for place, one in zip(places, done, strict=True)]
+        print_json({"completions": rows, **facts, "timings": total.to_dict()})

@@ -1,0 +1,270 @@
+"""From token ids to text that is given out piece by piece: stop strings, why it ended, how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+
+from resmol.errors import UsageError
+from resmol.generate import Continuation, FinishReason, decode, decode_batch
+from resmol.model import CausalLM
+from resmol.sampling import Sampling
+from resmol.stop_strings import StopStrings
+from resmol.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long it took, reading the prompt (prefill) and writing (decoding) apart; what a reader does is not counted.
+
+    Attributes:
+        prefill_seconds: From the start to the first token.
+        prefill_tokens: Tokens of the prompts.
+        decode_seconds: From there to the end.
+        decode_tokens: Passes over one new token each: all chosen tokens but the first of each text.
+    """
+
+    prefill_seconds: float
+    prefill_tokens: int
+    decode_seconds: float
+    decode_tokens: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Tokens of the prompts per second."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """New tokens per second, without the first of each text; 0 where there was no further one."""
+        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
+
+    @classmethod
+    def total(cls, parts: Sequence[Timings]) -> Timings:
+        """Return the sum of what was measured one after the other."""
+        return cls(
+            sum((part.prefill_seconds for part in parts), start=0.0),
+            sum(part.prefill_tokens for part in parts),
+            sum((part.decode_seconds for part in parts), start=0.0),
+            sum(part.decode_tokens for part in parts),
+        )
+
+    def describe(self) -> str:
+        """Return both rates as a phrase."""
+        read = f"prompt {self.prefill_tokens:,} tokens in {self.prefill_seconds:.2f} s"
+        rate = f", then {self.decode_tokens_per_second:,.1f} tokens/s" if self.decode_tokens else ""
+        return f"{read}{rate}"
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields and the two rates for JSON."""
+        return {
+            **asdict(self),
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt, its continuation, and what there is to know about it.
+
+    Attributes:
+        prompt: The text that was given.
+        text: What follows; it ends before a stop string.
+        prompt_ids: What the model read; of an empty prompt the end-of-document token.
+        token_ids: What it added: also the tokens that a stop string cut off, but not the end-of-document token.
+        logprobs: Of these tokens, in nats: log-softmax of the raw logits, before penalty, temperature and filters.
+        finish_reason: ``eos``, ``length``, ``context``, ``stop`` or ``interrupted``, as in `generate.Continuation`.
+        timings: Of this text, or of the whole batch that it was part of.
+    """
+
+    prompt: str
+    text: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    timings: Timings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the timings for JSON."""
+        values = asdict(self)
+        del values["timings"]
+        return values
+
+
+class _Writer:
+    """The text of one `Continuation`, as far as it is certain."""
+
+    def __init__(self, tokens: Continuation, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.tokens = tokens
+        self.text = ""
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = StopStrings(stop)
+
+    def take(self, token: int) -> str:
+        """Return the text that a token adds; end the continuation at a stop string."""
+        return self._let_through(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """Return what was held back till the end: half a character, the beginning of a stop string."""
+        rest, held = self._let_through(self._decoder.flush()), self._stop.flush()
+        self.text += held
+        return rest + held
+
+    def _let_through(self, text: str) -> str:
+        certain = self._stop.push(text)
+        self.text += certain
+        if self._stop.found:
+            self.tokens.finish_reason = "stop"
+        return certain
+
+
+Step = TypeVar("Step")
+
+
+class _Clock(Generic[Step]):
+    """Passes the steps of a decoding on and takes the time of each, but not of what is done between them."""
+
+    def __init__(self, steps: Iterator[Step], *, prefills: int = 1) -> None:
+        self._steps = steps
+        self._prefills = prefills
+        self._seconds: list[float] = []
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            started = time.perf_counter()
+            try:
+                step = next(self._steps)
+            except StopIteration:
+                return
+            finally:
+                self._seconds.append(time.perf_counter() - started)
+            yield step
+
+    def timings(self, rows: Sequence[Continuation]) -> Timings:
+        """Return what was measured so far; a text that ended with eos took a pass more than it has tokens."""
+        passes = [len(row.tokens) + (row.finish_reason == "eos") for row in rows]
+        return Timings(
+            prefill_seconds=sum(self._seconds[: self._prefills], start=0.0),
+            prefill_tokens=sum(len(row.prompt) for row in rows),
+            decode_seconds=sum(self._seconds[self._prefills :], start=0.0),
+            decode_tokens=sum(max(0, count - 1) for count in passes),
+        )
+
+
+def _completion(prompt: str, writer: _Writer, timings: Timings) -> Completion:
+    row = writer.tokens
+    reason = row.finish_reason
+    assert reason is not None
+    return Completion(prompt, writer.text, row.prompt, row.tokens, row.logprobs, reason, timings)
+
+
+class TextStream:
+    """One text, piece by piece: iterate over it, once; `completion` then says what there is to know.
+
+    Whoever stops iterating calls `completion` all the same and gets what was written so far, as ``interrupted``.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompt: The text to go on from.
+        sampling: How to choose tokens.
+        stop: Stop strings: the text ends before the first of them.
+        on_token: Is told every token, also one that completes no character.
+        with_logprobs: Keep the tokens' log-probabilities for `completion`; they cost a softmax for each token.
+
+    Raises:
+        UsageError: On creation: the prompt fills the context, or a stop string is empty.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        prompt: str,
+        sampling: Sampling,
+        *,
+        stop: Sequence[str] = (),
+        on_token: Callable[[int], None] = lambda _token: None,
+        with_logprobs: bool = False,
+    ) -> None:
+        eos = model.config.eos_token_id
+        ids = tokenizer.encode(prompt)
+        self._tokens = Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
+        self._writer = _Writer(self._tokens, tokenizer, stop)
+        self._clock = _Clock(decode(model, self._tokens))
+        self._prompt = prompt
+        self._on_token = on_token
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._clock:
+            self._on_token(token)
+            if text := self._writer.take(token):
+                yield text
+        if text := self._writer.finish():
+            yield text
+
+    def completion(self) -> Completion:
+        """Return what was written so far."""
+        if self._tokens.finish_reason is None:
+            self._tokens.finish_reason = "interrupted"
+        return _completion(self._prompt, self._writer, self._clock.timings([self._tokens]))
+
+
+def complete_batches(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    stop: Sequence[str] = (),
+    batch_size: int = 8,
+    names: Sequence[str] = (),
+    with_logprobs: bool = False,
+) -> Iterator[list[Completion]]:
+    """Continue several texts, ``batch_size`` together, each as if it were alone; yield batch by batch, in order.
+
+    All prompts are checked before the first is read. See `generate.generate_batch` on what rounding may change.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: The texts to go on from.
+        sampling: How to choose tokens; each text has a random generator that begins at the seed.
+        stop: Stop strings.
+        batch_size: How many are decoded together.
+        names: What to call the prompts in an error; by default ``prompt 1``, ``prompt 2``, ...
+        with_logprobs: Keep the tokens' log-probabilities; they cost a softmax for each token.
+
+    Raises:
+        UsageError: A prompt fills the context (the message says which), or another argument makes no sense.
+    """
+    if batch_size < 1:
+        raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
+    eos, writers = model.config.eos_token_id, []
+    for number, ids in enumerate(tokenizer.encode_batch(prompts)):
+        try:
+            row = Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
+        except UsageError as error:
+            name = names[number] if names else f"prompt {number + 1}"
+            raise UsageError(f"{name}: {error.what}", fix=error.fix) from None
+        writers.append(_Writer(row, tokenizer, stop))
+    for first in range(0, len(writers), batch_size):
+        part = slice(first, first + batch_size)
+        yield _complete_together(model, prompts[part], writers[part])
+
+
+def _complete_together(model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]) -> list[Completion]:
+    rows = [writer.tokens for writer in writers]
+    writer_of = dict(zip(map(id, rows), writers, strict=True))
+    clock = _Clock(decode_batch(model, rows), prefills=len(rows))
+    for grown in clock:
+        for row in grown:
+            writer_of[id(row)].take(row.tokens[-1])
+    for writer in writers:
+        writer.finish()
+    timings = clock.timings(rows)
+    return [_completion(prompt, writer, timings) for prompt, writer in zip(prompts, writers, strict=True)]

@@ -1,0 +1,118 @@
+"""Where prompts come from: the command line, standard input, a file with one on each line.
+
+Prompts are UTF-8. A text that is not is refused with the place of the first wrong byte, never repaired in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from resmol.errors import DataError
+
+MAX_BYTES = 16 << 20  # a thousand times what the largest context of these models holds
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and where it comes from, such as ``line 3``."""
+
+    text: str
+    place: str
+
+
+def given_prompt(text: str) -> str:
+    """Return the prompt that a command line gave; ``-`` reads it from standard input.
+
+    One line break at the end of standard input is left out, as ``$(...)`` does: ``echo`` adds it, nobody means it.
+
+    Raises:
+        DataError: It is not UTF-8, or too large.
+    """
+    if text == "-":
+        return one_line(decoded(_read(sys.stdin.buffer, "standard input"), "standard input"))
+    if _holds_surrogate(text):  # how Python hands over bytes that are not UTF-8
+        raise DataError("--prompt is not UTF-8", fix="pass the text as UTF-8")
+    return text
+
+
+def prompts_from(path: str) -> list[Prompt]:
+    """Read the prompts of a file, in order; ``-`` is standard input.
+
+    A file whose name ends with .jsonl or .ndjson holds a JSON object with a string ``prompt`` on each line; other
+    fields are ignored. Any other file holds a prompt on each line. Lines with nothing but white space are left out.
+
+    Raises:
+        DataError: The file is not there, too large, holds no prompt, or holds bad lines: all of them are named.
+    """
+    name = "standard input" if path == "-" else path
+    if path == "-":
+        content = _read(sys.stdin.buffer, name)
+    else:
+        if Path(path).is_dir():
+            raise DataError(f"{path} is a folder", fix="name a file with a prompt on each line")
+        if not Path(path).exists():
+            raise DataError(f"{path} does not exist", fix="check --prompts")
+        with Path(path).open("rb") as file:
+            content = _read(file, name)
+    as_json = Path(path).suffix.lower() in (".jsonl", ".ndjson")
+    found, problems = [], []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = one_line(decoded(line, f"line {number}"))
+            found.append(Prompt(_json_prompt(text, number) if as_json else text, f"line {number}"))
+        except DataError as error:
+            problems.append(error.what)
+    if problems:
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        raise DataError(f"{name}: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}", fix="correct these lines")
+    if not found:
+        raise DataError(f"{name} holds no prompt", fix="write one on each line")
+    return found
+
+
+def decoded(data: bytes, name: str) -> str:
+    """Return UTF-8 as text (`DataError` names the first byte that is not)."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8: byte {error.start + 1} is 0x{data[error.start]:02x}",
+            fix="convert it, e.g. iconv -f latin1 -t utf-8",
+        ) from None
+
+
+def one_line(text: str) -> str:
+    """Return the text without the line break at its end, if there is one."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _json_prompt(line: str, number: int) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise DataError(f"line {number} is not JSON ({reason})", fix="") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else None
+    if not isinstance(prompt, str):
+        raise DataError(f'line {number} has no string "prompt"', fix="")
+    if _holds_surrogate(prompt):
+        raise DataError(f"line {number} holds half a character (a surrogate without its partner)", fix="")
+    return prompt
+
+
+def _holds_surrogate(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _read(file: BinaryIO, name: str) -> bytes:
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{name} is larger than {MAX_BYTES >> 20} MiB", fix="shorten it, or cut it into several")
+    return content

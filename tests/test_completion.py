@@ -1,0 +1,125 @@
+"""Texts piece by piece: stop strings that span tokens, reasons, timings, and batches that say what single texts say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from resmol import completion as module
+from resmol.completion import TextStream, Timings, complete_batches
+from resmol.config import RunConfig
+from resmol.errors import UsageError
+from resmol.load import LoadedModel
+from resmol.model import CausalLM
+from resmol.sampling import Sampling
+from resmol.tokenizer import Tokenizer
+from resmol.weights.sources import Provenance
+
+PROMPTS = ["ka lo", "", "mi ner 42", "é", "shu ver ing the"]
+FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_config: RunConfig, tiny_tokenizer: Tokenizer) -> LoadedModel:
+    model = CausalLM(tiny_config.model).eval().requires_grad_(requires_grad=False)
+    model.initialise(3)
+    return LoadedModel(model, Provenance("huggingface", Path("model"), "0"), lambda: tiny_tokenizer)
+
+
+def test_what_streams_is_the_text_of_the_tokens(loaded: LoadedModel) -> None:
+    for seed in range(5):
+        stream = loaded.stream("ka", Sampling(24, 1.0, 0, 1.0, seed))
+        text = "".join(stream)
+        done = stream.completion()
+        assert text == done.text == loaded.tokenizer.decode(done.token_ids)
+        assert text == loaded.generate("ka", seed=seed, **FREE)
+        assert (done.finish_reason, len(done.token_ids)) == ("length", 24)
+
+
+def test_a_stop_string_that_spans_tokens_is_never_shown(loaded: LoadedModel) -> None:
+    whole = loaded.complete("ka", seed=2, **FREE)
+    pieces = [loaded.tokenizer.decode([token]) for token in whole.token_ids]
+    spans = 0
+    for first, second in itertools.pairwise(pieces):
+        stop = first[-1:] + second[:1]
+        if "\ufffd" in stop or len(stop) < 2:
+            continue
+        spans += 1
+        stream = loaded.stream("ka", Sampling(24, 1.0, 0, 1.0, 2), stop=[stop])
+        shown = "".join(stream)
+        assert shown == whole.text[: whole.text.index(stop)]
+        done = stream.completion()
+        assert (done.text, done.finish_reason) == (shown, "stop")
+        assert done.token_ids == whole.token_ids[: len(done.token_ids)]
+        assert len(done.token_ids) < 24 or whole.text.endswith(second)
+    assert spans > 5
+
+
+def test_a_batch_says_what_each_says_alone(loaded: LoadedModel) -> None:
+    stop = ["a"]
+    alone = [loaded.complete(prompt, stop=stop, seed=7, **FREE) for prompt in PROMPTS]
+    for batch_size in (1, 2, 5):
+        together = loaded.complete_batch(PROMPTS, stop=stop, batch_size=batch_size, seed=7, **FREE)
+        for one, other in zip(alone, together, strict=True):
+            ours, theirs = one.to_dict(), other.to_dict()
+            assert ours.pop("logprobs") == pytest.approx(theirs.pop("logprobs"), abs=1e-4)
+            assert ours == theirs
+    assert "stop" in {one.finish_reason for one in alone}
+
+
+def test_a_prompt_that_is_too_long_is_named_before_any_work(loaded: LoadedModel) -> None:
+    batches = complete_batches(
+        loaded.model, loaded.tokenizer, ["ka", "9" * 80], Sampling(), batch_size=1, names=["line 1", "line 4"]
+    )
+    with pytest.raises(UsageError, match="line 4: the prompt has 80 tokens; the model's context is 64"):
+        next(batches)
+    with pytest.raises(UsageError, match="prompt 2"):
+        loaded.complete_batch(["ka", "9" * 80])
+    with pytest.raises(UsageError, match="batch size is 0"):
+        loaded.complete_batch(["ka"], batch_size=0)
+
+
+def test_who_stops_reading_gets_what_there_is(loaded: LoadedModel) -> None:
+    seen: list[int] = []
+    stream = loaded.stream("ka", Sampling(24, 0.0), on_token=seen.append, with_logprobs=True)
+    next(iter(stream))
+    done = stream.completion()
+    assert done.finish_reason == "interrupted"
+    assert done.token_ids == seen
+    assert len(done.logprobs) == len(seen)
+    assert loaded.stream("ka", Sampling(2, 0.0)).completion().logprobs == []
+
+
+def test_prefill_and_decoding_are_timed_apart_and_the_reader_is_not(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes a second further whenever somebody looks: each pass takes one, whatever the reader does."""
+    ticks = itertools.count()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
+    stream = loaded.stream("ka lo", Sampling(6, 0.0))
+    for _ in stream:
+        for _ in range(1000):
+            next(ticks)
+    timings = stream.completion().timings
+    prompt = len(loaded.tokenizer.encode("ka lo"))
+    assert (timings.prefill_seconds, timings.prefill_tokens, timings.decode_tokens) == (1.0, prompt, 5)
+    assert timings.decode_seconds == 6.0  # the end is noticed in a step of its own
+    assert timings.prefill_tokens_per_second == prompt
+    batch = loaded.complete_batch(["ka", "ka lo", "lo"], max_new_tokens=4, temperature=0.0)[0].timings
+    assert (batch.prefill_seconds, batch.decode_tokens) == (3.0, 9)
+
+
+def test_timings_add_up_and_nothing_divides_by_zero() -> None:
+    total = Timings.total([Timings(1.0, 10, 2.0, 30), Timings(0.5, 5, 1.0, 30)])
+    assert (total.prefill_tokens_per_second, total.decode_tokens_per_second) == (10.0, 20.0)
+    empty = Timings(0.0, 0, 0.0, 0)
+    assert all(math.isfinite(value) for value in empty.to_dict().values())
+    assert empty.describe()
+
+
+def test_an_empty_stop_string_is_refused(loaded: LoadedModel) -> None:
+    with pytest.raises(UsageError, match="stop string is empty"):
+        TextStream(loaded.model, loaded.tokenizer, "ka", Sampling(), stop=[""])
