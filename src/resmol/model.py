@@ -72,7 +72,8 @@ def attend(
 ) -> Float[Tensor, "B H T Dh"]:
     """Grouped-query attention (Ainslie et al. 2023): query head ``h`` reads key/value head ``h // (H / K)``.
 
-    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal.
+    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal: the last of the T new tokens sees
+    all S positions, and each one before it sees one less.
     """
     if kind == "sdpa":
         return F.scaled_dot_product_attention(
@@ -80,11 +81,12 @@ def attend(
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and query.shape[2] > 1,  # one new token may see everything
             enable_gqa=query.shape[1] != key.shape[1],
         )
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        new, seen = query.shape[2], key.shape[2]
+        mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)[None, None]
     grouped = query.unflatten(1, (key.shape[1], -1))  # the heads that share keys side by side: B K H/K T Dh
     scores = (grouped.flatten(2, 3) @ key.transpose(-1, -2)).view(*grouped.shape[:4], key.shape[2])
     scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~mask[:, None], -math.inf)
@@ -213,7 +215,7 @@ def attention_mask(positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"
     if document_ids is not None:
         same_document = document_ids[:, :, None] == document_ids[:, None, :]
         return (same_document & (positions[:, None] >= positions[None, :]))[:, None]
-    if has_past:
+    if has_past and len(positions) > 1:  # a single new token sees all that is there
         seen = torch.arange(int(positions[-1]) + 1, device=positions.device)
         return (positions[:, None] >= seen[None, :])[None, None]
     return None
