@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from resmol.atomic import commit_directory, fsync_path, remove_directory
 from resmol.errors import CheckpointError, DiskFull
+from resmol.hf_config import ModelConfig
 from resmol.manifest import (
     CONFIG,
     OPTIMIZER,
@@ -52,31 +54,63 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # --- saving --------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    folder: Path, state: SavedState, model: CausalLM, optimizer: torch.optim.AdamW, *, parent: str | None
-) -> Manifest:
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a checkpoint, file by file, and the architecture that they belong to."""
+
+    config: ModelConfig
+    files: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, model: CausalLM, optimizer: torch.optim.AdamW) -> Contents:
+        """Return the weights and moments themselves: they change with the next step."""
+        return cls(model.config, {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)})
+
+    def copied(self, into: Contents | None = None) -> Contents:
+        """Return a copy in the main memory, which no step changes.
+
+        Args:
+            into: An earlier copy of the same model, to be overwritten: its memory costs no page faults any more.
+        """
+        if into is None:
+            into = Contents(self.config, {file: _memory_for(tensors) for file, tensors in self.files.items()})
+        for file, tensors in self.files.items():
+            for name, tensor in tensors.items():
+                into.files[file][name].copy_(tensor)
+        return into
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
+
+
+def _memory_for(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return uninitialised tensors in the main memory; a GPU copies into pinned ones several times faster."""
+    return {name: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for name, t in tensors.items()}
+
+
+def save_checkpoint(folder: Path, state: SavedState, contents: Contents, *, parent: str | None) -> Manifest:
     """Commit a checkpoint; a crash at any instant leaves all of it or nothing.
 
     Args:
         folder: The ``checkpoints`` directory of a run.
         state: What to write into ``state.json``.
-        model: Its weights are written as they are; they must be float32.
-        optimizer: Its moments are written.
+        contents: Weights and moments; they are written as they are, and must be float32.
         parent: The sha256 of the manifest of the checkpoint before.
 
     Raises:
         DiskFull: No room. Nothing of the new checkpoint is left, and all older ones are.
         OSError: Any other failure of the disk, with the same consequence.
     """
-    tensors = {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)}
     # Digests of what is in memory, taken before anything is written: a fault between memory and disk shows.
-    digests = {name: digest_all(content) for name, content in tensors.items()}
+    digests = {name: digest_all(content) for name, content in contents.files.items()}
     committed: list[Manifest] = []
 
     def write_files(temporary: Path) -> None:
-        for name, content in tensors.items():
+        for name, content in contents.files.items():
             _save_tensors(content, temporary / name)
-        (temporary / CONFIG).write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(contents.config.to_hf(), indent=2) + "\n", encoding="utf-8")
         (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
     def manifest(temporary: Path) -> bytes:
@@ -91,8 +125,7 @@ def save_checkpoint(
     try:
         commit_directory(final, write_files, manifest)
     except DiskFull as error:
-        needed = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
-        raise DiskFull(f"{error.what} (the checkpoint needs {needed:,} bytes)", fix=error.fix) from error
+        raise DiskFull(f"{error.what} (the checkpoint needs {contents.bytes:,} bytes)", fix=error.fix) from error
     return committed[0]
 
 
@@ -122,7 +155,7 @@ def digest_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()},

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resmol.atomic import fsync_path, remove_leftovers, write_durable
-from resmol.auto import resolve_auto
+from resmol.auto import resolve_auto, save_in_background
 from resmol.config import RunConfig
 from resmol.config_files import load_config, with_overrides
 from resmol.data.loader import Loader
@@ -30,6 +30,7 @@ from resmol.optim import build_optimizer
 from resmol.process import StopSignal
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir
+from resmol.saving import Saver
 from resmol.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, train
 from resmol.views import Journal, View
@@ -84,7 +85,8 @@ def launch(wanted: Launch) -> TrainState:
         config, drifts = settle_configuration(wanted)
         opened = _open_data(wanted, config) if is_main else None  # text is prepared once, not by every process
         config, decisions = resolve_auto(config)
-        for sentence in decisions:
+        background, reasons = save_in_background(config)
+        for sentence in decisions + reasons:
             wanted.say(sentence)
         runtime = stack.enter_context(open_runtime(config))
         dataset, tokenizer = opened or _open_data(wanted, config)
@@ -101,8 +103,10 @@ def launch(wanted: Launch) -> TrainState:
         share_state(state, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
+        keep = config.checkpoint.keep_last
+        saver = stack.enter_context(Saver(run.checkpoints, keep, journal, state.parent, background=background))
         session = Session(
-            run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, stop, recorded
+            run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, saver, stop, recorded
         )
         compile_blocks(state.model, config)
         train(state, session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, step_bits, train_run
 
 import resmol.checkpoint
+import resmol.saving
 import resmol.train
 from resmol.data.shards import Dataset
 from resmol.ledger import read_ledger, select
@@ -37,14 +39,85 @@ def test_k1_killed_at_any_time(
         time.sleep(draw.uniform(0, duration))
         child.kill()
         child.join()
-        reached = max(step_bits(run), default=0) if (run / "ledger.jsonl").exists() else 0
         code = forks.run(train_run, run, setting)
         differences = oracle.differences(run) if code == 0 else [f"exit code {code}"]
+        differences += lost_too_much(run)
         problems += [f"trial {trial}: {text}" for text in differences[:1]]
-        lost = max(lost, reached % INTERVAL)
+        lost = max(lost, *executed_again(run))
     campaign.record(
         "K1", "SIGKILL at a random time", "the same bits after a restart", problems, count,
         note=f"at most {lost} steps executed again of {STEPS}",
+    )  # fmt: skip
+
+
+def executed_again(run: Path) -> list[int]:
+    """Return how many steps each rewind of a run took back, and 0."""
+    rewinds = select(read_ledger(RunDir(run).ledger).records, "rewind")
+    return [0, *(record["from_step"] - record["to_step"] for record in rewinds)]
+
+
+def lost_too_much(run: Path) -> list[str]:
+    """A crash may take the steps since a checkpoint, and those that were executed while the next was on its way."""
+    lost = max(executed_again(run))
+    return [] if lost < 2 * INTERVAL else [f"{lost} steps were executed again"]
+
+
+def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting, *overrides: str) -> int:
+    """Train; be killed at a stage of the save of a step, by the thread that saves, ``ahead`` steps later."""
+    real, real_save, real_record = (
+        getattr(STAGES[stage], stage),
+        resmol.saving.save_checkpoint,
+        resmol.train.record_step,
+    )
+    saving, recorded, changed = [0], [0], threading.Condition()
+
+    def save(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
+        saving[:] = [saved.step]
+        return real_save(folder, saved, *arguments, **options)
+
+    def record(state: Any, *arguments: Any) -> None:
+        real_record(state, *arguments)
+        with changed:
+            recorded[:] = [state.step]
+            changed.notify_all()
+
+    def die(*arguments: Any, **options: Any) -> Any:
+        if saving == [step]:
+            with changed:
+                changed.wait_for(lambda: recorded[0] >= step + ahead, timeout=20)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    resmol.saving.save_checkpoint, resmol.train.record_step = save, record
+    setattr(STAGES[stage], stage, die)
+    return train_run(run, setting, *overrides)
+
+
+def test_k1_killed_while_a_save_is_on_its_way(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
+) -> None:
+    """Training is steps ahead of a save when the process dies in it: those steps must come again with their bits."""
+    cases = [(stage, ahead) for stage in STAGES for ahead in range(1, INTERVAL)]
+    chosen = cases if campaign.full else campaign.draw("K1b").sample(cases, 5)
+    problems = []
+    for number, (stage, ahead) in enumerate(chosen):
+        run, step = tmp_path / f"run-{number}", INTERVAL * (2 + number % 10)
+        code = forks.run(die_in_the_background, step, stage, ahead, run, setting, "checkpoint.background=on")
+        found = [] if code == -signal.SIGKILL else [f"exit code {code}"]
+        code = forks.run(train_run, run, setting)
+        found += oracle.differences(run) if code == 0 else [f"exit code {code}"]
+        found += [] if max(step_bits(run)) == STEPS else ["the run is not complete"]
+        newest = (
+            step if stage == "prune" else step - INTERVAL
+        )  # before the save is done, the one before it is the newest
+        if max(executed_again(run)) < step + ahead - newest:
+            found.append(f"{executed_again(run)} steps were executed again after dying {ahead} steps ahead")
+        found += lost_too_much(run)
+        problems += [f"{stage}, {ahead} steps ahead: {text}" for text in found[:1]]
+    campaign.record(
+        "K1b", "SIGKILL during a save in the background, training being steps ahead",
+        "the checkpoint before; the steps after it again with their bits", problems, len(chosen),
+        exhaustive=campaign.full,
     )  # fmt: skip
 
 
@@ -123,7 +196,7 @@ def epochs_oracle(forks: Forks, epochs: Epochs, tmp_path_factory: pytest.TempPat
 
 def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) -> int:
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
-    real = resmol.train.save_checkpoint
+    real = resmol.saving.save_checkpoint
 
     def save_and_die(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
         manifest = real(folder, saved, *arguments, **options)
@@ -131,7 +204,7 @@ def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) ->
             os.kill(os.getpid(), signal.SIGKILL)
         return manifest
 
-    resmol.train.save_checkpoint = save_and_die
+    resmol.saving.save_checkpoint = save_and_die
     return train_run(run, setting, *overrides)
 
 
@@ -159,7 +232,7 @@ def test_k6_boundaries(
         run = tmp_path / name.replace(" ", "-")
         for number, stop in enumerate(stops):
             if stop < 0:
-                code = forks.run(die_after_saving, -stop, run, chosen, *overrides)
+                code = forks.run(die_after_saving, -stop, run, chosen, *overrides, "checkpoint.background=off")
                 wanted, stop = -signal.SIGKILL, -stop
             else:
                 code, wanted = forks.run(train_run, run, chosen, *overrides, f"train.steps={stop}"), 0
@@ -242,7 +315,7 @@ STAGES = {
     "commit_directory": resmol.checkpoint,
     "save_file": resmol.checkpoint,
     "file_entry": resmol.checkpoint,
-    "prune": resmol.train,
+    "prune": resmol.saving,
 }
 
 
@@ -251,9 +324,10 @@ def save_without_memory(step: int, stage: str, spare: int, run: Path, setting: S
     real_save, real_stage = resmol.train.save, getattr(STAGES[stage], stage)
     saving, hoard = [], []
 
-    def save(state: Any, *arguments: Any, **options: Any) -> None:
+    def save(state: Any, session: Any, **options: Any) -> None:
         saving[:] = [state.step]
-        real_save(state, *arguments, **options)
+        real_save(state, session, **options)
+        session.saver.settle(wait=True)
         hoard.clear()
         signal.alarm(0)
 

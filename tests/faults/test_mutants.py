@@ -26,6 +26,9 @@ pytestmark = pytest.mark.usefixtures("shim")
 POWER: tuple[str, dict[str, Any]] = ("power_losses", {"share": 7})
 
 
+MEANWHILE: tuple[str, dict[str, Any]] = ("saved_meanwhile", {})
+
+
 def crash(scenario: str) -> tuple[str, dict[str, Any]]:
     return "crash_points", {"name": scenario}
 
@@ -72,8 +75,8 @@ MUTANTS = (
     Mutant("leftovers stay", "launch.py", "    remove_leftovers(run.checkpoints)\n", "", crash("save")),
     Mutant("the name of the run is not synced", "atomic.py", "        fsync_path(folder.parent)\n", "        pass\n",
            POWER),
-    Mutant("the ledger is not synced before a save", "train.py",
-           "    session.journal.sync()  # the checkpoint refers", "    # the checkpoint refers", POWER),
+    Mutant("the ledger is not synced before a save", "saving.py",
+           "        self.journal.sync()  # the checkpoint refers", "        # the checkpoint refers", POWER),
     Mutant("a torn line stays in the ledger", "ledger.py",
            "            os.ftruncate(self._file.fileno(), content.length)\n            if", "            if",
            crash("save")),
@@ -89,6 +92,12 @@ MUTANTS = (
            "        pass\n", ("prune_on_damage", {})),
     Mutant("the run is not locked", "rundir.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
            ("second_process", {})),
+    Mutant("a save in the background writes the live weights", "saving.py",
+           "            contents = self._copy = contents.copied(into=self._copy)\n", "            pass\n", MEANWHILE),
+    Mutant("a save does not wait for the one before", "saving.py",
+           "        self.settle(wait=True)\n        started", "        started", MEANWHILE),
+    Mutant("the end does not wait for the save on its way", "saving.py",
+           "        try:\n            self.settle(wait=True)\n", "        try:\n            pass\n", MEANWHILE),
 )  # fmt: skip
 
 
@@ -128,7 +137,7 @@ def problems_of(
 
 def is_in_selection(number: int) -> bool:
     """A campaign tries all; the ordinary suite those whose drill takes a second or two, and one loss of power."""
-    return os.environ.get("RESMOL_FAULTS") == "full" or number in (2, 4, 6, 9, 13, 14, 17, 18, 19, 20)
+    return os.environ.get("RESMOL_FAULTS") == "full" or number in (2, 4, 6, 9, 13, 14, *range(17, 24))
 
 
 @pytest.fixture(scope="module")

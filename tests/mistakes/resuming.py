@@ -203,7 +203,8 @@ def killed_save_guard(bench: Bench) -> set[str]:
             saved = manifest.load_state(run / "checkpoints" / "step-00000005")[0].model_copy(update={"step": 6})
             state = _state_of(bench)
             patch.setattr(atomic.os, "fsync", fsync)
-            checkpoint.save_checkpoint(run / "checkpoints", saved, state.model, state.optimizer, parent=None)
+            contents = checkpoint.Contents.of(state.model, state.optimizer)
+            checkpoint.save_checkpoint(run / "checkpoints", saved, contents, parent=None)
         for path in list_checkpoints(run / "checkpoints"):
             try:
                 verify_checkpoint(path)
@@ -306,7 +307,7 @@ MISTAKES: list[Mistake] = [
     mistake(12, "checkpoint written in place", replaced("resmol.checkpoint.commit_directory", in_place),
             killed_save_guard, "a killed save"),
     mistake(12, "checkpoint pickled", replaced("resmol.checkpoint._save_tensors", pickled), F, "no pickle"),
-    mistake(12, "old checkpoints never removed", replaced("resmol.train.prune", lambda *_, **__: []), F, "retention"),
+    mistake(12, "old checkpoints never removed", replaced("resmol.saving.prune", lambda *_, **__: []), F, "retention"),
     mistake(13, "weights saved in half precision", saved_in_half, F, "weights are saved in float32"),
     mistake(13, "weights rounded to half precision by a save", half_precision, R, "weights and moments"),
     mistake(14, "names prefixed with _orig_mod.", prefixed("_orig_mod."), F, "names"),
