@@ -31,7 +31,7 @@ from resmol.rundir import RunDir
 
 DATA_OR_DISK = 3  # the exit code of an error that comes from the operating system
 # A save in the background may fail while later steps are executed, but the next save waits for it.
-LOST_AT_MOST = 2 * INTERVAL - 1
+LOST_AT_MOST = 2 * INTERVAL
 
 
 @contextmanager
@@ -452,7 +452,7 @@ def test_s5_run_directory_taken_away(
             found += [] if steps == [10, 5] and reached(run) == 12 else [f"the other run was written to: {steps}"]
         found += [] if str(run) in error_of(run) else [f"it says {error_of(run)!r}"]
         if moved.exists():
-            damage = damage_done(moved, lost=INTERVAL)
+            damage = damage_done(moved, lost=LOST_AT_MOST if what == "moved in a save" else INTERVAL)
             if what == "moved in a save":  # its half lies there, and the next start removes it
                 damage = [text for text in damage if "tmp-step-00000010" not in text]
             found += [f"moved: {text}" for text in damage] + goes_on(forks, moved, setting, oracle)

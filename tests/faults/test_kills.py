@@ -59,7 +59,7 @@ def executed_again(run: Path) -> list[int]:
 def lost_too_much(run: Path) -> list[str]:
     """A crash may take the steps since a checkpoint, and those that were executed while the next was on its way."""
     lost = max(executed_again(run))
-    return [] if lost < 2 * INTERVAL else [f"{lost} steps were executed again"]
+    return [] if lost <= 2 * INTERVAL else [f"{lost} steps were executed again"]
 
 
 def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting, *overrides: str) -> int:
