@@ -54,10 +54,13 @@ def test_saves_run_in_the_background_where_the_copy_has_room(
 ) -> None:
     """Room: four copies of float32 weights and two moments, 12 bytes for each parameter."""
     size = 12 * total_parameters(tiny_config.model)
+    monkeypatch.setattr("resmol.auto.os.cpu_count", lambda: 2)
     monkeypatch.setattr(auto, "free_memory", lambda: None if copies is None else int(copies * size))
     decided, reasons = save_in_background(tiny_config)
     assert decided is expected
     assert ("on" if expected else "off") in reasons[0].split()
+    both = with_overrides(tiny_config, ["runtime.threads=2"])
+    assert save_in_background(both) == (False, ["saves in the background: off (training takes all 2 processors)"])
     for word in ("on", "off"):
         said = with_overrides(tiny_config, [f"checkpoint.background={word}"])
         assert save_in_background(said) == (word == "on", [])

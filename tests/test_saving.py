@@ -305,7 +305,8 @@ def test_whoever_reads_the_record_copes_with_late_saves(
     for last in (13, 20):
         with monkeypatch.context() as patch:
             watch = Watch(patch, last)
-            train_tiny(path, last, "checkpoint.permanent=[7]", "checkpoint.keep_last=2", views=lambda _, w=watch: [w])
+            wanted = ("checkpoint.background=on", "checkpoint.permanent=[7]", "checkpoint.keep_last=2")
+            train_tiny(path, last, *wanted, views=lambda _, w=watch: [w])
     run, records = RunDir(path), read_ledger(path / "ledger.jsonl").records
     before = {
         r["step"]: max(s["step"] for s in records[: r["seq"]] if s["kind"] == "step") for r in select(records, "save")

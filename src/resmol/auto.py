@@ -106,11 +106,17 @@ def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
 def save_in_background(config: RunConfig) -> tuple[bool, list[str]]:
     """Decide whether training goes on while a checkpoint is written; nothing depends on it but memory and time.
 
+    A save computes hashes and copies into the page cache. Where the threads of training fill all processors, every
+    parallel loop waits for the one whose processor the save has, and a save then costs more time than a wait for it.
+
     Returns:
         The decision, and a sentence where it was ``auto``. It is made anew at each start, and not stored.
     """
     if config.checkpoint.background != "auto":
         return config.checkpoint.background == "on", []
+    threads, processors = config.runtime.threads or torch.get_num_threads(), os.cpu_count() or 1
+    if find_device(config.runtime.device).type == "cpu" and threads >= processors:
+        return False, [f"saves in the background: off (training takes all {processors} processors)"]
     copy, free = BYTES_OF_A_COPY * total_parameters(config.model), free_memory()
     chosen = free is not None and copy <= COPY_SHARE * free
     room = "unknown" if free is None else f"{free / 1e9:.1f} GB"

@@ -55,7 +55,7 @@ from resmol.train import Session, TrainState, record_step, save
 Script = Callable[[TrainState, Session], None]
 SMALL = (
     "model.hidden_size=8", "model.intermediate_size=8", "model.num_hidden_layers=1", "model.num_attention_heads=2",
-    "model.num_key_value_heads=1", "checkpoint.keep_last=2",
+    "model.num_key_value_heads=1", "checkpoint.keep_last=2", "checkpoint.background=on",
 )  # fmt: skip
 PAGE = 4096
 

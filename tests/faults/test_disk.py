@@ -501,8 +501,8 @@ def test_s6_slow_disk(
     after = [max(s["step"] for s in steps if s["seq"] < r["seq"]) for r in saves]
     problems += [] if after == [40, 60, 60] else [f"recorded after steps {after}"]
     campaign.record(
-        "S6", f"every fsync of weights and moments takes {seconds:g} s", "training goes on, one save at a time", problems,
-        len(saves), exhaustive=True, note=f"{len(seen)} temporary directories seen, {in_flight} at a time",
+        "S6", f"every fsync of weights and moments takes {seconds:g} s", "training goes on, one save at a time",
+        problems, len(saves), exhaustive=True, note=f"{len(seen)} temporary directories seen, {in_flight} at a time",
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def test_k1_killed_while_a_save_is_on_its_way(
 ) -> None:
     """Training is steps ahead of a save when the process dies in it: those steps must come again with their bits."""
     cases = [(stage, ahead) for stage in STAGES for ahead in range(1, INTERVAL)]
-    chosen = cases if campaign.full else campaign.draw("K1b").sample(cases, 5)
+    chosen = cases if campaign.full else campaign.draw("K1b").sample(cases, 3)
     problems = []
     for number, (stage, ahead) in enumerate(chosen):
         run, step = tmp_path / f"run-{number}", INTERVAL * (2 + number % 10)
