@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from resmol import auto
-from resmol.auto import resolve_auto, save_in_background
+from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
-from resmol.flops import total_parameters
 
 
 def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
@@ -46,21 +45,3 @@ def test_bfloat16_must_be_clearly_faster(
 
 def test_the_measurement_measures(tiny_config: RunConfig) -> None:
     assert auto.bfloat16_gain(tiny_config) > 0
-
-
-@pytest.mark.parametrize(("copies", "expected"), [(None, False), (3.9, False), (4.1, True)])
-def test_saves_run_in_the_background_where_the_copy_has_room(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, copies: float | None, expected: bool
-) -> None:
-    """Room: four copies of float32 weights and two moments, 12 bytes for each parameter."""
-    size = 12 * total_parameters(tiny_config.model)
-    monkeypatch.setattr("resmol.auto.os.cpu_count", lambda: 2)
-    monkeypatch.setattr(auto, "free_memory", lambda: None if copies is None else int(copies * size))
-    decided, reasons = save_in_background(tiny_config)
-    assert decided is expected
-    assert ("on" if expected else "off") in reasons[0].split()
-    both = with_overrides(tiny_config, ["runtime.threads=2"])
-    assert save_in_background(both) == (False, ["saves in the background: off (training takes all 2 processors)"])
-    for word in ("on", "off"):
-        said = with_overrides(tiny_config, [f"checkpoint.background={word}"])
-        assert save_in_background(said) == (word == "on", [])

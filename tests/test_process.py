@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
-from resmol.process import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, StopSignal, allocator_environment, free_memory
+from resmol.process import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, StopSignal, allocator_environment
 
 
 def test_only_glibc_and_only_when_unset() -> None:
@@ -48,16 +47,3 @@ def test_outside_the_main_thread_it_does_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
-
-
-def test_free_memory_is_what_kernel_and_container_leave(tmp_path: Path) -> None:
-    assert free_memory(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    5000 kB\n")
-    assert free_memory(tmp_path) == 5000 * 1024
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.current").write_text("1000\n")
-    for limit, expected in (("max", 5000 * 1024), ("4096", 3096), ("500", 0)):
-        (group / "memory.max").write_text(f"{limit}\n")
-        assert free_memory(tmp_path) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from tiny import TrainTiny
 from resmol import saving
 from resmol.audit import audit
 from resmol.certificate import write_certificate
-from resmol.checkpoint import Contents
+from resmol.checkpoint import Contents, Staged
 from resmol.checks import all_passed
 from resmol.config import RunConfig
 from resmol.distributed import Runtime
@@ -31,34 +32,38 @@ from resmol.saving import Saver
 from resmol.train import REPRODUCIBLE_FIELDS, TrainState
 from resmol.views import Journal
 
+NAMES = ("stage_checkpoint", "commit_checkpoint")
 PATIENCE = 20.0  # seconds after which a test that hangs gives up
 
 
 @dataclass
 class Bench:
-    """A state to save, a place for it, and a gate before which each save waits until it is opened."""
+    """A state to save, a place for it, and a gate: nothing happens in the background before it is opened."""
 
     state: TrainState
     folder: Path
     journal: Journal
     gate: threading.Event
-    at_once: list[int]  # how many saves were under way whenever one began
-    written: list[Contents]
+    threads: list[tuple[str, threading.Thread]]  # who wrote, and who committed
 
-    def saver(self, keep_last: int = 10, *, background: bool = True) -> Saver:
-        return Saver(self.folder, keep_last, self.journal, None, background=background)
+    def saver(self, keep_last: int = 10) -> Saver:
+        saver = Saver(self.folder, keep_last, self.journal, None)
+        saver._thread.submit(self.gate.wait, PATIENCE)
+        return saver
 
-    def save(self, saver: Saver, step: int, *, wait: bool = False) -> None:
-        """Fill everything with the step, and save that."""
-        contents = Contents.of(self.state.model, self.state.optimizer)
-        for tensors in contents.files.values():
+    def fill(self, value: float) -> None:
+        for tensors in Contents.of(self.state.model, self.state.optimizer).files.values():
             for tensor in tensors.values():
-                tensor.fill_(float(step))
+                tensor.fill_(value)
+
+    def save(self, saver: Saver, step: int, *, wait: bool = False, permanent: bool = False) -> None:
+        """Fill everything with the step, and save that."""
+        self.fill(float(step))
         saved = SavedState(
             step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.journal.head,
-            random_state="", permanent=False,
+            random_state="", permanent=permanent,
         )  # fmt: skip
-        saver.save(saved, contents, wait=wait)
+        saver.save(saved, Contents.of(self.state.model, self.state.optimizer), wait=wait)
 
     def save_and(self, then: Callable[[Saver], object]) -> None:
         """Save step 5, do something, and leave."""
@@ -69,6 +74,9 @@ class Bench:
     def saves(self) -> list[int]:
         return [record["step"] for record in select(self.journal.records, "save")]
 
+    def warnings(self) -> list[Record]:
+        return list(select(self.journal.records, "warn"))
+
 
 @pytest.fixture
 def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
@@ -78,23 +86,20 @@ def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    made = Bench(state, folder, Journal(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [], [])
-    genuine, under_way = saving.save_checkpoint, []
-
-    def behind_the_gate(folder: Path, saved: SavedState, contents: Contents, **options: Any) -> Any:
-        under_way.append(saved.step)
-        made.at_once.append(len(under_way))
-        made.written.append(contents)
-        assert made.gate.wait(PATIENCE)
-        try:
-            return genuine(folder, saved, contents, **options)
-        finally:
-            under_way.remove(saved.step)
-
-    monkeypatch.setattr(saving, "save_checkpoint", behind_the_gate)
+    made = Bench(state, folder, Journal(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])
+    for name in NAMES:
+        monkeypatch.setattr(saving, name, noting(made.threads, name, getattr(saving, name)))
     yield made
     made.gate.set()
     made.journal.close()
+
+
+def noting(threads: list[tuple[str, threading.Thread]], name: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any, **options: Any) -> Any:
+        threads.append((name, threading.current_thread()))
+        return genuine(*arguments, **options)
+
+    return called
 
 
 def values_in(path: Path) -> set[float]:
@@ -110,9 +115,7 @@ def test_a_save_is_of_the_moment_that_it_was_asked_for(bench: Bench) -> None:
     with bench.saver() as saver:
         bench.save(saver, 5)
         bench.journal.write("warn", what="step 6")
-        for tensors in Contents.of(bench.state.model, bench.state.optimizer).files.values():
-            for tensor in tensors.values():
-                tensor.fill_(6.0)
+        bench.fill(6.0)
         bench.gate.set()
     path = bench.folder / "step-00000005"
     assert values_in(path) == {5.0}
@@ -137,33 +140,30 @@ def test_at_most_one_is_on_its_way(bench: Bench) -> None:
     with bench.saver() as saver:
         for step in range(1, 9):
             bench.save(saver, step)
-    assert bench.at_once == [1] * 8
+    assert [name for name, _ in bench.threads] == [*NAMES] * 8
     assert bench.saves() == list(range(1, 9))
     manifests = [read_manifest(path) for path in reversed(list_checkpoints(bench.folder))]
     assert [m.parent for m in manifests] == [None, *(m.sha256 for m in manifests[:-1])]
     assert [values_in(path) for path in list_checkpoints(bench.folder)] == [{float(step)} for step in range(8, 0, -1)]
 
 
-def test_the_copy_is_always_in_the_same_memory(bench: Bench) -> None:
+def test_the_step_writes_and_the_background_makes_it_durable(bench: Bench) -> None:
     bench.gate.set()
     with bench.saver() as saver:
-        for step in (1, 2):
-            bench.save(saver, step)
-    places = [[t.data_ptr() for file in c.files.values() for t in file.values()] for c in bench.written]
-    live = Contents.of(bench.state.model, bench.state.optimizer)
-    assert places[0] == places[1]
-    assert not {*places[0]} & {t.data_ptr() for file in live.files.values() for t in file.values()}
+        bench.save(saver, 1)
+        bench.save(saver, 2, wait=True)
+    writing, committing = ({thread for name, thread in bench.threads if name == one} for one in NAMES)
+    assert writing == {threading.main_thread()}
+    assert len(committing) == 1
+    assert not committing & writing
 
 
-@pytest.mark.parametrize(("background", "wait"), [(True, True), (False, False), (False, True)])
-def test_a_save_that_is_waited_for_is_durable_and_needs_no_copy(bench: Bench, background: bool, wait: bool) -> None:
+def test_a_save_that_is_waited_for_is_durable(bench: Bench) -> None:
     bench.gate.set()
-    with bench.saver(background=background) as saver:
-        bench.save(saver, 5, wait=wait)
+    with bench.saver() as saver:
+        bench.save(saver, 5, wait=True)
         assert bench.saves() == [5]
         assert values_in(bench.folder / "step-00000005") == {5.0}
-        weight = next(iter(bench.written[0].files[WEIGHTS].values()))
-        assert weight.data_ptr() == next(iter(bench.state.model.state_dict().values())).data_ptr()
 
 
 def broken(error: Exception) -> Callable[..., Any]:
@@ -184,11 +184,15 @@ def test_errors_surface_in_the_training_thread(bench: Bench, monkeypatch: pytest
     def at_the_end(_: Saver) -> None:
         pass
 
-    monkeypatch.setattr(saving, "save_checkpoint", broken(OSError(5, "the disk is broken")))
+    bench.gate.set()
+    monkeypatch.setattr(saving, "commit_checkpoint", broken(OSError(5, "the disk is broken")))
     for moment in (at_the_next_step, at_the_next_save, at_the_end):
         with pytest.raises(OSError, match="the disk is broken"):
             bench.save_and(moment)
     assert bench.saves() == []
+
+
+FULL = DiskFull("no room", fix="")
 
 
 def test_a_full_disk_is_recorded_also_when_pruning_did_not_help(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,11 +200,86 @@ def test_a_full_disk_is_recorded_also_when_pruning_did_not_help(bench: Bench, mo
     with bench.saver() as saver:
         for step in (1, 2):
             bench.save(saver, step, wait=True)
-        monkeypatch.setattr(saving, "save_checkpoint", broken(DiskFull("no room", fix="")))
+        monkeypatch.setattr(saving, "stage_checkpoint", broken(FULL))
         with pytest.raises(DiskFull) as stopped:
-            bench.save(saver, 3, wait=True)
+            bench.save(saver, 3)
     assert stopped.value.exit_code == 28
-    assert [record["removed"] for record in select(bench.journal.records, "warn")] == [["step-00000001"]]
+    assert [record["removed"] for record in bench.warnings()] == [["step-00000001"]]
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let the disk be full when the checkpoints of these steps are synced."""
+    genuine = saving.commit_checkpoint
+
+    def commit(staged: Staged) -> Any:
+        if staged.manifest.step in steps:
+            shutil.rmtree(staged.temporary)
+            raise FULL
+        return genuine(staged)
+
+    monkeypatch.setattr(saving, "commit_checkpoint", commit)
+
+
+def test_a_disk_that_is_full_only_in_the_background_owes_a_checkpoint(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.gate.set()
+    full(monkeypatch, 3)
+    with bench.saver() as saver:
+        for step in (1, 2, 3):
+            bench.save(saver, step)
+        saver.settle(wait=True)
+        assert saver.owed is FULL
+        assert [path.name for path in list_checkpoints(bench.folder)] == ["step-00000002"]
+        assert [record["removed"] for record in bench.warnings()] == [["step-00000001"]]
+        bench.save(saver, 4)
+        saver.settle(wait=True)
+        assert saver.owed is None
+    assert bench.saves() == [1, 2, 4]
+    assert values_in(bench.folder / "step-00000004") == {4.0}
+
+
+def test_a_full_disk_is_an_error_when_the_checkpoint_stays_owed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_again(saver: Saver) -> None:
+        bench.save(saver, 6)
+        saver.settle(wait=True)
+
+    def no_further_save(_: Saver) -> None:
+        pass
+
+    bench.gate.set()
+    full(monkeypatch, 5, 6)
+    for moment in (full_again, no_further_save):
+        with pytest.raises(DiskFull):
+            bench.save_and(moment)
+    assert bench.saves() == []
+
+
+def test_a_permanent_checkpoint_has_no_replacement(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.gate.set()
+    full(monkeypatch, 5)
+    with bench.saver() as saver:
+        bench.save(saver, 5, permanent=True)
+        with pytest.raises(DiskFull):
+            saver.settle(wait=True)
+        assert saver.owed is None
+
+
+def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.gate.set()
+    genuine, left = saving.commit_checkpoint, [FULL]
+
+    def full_once(staged: Staged) -> Any:
+        if left:
+            raise left.pop()
+        return genuine(staged)
+
+    monkeypatch.setattr(saving, "commit_checkpoint", full_once)
+    with bench.saver() as saver:
+        bench.save(saver, 5, wait=True)
+        assert (bench.saves(), saver.owed) == ([5], None)
 
 
 def test_leaving_waits_for_it_also_after_an_error(bench: Bench) -> None:
@@ -212,7 +291,8 @@ def test_leaving_waits_for_it_also_after_an_error(bench: Bench) -> None:
 
 
 def test_of_two_errors_the_first_is_raised_and_both_are_recorded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "save_checkpoint", broken(OSError(5, "the disk is broken")))
+    bench.gate.set()
+    monkeypatch.setattr(saving, "commit_checkpoint", broken(OSError(5, "the disk is broken")))
     with pytest.raises(ZeroDivisionError):
         bench.save_and(lambda _: 1 / 0)
     warning = bench.journal.records[-1]
@@ -252,18 +332,18 @@ def damage_and_prune(genuine: Callable[..., list[str]], folder: Path, keep_last:
 
 
 class Watch:
-    """A view that lets each save go on only when two more steps are recorded, and knows who writes records."""
+    """A view that lets each commit go on only when two more steps are recorded, and knows who writes records."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.step, self.changed, self.threads = 0, threading.Condition(), set[threading.Thread]()
-        genuine = saving.save_checkpoint
+        genuine = saving.commit_checkpoint
 
-        def late(folder: Path, saved: SavedState, *arguments: Any, **options: Any) -> Any:
+        def late(staged: Staged) -> Any:
             with self.changed:
-                assert self.changed.wait_for(lambda: self.step >= min(saved.step + 2, last), PATIENCE)
-            return genuine(folder, saved, *arguments, **options)
+                assert self.changed.wait_for(lambda: self.step >= min(staged.manifest.step + 2, last), PATIENCE)
+            return genuine(staged)
 
-        monkeypatch.setattr(saving, "save_checkpoint", late)
+        monkeypatch.setattr(saving, "commit_checkpoint", late)
 
     def show(self, record: Record) -> None:
         self.threads.add(threading.current_thread())
@@ -287,13 +367,13 @@ def history(run: Path) -> tuple[dict[int, list[Any]], list[tuple[str, dict[str, 
 def test_a_run_with_late_saves_is_the_run_without(
     tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_tiny(tmp_path / "off", 23, "checkpoint.background=off")
+    train_tiny(tmp_path / "prompt", 23)
     watch = Watch(monkeypatch, 23)
-    state = train_tiny(tmp_path / "on", 23, "checkpoint.background=on", views=lambda _: [watch])
-    assert history(tmp_path / "on") == history(tmp_path / "off")
-    assert len(history(tmp_path / "on")[1]) == 5 * 4
+    state = train_tiny(tmp_path / "late", 23, views=lambda _: [watch])
+    assert history(tmp_path / "late") == history(tmp_path / "prompt")
+    assert len(history(tmp_path / "late")[1]) == 5 * 4
     assert watch.threads == {threading.main_thread()}
-    records = read_ledger(tmp_path / "on" / "ledger.jsonl").records
+    records = read_ledger(tmp_path / "late" / "ledger.jsonl").records
     assert state.parent == [record["manifest_sha256"] for record in select(records, "save")][-1]
 
 
@@ -305,7 +385,7 @@ def test_whoever_reads_the_record_copes_with_late_saves(
     for last in (13, 20):
         with monkeypatch.context() as patch:
             watch = Watch(patch, last)
-            wanted = ("checkpoint.background=on", "checkpoint.permanent=[7]", "checkpoint.keep_last=2")
+            wanted = ("checkpoint.permanent=[7]", "checkpoint.keep_last=2")
             train_tiny(path, last, *wanted, views=lambda _, w=watch: [w])
     run, records = RunDir(path), read_ledger(path / "ledger.jsonl").records
     before = {
@@ -317,3 +397,16 @@ def test_whoever_reads_the_record_copes_with_late_saves(
     assert all_passed(checks), [check for check in checks if not check.passed]
     assert "restarts" in Path(write_certificate(run, checks)).read_text(encoding="utf-8")
     assert "step-00000007" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_run_whose_disk_is_full_in_the_background_saves_at_the_next_step(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(monkeypatch, 10)
+    train_tiny(tmp_path / "run", 13)
+    records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
+    saves = [record["step"] for record in select(records, "save")]
+    assert (saves[0], saves[-1]) == (5, 13)
+    assert {11, 12, 13} & {*saves}
+    assert 10 not in saves
+    assert [record["what"] for record in select(records, "warn")] == ["disk full: older checkpoints pruned"]

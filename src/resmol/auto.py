@@ -11,11 +11,10 @@ import torch
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.distributed import Runtime, find_device
-from resmol.flops import total_parameters, training_flops_per_token
+from resmol.flops import training_flops_per_token
 from resmol.hf_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
-from resmol.process import free_memory
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
 COMPILE_SECONDS = 30.0
@@ -24,9 +23,6 @@ CPU_FLOPS_PER_SECOND = 1.5e11
 # bfloat16 must be this much faster before it is worth its rounding.
 BFLOAT16_MUST_GAIN = 1.2
 MEASUREMENTS = 7
-# The copy of weights and moments that a save in the background needs may be this share of the free memory.
-COPY_SHARE = 0.25
-BYTES_OF_A_COPY = 12  # for each parameter: the weight and two moments, float32
 
 
 def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -101,24 +97,3 @@ def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
         chosen,
         f"compile: {chosen} (it would take about {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s)",
     )
-
-
-def save_in_background(config: RunConfig) -> tuple[bool, list[str]]:
-    """Decide whether training goes on while a checkpoint is written; nothing depends on it but memory and time.
-
-    A save computes hashes and copies into the page cache. Where the threads of training fill all processors, every
-    parallel loop waits for the one whose processor the save has, and a save then costs more time than a wait for it.
-
-    Returns:
-        The decision, and a sentence where it was ``auto``. It is made anew at each start, and not stored.
-    """
-    if config.checkpoint.background != "auto":
-        return config.checkpoint.background == "on", []
-    threads, processors = config.runtime.threads or torch.get_num_threads(), os.cpu_count() or 1
-    if find_device(config.runtime.device).type == "cpu" and threads >= processors:
-        return False, [f"saves in the background: off (training takes all {processors} processors)"]
-    copy, free = BYTES_OF_A_COPY * total_parameters(config.model), free_memory()
-    chosen = free is not None and copy <= COPY_SHARE * free
-    room = "unknown" if free is None else f"{free / 1e9:.1f} GB"
-    words = f"{'on' if chosen else 'off'} (the copy takes {copy / 1e9:.2f} GB; free memory: {room})"
-    return chosen, [f"saves in the background: {words}"]

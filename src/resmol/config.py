@@ -155,7 +155,6 @@ class CheckpointConfig(Section):
     every: int = param(500, "C", "steps between checkpoints; 0 saves only at the end", ge=0)
     keep_last: int = param(2, "C", "newest checkpoints to keep besides the permanent ones", ge=2)
     permanent: tuple[int, ...] = param((), "C", "steps that are saved and never pruned")
-    background: Literal["auto", "on", "off"] = param("auto", "C", "save while training goes on, from a copy in memory")
 
 
 class LoggingConfig(Section):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resmol.atomic import fsync_path, remove_leftovers, write_durable
-from resmol.auto import resolve_auto, save_in_background
+from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import load_config, with_overrides
 from resmol.data.loader import Loader
@@ -85,8 +85,7 @@ def launch(wanted: Launch) -> TrainState:
         config, drifts = settle_configuration(wanted)
         opened = _open_data(wanted, config) if is_main else None  # text is prepared once, not by every process
         config, decisions = resolve_auto(config)
-        background, reasons = save_in_background(config)
-        for sentence in decisions + reasons:
+        for sentence in decisions:
             wanted.say(sentence)
         runtime = stack.enter_context(open_runtime(config))
         dataset, tokenizer = opened or _open_data(wanted, config)
@@ -103,8 +102,7 @@ def launch(wanted: Launch) -> TrainState:
         share_state(state, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
-        keep = config.checkpoint.keep_last
-        saver = stack.enter_context(Saver(run.checkpoints, keep, journal, state.parent, background=background))
+        saver = stack.enter_context(Saver(run.checkpoints, config.checkpoint.keep_last, journal, state.parent))
         session = Session(
             run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, saver, stop, recorded
         )

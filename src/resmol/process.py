@@ -7,21 +7,15 @@ its time. The thresholds can only be raised from outside, by an environment vari
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import signal
 import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-CGROUP_FILES = (
-    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-    ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 ALLOCATOR_VARIABLE = "GLIBC_TUNABLES"
 ALLOCATOR_SETTINGS = ":".join(
     (
@@ -52,23 +46,6 @@ def restart_with_tuned_allocator() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})  # noqa: S606
-
-
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory that this process could still take, or None where the system does not say.
-
-    That is what the kernel has available, but no more than what a limit of a container (cgroup 2, or 1) leaves.
-    """
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError):
-        return None
-    for limit, usage in CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-            allowed, taken = ((root / file).read_text(encoding="ascii") for file in (limit, usage))
-            free.append(int(allowed) - int(taken))
-    return max(0, min(free)) if free else None
 
 
 class StopSignal:

@@ -95,7 +95,8 @@ def train(state: TrainState, session: Session) -> None:
             record_sample(state, session)
         permanent, last = step in config.checkpoint.permanent, step == config.train.steps
         session.saver.settle(wait=False)  # a save on its way may be done by now
-        if stopping or last or permanent or is_due(config.checkpoint.every, step, config.train.steps):
+        due = is_due(config.checkpoint.every, step, config.train.steps) or session.saver.owed is not None
+        if stopping or last or permanent or due:
             save(state, session, permanent=permanent, wait=stopping or last)
         if spike and config.train.on_spike == "stop":
             raise CheckFailed(
@@ -239,7 +240,10 @@ def record_sample(state: TrainState, session: Session) -> None:
 
 
 def save(state: TrainState, session: Session, *, permanent: bool = False, wait: bool = False) -> None:
-    """Commit a checkpoint of this step, in the background unless ``wait``; only the main process writes."""
+    """Write a checkpoint of this step; it becomes durable in the background, or before this returns with ``wait``.
+
+    Only the main process writes.
+    """
     if not session.runtime.is_main:
         return
     saved = SavedState(

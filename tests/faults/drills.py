@@ -33,6 +33,7 @@ from trials import Setting
 import resmol.launch
 import resmol.saving
 import resmol.train
+from resmol.checkpoint import Staged
 from resmol.config import RunConfig
 from resmol.config_files import load_config
 from resmol.data.shards import Dataset, open_dataset
@@ -42,6 +43,7 @@ from resmol.ledger import read_ledger, select
 from resmol.manifest import (
     OPTIMIZER,
     WEIGHTS,
+    Manifest,
     checkpoint_name,
     list_checkpoints,
     newest_valid,
@@ -55,7 +57,7 @@ from resmol.train import Session, TrainState, record_step, save
 Script = Callable[[TrainState, Session], None]
 SMALL = (
     "model.hidden_size=8", "model.intermediate_size=8", "model.num_hidden_layers=1", "model.num_attention_heads=2",
-    "model.num_key_value_heads=1", "checkpoint.keep_last=2", "checkpoint.background=on",
+    "model.num_key_value_heads=1", "checkpoint.keep_last=2",
 )  # fmt: skip
 PAGE = 4096
 
@@ -184,15 +186,15 @@ def read(run: Path, tools: Equipment, at_least: int, *, damaged: bool = False) -
 
 
 def note_acknowledged(note: Callable[[int], None]) -> None:
-    """Call ``note`` with the step whenever `save_checkpoint` has returned."""
-    real = resmol.saving.save_checkpoint
+    """Call ``note`` with the step whenever a checkpoint is committed."""
+    real = resmol.saving.commit_checkpoint
 
-    def noting(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
-        manifest = real(folder, saved, *arguments, **options)
-        note(saved.step)
+    def noting(staged: Staged) -> Manifest:
+        manifest = real(staged)
+        note(manifest.step)
         return manifest
 
-    resmol.saving.save_checkpoint = noting
+    resmol.saving.commit_checkpoint = noting
 
 
 # --- K2 and K5: the process dies at a call -----------------------------------------------------------------------
@@ -603,20 +605,13 @@ def prune_on_damage(setting: Setting, folder: Path) -> list[str]:
 
 
 def saved_meanwhile(setting: Setting, folder: Path) -> list[str]:
-    """Each save takes until the next step is executed; it must hold the state of its own step, and be recorded."""
+    """No save goes on in the background before the next step is executed; it must hold the state of its own step."""
     tools, run, problems = equipment(setting), folder / "run", []
-    real, gone_on = resmol.saving.save_checkpoint, threading.Condition()
-    steps, under_way = [0], list[int]()
+    gone_on, steps = threading.Condition(), [0]
 
-    def late(where: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
-        under_way.append(saved.step)
-        if len(under_way) > 1:
-            problems.append(f"the saves of steps {under_way} are under way at the same time")
+    def wait_for_the_next(step: int) -> None:
         with gone_on:
-            gone_on.wait_for(lambda: steps[0] > saved.step, timeout=20)
-        manifest = real(where, saved, *arguments, **options)
-        under_way.remove(saved.step)
-        return manifest
+            gone_on.wait_for(lambda: steps[0] > step, timeout=20)
 
     def script(state: TrainState, session: Session) -> None:
         for step in range(1, 7):
@@ -625,11 +620,10 @@ def saved_meanwhile(setting: Setting, folder: Path) -> list[str]:
                 steps[0] = step if step < 6 else 99
                 gone_on.notify_all()
             if step % 2 == 0:
+                session.saver._thread.submit(wait_for_the_next, step)
                 save(state, session)
 
-    resmol.saving.save_checkpoint = late
     open_run(run, tools, script)
-    resmol.saving.save_checkpoint = real
     recorded = [r["step"] for r in select(read_ledger(RunDir(run).ledger).records, "save")]
     problems += [] if recorded == [2, 4, 6] else [f"the ledger knows of the saves of steps {recorded}"]
     return problems + read(run, tools, 6)[1] + values_of(run)

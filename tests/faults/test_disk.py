@@ -30,7 +30,7 @@ from resmol.manifest import checkpoint_name, list_checkpoints, read_manifest, st
 from resmol.rundir import RunDir
 
 DATA_OR_DISK = 3  # the exit code of an error that comes from the operating system
-# A save in the background may fail while later steps are executed, but the next save waits for it.
+# A save may fail in the background while later steps are executed, but the next save waits for it.
 LOST_AT_MOST = 2 * INTERVAL
 
 
@@ -99,10 +99,9 @@ def test_s1_disk_full(campaign: Campaign, forks: Forks, setting: Setting, oracle
     for trial in range(count):
         share = 0.5 + 4.5 * trial / (count - 1)
         with own_disk(tmp_path / f"run-{trial}", f"size={int(share * size)}") as run:
-            background = ("on", "off")[trial % 2]
-            code = forks.run(command, run, setting, "--set", f"checkpoint.background={background}")
+            code = forks.run(command, run, setting)
             codes.append(code)
-            found = damage_done(run, lost=LOST_AT_MOST if background == "on" else INTERVAL)
+            found = damage_done(run)
             if code not in (0, DiskFull.exit_code):
                 found.append(f"exit code {code}: {error_of(run)}")
             if code == DiskFull.exit_code and not re.search(r"needs [\d,]+ bytes", error_of(run)):
@@ -479,7 +478,7 @@ def test_s6_slow_disk(
 ) -> None:
     """Saves that take much longer than the steps between them must not pile up."""
     seconds, run = campaign.count(1, 25) / 5, tmp_path / "run"
-    arguments = ("--set", "checkpoint.every=20", "--set", "checkpoint.background=on")
+    arguments = ("--set", "checkpoint.every=20")
     child = forks.start(command_on_slow_disk, int(1000 * seconds), run, setting, *arguments)
     in_flight, seen, meanwhile = 0, set[str](), set[int]()
     while child.exitcode is None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,8 +20,10 @@ from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, 
 import resmol.checkpoint
 import resmol.saving
 import resmol.train
+from resmol.checkpoint import Staged
 from resmol.data.shards import Dataset
 from resmol.ledger import read_ledger, select
+from resmol.manifest import list_checkpoints, step_of
 from resmol.rundir import RunDir
 
 
@@ -62,18 +65,19 @@ def lost_too_much(run: Path) -> list[str]:
     return [] if lost <= 2 * INTERVAL else [f"{lost} steps were executed again"]
 
 
-def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting, *overrides: str) -> int:
-    """Train; be killed at a stage of the save of a step, by the thread that saves, ``ahead`` steps later."""
-    real, real_save, real_record = (
-        getattr(STAGES[stage], stage),
-        resmol.saving.save_checkpoint,
-        resmol.train.record_step,
-    )
-    saving, recorded, changed = [0], [0], threading.Condition()
+# What the thread that saves does, and of which step's save it is: before anything is synced, when all is but the name,
+# when the checkpoint is recorded.
+IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
+    "commit_checkpoint": (resmol.saving, lambda staged: staged.manifest.step),
+    "rename": (os, lambda _, final: step_of(final) if final.name.startswith("step-") else 0),
+    "prune": (resmol.saving, lambda folder, _: step_of(list_checkpoints(folder)[0])),
+}
 
-    def save(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
-        saving[:] = [saved.step]
-        return real_save(folder, saved, *arguments, **options)
+
+def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting) -> int:
+    """Train; be killed at a stage of the save of a step, by the thread that saves, ``ahead`` steps later."""
+    module, saved_step = IN_THE_BACKGROUND[stage]
+    real, real_record, recorded, changed = getattr(module, stage), resmol.train.record_step, [0], threading.Condition()
 
     def record(state: Any, *arguments: Any) -> None:
         real_record(state, *arguments)
@@ -81,41 +85,39 @@ def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting:
             recorded[:] = [state.step]
             changed.notify_all()
 
-    def die(*arguments: Any, **options: Any) -> Any:
-        if saving == [step]:
+    def die(*arguments: Any) -> Any:
+        if saved_step(*arguments) == step:
             with changed:
                 changed.wait_for(lambda: recorded[0] >= step + ahead, timeout=20)
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **options)
+        return real(*arguments)
 
-    resmol.saving.save_checkpoint, resmol.train.record_step = save, record
-    setattr(STAGES[stage], stage, die)
-    return train_run(run, setting, *overrides)
+    resmol.train.record_step = record
+    setattr(module, stage, die)
+    return train_run(run, setting)
 
 
 def test_k1_killed_while_a_save_is_on_its_way(
     campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
 ) -> None:
     """Training is steps ahead of a save when the process dies in it: those steps must come again with their bits."""
-    cases = [(stage, ahead) for stage in STAGES for ahead in range(1, INTERVAL)]
+    cases = [(stage, ahead) for stage in IN_THE_BACKGROUND for ahead in range(1, INTERVAL)]
     chosen = cases if campaign.full else campaign.draw("K1b").sample(cases, 3)
     problems = []
     for number, (stage, ahead) in enumerate(chosen):
         run, step = tmp_path / f"run-{number}", INTERVAL * (2 + number % 10)
-        code = forks.run(die_in_the_background, step, stage, ahead, run, setting, "checkpoint.background=on")
+        code = forks.run(die_in_the_background, step, stage, ahead, run, setting)
         found = [] if code == -signal.SIGKILL else [f"exit code {code}"]
         code = forks.run(train_run, run, setting)
         found += oracle.differences(run) if code == 0 else [f"exit code {code}"]
         found += [] if max(step_bits(run)) == STEPS else ["the run is not complete"]
-        newest = (
-            step if stage == "prune" else step - INTERVAL
-        )  # before the save is done, the one before it is the newest
+        newest = step if stage == "prune" else step - INTERVAL  # until it has its name, the one before is the newest
         if max(executed_again(run)) < step + ahead - newest:
             found.append(f"{executed_again(run)} steps were executed again after dying {ahead} steps ahead")
         found += lost_too_much(run)
         problems += [f"{stage}, {ahead} steps ahead: {text}" for text in found[:1]]
     campaign.record(
-        "K1b", "SIGKILL during a save in the background, training being steps ahead",
+        "K1b", "SIGKILL while a save becomes durable, training being steps ahead",
         "the checkpoint before; the steps after it again with their bits", problems, len(chosen),
         exhaustive=campaign.full,
     )  # fmt: skip
@@ -196,15 +198,16 @@ def epochs_oracle(forks: Forks, epochs: Epochs, tmp_path_factory: pytest.TempPat
 
 def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) -> int:
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
-    real = resmol.saving.save_checkpoint
+    real, real_save = resmol.saving.commit_checkpoint, resmol.train.save
 
-    def save_and_die(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
-        manifest = real(folder, saved, *arguments, **options)
-        if saved.step == step:
+    def commit_and_die(staged: Staged) -> Any:
+        manifest = real(staged)
+        if manifest.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return manifest
 
-    resmol.saving.save_checkpoint = save_and_die
+    resmol.saving.commit_checkpoint = commit_and_die
+    resmol.train.save = lambda *arguments, **options: real_save(*arguments, **{**options, "wait": True})
     return train_run(run, setting, *overrides)
 
 
@@ -232,7 +235,7 @@ def test_k6_boundaries(
         run = tmp_path / name.replace(" ", "-")
         for number, stop in enumerate(stops):
             if stop < 0:
-                code = forks.run(die_after_saving, -stop, run, chosen, *overrides, "checkpoint.background=off")
+                code = forks.run(die_after_saving, -stop, run, chosen, *overrides)
                 wanted, stop = -signal.SIGKILL, -stop
             else:
                 code, wanted = forks.run(train_run, run, chosen, *overrides, f"train.steps={stop}"), 0
@@ -312,9 +315,10 @@ def test_k7_killed_after_every_step(
 
 STAGES = {
     "digest_all": resmol.checkpoint,
-    "commit_directory": resmol.checkpoint,
+    "stage_directory": resmol.checkpoint,
     "save_file": resmol.checkpoint,
     "file_entry": resmol.checkpoint,
+    "commit_staged": resmol.checkpoint,
     "prune": resmol.saving,
 }
 

@@ -49,10 +49,10 @@ class Mutant:
 
 MUTANTS = (
     Mutant("the payload is not synced", "atomic.py",
-           "            for file in sorted(temporary.iterdir()):\n                fsync_path(file)\n", "", POWER),
+           "        for file in sorted(temporary.iterdir()):\n            fsync_path(file)\n", "", POWER),
     Mutant("manifest and small files are not synced", "atomic.py",
            "        file.flush()\n        os.fsync(file.fileno())\n", "        file.flush()\n", POWER),
-    Mutant("the temporary directory is not synced", "atomic.py", "            fsync_path(temporary)\n", "", POWER),
+    Mutant("the temporary directory is not synced", "atomic.py", "        fsync_path(temporary)\n", "", POWER),
     Mutant("the parent is not synced after the rename", "atomic.py", "    fsync_path(final.parent)\n", "", POWER),
     Mutant("a file is not flushed before it is synced", "atomic.py",
            "        file.flush()\n        os.fsync(file.fileno())\n", "        os.fsync(file.fileno())\n", POWER),
@@ -63,10 +63,10 @@ MUTANTS = (
            "            _write_and_sync(temporary, data)\n            os.replace(temporary, path)",
            "            _write_and_sync(path, data)", crash("start")),
     Mutant("the rename comes before the manifest", "atomic.py",
-           '            _write_and_sync(temporary / "manifest.json", manifest(temporary))\n'
-           "            fsync_path(temporary)\n            os.rename(temporary, final)",
-           "            os.rename(temporary, final)\n"
-           '            _write_and_sync(final / "manifest.json", manifest(final))\n            fsync_path(final)',
+           '        _write_and_sync(temporary / "manifest.json", manifest(temporary))\n'
+           "        fsync_path(temporary)\n        os.rename(temporary, final)",
+           "        os.rename(temporary, final)\n"
+           '        _write_and_sync(final / "manifest.json", manifest(final))\n        fsync_path(final)',
            crash("save")),
     Mutant("a checkpoint is removed under its own name", "atomic.py",
            "    os.rename(path, doomed)  # noqa: PTH104\n", "    doomed = path\n", crash("prune")),
@@ -82,22 +82,25 @@ MUTANTS = (
            crash("save")),
     Mutant("zeros in the ledger are a line like any other", "ledger.py", 'content.partition(b"\\0")[0]', "content",
            ("power_losses", {"share": 3, "fates": ["holed"]})),
-    Mutant("what has a checkpoint's name stays in its way", "checkpoint.py", "    set_aside(final)\n", "",
+    Mutant("what has a checkpoint's name stays in its way", "checkpoint.py", "    set_aside(staged.final)\n", "",
            crash("name taken")),
     Mutant("files are not compared with their hashes", "manifest.py",
-           "        if _sha256(file) != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),
+           "        if found != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),
     Mutant("tensors are not compared with their digests", "checkpoint.py",
            "        if found != entry.tensors.get(name):\n", "        if False:\n", ("changed_on_the_way", {})),
     Mutant("nothing is read back before older ones go", "checkpoint.py", "        verify_first(paths[0])\n",
            "        pass\n", ("prune_on_damage", {})),
     Mutant("the run is not locked", "rundir.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
            ("second_process", {})),
-    Mutant("a save in the background writes the live weights", "saving.py",
-           "            contents = self._copy = contents.copied(into=self._copy)\n", "            pass\n", MEANWHILE),
+    Mutant("the files are written in the background, from weights that go on changing", "saving.py",
+           "        seconds = self._thread.submit(self._commit, staged, started)\n",
+           "        seconds = self._thread.submit(\n"
+           "            lambda: self._commit(self._stage(saved, contents), started)\n        )\n", MEANWHILE),
     Mutant("a save does not wait for the one before", "saving.py",
-           "        self.settle(wait=True)\n        started", "        started", MEANWHILE),
+           "        self.settle(wait=True)\n        self._start(saved, contents)\n        if",
+           "        self._start(saved, contents)\n        if", MEANWHILE),
     Mutant("the end does not wait for the save on its way", "saving.py",
-           "        try:\n            self.settle(wait=True)\n", "        try:\n            pass\n", MEANWHILE),
+           "            self._finish()\n", "            pass\n", MEANWHILE),
 )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def send_in(
     place: str, number: int, signals: Sequence[signal.Signals], run: Path, setting: Setting, *arguments: str
 ) -> int:
     """Train; as it returns from the ``number``-th call of a function of train.py or saving.py, signals come."""
-    module = resmol.saving if place in ("save_checkpoint", "prune") else resmol.train
+    module = resmol.saving if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train
     real, calls = getattr(module, place), 0
 
     def call_and_send(*values: Any, **options: Any) -> Any:
@@ -158,8 +158,8 @@ def test_f1_terminated_where_it_hurts(
     cases = [
         ("accumulate_gradients", 7, [term], TERMINATED),
         ("gradient_norm", 10, [term, term], TERMINATED),
-        ("save_checkpoint", 2, [term], TERMINATED),
-        ("save_checkpoint", 3, [term, interrupt, term], TERMINATED),
+        ("stage_checkpoint", 2, [term], TERMINATED),
+        ("commit_checkpoint", 3, [term, interrupt, term], TERMINATED),
         ("prune", 5, [term], TERMINATED),
         ("evaluate", 1, [term], TERMINATED),
         ("evaluate", 2, [term, term], TERMINATED),

@@ -73,7 +73,6 @@ every = 0
 [checkpoint]
 every = {INTERVAL}
 keep_last = 3
-background = "on"
 [logging]
 every = 10
 """
