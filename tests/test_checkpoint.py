@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TrainTiny
 
 from resmol import checkpoint as module
-from resmol.checkpoint import load_optimizer, load_weights, prune, save_checkpoint
+from resmol.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
 from resmol.config import RunConfig
 from resmol.errors import CheckpointError
 from resmol.manifest import (
@@ -72,7 +72,9 @@ def rehash(path: Path) -> None:
 def test_round_trip_is_bitwise(good: Path, tiny_config: RunConfig, tmp_path: Path) -> None:
     state = restore(good / "step-00000010", tiny_config)
     saved, _ = load_state(good / "step-00000010")
-    manifest = save_checkpoint(tmp_path, saved, state.model, state.optimizer, parent=None)
+    manifest = commit_checkpoint(
+        stage_checkpoint(tmp_path, saved, Contents.of(state.model, state.optimizer), parent=None)
+    )
     original = read_manifest(good / "step-00000010")
     assert manifest.files == original.files
     assert original.parent == read_manifest(good / "step-00000005").sha256
@@ -228,6 +230,6 @@ def test_saving_over_a_damaged_one_sets_it_aside(good: Path, tiny_config: RunCon
         random_state="",
         permanent=False,
     )
-    save_checkpoint(good, saved, state.model, state.optimizer, parent=None)
+    commit_checkpoint(stage_checkpoint(good, saved, Contents.of(state.model, state.optimizer), parent=None))
     assert (good / "damaged-step-00000010-1" / "manifest.json").exists()
     verify_checkpoint(good / "step-00000010")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tiny import TrainTiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from resmol import saving
 from resmol import train as module
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
@@ -198,7 +199,7 @@ def test_a_fault_that_does_not_come_twice_is_survived(
 
 
 def test_a_full_disk_prunes_once_then_stops(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
-    genuine, calls = module.save_checkpoint, []
+    genuine, calls = saving.stage_checkpoint, []
 
     def full(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments[1].step)
@@ -206,7 +207,7 @@ def test_a_full_disk_prunes_once_then_stops(tmp_path: Path, train_tiny: TrainTin
             raise DiskFull("full", fix="")
         return genuine(*arguments, **options)
 
-    monkeypatch.setattr(module, "save_checkpoint", full)
+    monkeypatch.setattr(saving, "stage_checkpoint", full)
     with pytest.raises(DiskFull) as stopped:
         train_tiny(tmp_path / "run", 30)
     assert stopped.value.exit_code == 28

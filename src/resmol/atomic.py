@@ -86,20 +86,40 @@ def commit_directory(final: Path, write_files: Callable[[Path], None], manifest:
         DiskFull: No room; the temporary directory was removed.
         OSError: Any other failure of the disk; the temporary directory was removed where possible.
     """
+    commit_staged(stage_directory(final, write_files), final, manifest)
+
+
+def stage_directory(final: Path, write_files: Callable[[Path], None]) -> Path:
+    """Do what does not wait for the disk: write the files, into a temporary directory beside ``final``.
+
+    Returns:
+        The temporary directory, for `commit_staged`. Nothing in it is durable yet. Raises what that raises.
+    """
     temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{uuid.uuid4().hex[:12]}")
-    with full_disk_is_an_error(final):
-        try:
-            os.mkdir(temporary)  # noqa: PTH102
-            write_files(temporary)
-            for file in sorted(temporary.iterdir()):
-                fsync_path(file)
-            _write_and_sync(temporary / "manifest.json", manifest(temporary))
-            fsync_path(temporary)
-            os.rename(temporary, final)  # noqa: PTH104
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with full_disk_is_an_error(final), _abandoned_on_error(temporary):
+        os.mkdir(temporary)  # noqa: PTH102
+        write_files(temporary)
+    return temporary
+
+
+def commit_staged(temporary: Path, final: Path, manifest: Callable[[Path], bytes]) -> None:
+    """Do the rest of `commit_directory`: make durable what `stage_directory` wrote, and give it its name."""
+    with full_disk_is_an_error(final), _abandoned_on_error(temporary):
+        for file in sorted(temporary.iterdir()):
+            fsync_path(file)
+        _write_and_sync(temporary / "manifest.json", manifest(temporary))
+        fsync_path(temporary)
+        os.rename(temporary, final)  # noqa: PTH104
     fsync_path(final.parent)
+
+
+@contextmanager
+def _abandoned_on_error(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def remove_directory(path: Path) -> None:

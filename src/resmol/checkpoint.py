@@ -17,8 +17,10 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resmol.atomic import commit_directory, fsync_path, remove_directory
+from resmol.atomic import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.errors import CheckpointError, DiskFull
+from resmol.hf_config import ModelConfig
 from resmol.manifest import (
     CONFIG,
     OPTIMIZER,
@@ -52,48 +55,83 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # --- saving --------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    folder: Path, state: SavedState, model: CausalLM, optimizer: torch.optim.AdamW, *, parent: str | None
-) -> Manifest:
-    """Commit a checkpoint; a crash at any instant leaves all of it or nothing.
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a checkpoint, file by file, and the architecture that they belong to."""
+
+    config: ModelConfig
+    files: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, model: CausalLM, optimizer: torch.optim.AdamW) -> Contents:
+        """Return the weights and moments themselves: they change with the next step."""
+        return cls(model.config, {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)})
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(t.numel() * t.element_size() for tensors in self.files.values() for t in tensors.values())
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A checkpoint whose files are written and hashed; none of it is durable, and it has no name yet."""
+
+    temporary: Path
+    final: Path
+    manifest: Manifest
+
+
+def stage_checkpoint(folder: Path, state: SavedState, contents: Contents, *, parent: str | None) -> Staged:
+    """Write the files of a checkpoint, and read them back: all of a save that needs the tensors, or a processor.
 
     Args:
         folder: The ``checkpoints`` directory of a run.
         state: What to write into ``state.json``.
-        model: Its weights are written as they are; they must be float32.
-        optimizer: Its moments are written.
+        contents: Weights and moments; they are written as they are, and must be float32.
         parent: The sha256 of the manifest of the checkpoint before.
 
     Raises:
         DiskFull: No room. Nothing of the new checkpoint is left, and all older ones are.
         OSError: Any other failure of the disk, with the same consequence.
     """
-    tensors = {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)}
+    files = {name: _in_main_memory(tensors) for name, tensors in contents.files.items()}
     # Digests of what is in memory, taken before anything is written: a fault between memory and disk shows.
-    digests = {name: digest_all(content) for name, content in tensors.items()}
-    committed: list[Manifest] = []
+    digests = {name: digest_all(tensors) for name, tensors in files.items()}
+    names, entries = (WEIGHTS, OPTIMIZER, STATE, CONFIG), dict[str, FileEntry]()
 
     def write_files(temporary: Path) -> None:
-        for name, content in tensors.items():
-            _save_tensors(content, temporary / name)
-        (temporary / CONFIG).write_text(json.dumps(model.config.to_hf(), indent=2) + "\n", encoding="utf-8")
-        (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
-
-    def manifest(temporary: Path) -> bytes:
-        names = [WEIGHTS, OPTIMIZER, STATE, CONFIG]
-        files = {name: file_entry(temporary / name, digests.get(name, {})) for name in names}
-        record = Manifest(format=1, step=state.step, parent=parent, permanent=state.permanent, files=files)
-        committed.append(record)
-        return record.to_bytes()
+        with ThreadPoolExecutor(len(names)) as pool:  # writing and hashing release the interpreter
+            list(pool.map(lambda name: _save_tensors(files[name], temporary / name), files))
+            (temporary / CONFIG).write_text(json.dumps(contents.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+            (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+            found = pool.map(lambda name: file_entry(temporary / name, digests.get(name, {})), names)
+            entries.update(zip(names, found, strict=True))
 
     final = folder / checkpoint_name(state.step)
-    set_aside(final)
+    with _full_disk_says_the_size(contents.bytes):
+        temporary = stage_directory(final, write_files)
+    manifest = Manifest(format=1, step=state.step, parent=parent, permanent=state.permanent, files=entries)
+    return Staged(temporary, final, manifest)
+
+
+def commit_checkpoint(staged: Staged) -> Manifest:
+    """Make a checkpoint durable: all of a save that waits for the disk. Raises what `stage_checkpoint` raises.
+
+    A crash at any instant leaves all of it or nothing.
+    """
+    set_aside(staged.final)
+    with _full_disk_says_the_size(staged.manifest.bytes):
+        commit_staged(staged.temporary, staged.final, lambda _: staged.manifest.to_bytes())
+    return staged.manifest
+
+
+@contextmanager
+def _full_disk_says_the_size(size: int) -> Iterator[None]:
     try:
-        commit_directory(final, write_files, manifest)
+        yield
     except DiskFull as error:
-        needed = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
-        raise DiskFull(f"{error.what} (the checkpoint needs {needed:,} bytes)", fix=error.fix) from error
-    return committed[0]
+        raise DiskFull(f"{error.what} (the checkpoint needs {size:,} bytes)", fix=error.fix) from error
 
 
 def weight_tensors(model: CausalLM) -> dict[str, Tensor]:
@@ -122,13 +160,14 @@ def digest_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _in_main_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors as they are written: on a CPU the very same, of a GPU one copy, to be hashed and written."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))  # safetensors' errors are texts
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error

@@ -30,6 +30,7 @@ from resmol.optim import build_optimizer
 from resmol.process import StopSignal
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir
+from resmol.saving import Saver
 from resmol.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, train
 from resmol.views import Journal, View
@@ -102,8 +103,9 @@ def launch(wanted: Launch) -> TrainState:
         share_state(state, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
+        saver = stack.enter_context(Saver(run.checkpoints, config.checkpoint.keep_last, journal, state.parent))
         session = Session(
-            run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, stop, recorded
+            run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, saver, stop, recorded
         )
         compile_blocks(state.model, config)
         train(state, session)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -153,8 +154,11 @@ def verify_checkpoint(path: Path) -> Manifest:
             raise damaged(file, "is missing")
         if file.stat().st_size != entry.bytes:
             raise damaged(file, f"has {file.stat().st_size} bytes; the manifest says {entry.bytes}")
-        if _sha256(file) != entry.sha256:
-            raise damaged(file, "does not have the sha256 that the manifest says")
+    with ThreadPoolExecutor(len(manifest.files)) as pool:  # hashing releases the interpreter
+        hashes = list(pool.map(_sha256, [path / name for name in manifest.files]))
+    for (name, entry), found in zip(manifest.files.items(), hashes, strict=True):
+        if found != entry.sha256:
+            raise damaged(path / name, "does not have the sha256 that the manifest says")
     if _read_state(path).step != manifest.step:
         raise damaged(path / STATE, "belongs to another step")
     return manifest

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from resmol.checkpoint import prune, save_checkpoint
+from resmol.checkpoint import Contents
 from resmol.config import RunConfig
 from resmol.data.loader import Batch, Loader
 from resmol.distributed import Runtime
-from resmol.errors import CheckFailed, DiskFull, Interrupted, NonFiniteError
+from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.evaluate import evaluate
 from resmol.generate import Sampling, generate
 from resmol.ledger import Record, float_bits
@@ -29,6 +29,7 @@ from resmol.model import CausalLM
 from resmol.optim import apply_update, gradient_norm
 from resmol.process import StopSignal
 from resmol.rundir import RunDir
+from resmol.saving import Saver
 from resmol.schedule import lr_at
 from resmol.spikes import is_spike, remembered
 from resmol.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int = 0
     tokens_seen: int = 0
-    parent: str | None = None  # sha256 of the last checkpoint's manifest
+    parent: str | None = None  # sha256 of the manifest of the last checkpoint that was durable when one was saved
     recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see spikes.py
 
 
@@ -62,6 +63,7 @@ class Session:
     data_fingerprint: str
     tokenizer: Tokenizer
     journal: Journal
+    saver: Saver
     stop: StopSignal
     recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be met again
 
@@ -92,8 +94,10 @@ def train(state: TrainState, session: Session) -> None:
         if not stopping and is_due(config.sampling.every, step, config.train.steps):
             record_sample(state, session)
         permanent, last = step in config.checkpoint.permanent, step == config.train.steps
-        if stopping or last or permanent or is_due(config.checkpoint.every, step, config.train.steps):
-            save(state, session, permanent=permanent)
+        session.saver.settle(wait=False)  # a save on its way may be done by now
+        due = is_due(config.checkpoint.every, step, config.train.steps) or session.saver.owed is not None
+        if stopping or last or permanent or due:
+            save(state, session, permanent=permanent, wait=stopping or last)
         if spike and config.train.on_spike == "stop":
             raise CheckFailed(
                 f"the loss of step {step} is {loss:.4f}, far above the recent ones; train.on_spike is stop",
@@ -235,11 +239,13 @@ def record_sample(state: TrainState, session: Session) -> None:
     session.journal.write("sample", step=state.step, prompt=wish.prompt, text=text, seed=wish.seed)
 
 
-def save(state: TrainState, session: Session, *, permanent: bool) -> None:
-    """Commit a checkpoint, record it, and prune older ones; only the main process writes."""
+def save(state: TrainState, session: Session, *, permanent: bool = False, wait: bool = False) -> None:
+    """Write a checkpoint of this step; it becomes durable in the background, or before this returns with ``wait``.
+
+    Only the main process writes.
+    """
     if not session.runtime.is_main:
         return
-    started = time.perf_counter()
     saved = SavedState(
         step=state.step,
         tokens_seen=state.tokens_seen,
@@ -250,22 +256,5 @@ def save(state: TrainState, session: Session, *, permanent: bool) -> None:
         permanent=permanent,
         recent_losses=state.recent_losses,
     )
-    folder, keep = session.run.checkpoints, session.config.checkpoint.keep_last
-    session.journal.sync()  # the checkpoint refers to the ledger's head, which must not be lost if it is kept
-    try:
-        manifest = save_checkpoint(folder, saved, state.model, state.optimizer, parent=state.parent)
-    except DiskFull:
-        session.journal.write("warn", what="disk full: older checkpoints pruned", removed=prune(folder, keep_last=1))
-        manifest = save_checkpoint(folder, saved, state.model, state.optimizer, parent=state.parent)
-    state.parent = manifest.sha256
-    session.journal.write(
-        "save",
-        step=state.step,
-        checkpoint=f"step-{state.step:08d}",
-        manifest_sha256=manifest.sha256,
-        bytes=manifest.bytes,
-        seconds=round(time.perf_counter() - started, 3),
-        permanent=permanent,
-    )
-    session.journal.sync()
-    prune(folder, keep)
+    session.saver.save(saved, Contents.of(state.model, state.optimizer), wait=wait)
+    state.parent = session.saver.parent

@@ -132,7 +132,8 @@ def _eval(record: Record) -> str:
 
 def _save(record: Record) -> str:
     kept = ", permanent" if record["permanent"] else ""
-    return f"save: {record['checkpoint']}, {record['bytes'] / 1e6:,.1f} MB in {record['seconds']:.2f} s{kept}"
+    stalled = f" (training stood still for {record['stalled_seconds']:.2f} s)" if "stalled_seconds" in record else ""
+    return f"save: {record['checkpoint']}, {record['bytes'] / 1e6:,.1f} MB in {record['seconds']:.2f} s{stalled}{kept}"
 
 
 def _rewind(record: Record) -> str:

@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,16 +27,29 @@ from typing import Any
 
 import shim
 import torch
+from safetensors.torch import load_file
 from trials import Setting
 
 import resmol.launch
+import resmol.saving
 import resmol.train
+from resmol.checkpoint import Staged
 from resmol.config import RunConfig
 from resmol.config_files import load_config
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import CheckpointError, ResmolError, RunInUse
 from resmol.launch import Launch, launch
-from resmol.manifest import WEIGHTS, checkpoint_name, list_checkpoints, newest_valid, verify_checkpoint
+from resmol.ledger import read_ledger, select
+from resmol.manifest import (
+    OPTIMIZER,
+    WEIGHTS,
+    Manifest,
+    checkpoint_name,
+    list_checkpoints,
+    newest_valid,
+    step_of,
+    verify_checkpoint,
+)
 from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, record_step, save
@@ -113,7 +127,21 @@ def saves(*steps: int) -> Script:
         for step in steps:
             if step > state.step:
                 go_to(state, session, step)
-                save(state, session, permanent=False)
+                save(state, session)
+                session.saver.settle(wait=True)  # every time the same calls, in the same order
+
+    return script
+
+
+def overlapping(*steps: int) -> Script:
+    """Return a script that saves at each of the steps and goes on at once, as training does."""
+
+    def script(state: TrainState, session: Session) -> None:
+        for step in steps:
+            if step > state.step:
+                session.saver.settle(wait=False)
+                go_to(state, session, step)
+                save(state, session)
 
     return script
 
@@ -158,15 +186,15 @@ def read(run: Path, tools: Equipment, at_least: int, *, damaged: bool = False) -
 
 
 def note_acknowledged(note: Callable[[int], None]) -> None:
-    """Call ``note`` with the step whenever `save_checkpoint` has returned."""
-    real = resmol.train.save_checkpoint
+    """Call ``note`` with the step whenever a checkpoint is committed."""
+    real = resmol.saving.commit_checkpoint
 
-    def noting(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
-        manifest = real(folder, saved, *arguments, **options)
-        note(saved.step)
+    def noting(staged: Staged) -> Manifest:
+        manifest = real(staged)
+        note(manifest.step)
         return manifest
 
-    resmol.train.save_checkpoint = noting
+    resmol.saving.commit_checkpoint = noting
 
 
 # --- K2 and K5: the process dies at a call -----------------------------------------------------------------------
@@ -193,20 +221,20 @@ class Scenario:
 
 def save_at_10(state: TrainState, session: Session) -> None:
     go_to(state, session, 10)
-    save(state, session, permanent=False)
+    save(state, session)
 
 
 def prune_to_1(_state: TrainState, session: Session) -> None:
-    resmol.train.prune(session.run.checkpoints, 1)
+    resmol.saving.prune(session.run.checkpoints, 1)
 
 
 def keep_three(state: TrainState, session: Session) -> None:
     """Save three without pruning."""
-    real, resmol.train.prune = resmol.train.prune, lambda *_: []
+    real, resmol.saving.prune = resmol.saving.prune, lambda *_: []
     try:
         saves(5, 10, 15)(state, session)
     finally:
-        resmol.train.prune = real
+        resmol.saving.prune = real
 
 
 def damage_a_second_10(run: Path) -> None:
@@ -427,13 +455,13 @@ class Disk:
             entry.synced, entry.dirty = bytes(entry.data), []
 
 
-def record_run(root: Path, log: Path, setting: Setting) -> int:
+def record_run(root: Path, log: Path, setting: Setting, script: Callable[..., Script]) -> int:
     """A run from its first moment over three saves, the last of which prunes, and a second start; all of it logged."""
     tools = equipment(setting)
     note_acknowledged(lambda step: shim.mark(str(step)))
     shim.arm(root, "count", log=log)
-    open_run(root / "run", tools, saves(5, 10, 15))
-    open_run(root / "run", tools, saves(20))
+    open_run(root / "run", tools, script(5, 10, 15))
+    open_run(root / "run", tools, script(20))
     return 0 if shim.disarm() else 1
 
 
@@ -445,6 +473,7 @@ def power_losses(
     seed: int = 0,
     fates: Sequence[str] = FATES,
     first_only: bool = False,
+    meanwhile: bool = False,
 ) -> tuple[int, int, list[str]]:
     """Record a run, then read what a power loss leaves after each of its operations.
 
@@ -456,12 +485,13 @@ def power_losses(
         seed: Of the mixtures.
         fates: What to do with data that were not synced.
         first_only: Stop at the first problem.
+        meanwhile: Steps are executed and recorded while a save is on its way.
 
     Returns:
         The number of states, that of operations, and the problems.
     """
     (folder / "disk").mkdir()
-    record_run(folder / "disk", folder / "log", setting)
+    record_run(folder / "disk", folder / "log", setting, overlapping if meanwhile else saves)
     operations, tools = shim.read_log(folder / "log"), equipment(setting)
     disk, acknowledged, problems, tried, number = Disk(folder / "disk"), 0, [], 0, 0
     draw = random.Random(seed)
@@ -571,6 +601,41 @@ def prune_on_damage(setting: Setting, folder: Path) -> list[str]:
             problems.append(f"only {names} are left, and the newest of them is damaged")
 
     open_run(run, tools, script)
+    return problems
+
+
+def saved_meanwhile(setting: Setting, folder: Path) -> list[str]:
+    """No save goes on in the background before the next step is executed; it must hold the state of its own step."""
+    tools, run, problems = equipment(setting), folder / "run", []
+    gone_on, steps = threading.Condition(), [0]
+
+    def wait_for_the_next(step: int) -> None:
+        with gone_on:
+            gone_on.wait_for(lambda: steps[0] > step, timeout=20)
+
+    def script(state: TrainState, session: Session) -> None:
+        for step in range(1, 7):
+            go_to(state, session, step)
+            with gone_on:
+                steps[0] = step if step < 6 else 99
+                gone_on.notify_all()
+            if step % 2 == 0:
+                session.saver._thread.submit(wait_for_the_next, step)
+                save(state, session)
+
+    open_run(run, tools, script)
+    recorded = [r["step"] for r in select(read_ledger(RunDir(run).ledger).records, "save")]
+    problems += [] if recorded == [2, 4, 6] else [f"the ledger knows of the saves of steps {recorded}"]
+    return problems + read(run, tools, 6)[1] + values_of(run)
+
+
+def values_of(run: Path) -> list[str]:
+    """Look at whether each checkpoint of a run holds what was made up for its step."""
+    problems = []
+    for path in list_checkpoints(RunDir(run).checkpoints):
+        tensors, step = {**load_file(path / WEIGHTS), **load_file(path / OPTIMIZER)}, step_of(path)
+        wrong = [name for name, t in tensors.items() if not bool((t == value_of(name, step)).all())]
+        problems += [f"{path.name} holds the {wrong[0]} of another step"] if wrong else []
     return problems
 
 

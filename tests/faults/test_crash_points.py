@@ -55,6 +55,7 @@ def die_in_save(step: int, way: str, number: int, run: Path, setting: Setting) -
             shim.arm(run, way, k=number)
         real(state, session, **options)
         if state.step == step:
+            session.saver.settle(wait=True)  # the calls of the thread that saves, and none of the steps after it
             calls.append(shim.disarm())
 
     resmol.train.save = armed

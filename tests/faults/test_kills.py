@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,9 +18,12 @@ from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, step_bits, train_run
 
 import resmol.checkpoint
+import resmol.saving
 import resmol.train
+from resmol.checkpoint import Staged
 from resmol.data.shards import Dataset
 from resmol.ledger import read_ledger, select
+from resmol.manifest import list_checkpoints, step_of
 from resmol.rundir import RunDir
 
 
@@ -37,14 +42,84 @@ def test_k1_killed_at_any_time(
         time.sleep(draw.uniform(0, duration))
         child.kill()
         child.join()
-        reached = max(step_bits(run), default=0) if (run / "ledger.jsonl").exists() else 0
         code = forks.run(train_run, run, setting)
         differences = oracle.differences(run) if code == 0 else [f"exit code {code}"]
+        differences += lost_too_much(run)
         problems += [f"trial {trial}: {text}" for text in differences[:1]]
-        lost = max(lost, reached % INTERVAL)
+        lost = max(lost, *executed_again(run))
     campaign.record(
         "K1", "SIGKILL at a random time", "the same bits after a restart", problems, count,
         note=f"at most {lost} steps executed again of {STEPS}",
+    )  # fmt: skip
+
+
+def executed_again(run: Path) -> list[int]:
+    """Return how many steps each rewind of a run took back, and 0."""
+    rewinds = select(read_ledger(RunDir(run).ledger).records, "rewind")
+    return [0, *(record["from_step"] - record["to_step"] for record in rewinds)]
+
+
+def lost_too_much(run: Path) -> list[str]:
+    """A crash may take the steps since a checkpoint, and those that were executed while the next was on its way."""
+    lost = max(executed_again(run))
+    return [] if lost <= 2 * INTERVAL else [f"{lost} steps were executed again"]
+
+
+# What the thread that saves does, and of which step's save it is: before anything is synced, when all is but the name,
+# when the checkpoint is recorded.
+IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
+    "commit_checkpoint": (resmol.saving, lambda staged: staged.manifest.step),
+    "rename": (os, lambda _, final: step_of(final) if final.name.startswith("step-") else 0),
+    "prune": (resmol.saving, lambda folder, _: step_of(list_checkpoints(folder)[0])),
+}
+
+
+def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting) -> int:
+    """Train; be killed at a stage of the save of a step, by the thread that saves, ``ahead`` steps later."""
+    module, saved_step = IN_THE_BACKGROUND[stage]
+    real, real_record, recorded, changed = getattr(module, stage), resmol.train.record_step, [0], threading.Condition()
+
+    def record(state: Any, *arguments: Any) -> None:
+        real_record(state, *arguments)
+        with changed:
+            recorded[:] = [state.step]
+            changed.notify_all()
+
+    def die(*arguments: Any) -> Any:
+        if saved_step(*arguments) == step:
+            with changed:
+                changed.wait_for(lambda: recorded[0] >= step + ahead, timeout=20)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    resmol.train.record_step = record
+    setattr(module, stage, die)
+    return train_run(run, setting)
+
+
+def test_k1_killed_while_a_save_is_on_its_way(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path
+) -> None:
+    """Training is steps ahead of a save when the process dies in it: those steps must come again with their bits."""
+    cases = [(stage, ahead) for stage in IN_THE_BACKGROUND for ahead in range(1, INTERVAL)]
+    chosen = cases if campaign.full else campaign.draw("K1b").sample(cases, 3)
+    problems = []
+    for number, (stage, ahead) in enumerate(chosen):
+        run, step = tmp_path / f"run-{number}", INTERVAL * (2 + number % 10)
+        code = forks.run(die_in_the_background, step, stage, ahead, run, setting)
+        found = [] if code == -signal.SIGKILL else [f"exit code {code}"]
+        code = forks.run(train_run, run, setting)
+        found += oracle.differences(run) if code == 0 else [f"exit code {code}"]
+        found += [] if max(step_bits(run)) == STEPS else ["the run is not complete"]
+        newest = step if stage == "prune" else step - INTERVAL  # until it has its name, the one before is the newest
+        if max(executed_again(run)) < step + ahead - newest:
+            found.append(f"{executed_again(run)} steps were executed again after dying {ahead} steps ahead")
+        found += lost_too_much(run)
+        problems += [f"{stage}, {ahead} steps ahead: {text}" for text in found[:1]]
+    campaign.record(
+        "K1b", "SIGKILL while a save becomes durable, training being steps ahead",
+        "the checkpoint before; the steps after it again with their bits", problems, len(chosen),
+        exhaustive=campaign.full,
     )  # fmt: skip
 
 
@@ -123,15 +198,16 @@ def epochs_oracle(forks: Forks, epochs: Epochs, tmp_path_factory: pytest.TempPat
 
 def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) -> int:
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
-    real = resmol.train.save_checkpoint
+    real, real_save = resmol.saving.commit_checkpoint, resmol.train.save
 
-    def save_and_die(folder: Path, saved: Any, *arguments: Any, **options: Any) -> Any:
-        manifest = real(folder, saved, *arguments, **options)
-        if saved.step == step:
+    def commit_and_die(staged: Staged) -> Any:
+        manifest = real(staged)
+        if manifest.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return manifest
 
-    resmol.train.save_checkpoint = save_and_die
+    resmol.saving.commit_checkpoint = commit_and_die
+    resmol.train.save = lambda *arguments, **options: real_save(*arguments, **{**options, "wait": True})
     return train_run(run, setting, *overrides)
 
 
@@ -239,10 +315,11 @@ def test_k7_killed_after_every_step(
 
 STAGES = {
     "digest_all": resmol.checkpoint,
-    "commit_directory": resmol.checkpoint,
+    "stage_directory": resmol.checkpoint,
     "save_file": resmol.checkpoint,
     "file_entry": resmol.checkpoint,
-    "prune": resmol.train,
+    "commit_staged": resmol.checkpoint,
+    "prune": resmol.saving,
 }
 
 
@@ -251,9 +328,10 @@ def save_without_memory(step: int, stage: str, spare: int, run: Path, setting: S
     real_save, real_stage = resmol.train.save, getattr(STAGES[stage], stage)
     saving, hoard = [], []
 
-    def save(state: Any, *arguments: Any, **options: Any) -> None:
+    def save(state: Any, session: Any, **options: Any) -> None:
         saving[:] = [state.step]
-        real_save(state, *arguments, **options)
+        real_save(state, session, **options)
+        session.saver.settle(wait=True)
         hoard.clear()
         signal.alarm(0)
 

@@ -41,6 +41,7 @@ from trials import (
 import resmol.distributed
 import resmol.launch
 import resmol.ledger
+import resmol.saving
 import resmol.train
 from resmol.config import RunConfig, drift_classes, flatten
 from resmol.config_files import load_config, with_overrides
@@ -92,8 +93,9 @@ def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
 def send_in(
     place: str, number: int, signals: Sequence[signal.Signals], run: Path, setting: Setting, *arguments: str
 ) -> int:
-    """Train; the process gets signals as it returns from the ``number``-th call of a function of train.py."""
-    real, calls = getattr(resmol.train, place), 0
+    """Train; as it returns from the ``number``-th call of a function of train.py or saving.py, signals come."""
+    module = resmol.saving if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train
+    real, calls = getattr(module, place), 0
 
     def call_and_send(*values: Any, **options: Any) -> Any:
         nonlocal calls
@@ -104,7 +106,7 @@ def send_in(
                 os.kill(os.getpid(), one)
         return result
 
-    setattr(resmol.train, place, call_and_send)
+    setattr(module, place, call_and_send)
     return command(run, setting, *arguments)
 
 
@@ -156,8 +158,8 @@ def test_f1_terminated_where_it_hurts(
     cases = [
         ("accumulate_gradients", 7, [term], TERMINATED),
         ("gradient_norm", 10, [term, term], TERMINATED),
-        ("save_checkpoint", 2, [term], TERMINATED),
-        ("save_checkpoint", 3, [term, interrupt, term], TERMINATED),
+        ("stage_checkpoint", 2, [term], TERMINATED),
+        ("commit_checkpoint", 3, [term, interrupt, term], TERMINATED),
         ("prune", 5, [term], TERMINATED),
         ("evaluate", 1, [term], TERMINATED),
         ("evaluate", 2, [term, term], TERMINATED),

@@ -203,7 +203,9 @@ def killed_save_guard(bench: Bench) -> set[str]:
             saved = manifest.load_state(run / "checkpoints" / "step-00000005")[0].model_copy(update={"step": 6})
             state = _state_of(bench)
             patch.setattr(atomic.os, "fsync", fsync)
-            checkpoint.save_checkpoint(run / "checkpoints", saved, state.model, state.optimizer, parent=None)
+            contents = checkpoint.Contents.of(state.model, state.optimizer)
+            staged = checkpoint.stage_checkpoint(run / "checkpoints", saved, contents, parent=None)
+            checkpoint.commit_checkpoint(staged)
         for path in list_checkpoints(run / "checkpoints"):
             try:
                 verify_checkpoint(path)
@@ -217,12 +219,10 @@ def _state_of(bench: Bench) -> Any:
     return bench.train(bench.folder / "another", 6, "sampling.every=0", "evaluation.every=0")
 
 
-def in_place(final: Path, write_files: Any, make_manifest: Any) -> None:
+def in_place(final: Path, write_files: Any) -> Path:
     final.mkdir()
     write_files(final)
-    for file in sorted(final.iterdir()):
-        atomic.fsync_path(file)
-    (final / "manifest.json").write_bytes(make_manifest(final))
+    return final
 
 
 # --- damaged files -------------------------------------------------------------------------------------------
@@ -303,10 +303,10 @@ MISTAKES: list[Mistake] = [
     mistake(11, "any error in loading means starting over", starts_over, damage_guard, "all checkpoints damaged"),
     mistake(11, "a fallback that is not stated", silent_fallback, damage_guard, "the fallback is stated"),
     mistake(11, "the corrupt checkpoint is deleted", deletes_the_corrupt, damage_guard, "nothing is deleted"),
-    mistake(12, "checkpoint written in place", replaced("resmol.checkpoint.commit_directory", in_place),
+    mistake(12, "checkpoint written in place", replaced("resmol.checkpoint.stage_directory", in_place),
             killed_save_guard, "a killed save"),
     mistake(12, "checkpoint pickled", replaced("resmol.checkpoint._save_tensors", pickled), F, "no pickle"),
-    mistake(12, "old checkpoints never removed", replaced("resmol.train.prune", lambda *_, **__: []), F, "retention"),
+    mistake(12, "old checkpoints never removed", replaced("resmol.saving.prune", lambda *_, **__: []), F, "retention"),
     mistake(13, "weights saved in half precision", saved_in_half, F, "weights are saved in float32"),
     mistake(13, "weights rounded to half precision by a save", half_precision, R, "weights and moments"),
     mistake(14, "names prefixed with _orig_mod.", prefixed("_orig_mod."), F, "names"),

@@ -1,0 +1,412 @@
+"""Saving while training goes on: what is written, when the ledger hears of it, and what becomes of errors."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TrainTiny
+
+from resmol import saving
+from resmol.audit import audit
+from resmol.certificate import write_certificate
+from resmol.checkpoint import Contents, Staged
+from resmol.checks import all_passed
+from resmol.config import RunConfig
+from resmol.distributed import Runtime
+from resmol.errors import CheckpointError, DiskFull
+from resmol.launch import new_state
+from resmol.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.manifest import OPTIMIZER, STATE, WEIGHTS, SavedState, list_checkpoints, load_state, read_manifest
+from resmol.replay import Wish
+from resmol.report import write_report
+from resmol.rundir import RunDir
+from resmol.saving import Saver
+from resmol.train import REPRODUCIBLE_FIELDS, TrainState
+from resmol.views import Journal
+
+NAMES = ("stage_checkpoint", "commit_checkpoint")
+PATIENCE = 20.0  # seconds after which a test that hangs gives up
+
+
+@dataclass
+class Bench:
+    """A state to save, a place for it, and a gate: nothing happens in the background before it is opened."""
+
+    state: TrainState
+    folder: Path
+    journal: Journal
+    gate: threading.Event
+    threads: list[tuple[str, threading.Thread]]  # who wrote, and who committed
+
+    def saver(self, keep_last: int = 10) -> Saver:
+        saver = Saver(self.folder, keep_last, self.journal, None)
+        saver._thread.submit(self.gate.wait, PATIENCE)
+        return saver
+
+    def fill(self, value: float) -> None:
+        for tensors in Contents.of(self.state.model, self.state.optimizer).files.values():
+            for tensor in tensors.values():
+                tensor.fill_(value)
+
+    def save(self, saver: Saver, step: int, *, wait: bool = False, permanent: bool = False) -> None:
+        """Fill everything with the step, and save that."""
+        self.fill(float(step))
+        saved = SavedState(
+            step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.journal.head,
+            random_state="", permanent=permanent,
+        )  # fmt: skip
+        saver.save(saved, Contents.of(self.state.model, self.state.optimizer), wait=wait)
+
+    def save_and(self, then: Callable[[Saver], object]) -> None:
+        """Save step 5, do something, and leave."""
+        with self.saver() as saver:
+            self.save(saver, 5)
+            then(saver)
+
+    def saves(self) -> list[int]:
+        return [record["step"] for record in select(self.journal.records, "save")]
+
+    def warnings(self) -> list[Record]:
+        return list(select(self.journal.records, "warn"))
+
+
+@pytest.fixture
+def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    state = new_state(tiny_config, Runtime(0, 1, torch.device("cpu"), None))
+    for parameter in state.model.parameters():
+        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    made = Bench(state, folder, Journal(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])
+    for name in NAMES:
+        monkeypatch.setattr(saving, name, noting(made.threads, name, getattr(saving, name)))
+    yield made
+    made.gate.set()
+    made.journal.close()
+
+
+def noting(threads: list[tuple[str, threading.Thread]], name: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any, **options: Any) -> Any:
+        threads.append((name, threading.current_thread()))
+        return genuine(*arguments, **options)
+
+    return called
+
+
+def values_in(path: Path) -> set[float]:
+    return {
+        value for file in (WEIGHTS, OPTIMIZER) for t in load_file(path / file).values() for value in t.unique().tolist()
+    }
+
+
+def test_a_save_is_of_the_moment_that_it_was_asked_for(bench: Bench) -> None:
+    """Weights, moments and the ledger's head are those of step 5, whatever happens before they are on the disk."""
+    bench.journal.write("warn", what="step 5")
+    head = bench.journal.head
+    with bench.saver() as saver:
+        bench.save(saver, 5)
+        bench.journal.write("warn", what="step 6")
+        bench.fill(6.0)
+        bench.gate.set()
+    path = bench.folder / "step-00000005"
+    assert values_in(path) == {5.0}
+    assert load_state(path)[0].ledger_head == head
+
+
+def test_the_ledger_hears_of_it_when_it_is_durable(bench: Bench) -> None:
+    with bench.saver() as saver:
+        bench.save(saver, 5)
+        saver.settle(wait=False)
+        assert (bench.saves(), list_checkpoints(bench.folder)) == ([], [])
+        bench.journal.write("warn", what="training goes on")
+        bench.gate.set()
+        saver.settle(wait=True)
+        assert [record["kind"] for record in bench.journal.records] == ["warn", "save"]
+        assert bench.journal.records[-1]["manifest_sha256"] == read_manifest(bench.folder / "step-00000005").sha256
+    assert bench.saves() == [5]
+
+
+def test_at_most_one_is_on_its_way(bench: Bench) -> None:
+    bench.gate.set()
+    with bench.saver() as saver:
+        for step in range(1, 9):
+            bench.save(saver, step)
+    assert [name for name, _ in bench.threads] == [*NAMES] * 8
+    assert bench.saves() == list(range(1, 9))
+    manifests = [read_manifest(path) for path in reversed(list_checkpoints(bench.folder))]
+    assert [m.parent for m in manifests] == [None, *(m.sha256 for m in manifests[:-1])]
+    assert [values_in(path) for path in list_checkpoints(bench.folder)] == [{float(step)} for step in range(8, 0, -1)]
+
+
+def test_the_step_writes_and_the_background_makes_it_durable(bench: Bench) -> None:
+    bench.gate.set()
+    with bench.saver() as saver:
+        bench.save(saver, 1)
+        bench.save(saver, 2, wait=True)
+    writing, committing = ({thread for name, thread in bench.threads if name == one} for one in NAMES)
+    assert writing == {threading.main_thread()}
+    assert len(committing) == 1
+    assert not committing & writing
+
+
+def test_a_save_that_is_waited_for_is_durable(bench: Bench) -> None:
+    bench.gate.set()
+    with bench.saver() as saver:
+        bench.save(saver, 5, wait=True)
+        assert bench.saves() == [5]
+        assert values_in(bench.folder / "step-00000005") == {5.0}
+
+
+def broken(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_errors_surface_in_the_training_thread(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at_the_next_step(saver: Saver) -> None:
+        while True:
+            saver.settle(wait=False)
+
+    def at_the_next_save(saver: Saver) -> None:
+        bench.save(saver, 6)
+
+    def at_the_end(_: Saver) -> None:
+        pass
+
+    bench.gate.set()
+    monkeypatch.setattr(saving, "commit_checkpoint", broken(OSError(5, "the disk is broken")))
+    for moment in (at_the_next_step, at_the_next_save, at_the_end):
+        with pytest.raises(OSError, match="the disk is broken"):
+            bench.save_and(moment)
+    assert bench.saves() == []
+
+
+FULL = DiskFull("no room", fix="")
+
+
+def test_a_full_disk_is_recorded_also_when_pruning_did_not_help(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.gate.set()
+    with bench.saver() as saver:
+        for step in (1, 2):
+            bench.save(saver, step, wait=True)
+        monkeypatch.setattr(saving, "stage_checkpoint", broken(FULL))
+        with pytest.raises(DiskFull) as stopped:
+            bench.save(saver, 3)
+    assert stopped.value.exit_code == 28
+    assert [record["removed"] for record in bench.warnings()] == [["step-00000001"]]
+
+
+def full(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let the disk be full when the checkpoints of these steps are synced."""
+    genuine = saving.commit_checkpoint
+
+    def commit(staged: Staged) -> Any:
+        if staged.manifest.step in steps:
+            shutil.rmtree(staged.temporary)
+            raise FULL
+        return genuine(staged)
+
+    monkeypatch.setattr(saving, "commit_checkpoint", commit)
+
+
+def test_a_disk_that_is_full_only_in_the_background_owes_a_checkpoint(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.gate.set()
+    full(monkeypatch, 3)
+    with bench.saver() as saver:
+        for step in (1, 2, 3):
+            bench.save(saver, step)
+        saver.settle(wait=True)
+        assert saver.owed is FULL
+        assert [path.name for path in list_checkpoints(bench.folder)] == ["step-00000002"]
+        assert [record["removed"] for record in bench.warnings()] == [["step-00000001"]]
+        bench.save(saver, 4)
+        saver.settle(wait=True)
+        assert saver.owed is None
+    assert bench.saves() == [1, 2, 4]
+    assert values_in(bench.folder / "step-00000004") == {4.0}
+
+
+def test_a_full_disk_is_an_error_when_the_checkpoint_stays_owed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_again(saver: Saver) -> None:
+        bench.save(saver, 6)
+        saver.settle(wait=True)
+
+    def no_further_save(_: Saver) -> None:
+        pass
+
+    bench.gate.set()
+    full(monkeypatch, 5, 6)
+    for moment in (full_again, no_further_save):
+        with pytest.raises(DiskFull):
+            bench.save_and(moment)
+    assert bench.saves() == []
+
+
+def test_a_permanent_checkpoint_has_no_replacement(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.gate.set()
+    full(monkeypatch, 5)
+    with bench.saver() as saver:
+        bench.save(saver, 5, permanent=True)
+        with pytest.raises(DiskFull):
+            saver.settle(wait=True)
+        assert saver.owed is None
+
+
+def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.gate.set()
+    genuine, left = saving.commit_checkpoint, [FULL]
+
+    def full_once(staged: Staged) -> Any:
+        if left:
+            raise left.pop()
+        return genuine(staged)
+
+    monkeypatch.setattr(saving, "commit_checkpoint", full_once)
+    with bench.saver() as saver:
+        bench.save(saver, 5, wait=True)
+        assert (bench.saves(), saver.owed) == ([5], None)
+
+
+def test_leaving_waits_for_it_also_after_an_error(bench: Bench) -> None:
+    threading.Timer(0.05, bench.gate.set).start()
+    with pytest.raises(ZeroDivisionError):
+        bench.save_and(lambda _: 1 / 0)
+    assert bench.saves() == [5]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("saver")]
+
+
+def test_of_two_errors_the_first_is_raised_and_both_are_recorded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.gate.set()
+    monkeypatch.setattr(saving, "commit_checkpoint", broken(OSError(5, "the disk is broken")))
+    with pytest.raises(ZeroDivisionError):
+        bench.save_and(lambda _: 1 / 0)
+    warning = bench.journal.records[-1]
+    assert warning["what"] == "a checkpoint was not written"
+    assert "the disk is broken" in warning["reason"]
+
+
+def test_older_ones_go_after_the_new_one_was_recorded_and_read_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.gate.set()
+    genuine, recorded = saving.prune, []
+
+    def prune(folder: Path, keep_last: int) -> list[str]:
+        recorded.append((threading.current_thread() is threading.main_thread(), bench.saves()))
+        return genuine(folder, keep_last)
+
+    monkeypatch.setattr(saving, "prune", prune)
+    with bench.saver(keep_last=2) as saver:
+        for step in (1, 2, 3):
+            bench.save(saver, step)
+        saver.settle(wait=True)
+        assert recorded == [(False, [1]), (False, [1, 2]), (False, [1, 2, 3])]
+        assert [path.name for path in list_checkpoints(bench.folder)] == ["step-00000003", "step-00000002"]
+        monkeypatch.setattr(saving, "prune", lambda *a: damage_and_prune(genuine, *a))
+        with pytest.raises(CheckpointError):
+            bench.save(saver, 4, wait=True)
+    assert len(list_checkpoints(bench.folder)) == 3
+
+
+def damage_and_prune(genuine: Callable[..., list[str]], folder: Path, keep_last: int) -> list[str]:
+    (list_checkpoints(folder)[0] / STATE).write_bytes(b"{}")
+    return genuine(folder, keep_last)
+
+
+# --- in a run ----------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A view that lets each commit go on only when two more steps are recorded, and knows who writes records."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+        self.step, self.changed, self.threads = 0, threading.Condition(), set[threading.Thread]()
+        genuine = saving.commit_checkpoint
+
+        def late(staged: Staged) -> Any:
+            with self.changed:
+                assert self.changed.wait_for(lambda: self.step >= min(staged.manifest.step + 2, last), PATIENCE)
+            return genuine(staged)
+
+        monkeypatch.setattr(saving, "commit_checkpoint", late)
+
+    def show(self, record: Record) -> None:
+        self.threads.add(threading.current_thread())
+        if record["kind"] == "step":
+            with self.changed:
+                self.step = record["step"]
+                self.changed.notify_all()
+
+    def close(self) -> None:
+        pass
+
+
+def history(run: Path) -> tuple[dict[int, list[Any]], list[tuple[str, dict[str, str]]]]:
+    """Return what must be equal, bit for bit: the fields of each step, and every tensor of each checkpoint."""
+    steps = effective_steps(read_ledger(run / "ledger.jsonl").records)
+    manifests = [read_manifest(path) for path in list_checkpoints(run / "checkpoints")]
+    tensors = [(f"{m.step} {file}", entry.tensors) for m in manifests for file, entry in m.files.items()]
+    return {step: [record[name] for name in REPRODUCIBLE_FIELDS] for step, record in steps.items()}, tensors
+
+
+def test_a_run_with_late_saves_is_the_run_without(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tiny(tmp_path / "prompt", 23)
+    watch = Watch(monkeypatch, 23)
+    state = train_tiny(tmp_path / "late", 23, views=lambda _: [watch])
+    assert history(tmp_path / "late") == history(tmp_path / "prompt")
+    assert len(history(tmp_path / "late")[1]) == 5 * 4
+    assert watch.threads == {threading.main_thread()}
+    records = read_ledger(tmp_path / "late" / "ledger.jsonl").records
+    assert state.parent == [record["manifest_sha256"] for record in select(records, "save")][-1]
+
+
+def test_whoever_reads_the_record_copes_with_late_saves(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Audit with replay, certificate, report and resumption, of a ledger in which saves follow later steps."""
+    path = tmp_path / "run"
+    for last in (13, 20):
+        with monkeypatch.context() as patch:
+            watch = Watch(patch, last)
+            wanted = ("checkpoint.permanent=[7]", "checkpoint.keep_last=2")
+            train_tiny(path, last, *wanted, views=lambda _, w=watch: [w])
+    run, records = RunDir(path), read_ledger(path / "ledger.jsonl").records
+    before = {
+        r["step"]: max(s["step"] for s in records[: r["seq"]] if s["kind"] == "step") for r in select(records, "save")
+    }
+    assert all(before[step] >= min(step + 2, 13 if step <= 13 else 20) for step in before), before
+    assert set(before) == {5, 7, 10, 13, 15, 20}
+    checks = audit(run, strict=True, wish=Wish(count=3))
+    assert all_passed(checks), [check for check in checks if not check.passed]
+    assert "restarts" in Path(write_certificate(run, checks)).read_text(encoding="utf-8")
+    assert "step-00000007" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_run_whose_disk_is_full_in_the_background_saves_at_the_next_step(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(monkeypatch, 10)
+    train_tiny(tmp_path / "run", 13)
+    records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
+    saves = [record["step"] for record in select(records, "save")]
+    assert (saves[0], saves[-1]) == (5, 13)
+    assert {11, 12, 13} & {*saves}
+    assert 10 not in saves
+    assert [record["what"] for record in select(records, "warn")] == ["disk full: older checkpoints pruned"]
