@@ -9,26 +9,27 @@ from typing import Any
 import torch
 
 from resmol.bench.answering import Numbers, answer
-from resmol.generate import Sampling, generate
+from resmol.generate import Continuation, Sampling, decode, decode_batch
 from resmol.load import load_model
 from resmol.model import CausalLM
 
 
 def continuations(model: CausalLM, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[list[int]], float, float]:
-    """Continue each prompt greedily by ``new`` tokens, one prompt after the other.
+    """Continue each prompt greedily by ``new`` tokens, all prompts together.
 
     Returns:
-        The new tokens, the seconds until the first token of each prompt, and the seconds of all others.
+        The new tokens, the seconds until each prompt has its first one, and the seconds of all others.
     """
-    sampling, found, prefill, decoding = Sampling(max_new_tokens=new, temperature=0), [], 0.0, 0.0
-    for prompt in prompts:
-        started = time.perf_counter()
-        tokens = generate(model, prompt, sampling, eos_id=None)
-        first = next(tokens)
-        met = time.perf_counter()
-        found.append([first, *tokens])
-        prefill, decoding = prefill + met - started, decoding + time.perf_counter() - met
-    return found, prefill, decoding
+    sampling = Sampling(max_new_tokens=new, temperature=0)
+    rows = [Continuation(model.config, prompt, sampling, eos_id=None) for prompt in prompts]
+    started = time.perf_counter()
+    passes = decode(model, rows[0]) if len(rows) == 1 else decode_batch(model, rows)
+    for _ in rows:
+        next(passes)  # the first passes, one for each prompt, are those over the prompts
+    met = time.perf_counter()
+    for _ in passes:
+        pass
+    return [row.tokens for row in rows], met - started, time.perf_counter() - met
 
 
 def generation_numbers(tokens: list[list[int]], prompt: int, prefill: float, decoding: float) -> Numbers:
