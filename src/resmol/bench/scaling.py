@@ -14,15 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resmol.auto import resolve_auto
+from resmol.auto import needed_memory, resolve_auto
 from resmol.bench.contest import markdown_table
 from resmol.bench.machine import machine_facts
 from resmol.config import RunConfig
 from resmol.config_files import load_preset, with_overrides
 from resmol.errors import ConfigError, UsageError
-from resmol.flops import training_flops_per_token, training_memory
+from resmol.flops import training_flops_per_token
 from resmol.measurement import QUIET, Say, run_training, training_measurement
 from resmol.plots import scaling_plot
+from resmol.process import free_memory
 
 OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
@@ -95,15 +96,6 @@ def step_flops(config: RunConfig) -> int:
     return config.batch.global_batch_tokens * training_flops_per_token(config.model, config.data.seq_len)
 
 
-def available_memory() -> int:
-    """Return the bytes that the kernel says a new process can use; 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-
-
 def scale(
     wanted: Scaling, folder: Path, data: str, out: Path, say: Say, measure: Callable[..., dict[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
@@ -159,15 +151,13 @@ def known_points(out: Path) -> dict[str, dict[str, Any]]:
 
 def measure_point(wanted: Scaling, config: RunConfig, folder: Path, data: str) -> dict[str, Any]:
     """Train a few steps in a process of its own; what it could not do is its outcome."""
-    batch, chunk = config.batch.micro_batch_size, config.runtime.loss_chunk_tokens
-    estimate = sum(training_memory(config.model, batch, config.data.seq_len, chunk).values())
-    memory = wanted.memory_bytes or available_memory()
+    settled, _ = resolve_auto(config)
+    recompute = settled.runtime.activation_checkpointing == "on"
     point: dict[str, Any] = {
-        "estimated_bytes": estimate,
+        "estimated_bytes": needed_memory(settled, recompute=recompute),
         "flops_per_token": training_flops_per_token(config.model, config.data.seq_len),
     }
-    steps, limit = wanted.warmup + wanted.steps, memory or None
-    settled, _ = resolve_auto(config)
+    steps, limit = wanted.warmup + wanted.steps, wanted.memory_bytes or free_memory()
     done, records = run_training(settled, folder, data, steps, seconds=wanted.seconds, memory_bytes=limit)
     if done.timed_out:
         return {**point, "outcome": f"took more than {wanted.seconds:.0f} s"}
