@@ -197,9 +197,7 @@ def filtered_probabilities(logits: Float[Tensor, " V"], sampling: Sampling) -> F
     return probabilities / probabilities.sum()
 
 
-def choose(
-    logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: Sampling, generator: torch.Generator
-) -> int:
+def choose(logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: Sampling, generator: torch.Generator) -> int:
     """Return the id of the next token.
 
     Args:
