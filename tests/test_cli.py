@@ -74,6 +74,12 @@ def test_help_and_version_without_torch() -> None:
         (["evaluate", "RUN"], 3, "RUN"),
         (["generate", "RUN", "--prompt", "x"], 3, "RUN"),
         (["generate", "RUN", "--prompt", "x", "--temperature", "-1"], 2, "temperature is -1"),
+        (["generate", "RUN"], 2, "say what to continue"),
+        (["generate", "RUN", "--prompt", "x", "--interactive"], 2, "say what to continue"),
+        (["generate", "RUN", "--interactive", "--json"], 2, "exclude each other"),
+        (["generate", "RUN", "--prompt", "x", "--stop", ""], 2, "a stop string is empty"),
+        (["generate", "RUN", "--prompt", "x", "--repetition-penalty", "0"], 2, "repetition_penalty is 0"),
+        (["generate", "RUN", "--prompts", "missing.txt"], 3, "missing.txt does not exist"),
         (["audit", "RUN"], 3, "not a run directory"),
         (["report", "RUN"], 3, "not a run directory"),
         (["inspect", "missing/config.json"], 3, "missing/config.json"),
@@ -179,6 +185,31 @@ def test_audit_evaluate_generate_as_json(
     ):
         assert run([*arguments, "--json"], debug=True) == 0
         assert keys <= set(json.loads(capsys.readouterr().out))
+
+
+def test_the_prompts_of_a_file_are_what_each_prompt_gives(
+    finished: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-new-tokens", "9", "--stop", "a", "--repetition-penalty", "1.2", "--seed", "3"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ka lo"}\n\n{"prompt": ""}\n{"prompt": "mi"}\n')
+    several = ["generate", finished, "--prompts", str(tmp_path / "prompts.jsonl"), "--batch-size", "2", *options]
+    assert run([*several, "--json"], debug=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sampling"]["repetition_penalty"] == 1.2
+    assert (found["stop"], found["seed"]) == (["a"], 3)
+    assert [row["place"] for row in found["completions"]] == ["line 1", "line 3", "line 4"]
+    blocks = []
+    for row in found["completions"]:
+        assert run(["generate", finished, "--prompt", row["prompt"], *options, "--json"], debug=True) == 0
+        alone = json.loads(capsys.readouterr().out)
+        for key in ("text", "token_ids", "prompt_ids", "finish_reason"):
+            assert alone[key] == row[key]
+        assert len(alone["logprobs"]) == len(row["logprobs"]) == len(row["token_ids"]) > 0
+        assert run(["generate", finished, "--prompt", row["prompt"], *options], debug=True) == 0
+        assert capsys.readouterr().out == row["text"] + "\n"
+        blocks.append(f"=== {row['place']}: {row['prompt']}\n{row['text']}\n")
+    assert run(several, debug=True) == 0
+    assert capsys.readouterr().out == "".join(blocks)
 
 
 def test_a_failed_audit_exits_with_1_and_still_prints_its_json(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from resmol.errors import DataError
 
@@ -34,7 +34,7 @@ def given_prompt(text: str) -> str:
         DataError: It is not UTF-8, or too large.
     """
     if text == "-":
-        return one_line(decoded(_read(sys.stdin.buffer, "standard input"), "standard input"))
+        return one_line(decoded(_read(sys.stdin.buffer.read, "standard input"), "standard input"))
     if _holds_surrogate(text):  # how Python hands over bytes that are not UTF-8
         raise DataError("--prompt is not UTF-8", fix="pass the text as UTF-8")
     return text
@@ -51,14 +51,14 @@ def prompts_from(path: str) -> list[Prompt]:
     """
     name = "standard input" if path == "-" else path
     if path == "-":
-        content = _read(sys.stdin.buffer, name)
+        content = _read(sys.stdin.buffer.read, name)
     else:
         if Path(path).is_dir():
             raise DataError(f"{path} is a folder", fix="name a file with a prompt on each line")
         if not Path(path).exists():
             raise DataError(f"{path} does not exist", fix="check --prompts")
         with Path(path).open("rb") as file:
-            content = _read(file, name)
+            content = _read(file.read, name)
     as_json = Path(path).suffix.lower() in (".jsonl", ".ndjson")
     found, problems = [], []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -111,8 +111,8 @@ def _holds_surrogate(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _read(file: BinaryIO, name: str) -> bytes:
-    content = file.read(MAX_BYTES + 1)
+def _read(read: Callable[[int], bytes], name: str) -> bytes:
+    content = read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise DataError(f"{name} is larger than {MAX_BYTES >> 20} MiB", fix="shorten it, or cut it into several")
     return content

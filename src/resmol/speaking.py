@@ -77,7 +77,7 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
         KeyboardInterrupt: Ctrl-C while the input is no terminal: nobody is there to type the next prompt.
     """
     at_terminal = sys.stdin.isatty()
-    asked = failed = 0
+    answered = failed = 0
     if at_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 - being imported is all it takes for `input` to edit lines and remember them
@@ -88,8 +88,8 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
                 break
             if not prompt.strip():
                 continue
-            asked += 1
             (_answer if at_terminal else stream)(loaded, prompt, sampling, stop)
+            answered += 1
         except KeyboardInterrupt:  # at the prompt: the line is given up, as in a shell
             if not at_terminal:
                 raise
@@ -98,7 +98,7 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
             failed += 1
             say(f"error: {error.what}\n  fix: {error.fix}")
     if failed and not at_terminal:
-        raise DataError(f"{failed} of {asked} prompts could not be answered", fix="see the messages above")
+        raise DataError(f"{failed} of {answered + failed} prompts could not be answered", fix="see the messages above")
 
 
 def warn_untokenizable(loaded: LoadedModel, prompt: str) -> None:

@@ -1,0 +1,206 @@
+"""A model at a terminal, which is a pseudo-terminal here: answers stream, Ctrl-C ends one of them, Ctrl-D leaves."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resmol import speaking
+from resmol.api import train_model
+from resmol.config import RunConfig
+from resmol.data.shards import Dataset
+from resmol.tokenizer import Tokenizer
+
+SECONDS = 60  # the most that anything here may take; only a broken program comes near
+# The model is slowed down, so that there is an answer to interrupt.
+SLOW = """
+import sys, time
+import resmol.generate as module
+from resmol.__main__ import main
+fast = module._logits
+module._logits = lambda *arguments: (time.sleep(0.02), fast(*arguments))[1]
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def run(
+    tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("speaking") / "run"
+    changes = ["train.steps=2", "model.max_position_embeddings=1024", "sampling.every=0"]
+    train_model(tiny_config, path, data=str(tiny_dataset.root), tokenizer=tiny_tokenizer.path, overrides=changes)
+    return path
+
+
+def command(run: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", SLOW, "generate", str(run), *arguments]
+
+
+ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "", "TERM": "dumb"}  # set: the process need not be started twice
+
+
+class Terminal:
+    """A program at a terminal of its own, and what it has written there."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.text = ""
+        self.pid, self.end = pty.fork()
+        if self.pid == 0:
+            os.execve(arguments[0], arguments, ENVIRONMENT)
+
+    def type(self, text: str) -> None:
+        os.write(self.end, text.encode())
+
+    def wait_for(self, pattern: str, keys: str = "") -> str:
+        """Return what was written since the last call, up to the pattern; keys are typed once a second until then.
+
+        Python's readline notices a signal only while it waits for a key: one that comes just before waits for the next.
+        """
+        deadline = time.monotonic() + SECONDS
+        while not (found := re.search(pattern, self.text, re.DOTALL)):
+            assert time.monotonic() < deadline, self.text
+            self.type(keys)
+            if select.select([self.end], [], [], 1.0)[0]:
+                self.text += os.read(self.end, 4096).decode(errors="replace")
+        seen, self.text = self.text[: found.end()], self.text[found.end() :]
+        return seen
+
+    def exit_code(self, keys: str = "") -> int:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status)
+            try:
+                self.type(keys)
+                if select.select([self.end], [], [], 0.5)[0]:
+                    os.read(self.end, 4096)
+            except OSError:  # Linux says that the other side is gone
+                time.sleep(0.01)
+        raise AssertionError("it does not end")
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.end)
+
+
+@pytest.fixture
+def terminal(run: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    opened = Terminal(command(run, *request.param))
+    yield opened
+    opened.close()
+
+
+LONG = "--max-new-tokens=1000", "--temperature=0"
+
+
+@pytest.mark.parametrize("terminal", [("--interactive", *LONG)], indirect=True)
+def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
+    terminal.wait_for("Ctrl-C stops an answer, Ctrl-D leaves.*> ")
+    terminal.type("ka lo\n")
+    terminal.wait_for(r"ka lo\r\n.*\S")  # text is there long before the answer is complete
+    terminal.type("\x03")
+    told = terminal.wait_for(r"\[(\d+) tokens?, interrupted.*\].*> ")
+    assert int(re.findall(r"\[(\d+) token", told)[0]) < 900
+    terminal.type("half a line")
+    terminal.wait_for("half a line")
+    terminal.wait_for("> ", keys="\x03")
+    terminal.type("\n")  # an empty line is no prompt
+    terminal.wait_for("> ")
+    terminal.type("9" * 1030 + "\n")
+    terminal.wait_for(r"error: the prompt has 1030 tokens.*> ")
+    terminal.type("mi\n")
+    terminal.wait_for(r"mi\r\n.*\S")
+    terminal.type("\x03\x03\x03")
+    terminal.wait_for(r"interrupted.*> ")
+    assert terminal.exit_code(keys="\x04") == 0
+
+
+@pytest.mark.parametrize("terminal", [("--prompt=ka lo", *LONG)], indirect=True)
+def test_an_interrupted_text_still_ends_with_a_line_about_it(terminal: Terminal) -> None:
+    terminal.wait_for(r"sha256 \w+\r\n.*\S")
+    terminal.type("\x03")
+    terminal.wait_for(r"\r\n\[\d+ tokens?, interrupted.*\]\r\n")
+    assert terminal.exit_code() == 130
+
+
+def piped(run: Path, content: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command(run, "--interactive", *arguments), input=content, capture_output=True, env=ENVIRONMENT, timeout=SECONDS
+    )
+
+
+def test_a_pipe_is_answered_line_by_line_and_its_bad_lines_decide_the_exit_code(run: Path) -> None:
+    done = piped(run, b"ka\n\n\xff\nlo", "--max-new-tokens=4", "--temperature=0")
+    assert done.returncode == 3
+    told = done.stderr.decode()
+    assert told.count("as long as asked for") == 2
+    assert "the line is not UTF-8: byte 1 is 0xff" in told
+    assert "1 of 3 prompts could not be answered" in told
+    assert b"> " not in done.stdout
+    assert "Ctrl-C" not in told
+    fine = piped(run, b"ka\nlo\n", "--max-new-tokens=4", "--temperature=0")
+    assert (fine.returncode, fine.stdout) == (0, done.stdout)
+
+
+def test_an_interrupt_leaves_a_program_that_reads_a_pipe(run: Path) -> None:
+    with subprocess.Popen(
+        command(run, "--interactive", *LONG),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    ) as process:  # fmt: skip
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write(b"ka\nlo\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 130
+        assert process.stderr.read().count(b", interrupted;") == 1
+
+
+def test_a_reader_that_leaves_is_no_internal_error(run: Path) -> None:
+    with subprocess.Popen(
+        command(run, "--prompt=ka", *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(SECONDS) != 0
+        told = process.stderr.read()
+    assert b"Traceback" not in told
+    assert b"internal error" not in told
+
+
+def test_control_characters_are_shown_at_a_terminal_and_kept_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b[2J\x07\x9b\tb\n\x7f"
+
+    class Out:
+        encoding = "utf-8"
+
+        def __init__(self, at_terminal: bool) -> None:
+            self.isatty, self.written, self.flush = lambda: at_terminal, "", lambda: None
+
+        def write(self, text: str) -> None:
+            self.written += text
+
+    for at_terminal, expected in ((True, "a␛[2J␇\ufffd\tb\n␡"), (False, text)):
+        out = Out(at_terminal)
+        monkeypatch.setattr(sys, "stdout", out)
+        speaking.show(text)
+        assert out.written == expected
