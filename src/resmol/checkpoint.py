@@ -109,6 +109,7 @@ def stage_checkpoint(folder: Path, state: SavedState, contents: Contents, *, par
             entries.update(zip(names, found, strict=True))
 
     final = folder / checkpoint_name(state.step)
+    set_aside(final)
     with _full_disk_says_the_size(contents.bytes):
         temporary = stage_directory(final, write_files)
     manifest = Manifest(format=1, step=state.step, parent=parent, permanent=state.permanent, files=entries)
@@ -120,7 +121,6 @@ def commit_checkpoint(staged: Staged) -> Manifest:
 
     A crash at any instant leaves all of it or nothing.
     """
-    set_aside(staged.final)
     with _full_disk_says_the_size(staged.manifest.bytes):
         commit_staged(staged.temporary, staged.final, lambda _: staged.manifest.to_bytes())
     return staged.manifest

@@ -82,7 +82,7 @@ MUTANTS = (
            crash("save")),
     Mutant("zeros in the ledger are a line like any other", "ledger.py", 'content.partition(b"\\0")[0]', "content",
            ("power_losses", {"share": 3, "fates": ["holed"]})),
-    Mutant("what has a checkpoint's name stays in its way", "checkpoint.py", "    set_aside(staged.final)\n", "",
+    Mutant("what has a checkpoint's name stays in its way", "checkpoint.py", "    set_aside(final)\n", "",
            crash("name taken")),
     Mutant("files are not compared with their hashes", "manifest.py",
            "        if found != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),
