@@ -88,7 +88,7 @@ def test_the_manifest_lists_every_file(demo_space: Path) -> None:
     listed = json.loads((demo_space / "manifest.json").read_text())["files"]
     there = {p.relative_to(demo_space).as_posix(): p for p in demo_space.rglob("*") if p.is_file()}
     assert listed.keys() == there.keys() - {"manifest.json"}
-    assert all(hashlib.sha256(there[name].read_bytes()).hexdigest() == digest for name, digest in listed.items())
+    assert all(hashlib.sha256(there[name].read_bytes()).hexdigest() == file["sha256"] for name, file in listed.items())
 
 
 def test_the_package_in_it_is_whole(demo_space: Path) -> None:
