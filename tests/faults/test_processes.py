@@ -83,7 +83,7 @@ def set_all(*overrides: str) -> list[str]:
 
 
 def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
-    """Train; be killed once a step is recorded and no save is on its way, so that no timing decides where it goes on."""
+    """Train; be killed once a step is recorded and no save is on its way, so that where it goes on is certain."""
     real = resmol.train.record_step
 
     def record_and_die(state: Any, session: Any, *values: Any) -> None:
