@@ -14,7 +14,7 @@ from bench import Bench, Mistake, mistake
 from typer.testing import CliRunner
 
 from resmol import ablate as ablation
-from resmol import load
+from resmol import load, measurement
 from resmol.ablate import Ablation, Measurement
 from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
@@ -103,7 +103,7 @@ def table_guard(bench: Bench) -> set[str]:
 
 def one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     """All repeats of a variant in a row, each compared with the mean of the first, without an interval."""
-    patch.setattr(ablation, "interleaved", lambda variants, rounds, seed: [[i] * rounds for i in range(variants)])
+    patch.setattr(measurement, "interleaved", lambda variants, rounds, seed: [[i] * rounds for i in range(variants)])
     patch.setattr(ablation, "verdict", lambda ratio, control: "faster" if ratio.middle > 1.02 else "")
 
 

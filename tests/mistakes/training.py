@@ -21,7 +21,7 @@ from resmol.generate import Sampling
 from resmol.launch import make_loader, new_state
 from resmol.ledger import effective_steps, read_ledger, select
 from resmol.manifest import load_state
-from resmol.model import CausalLM
+from resmol.model import CausalLM, Decoder
 
 # --- what a step computes ------------------------------------------------------------------------------------
 
@@ -293,15 +293,15 @@ def arithmetic_guard(bench: Bench) -> set[str]:
     except ConfigError:
         pass
     seen: set[torch.dtype] = set()
-    genuine = CausalLM.hidden
+    genuine = Decoder.transform  # what every forward pass goes through
 
-    def watched(self: CausalLM, *arguments: Any, **options: Any) -> Tensor:
+    def watched(self: Decoder, *arguments: Any, **options: Any) -> Tensor:
         products = torch.ones(1, 1) @ torch.ones(1, 1)
         seen.add(products.dtype)
         return genuine(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CausalLM, "hidden", watched)
+        patch.setattr(Decoder, "transform", watched)
         try:
             bench.train(bench.folder / "arithmetic", 2, "sampling.every=0", "evaluation.every=0")
         except (RuntimeError, AssertionError) as error:
