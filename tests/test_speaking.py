@@ -22,7 +22,7 @@ from resmol.data.shards import Dataset
 from resmol.tokenizer import Tokenizer
 
 SECONDS = 60  # the most that anything here may take; only a broken program comes near
-# The model is slowed down, so that there is an answer to interrupt; and Ctrl-C works also where the tests themselves are
+# The model is slowed down, so that there is an answer to interrupt; and Ctrl-C works also where the tests themselves
 # run in the background of a shell, which makes their children ignore it.
 SLOW = """
 import signal, sys, time
