@@ -131,7 +131,8 @@ def test_every_file_of_a_run_lies_in_its_directory(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     names = [name for name, member in vars(RunDir).items() if isinstance(member, property)]
     paths = {name: getattr(run, name) for name in names}
-    assert {path.parent for path in paths.values()} == {tmp_path}
+    assert {path.parent for path in paths.values()} == {tmp_path, run.evidence}
+    assert run.evidence.parent == tmp_path
     assert len({path.name for path in paths.values()}) == len(names)
     assert {paths[name].name for name in ("config", "ledger", "log", "checkpoints", "report")} == {
         "config.toml", "ledger.jsonl", "train.log", "checkpoints", "report.html",

@@ -11,6 +11,7 @@ from typing import Any
 from resmol.errors import UsageError
 
 SMALLEST = 1e-5  # a logit of 1e3 divided twice by so little is still far from float32's largest number
+LARGEST_PENALTY = 1e5  # the other way round, and not 1 / SMALLEST, which rounds to less
 LARGEST_SEED = 2**64 - 1  # what PyTorch's generator takes
 
 
@@ -46,8 +47,8 @@ class Sampling:
             _whole_problem("top_k", self.top_k, 0, "it must be 0 (off) or more"),
             _number_problem("top_p", self.top_p, lambda p: 0 < p <= 1, "it must lie in (0, 1]"),
             _whole_problem("seed", self.seed, 0, "it must lie in [0, 2^64)", LARGEST_SEED),
-            _number_problem("repetition_penalty", self.repetition_penalty, lambda r: SMALLEST <= r <= 1 / SMALLEST,
-                            f"it must lie in [{SMALLEST}, {1 / SMALLEST:g}]; 1 is off"),
+            _number_problem("repetition_penalty", self.repetition_penalty, lambda r: SMALLEST <= r <= LARGEST_PENALTY,
+                            f"it must lie in [{SMALLEST}, {LARGEST_PENALTY:g}]; 1 is off"),
         ]  # fmt: skip
         if found := [problem for problem in problems if problem]:
             raise UsageError("; ".join(found), fix="correct the sampling options")
