@@ -1,5 +1,6 @@
 # Everything a clone needs: Python 3.11 or newer, make and a package index. All set-up stays in .venv.
 # Another interpreter: make PYTHON=/path/to/python3.12 ...
+# More processes for the tests, each of which takes a core and up to 1.5 GB: make test WORKERS=8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -8,6 +9,7 @@
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
 BIN := .venv/bin
+WORKERS ?= 2
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +23,7 @@ reproduce: .venv/package ## the same with the real SmolLM2-135M, on a GPU or a C
 	$(BIN)/resmol reproduce runs/smollm2-135m
 
 test: .venv/package ## the test suite
-	$(BIN)/python -m pytest -m "not slow and not interop"
+	$(BIN)/python -m pytest -m "not slow and not interop" -n $(WORKERS) --dist worksteal
 
 interop: .venv/interop ## what llama.cpp and lm-eval make of our exports; builds llama.cpp the first time (minutes)
 	$(BIN)/python -m pytest -m interop
@@ -33,7 +35,7 @@ mistakes: .venv/package ## the mistakes of other reproductions, each put into ou
 	$(BIN)/python tests/test_mistakes.py
 
 faults: .venv/package ## the fault campaign at its full counts; writes docs/reliability.md
-	$(BIN)/python tests/faults/campaign.py
+	RESMOL_FAULTS_WORKERS=$(WORKERS) $(BIN)/python tests/faults/campaign.py
 
 check: .venv/package ## format, lint, strict types, import layers
 	$(BIN)/ruff format --check .

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import TrainTiny
 
+from resmol import auto
 from resmol import reproduce as module
 from resmol.config import RunConfig
+from resmol.config_files import with_overrides
 from resmol.console import console_views
 from resmol.data.shards import Dataset
 from resmol.errors import Interrupted
@@ -104,6 +107,17 @@ def test_claims_fail_when_the_evidence_does(
 
 def test_estimate_is_a_positive_number(tiny_config: RunConfig) -> None:
     assert 0 < estimate_seconds(tiny_config, 100) < 600
+
+
+@pytest.mark.parametrize("gain", [1.0, 2.0])
+def test_the_estimate_times_the_precision_that_auto_will_choose(
+    gain: float, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(auto, "bfloat16_gain", lambda _config: gain)
+    monkeypatch.setattr(module, "train_step", lambda *args: seen.append(args[-1].autocast_dtype))
+    estimate_seconds(with_overrides(tiny_config, ["runtime.precision=auto"]), 100)
+    assert set(seen) == {torch.bfloat16 if gain == 2.0 else None}
 
 
 CHILD = """

@@ -156,10 +156,10 @@ def load_model(
         DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
     """
     found = find_source(source, say)
-    model = CausalLM.empty(found.config)
+    model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.join_layers()  # before the weights come: they are held once
     found.fill(model)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.eval().requires_grad_(requires_grad=False).to(where)
+    model.eval().requires_grad_(requires_grad=False)
     return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resmol.hf_config import ModelConfig
 from resmol.kv_cache import KVCache, LayerCache
+from resmol.parallel_layers import ParallelLayers
 
 Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
 Mask: TypeAlias = Bool[Tensor, "#B 1 T S"] | None  # the same for all of a batch, or one for each
@@ -72,8 +73,8 @@ def attend(
 ) -> Float[Tensor, "B H T Dh"]:
     """Grouped-query attention (Ainslie et al. 2023): query head ``h`` reads key/value head ``h // (H / K)``.
 
-    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal: the last of the T new tokens sees
-    all S positions, and each one before it sees one less.
+    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal, and there is no past (T = S) or a
+    single new token, which sees all S positions; `attention_mask` makes the mask that all other cases need.
     """
     if kind == "sdpa":
         return F.scaled_dot_product_attention(
@@ -94,7 +95,7 @@ def attend(
     return (weights.flatten(2, 3) @ value).view(query.shape)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(ParallelLayers):
     """Causal self-attention with rotary positions and shared key/value heads, without biases."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
@@ -107,11 +108,15 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
+    def parallel(self) -> tuple[nn.Linear, ...]:
+        """Return query, key and value."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(
         self, x: Float[Tensor, "B T D"], rotation: Rotation, mask: Mask, cache: LayerCache | None
     ) -> Float[Tensor, "B T D"]:
         """Mix information between positions."""
-        query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = map(self._heads, self.project(x))
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -122,7 +127,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class MLP(nn.Module):
+class MLP(ParallelLayers):
     """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``, without biases."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -131,9 +136,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def parallel(self) -> tuple[nn.Linear, ...]:
+        """Return gate and up."""
+        return self.gate_proj, self.up_proj
+
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Transform each position on its own."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -292,6 +302,12 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:  # `to_empty` has given the two names a tensor each
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
+
+    def join_layers(self) -> None:
+        """Make the products of one input a single product: for a model that speaks and is not trained."""
+        for module in self.modules():
+            if isinstance(module, ParallelLayers):
+                module.join()
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

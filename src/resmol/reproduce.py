@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from resmol.atomic import write_durable
+from resmol.auto import resolve_auto
 from resmol.checks import Check
 from resmol.config import RunConfig
 from resmol.config_files import load_config, load_preset
 from resmol.data.loader import Batch
 from resmol.data.source import is_prepared
-from resmol.distributed import Runtime
+from resmol.distributed import open_runtime
 from resmol.errors import CheckFailed, Interrupted
 from resmol.flops import total_parameters
 from resmol.launch import new_state
@@ -135,17 +136,26 @@ def reproduce(protocol: Protocol, say: Say) -> list[Check]:
 
 
 def estimate_seconds(config: RunConfig, steps: int) -> float:
-    """Time a few real training steps on made-up tokens and extrapolate; data, saving and evaluation come on top."""
-    runtime = Runtime(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
-    state = new_state(config, runtime)
-    shape = (config.batch.micro_batch_size, config.data.seq_len)
-    ids = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids, ids, None, tuple(range(shape[0])), ids.numel())
+    """Time a few real training steps on made-up tokens and extrapolate; data, saving and evaluation come on top.
+
+    They run in the precision that ``auto`` chooses here, but uncompiled: compiling takes longer than the estimate may.
+    """
+    settled, _ = resolve_auto(config)
+    ids = torch.randint(
+        config.model.vocab_size,
+        (config.batch.micro_batch_size, config.data.seq_len),
+        generator=torch.Generator().manual_seed(0),
+    )
+    batch = Batch(ids, ids, None, tuple(range(len(ids))), ids.numel())
     times = []
-    for _ in range(ESTIMATE_STEPS):
-        started = time.perf_counter()
-        train_step(state, [batch] * config.micro_batches_per_step, config.batch.global_batch_tokens, config, runtime)
-        times.append(time.perf_counter() - started)
+    with open_runtime(settled) as runtime:
+        state = new_state(settled, runtime)
+        for _ in range(ESTIMATE_STEPS):
+            started = time.perf_counter()
+            train_step(
+                state, [batch] * config.micro_batches_per_step, config.batch.global_batch_tokens, settled, runtime
+            )
+            times.append(time.perf_counter() - started)
     return min(times) * steps
 
 

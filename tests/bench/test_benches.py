@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from resmol.bench.contest import Contest
 from resmol.bench.generation import GenerateBench, equal_tokens, generation_contests
 from resmol.bench.preparation import PrepareBench, preparation_contest
 from resmol.bench.scaling import Scaling, known_points, measure_point, scale
+from resmol.bench.starting import StartBench, command, starting_contests, time_to_first_step
 from resmol.bench.trace import trace_training
 from resmol.bench.training import TrainBench, parse_batch, training_contests
 from resmol.config import RunConfig
@@ -21,6 +23,8 @@ from resmol.config_files import with_overrides
 from resmol.data.shards import Dataset
 from resmol.data.source import Text
 from resmol.errors import CheckFailed, ConfigError, DataError, UsageError
+from resmol.ledger import effective_steps, read_ledger
+from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
 from resmol.tokenizer_sources import cache_path
 
@@ -110,6 +114,28 @@ def test_checkpoints_are_saved_and_loaded(
         assert not one.failure
         assert one.measurements[0]["load_seconds"] > 0
     assert not (tmp_path / "peer").exists()
+
+
+def test_starts_are_timed(
+    tiny_config: RunConfig, tiny_dataset: Dataset, tokenizer_in_cache: Tokenizer, tmp_path: Path
+) -> None:
+    for held in starting_contests(StartBench(tiny_config), tmp_path, str(tiny_dataset.root)):
+        held.run(1, 0, quiet)
+        assert all(one.values("seconds")[0] > 0 for one in held.contenders)
+
+
+def test_the_first_step_ends_within_its_process(
+    tiny_config: RunConfig, tiny_dataset: Dataset, tokenizer_in_cache: Tokenizer, tmp_path: Path
+) -> None:
+    started = time.perf_counter()
+    seconds = time_to_first_step(tiny_config, tmp_path, str(tiny_dataset.root))["seconds"]
+    step = effective_steps(read_ledger(RunDir(tmp_path / "run").ledger).records)[1]
+    assert step["seconds"] < seconds < time.perf_counter() - started
+
+
+def test_a_start_that_fails_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="no such thing"):
+        command(["-c", "raise SystemExit('no such thing')"])
 
 
 def test_a_save_in_the_background_says_for_how_long_training_stood_still() -> None:

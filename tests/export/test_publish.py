@@ -123,6 +123,15 @@ def test_what_arrives_is_what_was_verified_and_a_repeat_does_nothing(hub: Hub, e
     assert len(repo.commits) == 2
 
 
+def test_a_gguf_folder_arrives_whole_and_its_weights_outside_of_git(hub: Hub, export: Export) -> None:
+    changed = {WEIGHTS: None, "config.json": None, "nano-q8_0.gguf": b"GGUF" + bytes(range(250)) * 400,
+               "Modelfile": b"FROM ./nano-q8_0.gguf\n"}  # fmt: skip
+    folder = export(kind="gguf", **changed)
+    assert publish(folder, "--yes") == 0
+    assert published(hub) == contents(folder)
+    assert len(hub.sent("PUT")) == 2, "the weights and the picture"
+
+
 def test_an_update_sends_what_is_new_and_removes_what_is_gone(hub: Hub, export: Export, capsys: Any) -> None:
     assert publish(export("first"), "--yes") == 0
     hub.repos["models/alice/nano"].commit({**hub.repos["models/alice/nano"].files, "NOTES.txt": b"mine"}, "by hand")

@@ -141,13 +141,14 @@ def main() -> int:
     seed = int(os.environ.get("RESMOL_FAULTS_SEED", DEFAULT_SEED))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        collected = Path(folder) / "rows.json"
         environment = os.environ | {
-            "RESMOL_FAULTS": "full", "RESMOL_FAULTS_SEED": str(seed), "RESMOL_FAULTS_OUT": str(collected)
+            "RESMOL_FAULTS": "full", "RESMOL_FAULTS_SEED": str(seed), "RESMOL_FAULTS_OUT": folder
         }  # fmt: skip
-        command = [sys.executable, "-m", "pytest", str(FOLDER), "--durations=15", "-v", *sys.argv[1:]]
+        workers = ["-n", os.environ.get("RESMOL_FAULTS_WORKERS", "2"), "--dist", "worksteal"]
+        command = [sys.executable, "-m", "pytest", str(FOLDER), "--durations=15", "-v", *workers, *sys.argv[1:]]
         code = subprocess.run(command, env=environment, cwd=FOLDER.parents[1], check=False).returncode
-        rows = [Row(**row) for row in json.loads(collected.read_text(encoding="utf-8"))] if collected.exists() else []
+        files = sorted(Path(folder).iterdir())
+        rows = [Row(**row) for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
     for row in sorted(rows, key=lambda row: _order(row.id)):
         print(f"{row.id:4} {row.trials:5} trials {row.failures:3} failures  {row.bound:10} {row.fault}")
     if not sys.argv[1:]:

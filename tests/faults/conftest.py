@@ -23,8 +23,9 @@ def campaign() -> Iterator[Campaign]:
     full, seed = os.environ.get("RESMOL_FAULTS") == "full", int(os.environ.get("RESMOL_FAULTS_SEED", DEFAULT_SEED))
     made = Campaign(full, seed)
     yield made
-    if out := os.environ.get("RESMOL_FAULTS_OUT"):
-        Path(out).write_text(json.dumps([asdict(row) for row in made.rows]), encoding="utf-8")
+    if out := os.environ.get("RESMOL_FAULTS_OUT"):  # a file of its own for each of pytest-xdist's processes
+        file = Path(out) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'rows')}.json"
+        file.write_text(json.dumps([asdict(row) for row in made.rows]), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

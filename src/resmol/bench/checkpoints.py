@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.bench.answering import Numbers
-from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
+from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
 from resmol.bench.worker import run_worker
 from resmol.config import RunConfig
@@ -69,21 +69,19 @@ def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Cont
         finally:
             out.unlink(missing_ok=True)
 
-    def disk() -> Numbers:
-        return {**other("disk"), "peak_bytes": None}
-
     return Contest(
         title=f"a checkpoint of {config.name}, {size / 1e6:,.0f} MB of weights and moments",
         headline=SAVE,
         columns=(STALLED, LOAD, MEMORY),
         more_is_better=False,
-        contenders=[
-            Contender(OURS, "ours", ours),
-            Contender(CONTROL, "control", ours),
-            Contender("torch.save, fsync; torch.load", "peer", lambda: other("torch")),
-            Contender("safetensors, fsync; load_file", "peer", lambda: other("safetensors")),
-            Contender("limit: write and fsync; read", "limit", disk),
-        ],
+        contenders=line_up(
+            ours,
+            {
+                "torch.save, fsync; torch.load": lambda: other("torch"),
+                "safetensors, fsync; load_file": lambda: other("safetensors"),
+            },
+            ("limit: write and fsync; read", lambda: other("disk")),
+        ),
         facts={**machine_facts(config.runtime.threads), "bytes": size},
         notes=checkpoint_notes,
     )

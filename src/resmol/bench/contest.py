@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +59,26 @@ class Contender:
     def values(self, key: str, rounds: int | None = None) -> list[float]:
         """Return a quantity of each round; nothing where it was not measured."""
         return [float(numbers[key]) for numbers in self.measurements[:rounds] if numbers.get(key) is not None]
+
+
+def line_up(
+    ours: Callable[[], Numbers],
+    peers: Mapping[str, Callable[[], Numbers]],
+    limit: tuple[str, Callable[[], Numbers]] | None = None,
+) -> list[Contender]:
+    """Return the rows of a contest: ours, ours again as a control, the peers, and the limit.
+
+    Args:
+        ours: Measures ours once.
+        peers: The same for each peer, by name.
+        limit: Name and measurement of what the machine allows; its memory says nothing about the work, and is left out.
+    """
+    rows = [Contender(OURS, "ours", ours), Contender(CONTROL, "control", ours)]
+    rows += [Contender(name, "peer", measure) for name, measure in peers.items()]
+    if limit is not None:
+        name, measure = limit
+        rows.append(Contender(name, "limit", lambda: {**measure(), "peak_bytes": None}))
+    return rows
 
 
 @dataclass

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from resmol.bench.answering import Numbers
-from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
+from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.worker import run_worker
 from resmol.checkpoint import weight_tensors
@@ -88,18 +89,17 @@ def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Co
     def limit() -> Numbers:
         sizes = {"of": "generation", "batch": batch, "prompt": wanted.prompt, "new": wanted.new}
         wish = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
-        return {**run_worker("resmol.bench.limits", wish, folder), "peak_bytes": None}
+        return run_worker("resmol.bench.limits", wish, folder)
 
-    contenders = [Contender(OURS, "ours", ours), Contender(CONTROL, "control", ours)]
-    if wanted.peer:
-        contenders.append(Contender("transformers generate", "peer", lambda: peer(faster=False)))
-        contenders.append(Contender("transformers generate, tuned", "peer", lambda: peer(faster=True)))
-    contenders.append(Contender("limit: reading the weights", "limit", limit))
+    peers: dict[str, Callable[[], Numbers]] = {
+        "transformers generate": lambda: peer(faster=False),
+        "transformers generate, tuned": lambda: peer(faster=True),
+    }
     return Contest(
         title=f"greedy decoding with {config.name}, {batch} x ({wanted.prompt} + {wanted.new}) tokens, float32",
         headline=DECODING,
         columns=(PREFILL, MEMORY),
-        contenders=contenders,
+        contenders=line_up(ours, peers if wanted.peer else {}, ("limit: reading the weights", limit)),
         facts={**machine_facts(config.runtime.threads), "parameters": total_parameters(config.model)},
         notes=generation_notes,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.bench.answering import Numbers
-from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
+from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
 from resmol.bench.worker import run_worker
 from resmol.data.corpora import Corpus
@@ -68,12 +68,13 @@ def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path
         title=f"preparing {size / 1e6:,.0f} MB in {documents:,} documents",
         headline=SPEED,
         columns=(MEMORY, TOKENS),
-        contenders=[
-            Contender(OURS, "ours", lambda: once("prepare_ours")),
-            Contender(CONTROL, "control", lambda: once("prepare_ours")),
-            Contender("tokenizers", "peer", lambda: once("tokenizers_peer")),
-            Contender("tokenizers, tuned, ids thrown away", "peer", lambda: once("tokenizers_peer", tuned=True)),
-        ],
+        contenders=line_up(
+            lambda: once("prepare_ours"),
+            {
+                "tokenizers": lambda: once("tokenizers_peer"),
+                "tokenizers, tuned, ids thrown away": lambda: once("tokenizers_peer", tuned=True),
+            },
+        ),
         facts={**machine_facts(0), "threads": wanted.threads or os.cpu_count(), "text_bytes": size},
         notes=lambda _contest: [
             "The text repeats a corpus, which the library's cache of words likes, on all rows alike."

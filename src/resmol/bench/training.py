@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from resmol.auto import resolve_auto
 from resmol.bench.answering import Numbers
-from resmol.bench.contest import CONTROL, MEMORY, OURS, Contender, Contest, Quantity
+from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.worker import run_worker
 from resmol.checkpoint import weight_tensors
@@ -130,26 +131,25 @@ def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> 
         return asdict(measure_training(config, folder, data, wanted.steps, wanted.warmup))
 
     def limit() -> Numbers:
-        measured = run_worker("resmol.bench.limits", limit_task(config), folder)
-        return {**measured, "peak_bytes": None}  # what the products need says nothing about a step
+        return run_worker("resmol.bench.limits", limit_task(config), folder)
 
-    contenders = [Contender(OURS, "ours", ours), Contender(CONTROL, "control", ours)]
-    if wanted.peer == "transformers":
-        files = shared_inputs(config, folder, data, wanted.warmup + wanted.steps)
-        contenders += trainers(wanted, config, folder, files)
-    contenders.append(Contender("limit: matrix products only", "limit", limit))
+    peers = {}
+    if wanted.peer:
+        peers = trainers(wanted, config, folder, shared_inputs(config, folder, data, wanted.warmup + wanted.steps))
     return Contest(
         title=f"training {config.name}, {rows} x {length} tokens a step, {config.runtime.precision}",
         headline=SPEED,
         columns=(MEMORY, LOSS),
-        contenders=contenders,
+        contenders=line_up(ours, peers, ("limit: matrix products only", limit)),
         facts=training_facts(config, wanted),
         notes=training_notes,
     )
 
 
-def trainers(wanted: TrainBench, config: RunConfig, folder: Path, files: dict[str, str]) -> list[Contender]:
-    """Return transformers.Trainer as it is, and tuned as well as we know how."""
+def trainers(
+    wanted: TrainBench, config: RunConfig, folder: Path, files: dict[str, str]
+) -> dict[str, Callable[[], Numbers]]:
+    """Return what measures transformers.Trainer as it is, and tuned as well as we know how."""
 
     def peer(*, tuned: bool) -> Numbers:
         task = {
@@ -168,10 +168,10 @@ def trainers(wanted: TrainBench, config: RunConfig, folder: Path, files: dict[st
         environment = allocator_environment({}) if tuned else {}
         return run_worker("resmol.bench.trainer_peer", task, folder, environment)
 
-    return [
-        Contender("transformers.Trainer", "peer", lambda: peer(tuned=False)),
-        Contender("transformers.Trainer, tuned", "peer", lambda: peer(tuned=True)),
-    ]
+    return {
+        "transformers.Trainer": lambda: peer(tuned=False),
+        "transformers.Trainer, tuned": lambda: peer(tuned=True),
+    }
 
 
 def shared_inputs(config: RunConfig, folder: Path, data: str, steps: int) -> dict[str, str]:

@@ -146,6 +146,29 @@ def bench_checkpoint(
     _hold(contests, repeats, json_, markdown)
 
 
+@bench.command("start")
+def bench_start(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    data: Data = None,
+    repeats: Repeats = 5,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure how long the help page takes, and the first step of a new run."""
+    chosen = with_overrides(chosen_config(preset, config) or load_preset("nano"), set_ or ())
+    from resmol.bench.starting import StartBench, starting_contests
+    from resmol.measurement import prepared_folder
+
+    wanted = StartBench(chosen, repeats)
+
+    def contests(folder: Path) -> Sequence[Any]:
+        return starting_contests(wanted, folder, prepared_folder(data, chosen, folder / "data", say))
+
+    _hold(contests, repeats, json_, markdown)
+
+
 @bench.command("scaling")
 def bench_scaling(
     out: Annotated[Path, typer.Option(help="Folder for the points, the table and the plot.")],

@@ -1,0 +1,91 @@
+"""`resmol bench start`: how long until the help page is there, and until a new run has made its first step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from resmol.bench.answering import Numbers
+from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
+from resmol.bench.machine import machine_facts
+from resmol.config import RunConfig
+from resmol.config_files import with_overrides
+from resmol.errors import CheckFailed, UsageError
+from resmol.ledger import effective_steps
+from resmol.measurement import QUIET, Finished, run_process, run_training
+
+SECONDS = Quantity("seconds", "seconds", ".2f")
+
+
+@dataclass(frozen=True)
+class StartBench:
+    """What to start: the configuration of a new run, and the number of rounds."""
+
+    config: RunConfig
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise UsageError(f"--repeats is {self.repeats}", fix="give at least 1")
+
+
+def starting_contests(wanted: StartBench, folder: Path, data: str) -> list[Contest]:
+    """Return the contests of the help page and of the first step of a run on prepared ``data``, ready to run."""
+    config = with_overrides(wanted.config, QUIET)
+    facts = machine_facts(config.runtime.threads)
+
+    def help_page() -> Numbers:
+        return command(["-m", "resmol", "--help"])
+
+    def interpreter() -> Numbers:
+        return command(["-c", "pass"])
+
+    def first_step() -> Numbers:
+        return time_to_first_step(config, folder, data)
+
+    def library() -> Numbers:
+        return command(["-c", "import torch"])
+
+    return [
+        Contest(
+            title="resmol --help",
+            headline=SECONDS,
+            columns=(MEMORY,),
+            more_is_better=False,
+            contenders=line_up(help_page, {}, ("limit: an interpreter that does nothing", interpreter)),
+            facts=facts,
+        ),
+        Contest(
+            title=f"from the start of the process to the end of the first step of {config.name}",
+            headline=SECONDS,
+            columns=(MEMORY,),
+            more_is_better=False,
+            contenders=line_up(first_step, {}, ("limit: importing PyTorch", library)),
+            facts=facts,
+        ),
+    ]
+
+
+def command(arguments: Sequence[str]) -> Numbers:
+    """Run the interpreter and return its time and memory (`CheckFailed` when it fails)."""
+    done = run_process([sys.executable, *arguments])
+    _require_success(done)
+    return {"seconds": done.seconds, "peak_bytes": done.peak_bytes}
+
+
+def time_to_first_step(config: RunConfig, folder: Path, data: str) -> Numbers:
+    """Train one step as `resmol train` does; the ledger says when it was done (`CheckFailed` when it was not)."""
+    started = time.time()  # the ledger has the time of day
+    done, records = run_training(config, folder, data, steps=1)
+    _require_success(done)
+    stepped = datetime.fromisoformat(effective_steps(records)[1]["time"]).timestamp()
+    return {"seconds": stepped - started, "peak_bytes": done.peak_bytes}
+
+
+def _require_success(done: Finished) -> None:
+    if done.code:
+        raise CheckFailed(f"a measured process failed: {done.last_words}", fix="correct the configuration")
