@@ -90,6 +90,18 @@ FORGERIES: dict[str, tuple[Callable[[list[Record]], list[Record]], str]] = {
         lambda rs: [{**r, "data_fingerprint": "0" * 64} if r["kind"] == "start" else r for r in rs],
         "data order",
     ),
+    "a step executed twice, with other bits": (
+        lambda rs: [
+            x
+            for r in rs
+            for x in (
+                [r, {"kind": "rewind", "from_step": 9, "to_step": 8}, {**r, "loss_bits": "3f800000"}]
+                if _is("step", 9)(r)
+                else [r]
+            )
+        ],
+        "executions",
+    ),
     "another checkpoint": (
         lambda rs: [{**r, "manifest_sha256": "0" * 64} if _is("save", 25)(r) else r for r in rs],
         "checkpoint step-00000025",

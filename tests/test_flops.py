@@ -23,7 +23,7 @@ from resmol.flops import (
 from resmol.hf_config import ModelConfig
 from resmol.kv_cache import KVCache
 from resmol.loss import cross_entropy_sum
-from resmol.model import CausalLM
+from resmol.model import Attention, CausalLM
 
 TINY = ModelConfig(
     vocab_size=320,
@@ -132,9 +132,9 @@ def test_grouped_queries_save_two_thirds_of_the_cache() -> None:
     assert (grouped, full) == (4 * 8192 * 2 * 30 * 192, 3 * grouped)
 
 
-def kept_for_backward(config: ModelConfig, batch: int, seq_len: int) -> int:
+def kept_for_backward(config: ModelConfig, batch: int, seq_len: int, attention: Attention = "sdpa") -> int:
     """Return the bytes of the activations that autograd really keeps."""
-    model = CausalLM(config)
+    model = CausalLM(config, attention=attention)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -169,6 +169,15 @@ def test_the_estimate_with_recomputed_blocks_is_near_what_autograd_keeps_at_once
     inputs = 4 * 4 * 64 * 8 * config.hidden_size
     estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, recompute=True)["activations"]
     assert estimate == pytest.approx(inputs + kept_for_backward(one, batch=4, seq_len=64), rel=0.15)
+
+
+@pytest.mark.parametrize(("bfloat16", "attention"), [(True, "sdpa"), (False, "eager"), (True, "eager")])
+def test_the_estimate_knows_precision_and_attention(bfloat16: bool, attention: Attention) -> None:
+    config = TINY.model_copy(update={"num_hidden_layers": 8, "vocab_size": 64})
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        measured = kept_for_backward(config, batch=4, seq_len=64, attention=attention)
+    estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, bfloat16=bfloat16, eager=attention == "eager")
+    assert estimate["activations"] == pytest.approx(measured, rel=0.15)
 
 
 def test_training_memory_is_four_copies_of_the_weights_and_what_the_batch_needs() -> None:

@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from resmol.process import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, StopSignal, allocator_environment, free_memory
 
 
@@ -61,3 +63,25 @@ def test_free_memory_is_what_kernel_and_container_leave(tmp_path: Path) -> None:
     for limit, expected in (("max", 5000 * 1024), ("4096", 3096), ("500", 0)):
         (group / "memory.max").write_text(f"{limit}\n")
         assert free_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "statistics"),
+    [
+        (".", ("memory.max", "memory.current"), "anon 1\ninactive_file 600\nactive_file 200\n"),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+         "active_file 1\ntotal_inactive_file 600\ntotal_active_file 200\n"),
+    ],
+)  # fmt: skip
+def test_pages_of_files_are_free_also_in_a_container(
+    tmp_path: Path, folder: str, names: tuple[str, str], statistics: str
+) -> None:
+    """A checkpoint that was saved stays in the page cache, which is given back when memory is needed."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable:    5000 kB\n")
+    group = tmp_path / "sys" / "fs" / "cgroup" / folder
+    group.mkdir(parents=True)
+    for name, value in zip(names, ("4096", "1000"), strict=True):
+        (group / name).write_text(f"{value}\n")
+    (group / "memory.stat").write_text(statistics)
+    assert free_memory(tmp_path) == 4096 - 1000 + 800

@@ -20,7 +20,7 @@ from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.console import console_views
 from resmol.data.shards import Dataset
-from resmol.errors import Interrupted
+from resmol.errors import CheckFailed, Interrupted
 from resmol.ledger import read_ledger
 from resmol.reproduce import Protocol, claims, estimate_seconds, reproduce
 from resmol.rundir import RunDir
@@ -118,6 +118,19 @@ def test_the_estimate_times_the_precision_that_auto_will_choose(
     monkeypatch.setattr(module, "train_step", lambda *args: seen.append(args[-1].autocast_dtype))
     estimate_seconds(with_overrides(tiny_config, ["runtime.precision=auto"]), 100)
     assert set(seen) == {torch.bfloat16 if gain == 2.0 else None}
+
+
+def test_evidence_of_an_earlier_time_proves_nothing(protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, ends = module.subprocess.Popen, "import os; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(
+        module.subprocess, "Popen", lambda *_, **options: genuine([sys.executable, "-c", ends], **options)
+    )
+    protocol.run.evidence.mkdir(parents=True)
+    evidence = protocol.run.evidence / "audit.json"
+    evidence.write_text('{"checks": []}')
+    with pytest.raises(CheckFailed, match="was ended by SIGKILL") as failed:
+        module._part(protocol, "audit", ["audit", "x"], lambda _: None)
+    assert (failed.value.exit_code, evidence.exists()) == (137, False)
 
 
 CHILD = """

@@ -220,6 +220,73 @@ def test_re_executed_steps_with_other_bits_stop(tmp_path: Path, train_tiny: Trai
         train_tiny(tmp_path / "run", 60)
 
 
+def test_a_second_crash_does_not_spare_steps_the_comparison(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any
+) -> None:
+    """Steps 6 to 8 ran; the next process dies after step 6; the third must still be held to steps 7 and 8."""
+
+    def die() -> None:
+        raise Crash
+
+    for step in (8, 6):
+        with pytest.raises(Crash):
+            train_tiny(tmp_path / "run", 60, views=lambda _, step=step: [Hook(step, die)])
+    from resmol import train as module
+
+    genuine = module.train_step
+
+    def faulty(state: Any, *arguments: Any) -> Any:
+        loss, norm = genuine(state, *arguments)
+        return (loss + 1e-3 if state.step == 8 else loss), norm
+
+    monkeypatch.setattr(module, "train_step", faulty)
+    with pytest.raises(CheckFailed, match=r"step 8 .* loss_bits"):
+        train_tiny(tmp_path / "run", 60)
+    failed = {check.name for check in audit(RunDir(tmp_path / "run")) if not check.passed}
+    assert failed == {"executions"}, "going on all the same stays on record"
+
+
+def test_going_to_another_machine_and_back_before_the_first_save_compares_nothing_across(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any
+) -> None:
+    """Each machine has bits of its own; a record of the second one must not be held against the first."""
+
+    def die() -> None:
+        raise Crash
+
+    from resmol import distributed
+    from resmol import train as module
+
+    genuine, here = module.train_step, distributed._processor_name()
+    for processor, shift in ((here, 0.0), ("another", 1e-3), (here, 0.0)):
+        monkeypatch.setattr(distributed, "_processor_name", lambda name=processor: name)
+        monkeypatch.setattr(
+            module, "train_step", lambda *args, by=shift: (lambda loss, norm: (loss + by, norm))(*genuine(*args))
+        )
+        with pytest.raises(Crash):
+            train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(3, die)])
+    warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))
+    assert [w["changes"]["processor"]["to"] for w in warnings] == ["another", here]
+
+
+def test_a_checkpoint_that_was_written_again_after_a_rewind_is_believed(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    """The ledger's word on the first checkpoint of a step ends with the rewind that took the step back."""
+    run = tmp_path / "run"
+    train_tiny(run, 10)
+    weights = run / "checkpoints" / "step-00000010" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    train_tiny(run, 10)  # falls back to step 5, and saves step 10 anew, with another parent in its manifest
+    again = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    saved = max(number for number, line in enumerate(again) if b'"kind":"save"' in line)
+    assert saved > len(lines)
+    (run / "ledger.jsonl").write_bytes(b"".join(again[:saved]))  # a crash between the commit and its record
+    state = train_tiny(run, 12)
+    resumes = list(select(read_ledger(run / "ledger.jsonl").records, "resume"))
+    assert (state.step, resumes[-1]["step"]) == (12, 10)
+    assert all_passed(audit(RunDir(run)))
+
+
 def test_sigkill_in_another_process(
     tmp_path: Path,
     sixty: Path,
@@ -322,6 +389,20 @@ def test_a_changed_environment_is_recorded(tmp_path: Path, train_tiny: TrainTiny
     train_tiny(tmp_path / "run", 10, "runtime.threads=2", accept_drift=["runtime.threads"])
     warnings = select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn")
     assert next(warnings)["changes"]["threads"] == {"from": 1, "to": 2}
+
+
+@pytest.mark.parametrize(("micro", "recorded"), [(2, False), (1, True)])
+def test_another_number_of_processes_matters_where_sums_have_an_order(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any, micro: int, recorded: bool
+) -> None:
+    from resmol.distributed import Runtime
+
+    run, options = tmp_path / "run", [f"batch.micro_batch_size={micro}", "batch.global_batch_tokens=64"]
+    train_tiny(run, 5, *options)
+    genuine = Runtime.environment
+    monkeypatch.setattr(Runtime, "environment", lambda self: {**genuine(self), "world_size": 2})
+    train_tiny(run, 10, *options)
+    assert any(select(read_ledger(run / "ledger.jsonl").records, "warn")) == recorded
 
 
 def test_an_older_copy_of_the_ledger_is_noticed(tmp_path: Path, train_tiny: TrainTiny) -> None:

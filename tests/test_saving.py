@@ -265,8 +265,9 @@ def test_a_permanent_checkpoint_has_no_replacement(bench: Bench, monkeypatch: py
         assert saver.owed is None
 
 
+@pytest.mark.parametrize("permanent", [False, True])
 def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, permanent: bool
 ) -> None:
     bench.gate.set()
     genuine, left = saving.commit_checkpoint, [FULL]
@@ -278,7 +279,7 @@ def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
 
     monkeypatch.setattr(saving, "commit_checkpoint", full_once)
     with bench.saver() as saver:
-        bench.save(saver, 5, wait=True)
+        bench.save(saver, 5, wait=True, permanent=permanent)
         assert (bench.saves(), saver.owed) == ([5], None)
 
 

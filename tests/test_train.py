@@ -19,7 +19,7 @@ from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.data.shards import Dataset
-from resmol.distributed import Runtime
+from resmol.distributed import Runtime, open_runtime
 from resmol.errors import DataError, DiskFull, NonFiniteError
 from resmol.launch import make_loader, new_state
 from resmol.ledger import Record, effective_steps, read_ledger, select
@@ -52,6 +52,27 @@ def test_accumulation_is_one_large_batch(tiny_config: RunConfig, tiny_dataset: D
         assert loss == pytest.approx(found[0][0], rel=1e-6)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, found[0][1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_two_threads_give_the_same_bits_each_time(tiny_config: RunConfig) -> None:
+    """At the width of the real model, where PyTorch computes with several threads, and with tokens that come often."""
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 768}
+    model = tiny_config.model.model_copy(update={**sizes, "num_hidden_layers": 2, "max_position_embeddings": 256})
+    config = with_overrides(tiny_config.model_copy(update={"model": model}), ["runtime.threads=2"])
+    ids = torch.randint(0, 40, (2, 128), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, ids, None, (0, 1), ids.numel())
+    threads, found = torch.get_num_threads(), []
+    try:
+        with open_runtime(config) as runtime:
+            assert torch.get_num_threads() == 2
+            for _ in range(8):
+                state = new_state(config, runtime)
+                accumulate_gradients(state.model, [batch], config, runtime)
+                found.append(gradients(state))
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        assert [name for name, grad in again.items() if not torch.equal(grad, found[0][name])] == []
 
 
 def test_unequal_micro_batches_are_weighted_by_tokens(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:

@@ -17,11 +17,21 @@ from resmol.data.shards import open_dataset
 from resmol.data.source import data_folder
 from resmol.errors import CheckpointError, ResmolError
 from resmol.launch import make_loader
-from resmol.ledger import LedgerTampered, Record, effective_steps, read_ledger, select
+from resmol.ledger import (
+    LedgerTampered,
+    Record,
+    effective_saves,
+    effective_steps,
+    ends_comparison,
+    last_fact,
+    read_ledger,
+    select,
+)
 from resmol.manifest import list_checkpoints, read_manifest, verify_checkpoint
 from resmol.replay import Wish, replay
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at
+from resmol.train import REPRODUCIBLE_FIELDS
 
 
 def audit(
@@ -59,6 +69,7 @@ def audit(
         ),
         _beginning(records),
         _continuity(records),
+        _executions(records),
         _resumes(records),
         _tokens(records),
         _finite(records),
@@ -106,21 +117,41 @@ def _jumps(records: list[Record]) -> Iterator[str]:
             step = record["to_step"]
 
 
+def _executions(records: list[Record]) -> Check:
+    """A step that a crash took back and that came again must have the same bits, unless the machine changed."""
+    first: dict[int, Record] = {}
+    again, problems = 0, []
+    for record in records:
+        if ends_comparison(record):
+            first = {}
+        elif record["kind"] == "step":
+            before = first.setdefault(record["step"], record)
+            again += before is not record
+            differing = [name for name in REPRODUCIBLE_FIELDS if before[name] != record[name]]
+            if differing:
+                problems.append(f"line {record['seq']}: step {record['step']} came again with another {differing[0]}")
+    measured = f"{again} executions compared with the first ones"
+    guards = "a machine or code that gives other bits each time"
+    return _check("executions", problems, measured, "the same bits each time", guards)
+
+
 def _resumes(records: list[Record]) -> Check:
     """A resume must continue at the step after the checkpoint, and name a checkpoint that was saved."""
-    problems, saved, step, count = [], {}, 0, 0
+    saved: dict[str, Record] = {}
+    problems, step, count = [], 0, 0
     for record in records:
         if record["kind"] == "step":
             step = record["step"]
         elif record["kind"] == "rewind":
             step = record["to_step"]
+            saved = {name: kept for name, kept in saved.items() if kept["step"] <= step}
         elif record["kind"] == "save":
-            saved[record["checkpoint"]] = record["manifest_sha256"]
+            saved[record["checkpoint"]] = record
         elif record["kind"] == "resume":
             count += 1
             if record["next_step"] != step + 1 or record["step"] != step:
                 problems.append(f"line {record['seq']}: resumes at {record['next_step']} after step {step}")
-            if saved.get(record["checkpoint"], record["manifest_sha256"]) != record["manifest_sha256"]:
+            if saved.get(record["checkpoint"], record)["manifest_sha256"] != record["manifest_sha256"]:
                 problems.append(f"line {record['seq']}: {record['checkpoint']} is not the one that was saved")
     measured = f"{count} resume(s), each at the step after its checkpoint"
     return _check(
@@ -190,8 +221,8 @@ def _wrong_windows(records: list[Record], loader: Loader) -> Iterator[str]:
 
 
 def _configuration(records: list[Record], config: RunConfig) -> Check:
-    last = next((r for r in reversed(records) if r["kind"] in ("start", "resume")), {})
-    problems = [] if last.get("config_sha256") == config.sha256 else ["config.toml is not what the last start recorded"]
+    recorded = last_fact(records, "config_sha256")
+    problems = [] if recorded == config.sha256 else ["config.toml is not what the last start recorded"]
     return _check(
         "configuration",
         problems,
@@ -202,14 +233,14 @@ def _configuration(records: list[Record], config: RunConfig) -> Check:
 
 
 def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
-    recorded = {record["checkpoint"]: record for record in select(records, "save")}
+    recorded = effective_saves(records)
     present = list_checkpoints(run.checkpoints)
     checks = [_checkpoint(path, recorded.get(path.name)) for path in reversed(present)]
     names = {path.name for path in present}
     lost = [name for name, record in recorded.items() if record["permanent"] and name not in names]
     checks.append(
         _check(
-            "checkpoints kept", lost, f"{len(present)} present, {len(recorded) - len(names)} pruned",
+            "checkpoints kept", lost, f"{len(present)} present, {len(recorded.keys() - names)} pruned",
             "every permanent checkpoint is there", "the checkpoint of step 5000 pruned away", str(run.checkpoints),
         )
     )  # fmt: skip

@@ -45,6 +45,7 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
         decisions["device"] = device.type
     if config.runtime.precision == "auto":
         decisions["precision"], reason = _choose_precision(config, device)
+        config = with_overrides(config, [f"runtime.precision={decisions['precision']}"])  # memory depends on it
         reasons.append(reason)
     if config.runtime.compile == "auto":
         decisions["compile"], reason = _choose_compile(config, device)
@@ -56,13 +57,15 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def needed_memory(config: RunConfig, *, recompute: bool) -> int:
-    """Return the bytes that a training step takes, counted (see `training_memory`)."""
+    """Return the bytes that a training step takes, counted (see `training_memory`), given a settled precision."""
     parts = training_memory(
         config.model,
         config.batch.micro_batch_size,
         config.data.seq_len,
         config.runtime.loss_chunk_tokens,
         recompute=recompute,
+        bfloat16=config.runtime.precision == "bfloat16",
+        eager=config.runtime.attention == "eager",
     )
     return sum(parts.values())
 
@@ -91,6 +94,8 @@ def _free_memory(device: torch.device) -> int | None:
 
 
 def _choose_activation_checkpointing(config: RunConfig, device: torch.device) -> tuple[str, str]:
+    if _several_processes():
+        return "off", "activation checkpointing: off (memory was not looked at, since there are several processes)"
     needed, free = needed_memory(config, recompute=False), _free_memory(device)
     chosen = "on" if free is not None and needed > MEMORY_SHARE * free else "off"
     room = "an unknown amount is" if free is None else f"{free / 1e9:.1f} GB are"
@@ -101,11 +106,16 @@ def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported()
         return ("bfloat16", "precision: bfloat16 autocast") if supported else ("float32", "precision: float32")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would measure, and they could disagree
+    if _several_processes():
         return "float32", "precision: float32 (not measured, since there are several processes)"
     gain = bfloat16_gain(config)
     chosen = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
     return chosen, f"precision: {chosen} (a step in bfloat16 measured {gain:.2f}x as fast as in float32 here)"
+
+
+def _several_processes() -> bool:
+    """Tell whether each of several processes would measure for itself, and they could disagree."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def bfloat16_gain(config: RunConfig) -> float:
@@ -115,6 +125,8 @@ def bfloat16_gain(config: RunConfig) -> float:
     weigh as they do in the whole. The two types take turns, and their best times are compared: other programs that
     compete for the processor only ever make a measurement longer.
     """
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
     model = CausalLM(_slice_of(config.model))
     shape = (config.batch.micro_batch_size, config.data.seq_len)
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % model.config.vocab_size

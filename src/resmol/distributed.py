@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,10 +115,33 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     precision = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
     try:
-        yield Runtime(rank, world_size, device, precision)
+        with deterministic_kernels(device):
+            yield Runtime(rank, world_size, device, precision)
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """Let PyTorch choose kernels that give the same bits each time.
+
+    Without it, threads add to the rows of the embedding's gradient in whatever order they arrive, also on a CPU.
+    There, a kernel that PyTorch knows to be nondeterministic is an error; on CUDA it is a warning, since not every
+    version has another one for all that is used here.
+    """
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    memory.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        memory.fill_uninitialized_memory = filled
 
 
 def find_device(wanted: str) -> torch.device:

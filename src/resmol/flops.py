@@ -44,25 +44,38 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def training_memory(
-    config: ModelConfig, micro_batch_size: int, seq_len: int, loss_chunk_tokens: int, *, recompute: bool = False
+    config: ModelConfig,
+    micro_batch_size: int,
+    seq_len: int,
+    loss_chunk_tokens: int,
+    *,
+    recompute: bool = False,
+    bfloat16: bool = False,
+    eager: bool = False,
 ) -> dict[str, int]:
-    """Estimate the bytes that fp32 training needs, by part.
+    """Estimate the bytes that training needs, by part.
 
     Activations are what the backward pass keeps for each token and block, counted in the uncompiled model: eight
     tensors of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
     SwiGLU, and a row of the document mask, which the fused attention of the CPU keeps as numbers in each block. With
     ``recompute`` (activation checkpointing) that is kept of one block at a time, and of the others their inputs.
+    Under ``bfloat16`` autocast what the products take has two bytes, and the weights have a copy of two bytes; the
+    residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention keeps the scores of
+    each pair of positions, before and after the softmax, and rounded.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
-    kept = 8 * width + 2 * key_value + 4 * config.intermediate_size + seq_len
+    half = 2 if bfloat16 else 4
+    kept = 5 * width * 4 + (3 * width + 2 * key_value + 4 * config.intermediate_size) * half + 4 * seq_len
+    if eager:
+        kept += config.num_attention_heads * seq_len * (2 * 4 + half)
     tokens = micro_batch_size * seq_len
-    activations = kept + config.num_hidden_layers * width if recompute else config.num_hidden_layers * kept
+    activations = kept + config.num_hidden_layers * width * 4 if recompute else config.num_hidden_layers * kept
     return {
-        "weights": parameters,
+        "weights": parameters + (parameters // 2 if bfloat16 else 0),
         "gradients": parameters,
         "adamw moments": 2 * parameters,
-        "activations": 4 * tokens * activations,
+        "activations": tokens * activations,
         "logits chunk": 4 * min(tokens, loss_chunk_tokens) * config.vocab_size,
     }
 

@@ -103,6 +103,10 @@ def launch(wanted: Launch) -> TrainState:
         share_state(state, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
+        if held_out is None and config.evaluation.every:
+            wanted.say(
+                f"evaluation: none, since {len(dataset.val)} held-out tokens are no window of {config.data.seq_len}"
+            )
         saver = stack.enter_context(Saver(run.checkpoints, config.checkpoint.keep_last, journal, state.parent))
         session = Session(
             run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, saver, stop, recorded
@@ -125,7 +129,7 @@ def settle_configuration(wanted: Launch) -> tuple[RunConfig, dict[str, Any]]:
     stored = load_config(run.config)
     asked = with_overrides(wanted.config or stored, wanted.overrides)
     if not asked.data.path:  # a preset does not say where the data lies; the run does
-        asked = with_overrides(asked, [f"data.path={json.dumps(stored.data.path)}"])
+        asked = with_overrides(asked, [f"data.path={json.dumps(stored.data.path, ensure_ascii=False)}"])
     return reconcile(stored, asked, wanted.accept_drift)
 
 

@@ -29,9 +29,22 @@ FORMAT = 1
 
 # Fields without which a record cannot be read. A chain can be forged whole, so they are looked at like the rest.
 _NEEDED: dict[str, dict[str, type]] = {
-    "step": {"step": int},
-    "rewind": {"to_step": int},
-    "save": {"checkpoint": str, "manifest_sha256": str},
+    "step": {
+        "step": int,
+        "loss": float,
+        "loss_bits": str,
+        "grad_norm": float,
+        "grad_norm_bits": str,
+        "lr": float,
+        "tokens": int,
+        "tokens_seen": int,
+        "windows": str,
+        "seconds": float,
+    },
+    "rewind": {"from_step": int, "to_step": int},
+    "resume": {"step": int, "next_step": int, "checkpoint": str, "manifest_sha256": str},
+    "drift": {"changes": dict},
+    "save": {"step": int, "checkpoint": str, "manifest_sha256": str, "permanent": bool},
 }
 
 
@@ -225,6 +238,38 @@ def effective_steps(records: list[Record]) -> dict[int, Record]:
     for record in records:
         if record["kind"] == "rewind":
             steps = {step: kept for step, kept in steps.items() if step <= record["to_step"]}
+        elif record["kind"] == "step":
+            steps[record["step"]] = record
+    return steps
+
+
+def effective_saves(records: list[Record]) -> dict[str, Record]:
+    """Return the save records of the run's history by name: a rewind takes back those of the steps after it."""
+    saves: dict[str, Record] = {}
+    for record in records:
+        if record["kind"] == "rewind":
+            saves = {name: kept for name, kept in saves.items() if kept["step"] <= record["to_step"]}
+        elif record["kind"] == "save":
+            saves[record["checkpoint"]] = record
+    return saves
+
+
+def last_fact(records: list[Record], name: str) -> Any:
+    """Return the newest value of a field such as ``environment``, whichever kind of record has it; None without one."""
+    return next((record[name] for record in reversed(records) if name in record), None)
+
+
+def ends_comparison(record: Record) -> bool:
+    """Tell whether steps after this record need not have the bits of those before it: machine or settings changed."""
+    return record["kind"] == "drift" or (record["kind"] == "warn" and "environment" in record)
+
+
+def comparable_steps(records: list[Record]) -> dict[int, Record]:
+    """Return the newest execution of each step, taken back or not, since something changed that may change bits."""
+    steps: dict[int, Record] = {}
+    for record in records:
+        if ends_comparison(record):
+            steps = {}
         elif record["kind"] == "step":
             steps[record["step"]] = record
     return steps

@@ -19,7 +19,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from resmol.errors import CheckpointError
-from resmol.rundir import RunDir
 
 WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
@@ -190,11 +189,6 @@ def newest_valid(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, Manif
         f"{folder} holds no valid checkpoint{':' if reasons else ''}{reasons}",
         fix="restore a checkpoint from a copy, or begin again in a new run directory (nothing was deleted here)",
     )
-
-
-def latest_checkpoint(run: RunDir) -> Path:
-    """Return the newest whole checkpoint of a run (`CheckpointError` when there is none)."""
-    return newest_valid(run.checkpoints, {})[0]
 
 
 def load_state(path: Path) -> tuple[SavedState, str]:

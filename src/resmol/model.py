@@ -235,7 +235,8 @@ class _TiedEmbedding(torch.autograd.Function):
     """Rows of the matrix, and the matrix itself for the output layer: both uses share one gradient.
 
     The output layer's gradient is dense. That of the rows is added to a few of its rows, where autograd would fill a
-    second matrix of V x D zeros and add the two.
+    second matrix of V x D zeros and add the two. In which order equal rows are added is up to PyTorch's kernel, which
+    training asks for the deterministic one (`distributed.deterministic_kernels`).
     """
 
     @staticmethod
@@ -269,7 +270,7 @@ class CausalLM(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Return the logits of the next token at every position; training uses `hidden` and a chunked loss."""
+        """Return the logits of the next token at every position; training takes them in chunks from `loss`."""
         return self.lm_head(self.hidden(input_ids, document_ids, cache))
 
     def hidden(

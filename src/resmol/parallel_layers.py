@@ -12,8 +12,8 @@ class ParallelLayers(nn.Module):
     """A module, some of whose linear layers (without biases) all take the same input.
 
     A token that is added to a text needs every weight and hardly any arithmetic, and one large product reads weights
-    faster than several small ones. `join` lays them side by side for that; training needs them apart, each with its
-    own gradient.
+    faster than several small ones. `join` lays them side by side for that. Where gradients are wanted, each layer is
+    a product of its own all the same.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class ParallelLayers(nn.Module):
 
     def project(self, x: Float[Tensor, "*B D"]) -> tuple[Tensor, ...]:
         """Return what each of the layers makes of ``x``."""
-        if self._joint is None or not self.is_joined:
+        if self._joint is None or torch.is_grad_enabled() or not self.is_joined:  # the joint matrix has no gradient
             return tuple(layer(x) for layer in self.parallel())
         return self._split(F.linear(x, self._joint), -1)
 

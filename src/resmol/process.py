@@ -27,10 +27,15 @@ ALLOCATOR_SETTINGS = ":".join(
         "glibc.malloc.hugetlb=1",  # in pages of 2 MiB where the kernel leaves that to programs
     )
 )
-CGROUP_FILES = (
-    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-    ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUP_FILES = (  # the limit, what is taken of it, and what of that are pages of files
+    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current", "sys/fs/cgroup/memory.stat"),
+    (
+        "sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "sys/fs/cgroup/memory/memory.stat",
+    ),
 )
+FILE_PAGES = ("inactive_file", "active_file")  # given back when memory is needed; a saved checkpoint leaves gigabytes
 
 
 def allocator_environment(environment: Mapping[str, str], libc: str | None = None) -> dict[str, str]:
@@ -65,11 +70,21 @@ def free_memory(root: Path = Path("/")) -> int | None:
         free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError):
         return None
-    for limit, usage in CGROUP_FILES:
+    for limit, usage, statistics in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-            allowed, taken = ((root / file).read_text(encoding="ascii") for file in (limit, usage))
-            free.append(int(allowed) - int(taken))
+            allowed, taken = (int((root / file).read_text(encoding="ascii")) for file in (limit, usage))
+            free.append(allowed - taken + _file_pages(root / statistics))
     return max(0, min(free)) if free else None
+
+
+def _file_pages(statistics: Path) -> int:
+    """Return the bytes of a cgroup that are pages of files; cgroup 1 counts those of its children as ``total_``."""
+    try:
+        lines = [line.split() for line in statistics.read_text(encoding="ascii").splitlines()]
+        found = {name: int(value) for name, value in lines}
+    except (OSError, ValueError):
+        return 0
+    return sum(found.get(f"total_{name}", found.get(name, 0)) for name in FILE_PAGES)
 
 
 class StopSignal:

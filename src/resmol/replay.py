@@ -20,12 +20,12 @@ from resmol.config_files import with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset, verify_shards
 from resmol.data.source import data_folder
-from resmol.distributed import Runtime, open_runtime
-from resmol.errors import ResmolError
+from resmol.distributed import Runtime, find_device, open_runtime
+from resmol.errors import ConfigError, ResmolError
 from resmol.launch import compile_blocks, make_loader, new_state
-from resmol.ledger import Record, effective_steps, float_bits, select
+from resmol.ledger import Record, effective_steps, float_bits, last_fact, select
 from resmol.manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
-from resmol.resume import BITWISE_FACTS, restore
+from resmol.resume import bitwise_facts, restore
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at
 from resmol.train import TrainState, train_step
@@ -111,8 +111,12 @@ def _replay_segment(
         return _unsupported(name, "the configuration was changed after these steps", wish)
     environment = _environment_at(records, first)
     same_threads = with_overrides(config, [f"runtime.threads={environment['threads']}"])
+    try:
+        find_device(config.runtime.device)
+    except ConfigError as error:
+        return _unsupported(name, error.what, wish)
     with open_runtime(same_threads) as runtime:
-        if differences := _differences(environment, runtime):
+        if differences := _differences(environment, runtime, config):
             return _unsupported(name, f"another machine or library: {differences}", wish)
         state = new_state(config, runtime)
         path = run.checkpoints / checkpoint_name(segment.start)
@@ -164,14 +168,13 @@ def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) 
 
 def _environment_at(records: list[Record], seq: int) -> dict[str, Any]:
     """Return the facts about the machine that executed what the ledger's line ``seq`` records."""
-    before = [r for r in records if r["kind"] in ("start", "resume") and r["seq"] < seq]
-    environment: dict[str, Any] = before[-1]["environment"]
+    environment: dict[str, Any] = last_fact([record for record in records if record["seq"] < seq], "environment")
     return environment
 
 
-def _differences(recorded: dict[str, Any], runtime: Runtime) -> str:
-    here = runtime.environment()
-    return ", ".join(f"{n} {recorded.get(n)} -> {here[n]}" for n in BITWISE_FACTS if recorded.get(n) != here[n])
+def _differences(recorded: dict[str, Any], runtime: Runtime, config: RunConfig) -> str:
+    here, facts = runtime.environment(), bitwise_facts(config)
+    return ", ".join(f"{n} {recorded.get(n)} -> {here[n]}" for n in facts if recorded.get(n) != here[n])
 
 
 def _unsupported(name: str, why: str, wish: Wish) -> Check:

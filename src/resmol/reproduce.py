@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from resmol.atomic import write_durable
-from resmol.auto import resolve_auto
+from resmol.auto import check_memory, resolve_auto
 from resmol.checks import Check
 from resmol.config import RunConfig
 from resmol.config_files import load_config, load_preset
@@ -139,8 +140,12 @@ def estimate_seconds(config: RunConfig, steps: int) -> float:
     """Time a few real training steps on made-up tokens and extrapolate; data, saving and evaluation come on top.
 
     They run in the precision that ``auto`` chooses here, but uncompiled: compiling takes longer than the estimate may.
+
+    Raises:
+        ConfigError: A step does not fit in memory.
     """
     settled, _ = resolve_auto(config)
+    check_memory(settled)
     ids = torch.randint(
         config.model.vocab_size,
         (config.batch.micro_batch_size, config.data.seq_len),
@@ -182,20 +187,25 @@ def _reached(run: RunDir) -> int:
 def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> None:
     """Run one command in a process of its own and keep what it printed as ``evidence/NAME.json``."""
     say(f"--- resmol {' '.join(arguments)}")
+    evidence = protocol.run.evidence / f"{name}.json"
+    evidence.unlink(missing_ok=True)  # that of an earlier time says nothing about this one
     with StopSignal() as stop:
         # A session of its own: Ctrl-C at a terminal reaches this process alone, which passes it on exactly once.
         command = [sys.executable, "-m", "resmol", *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         output, code = _wait(process, stop), process.returncode
     if output.strip():
-        write_durable(protocol.run.evidence / f"{name}.json", output)
-    if code in (130, 143):
+        write_durable(evidence, output)
+    if code in (130, 143) or stop.number is not None:  # it may have come when the part was about to end by itself
         raise Interrupted(
-            f"`{name}` was interrupted after saving",
-            fix="give the same command again to go on",
-            signal_number=code - 128,
+            f"`{name}` was interrupted",
+            fix="give the same command again to go on: what is done is kept",
+            signal_number=code - 128 if code in (130, 143) else stop.number or signal.SIGTERM,
         )
-    if code and name != "audit":  # a failed audit becomes a failed claim, with its table
+    if code < 0:
+        killer = signal.Signals(-code).name
+        raise _PartFailed(f"`resmol {arguments[0]}` was ended by {killer}, perhaps for want of memory", 128 - code)
+    if code and not (name == "audit" and code == 1 and output.strip()):  # that becomes a failed claim, with its table
         raise _PartFailed(f"`resmol {arguments[0]}` ended with exit code {code}", code)
 
 
@@ -287,7 +297,8 @@ def _scratch(steps: dict[int, Record], config: RunConfig, run: RunDir) -> Check:
 def _saved_exactly(protocol: Protocol, records: list[Record]) -> Check:
     name = checkpoint_name(protocol.steps)
     path = protocol.run.checkpoints / name / "manifest.json"
-    saved = [record for record in select(records, "save") if record["checkpoint"] == name]
+    # A crash between the checkpoint and its record leaves the resumption from it as the only witness.
+    saved = [record for record in records if record["kind"] in ("save", "resume") and record["checkpoint"] == name]
     measured = f"manifest {saved[-1]['manifest_sha256'][:16]}" if saved else "not in the ledger"
     title = f"checkpoint at exactly step {protocol.steps}"
     return Check(title, bool(saved) and path.is_file(), measured, "saved, recorded and still there", evidence=str(path))

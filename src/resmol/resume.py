@@ -19,14 +19,13 @@ from resmol.config import RunConfig
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.flops import total_parameters
-from resmol.ledger import FORMAT, Record, effective_steps, select
+from resmol.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
 from resmol.manifest import STATE, damaged, list_checkpoints, load_state, newest_valid
 from resmol.rundir import RunDir
 from resmol.spikes import MEMORY
 from resmol.train import TrainState
 from resmol.views import Journal
 
-# Bitwise equality is promised where all of these are equal; a difference is recorded, and the promise is void.
 BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "threads", "device")
 
 
@@ -53,12 +52,20 @@ class Beginning:
     strict: bool = False
 
 
+def bitwise_facts(config: RunConfig) -> tuple[str, ...]:
+    """Return the facts of which all must be equal for equal bits; a difference is recorded, and the promise is void.
+
+    The sum over micro-batches has another order when other processes share them; a sum of two has only one.
+    """
+    return (*BITWISE_FACTS, "world_size") if config.micro_batches_per_step > 2 else BITWISE_FACTS
+
+
 def begin(state: TrainState, journal: Journal, beginning: Beginning) -> dict[int, Record]:
     """Bring ``state`` to where the run stands and record how.
 
     Returns:
-        The recorded steps after that point: they will be executed again and must give the same bits. Empty where
-        bitwise equality is not promised.
+        The newest executions of the steps after that point: they come again and must give the same bits. Empty
+        where bitwise equality is not promised.
 
     Raises:
         CheckpointError: The run saved checkpoints, and none of them is whole.
@@ -81,9 +88,10 @@ def begin(state: TrainState, journal: Journal, beginning: Beginning) -> dict[int
             f"the run is at step {state.step}; --steps {beginning.config.train.steps} lies before it",
             fix=f"give --steps {state.step} or more, or start a new run directory",
         )
-    again = _rewind(journal, state.step)
+    _rewind(journal, state.step)
+    again = {step: record for step, record in comparable_steps(journal.records).items() if step > state.step}
     if beginning.drifts:
-        journal.write("drift", changes=beginning.drifts)
+        journal.write("drift", changes=beginning.drifts, config_sha256=beginning.config.sha256)
     if checkpoint is not None:
         journal.write(
             "resume",
@@ -159,10 +167,11 @@ def _check_fingerprint(records: list[Record], fingerprint: str) -> None:
 
 def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
     """Tell whether bitwise equality with what came before is promised; record it where it is not."""
-    before = next(r["environment"] for r in reversed(journal.records) if r["kind"] in ("start", "resume"))
-    now = beginning.environment
+    before, now = last_fact(journal.records, "environment"), beginning.environment
     changed = {
-        fact: {"from": before.get(fact), "to": now[fact]} for fact in BITWISE_FACTS if before.get(fact) != now[fact]
+        fact: {"from": before.get(fact), "to": now[fact]}
+        for fact in bitwise_facts(beginning.config)
+        if before.get(fact) != now[fact]
     }
     if changed and beginning.strict:
         raise ConfigError(
@@ -170,7 +179,8 @@ def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
             fix="go back to the environment of the run, or leave out --strict",
         )
     if changed:
-        journal.write("warn", what="environment changed: bitwise equality is not promised from here", changes=changed)
+        what = "environment changed: bitwise equality is not promised from here"
+        journal.write("warn", what=what, changes=changed, environment=now)
     return not changed
 
 
@@ -179,7 +189,7 @@ def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
 
     Those that are passed over lose their name: they would count as the newest in retention, and stop the next save.
     """
-    recorded = {record["checkpoint"]: record["manifest_sha256"] for record in select(journal.records, "save")}
+    recorded = {name: record["manifest_sha256"] for name, record in effective_saves(journal.records).items()}
     folder = beginning.run.checkpoints
     if not recorded and not list_checkpoints(folder):
         return None
@@ -188,7 +198,8 @@ def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
     except CheckpointError as error:
         if not beginning.allow_fresh:
             raise
-        journal.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=error.what)
+        reason = error.what.replace(f"{folder}", folder.name)  # the ledger may be published; places of a machine stay
+        journal.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=reason)
         for path in list_checkpoints(folder):
             set_aside(path)
         return None
@@ -208,10 +219,8 @@ def _check_ledger_reaches(journal: Journal, checkpoint: Path) -> None:
         )
 
 
-def _rewind(journal: Journal, to_step: int) -> dict[int, Record]:
-    """Take back the steps after ``to_step``, if there are any, and return their records."""
-    steps = effective_steps(journal.records)
-    again = {step: record for step, record in steps.items() if step > to_step}
-    if again:
-        journal.write("rewind", from_step=max(again), to_step=to_step)
-    return again
+def _rewind(journal: Journal, to_step: int) -> None:
+    """Take back the steps after ``to_step``, if there are any."""
+    last = max(effective_steps(journal.records), default=0)
+    if last > to_step:
+        journal.write("rewind", from_step=last, to_step=to_step)

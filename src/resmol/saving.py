@@ -82,13 +82,18 @@ class Saver:
         self.settle(wait=True)
         self._start(saved, contents)
         if wait:
-            self.settle(wait=True)
+            self.settle(wait=True, again=True)
             if self.owed is not None:
                 self._start(saved, contents)
                 self.settle(wait=True)
 
-    def settle(self, *, wait: bool) -> None:
-        """Record what has become durable; with ``wait``, after all that is on its way (raises what `save` does)."""
+    def settle(self, *, wait: bool, again: bool = False) -> None:
+        """Record what has become durable (raises what `save` does).
+
+        Args:
+            wait: Wait for all that is on its way.
+            again: A save that found the disk full can be tried again, since its tensors are still what they were.
+        """
         if self._saving is not None and (wait or self._saving.seconds.done()):
             started, saving, self._saving = time.perf_counter(), self._saving, None
             try:
@@ -96,7 +101,8 @@ class Saver:
                     seconds = saving.seconds.result()
             except DiskFull as error:
                 self._make_room()
-                if self.owed is not None or saving.manifest.permanent:  # a later step is no replacement for that one
+                # A later step is no replacement for a permanent one.
+                if self.owed is not None or (saving.manifest.permanent and not again):
                     raise
                 self.owed = error
                 return

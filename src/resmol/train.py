@@ -101,7 +101,7 @@ def train(state: TrainState, session: Session) -> None:
         if spike and config.train.on_spike == "stop":
             raise CheckFailed(
                 f"the loss of step {step} is {loss:.4f}, far above the recent ones; train.on_spike is stop",
-                fix="look at its windows and at the learning rate; the same command goes on from the last checkpoint",
+                fix="look at its windows and at the learning rate; to go on all the same: --set train.on_spike=warn",
             )
         if stopping:
             session.journal.write("stop", step=step, reason=session.stop.name or "stop in another process")

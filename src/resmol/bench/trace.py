@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from resmol.auto import resolve_auto
+from resmol.auto import check_memory, resolve_auto
 from resmol.config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.distributed import Runtime, open_runtime
@@ -30,6 +30,7 @@ def trace_training(config: RunConfig, data: str, file: Path, *, steps: int, warm
         A table of the most expensive operators.
     """
     settled, _ = resolve_auto(config)
+    check_memory(settled)
     with open_runtime(settled) as runtime:
         state = new_state(settled, runtime)
         loader = make_loader(settled, open_dataset(Path(data)).train)

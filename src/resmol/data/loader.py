@@ -20,8 +20,7 @@ from torch import Tensor
 from resmol.data.order import WindowOrder
 from resmol.data.shards import TokenStream
 from resmol.errors import ConfigError, DataError
-
-IGNORE = -100  # a target that no loss counts; the value PyTorch's cross-entropy ignores by default
+from resmol.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from resmol.config import TokenizerConfig
 from resmol.config_files import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.hf_config import ModelConfig, read_model_config
-from resmol.ledger import read_ledger, select
+from resmol.ledger import effective_saves, read_ledger
 from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
 from resmol.model import CausalLM
 from resmol.rundir import RunDir
@@ -156,8 +156,8 @@ def _copy_into(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], origin: P
 
 
 def _run(run: RunDir, say: Say) -> Source:
-    saves = select(read_ledger(run.ledger).records, "save") if run.ledger.exists() else ()
-    recorded = {record["checkpoint"]: record["manifest_sha256"] for record in saves}
+    saves = effective_saves(read_ledger(run.ledger).records) if run.ledger.exists() else {}
+    recorded = {name: record["manifest_sha256"] for name, record in saves.items()}
     path, _, rejected = newest_valid(run.checkpoints, recorded)
     for item in rejected:
         say(f"load: passed over {item.path.name}: {item.reason}")
