@@ -109,6 +109,13 @@ FORGERIES: dict[str, tuple[Callable[[list[Record]], list[Record]], str]] = {
 }
 
 
+@pytest.mark.parametrize(("kind", "field"), [("step", "loss"), ("step", "windows"), ("save", "permanent"),
+                                             ("resume", "next_step")])  # fmt: skip
+def test_a_chain_without_a_field_is_a_failed_check_and_no_crash(run: RunDir, kind: str, field: str) -> None:
+    rewrite(run, lambda records: [{k: v for k, v in r.items() if (r["kind"], k) != (kind, field)} for r in records])
+    assert failed(audit(run)) == {"record fields"}
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forged_and_rechained_ledger(run: RunDir, name: str) -> None:
     change, expected = FORGERIES[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -85,3 +86,30 @@ def test_pages_of_files_are_free_also_in_a_container(
         (group / name).write_text(f"{value}\n")
     (group / "memory.stat").write_text(statistics)
     assert free_memory(tmp_path) == 4096 - 1000 + 800
+
+
+HOLES = """
+import sys
+from resmol.process import return_freed_memory
+if sys.argv[1] == "return":
+    return_freed_memory()
+import torch
+kept = []
+for _ in range(20):  # what stays lies between what goes
+    gone = torch.ones(5_000_000)
+    kept.append(torch.ones(300_000))
+    del gone
+    kept.append(torch.ones(300_000))
+print(int(open("/proc/self/statm").read().split()[1]) * 4096)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_goes_back_when_asked_for() -> None:
+    def resident(how: str) -> int:
+        environment = {**os.environ, ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
+        command = [sys.executable, "-c", HOLES, how]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert resident("return") < resident("keep") - 20_000_000

@@ -33,6 +33,14 @@ from resmol.rundir import RunDir
 from resmol.schedule import lr_at
 from resmol.train import REPRODUCIBLE_FIELDS
 
+FIELDS = {  # that are read here, of each kind
+    "start": ("data_fingerprint", "config_sha256", "environment"),
+    "step": ("loss", "grad_norm", "lr", "tokens", "tokens_seen", "windows", "seconds", *REPRODUCIBLE_FIELDS),
+    "save": ("permanent",),
+    "resume": ("step", "next_step", "checkpoint", "manifest_sha256", "config_sha256", "environment"),
+    "drift": ("changes",),
+}
+
 
 def audit(
     run: RunDir, say: Callable[[str], None] = lambda _: None, *, strict: bool = False, wish: Wish | None = None
@@ -57,6 +65,10 @@ def audit(
     except LedgerTampered as error:
         return [Check("hash chain", False, error.what, "every line carries the hash of the line before")]
     config, records = load_config(run.config), content.records
+    if problems := list(_incomplete(records)):
+        return [
+            _check("record fields", problems, "", "every record has its fields", "a ledger that resmol did not write")
+        ]
     lines = f"{len(records):,} lines, head {content.head[:16]}"
     torn = f", and a torn end of {len(content.torn)} bytes (repaired at the next start)" if content.torn else ""
     whole = (
@@ -85,6 +97,14 @@ def _check(name: str, problems: Sequence[str], measured: str, expected: str, gua
     """Make a check that passes when there are no problems and shows the first ones when there are."""
     shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
     return Check(name, not problems, shown or measured, expected, guards, evidence)
+
+
+def _incomplete(records: list[Record]) -> Iterator[str]:
+    """A chain can be forged whole; what is read below must be there."""
+    for record in records:
+        missing = [name for name in FIELDS.get(record["kind"], ()) if name not in record]
+        if missing:
+            yield f"line {record['seq']}: a {record['kind']} record without {', '.join(missing)}"
 
 
 def _beginning(records: list[Record]) -> Check:

@@ -60,15 +60,15 @@ def training_memory(
     SwiGLU, and a row of the document mask, which the fused attention of the CPU keeps as numbers in each block. With
     ``recompute`` (activation checkpointing) that is kept of one block at a time, and of the others their inputs.
     Under ``bfloat16`` autocast what the products take has two bytes, and the weights have a copy of two bytes; the
-    residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention keeps the scores of
-    each pair of positions, before and after the softmax, and rounded.
+    residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention keeps a weight
+    for each head and pair of positions in float32, and rounded.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
     half = 2 if bfloat16 else 4
     kept = 5 * width * 4 + (3 * width + 2 * key_value + 4 * config.intermediate_size) * half + 4 * seq_len
     if eager:
-        kept += config.num_attention_heads * seq_len * (2 * 4 + half)
+        kept += config.num_attention_heads * seq_len * (4 + 2 * bfloat16)
     tokens = micro_batch_size * seq_len
     activations = kept + config.num_hidden_layers * width * 4 if recompute else config.num_hidden_layers * kept
     return {

@@ -27,7 +27,7 @@ from resmol.flops import total_parameters
 from resmol.ledger import Ledger, UnkeptLedger
 from resmol.model import CausalLM
 from resmol.optim import build_optimizer
-from resmol.process import StopSignal
+from resmol.process import StopSignal, return_freed_memory
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir
 from resmol.saving import Saver
@@ -88,6 +88,8 @@ def launch(wanted: Launch) -> TrainState:
         for sentence in decisions:
             wanted.say(sentence)
         check_memory(config)
+        if config.runtime.activation_checkpointing == "on":  # then memory counts more than speed
+            return_freed_memory()
         runtime = stack.enter_context(open_runtime(config))
         dataset, tokenizer = opened or _open_data(wanted, config)
         stop = stack.enter_context(StopSignal())

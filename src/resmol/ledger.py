@@ -29,22 +29,9 @@ FORMAT = 1
 
 # Fields without which a record cannot be read. A chain can be forged whole, so they are looked at like the rest.
 _NEEDED: dict[str, dict[str, type]] = {
-    "step": {
-        "step": int,
-        "loss": float,
-        "loss_bits": str,
-        "grad_norm": float,
-        "grad_norm_bits": str,
-        "lr": float,
-        "tokens": int,
-        "tokens_seen": int,
-        "windows": str,
-        "seconds": float,
-    },
+    "step": {"step": int},
     "rewind": {"from_step": int, "to_step": int},
-    "resume": {"step": int, "next_step": int, "checkpoint": str, "manifest_sha256": str},
-    "drift": {"changes": dict},
-    "save": {"step": int, "checkpoint": str, "manifest_sha256": str, "permanent": bool},
+    "save": {"step": int, "checkpoint": str, "manifest_sha256": str},
 }
 
 
