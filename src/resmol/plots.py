@@ -174,7 +174,8 @@ def scaling_plot(points: Sequence[dict[str, Any]]) -> str:
             axes.set_xscale("log", base=2)
             axes.set_xlabel("tokens of a window")
             axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
+        speed.set_yscale("log")  # models of other sizes lie far apart
+        memory.set_ylim(bottom=0)
         if lines:
-            speed.legend(frameon=False, fontsize=8)
+            memory.legend(*speed.get_legend_handles_labels(), frameon=False, fontsize=8)
         return _svg(figure)
