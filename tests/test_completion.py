@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,24 @@ def test_a_prompt_that_is_too_long_is_named_before_any_work(loaded: LoadedModel)
         loaded.complete_batch(["ka", "9" * 80])
     with pytest.raises(UsageError, match="batch size is 0"):
         loaded.complete_batch(["ka"], batch_size=0)
+
+
+def test_rows_are_made_for_one_batch_only(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds a random generator and a buffer: of a hundred thousand prompts that would be gigabytes."""
+    made: list[int] = []
+
+    class Counted(module.Continuation):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(len(self.prompt))
+
+    monkeypatch.setattr(module, "Continuation", Counted)
+    batches = complete_batches(loaded.model, loaded.tokenizer, PROMPTS, Sampling(4, 0.0), batch_size=2)
+    assert made == []
+    for expected in (2, 4, 5):
+        next(batches)
+        assert len(made) == expected
+    assert list(batches) == []
 
 
 def test_who_stops_reading_gets_what_there_is(loaded: LoadedModel) -> None:

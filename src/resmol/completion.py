@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 from resmol.errors import UsageError
-from resmol.generate import Continuation, FinishReason, decode, decode_batch
+from resmol.generate import Continuation, FinishReason, check_prompt, decode, decode_batch
 from resmol.model import CausalLM
 from resmol.sampling import Sampling
 from resmol.stop_strings import StopStrings
 from resmol.tokenizer import StreamDecoder, Tokenizer
+
+_CHECKED_TOGETHER = 1024  # prompts whose tokens exist at the same time while all are checked
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ def complete_batches(
 ) -> Iterator[list[Completion]]:
     """Continue several texts, ``batch_size`` together, each as if it were alone; yield batch by batch, in order.
 
-    All prompts are checked before the first is read. See `generate.generate_batch` on what rounding may change.
+    All prompts are checked before the first is read; what decoding needs exists for one batch at a time. See
+    `generate.generate_batch` on what rounding may change.
 
     Args:
         model: The model.
@@ -244,17 +247,29 @@ def complete_batches(
     """
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
-    eos, writers = model.config.eos_token_id, []
-    for number, ids in enumerate(tokenizer.encode_batch(prompts)):
-        try:
-            row = Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
-        except UsageError as error:
-            name = names[number] if names else f"prompt {number + 1}"
-            raise UsageError(f"{name}: {error.what}", fix=error.fix) from None
-        writers.append(_Writer(row, tokenizer, stop))
-    for first in range(0, len(writers), batch_size):
-        part = slice(first, first + batch_size)
-        yield _complete_together(model, prompts[part], writers[part])
+    _check_prompts(model, tokenizer, prompts, names)
+    eos = model.config.eos_token_id
+    for part in _slices(len(prompts), batch_size):  # a row holds a random generator and a buffer: no more than a batch
+        rows = [
+            Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
+            for ids in tokenizer.encode_batch(prompts[part])
+        ]
+        yield _complete_together(model, prompts[part], [_Writer(row, tokenizer, stop) for row in rows])
+
+
+def _check_prompts(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], names: Sequence[str]) -> None:
+    """Raise `UsageError` with the name of a prompt that cannot be read; tokens are made anew, which costs little."""
+    for part in _slices(len(prompts), _CHECKED_TOGETHER):
+        for number, ids in enumerate(tokenizer.encode_batch(prompts[part]), start=part.start):
+            try:
+                check_prompt(model.config, ids or [model.config.eos_token_id])
+            except UsageError as error:
+                name = names[number] if names else f"prompt {number + 1}"
+                raise UsageError(f"{name}: {error.what}", fix=error.fix) from None
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, count, size))
 
 
 def _complete_together(model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]) -> list[Completion]:
