@@ -80,6 +80,8 @@ def test_help_and_version_without_torch() -> None:
         (["generate", "RUN", "--prompt", "x", "--stop", ""], 2, "a stop string is empty"),
         (["generate", "RUN", "--prompt", "x", "--repetition-penalty", "0"], 2, "repetition_penalty is 0"),
         (["generate", "RUN", "--prompts", "missing.txt"], 3, "missing.txt does not exist"),
+        (["evaluate", "RUN", "--windows", "-1"], 2, "Invalid value for '--windows'"),
+        (["bench", "train", "--batch", "1x64", "--batch", "2x64", "--trace", "t.json"], 2, "and 2 are given"),
         (["audit", "RUN"], 3, "not a run directory"),
         (["report", "RUN"], 3, "not a run directory"),
         (["inspect", "missing/config.json"], 3, "missing/config.json"),
@@ -185,6 +187,37 @@ def test_audit_evaluate_generate_as_json(
     ):
         assert run([*arguments, "--json"], debug=True) == 0
         assert keys <= set(json.loads(capsys.readouterr().out))
+
+
+def test_a_name_with_brackets_is_no_markup(
+    tmp_path: Path, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_path = tmp_path / "[" / "x]"  # together a closing tag of Rich
+    train_tiny(run_path, 10)
+    assert run(["evaluate", str(run_path)], debug=True) == 0
+    assert "[/x]" in "".join(capsys.readouterr().out.split())
+
+
+class Restarted(BaseException):
+    """The process would have been replaced."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["bench", "train", "--preset", "nano", "--data", "missing.txt", "--trace", "t.json"],
+     ["reproduce", "RUN", "--preset", "nano", "--input", "missing.txt", "--set", "model.vocab_size=1"]],
+    ids=["trace", "estimate"],
+)  # fmt: skip
+def test_what_trains_in_its_own_process_has_the_allocator_of_train(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restart() -> None:
+        raise Restarted
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", restart)
+    with pytest.raises(Restarted):
+        run(arguments, debug=False)
 
 
 def test_the_prompts_of_a_file_are_what_each_prompt_gives(
