@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import TrainTiny
 
+from resmol import generate
 from resmol.__main__ import exit_code, run
 from resmol.config import RunConfig
 from resmol.data.shards import Dataset
@@ -243,6 +246,36 @@ def test_the_prompts_of_a_file_are_what_each_prompt_gives(
         blocks.append(f"=== {row['place']}: {row['prompt']}\n{row['text']}\n")
     assert run(several, debug=True) == 0
     assert capsys.readouterr().out == "".join(blocks)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_ctrl_c_with_json_prints_what_there_is(
+    several: bool, finished: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("ka\nlo\nmi\n")
+    given = ["--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2"] if several else ["--prompt", "ka"]
+    passes = itertools.count(1)
+
+    def until_the_tenth(function: Callable[..., object]) -> Callable[..., object]:
+        def computed(*arguments: object) -> object:
+            if next(passes) == 10:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return computed
+
+    for name in ("_logits", "_next_logits"):
+        monkeypatch.setattr(generate, name, until_the_tenth(getattr(generate, name)))
+    command = ["generate", finished, *given, "--json", "--max-new-tokens", "40", "--temperature", "0"]
+    assert run(command, debug=False) == 130
+    found = json.loads(capsys.readouterr().out)
+    texts = found["completions"] if several else [found]
+    assert [text["prompt"] for text in texts] == (["ka", "lo"] if several else ["ka"])
+    for text in texts:
+        assert text["finish_reason"] == "interrupted"
+        assert len(text["token_ids"]) == len(text["logprobs"]) == (8 if several else 9)
+        assert text["text"]
+    assert {"timings", "model", "seed"} <= found.keys()
 
 
 def test_a_failed_audit_exits_with_1_and_still_prints_its_json(

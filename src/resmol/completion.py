@@ -161,7 +161,8 @@ def _completion(prompt: str, writer: _Writer, timings: Timings) -> Completion:
     row = writer.tokens
     reason = row.finish_reason
     assert reason is not None
-    return Completion(prompt, writer.text, row.prompt, row.tokens, row.logprobs, reason, timings)
+    logprobs = row.logprobs[: len(row.tokens)]  # one more, where Ctrl-C came before its token
+    return Completion(prompt, writer.text, row.prompt, row.tokens, logprobs, reason, timings)
 
 
 class TextStream:
@@ -244,6 +245,7 @@ def complete_batches(
 
     Raises:
         UsageError: A prompt fills the context (the message says which), or another argument makes no sense.
+        KeyboardInterrupt: Ctrl-C, after a batch of what there was by then, its unfinished texts as ``interrupted``.
     """
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
@@ -254,7 +256,7 @@ def complete_batches(
             Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
             for ids in tokenizer.encode_batch(prompts[part])
         ]
-        yield _complete_together(model, prompts[part], [_Writer(row, tokenizer, stop) for row in rows])
+        yield from _complete_together(model, prompts[part], [_Writer(row, tokenizer, stop) for row in rows])
 
 
 def _check_prompts(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], names: Sequence[str]) -> None:
@@ -272,14 +274,26 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def _complete_together(model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]) -> list[Completion]:
+def _complete_together(
+    model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]
+) -> Iterator[list[Completion]]:
+    """Yield the texts of one batch; after Ctrl-C what there is of them, and then raise it."""
     rows = [writer.tokens for writer in writers]
     writer_of = dict(zip(map(id, rows), writers, strict=True))
     clock = _Clock(decode_batch(model, rows), prefills=len(rows))
-    for grown in clock:
-        for row in grown:
-            writer_of[id(row)].take(row.tokens[-1])
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        for grown in clock:
+            for row in grown:
+                writer_of[id(row)].take(row.tokens[-1])
+    except KeyboardInterrupt as error:
+        interrupt = error
     for writer in writers:
-        writer.finish()
+        if writer.tokens.finish_reason is None:
+            writer.tokens.finish_reason = "interrupted"
+        else:
+            writer.finish()
     timings = clock.timings(rows)
-    return [_completion(prompt, writer, timings) for prompt, writer in zip(prompts, writers, strict=True)]
+    yield [_completion(prompt, writer, timings) for prompt, writer in zip(prompts, writers, strict=True)]
+    if interrupt is not None:
+        raise interrupt

@@ -89,10 +89,10 @@ class Continuation:
         if token == self._eos_id:
             self.finish_reason = "eos"
             return False
+        if self._with_logprobs:  # before the token: Ctrl-C in between must not leave a token without one
+            self.logprobs.append(float(logits.float().log_softmax(-1)[token]))
         self.tokens.append(token)
         self._seen[length] = token
-        if self._with_logprobs:
-            self.logprobs.append(float(logits.float().log_softmax(-1)[token]))
         if len(self.tokens) == self.limit:
             self.finish_reason = "length" if self.limit == self.sampling.max_new_tokens else "context"
         return True
