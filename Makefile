@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce test interop slow mistakes faults check format clean
+.PHONY: help setup quickstart reproduce demo bench test interop slow mistakes faults check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -21,6 +21,14 @@ quickstart: .venv/package ## SmolLM2's architecture at a size for minutes: 5000 
 
 reproduce: .venv/package ## the same with the real SmolLM2-135M, on a GPU or a CPU; interrupted, it goes on
 	$(BIN)/resmol reproduce runs/smollm2-135m
+
+demo: .venv/package ## a page to try the model of `make quickstart` in, at http://127.0.0.1:7860
+	@if [ ! -d runs/quickstart ]; then \
+	  echo "error: there is no runs/quickstart" >&2; echo "  fix: make quickstart" >&2; exit 3; fi
+	$(BIN)/resmol demo runs/quickstart
+
+bench: .venv/package ## speed and memory of training side by side with transformers, at the size of SmolLM2-135M
+	$(BIN)/resmol bench train --peer transformers
 
 test: .venv/package ## the test suite
 	$(BIN)/python -m pytest -m "not slow and not interop" -n $(WORKERS) --dist worksteal

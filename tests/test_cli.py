@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import TrainTiny
 
+from resmol import generate
 from resmol.__main__ import exit_code, run
 from resmol.config import RunConfig
 from resmol.data.shards import Dataset
@@ -80,6 +83,8 @@ def test_help_and_version_without_torch() -> None:
         (["generate", "RUN", "--prompt", "x", "--stop", ""], 2, "a stop string is empty"),
         (["generate", "RUN", "--prompt", "x", "--repetition-penalty", "0"], 2, "repetition_penalty is 0"),
         (["generate", "RUN", "--prompts", "missing.txt"], 3, "missing.txt does not exist"),
+        (["evaluate", "RUN", "--windows", "-1"], 2, "Invalid value for '--windows'"),
+        (["bench", "train", "--batch", "1x64", "--batch", "2x64", "--trace", "t.json"], 2, "and 2 are given"),
         (["audit", "RUN"], 3, "not a run directory"),
         (["report", "RUN"], 3, "not a run directory"),
         (["inspect", "missing/config.json"], 3, "missing/config.json"),
@@ -187,6 +192,37 @@ def test_audit_evaluate_generate_as_json(
         assert keys <= set(json.loads(capsys.readouterr().out))
 
 
+def test_a_name_with_brackets_is_no_markup(
+    tmp_path: Path, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_path = tmp_path / "[" / "x]"  # together a closing tag of Rich
+    train_tiny(run_path, 10)
+    assert run(["evaluate", str(run_path)], debug=True) == 0
+    assert "[/x]" in "".join(capsys.readouterr().out.split())
+
+
+class Restarted(BaseException):
+    """The process would have been replaced."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["bench", "train", "--preset", "nano", "--data", "missing.txt", "--trace", "t.json"],
+     ["reproduce", "RUN", "--preset", "nano", "--input", "missing.txt", "--set", "model.vocab_size=1"]],
+    ids=["trace", "estimate"],
+)  # fmt: skip
+def test_what_trains_in_its_own_process_has_the_allocator_of_train(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restart() -> None:
+        raise Restarted
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", restart)
+    with pytest.raises(Restarted):
+        run(arguments, debug=False)
+
+
 def test_the_prompts_of_a_file_are_what_each_prompt_gives(
     finished: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +246,36 @@ def test_the_prompts_of_a_file_are_what_each_prompt_gives(
         blocks.append(f"=== {row['place']}: {row['prompt']}\n{row['text']}\n")
     assert run(several, debug=True) == 0
     assert capsys.readouterr().out == "".join(blocks)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_ctrl_c_with_json_prints_what_there_is(
+    several: bool, finished: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("ka\nlo\nmi\n")
+    given = ["--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2"] if several else ["--prompt", "ka"]
+    passes = itertools.count(1)
+
+    def until_the_tenth(function: Callable[..., object]) -> Callable[..., object]:
+        def computed(*arguments: object) -> object:
+            if next(passes) == 10:
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return computed
+
+    for name in ("_logits", "_next_logits"):
+        monkeypatch.setattr(generate, name, until_the_tenth(getattr(generate, name)))
+    command = ["generate", finished, *given, "--json", "--max-new-tokens", "40", "--temperature", "0"]
+    assert run(command, debug=False) == 130
+    found = json.loads(capsys.readouterr().out)
+    texts = found["completions"] if several else [found]
+    assert [text["prompt"] for text in texts] == (["ka", "lo"] if several else ["ka"])
+    for text in texts:
+        assert text["finish_reason"] == "interrupted"
+        assert len(text["token_ids"]) == len(text["logprobs"]) == (8 if several else 9)
+        assert text["text"]
+    assert {"timings", "model", "seed"} <= found.keys()
 
 
 def test_a_failed_audit_exits_with_1_and_still_prints_its_json(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from resmol import completion as module
 from resmol.completion import TextStream, Timings, complete_batches
 from resmol.config import RunConfig
 from resmol.errors import UsageError
+from resmol.generate import Continuation, decode_batch
 from resmol.load import LoadedModel
 from resmol.model import CausalLM
 from resmol.sampling import Sampling
@@ -80,6 +83,56 @@ def test_a_prompt_that_is_too_long_is_named_before_any_work(loaded: LoadedModel)
         loaded.complete_batch(["ka", "9" * 80])
     with pytest.raises(UsageError, match="batch size is 0"):
         loaded.complete_batch(["ka"], batch_size=0)
+
+
+def test_rows_are_made_for_one_batch_only(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds a random generator and a buffer: of a hundred thousand prompts that would be gigabytes."""
+    made: list[int] = []
+
+    class Counted(module.Continuation):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(len(self.prompt))
+
+    monkeypatch.setattr(module, "Continuation", Counted)
+    batches = complete_batches(loaded.model, loaded.tokenizer, PROMPTS, Sampling(4, 0.0), batch_size=2)
+    assert made == []
+    for expected in (2, 4, 5):
+        next(batches)
+        assert len(made) == expected
+    assert list(batches) == []
+
+
+def test_ctrl_c_leaves_what_there_is_of_a_batch(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = loaded.complete_batch(PROMPTS, batch_size=2, max_new_tokens=12, temperature=0.0)
+    passes = itertools.count()
+
+    def interrupted(model: CausalLM, rows: Sequence[Continuation]) -> Iterator[list[Continuation]]:
+        for grown in decode_batch(model, rows):
+            if next(passes) == 17:  # the second batch: two passes over prompts, and some over single tokens
+                raise KeyboardInterrupt
+            yield grown
+
+    monkeypatch.setattr(module, "decode_batch", interrupted)
+    batches = complete_batches(
+        loaded.model, loaded.tokenizer, PROMPTS, Sampling(12, 0.0), batch_size=2, with_logprobs=True
+    )
+    first, second = next(batches), next(batches)
+    assert [one.text for one in first] == [one.text for one in whole[:2]]
+    for one, expected in zip(second, whole[2:4], strict=True):
+        assert one.finish_reason == "interrupted"
+        assert 0 < len(one.token_ids) == len(one.logprobs) < 12
+        assert one.token_ids == expected.token_ids[: len(one.token_ids)]
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+
+
+def test_ctrl_c_between_a_token_and_its_logprob(loaded: LoadedModel) -> None:
+    stream = loaded.stream("ka", Sampling(24, 0.0), with_logprobs=True)
+    next(iter(stream))
+    stream._tokens.logprobs.append(-1.0)  # what an interrupt leaves there
+    done = stream.completion()
+    assert len(done.token_ids) == len(done.logprobs)
 
 
 def test_who_stops_reading_gets_what_there_is(loaded: LoadedModel) -> None:

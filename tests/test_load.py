@@ -239,8 +239,9 @@ def test_a_given_tokenizer_is_used(folder: Path, tiny_tokenizer: Tokenizer, own_
 def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
     reference(vocab_size=64).save_pretrained(tmp_path / "hf")
     loaded = load_model(tmp_path / "hf", tokenizer=tiny_tokenizer)
-    with pytest.raises(DataError, match="512 tokens, and the model 64"):
+    with pytest.raises(DataError, match="512 tokens, and the model 64") as caught:
         loaded.generate("ka")
+    assert "--tokenizer" not in caught.value.fix  # which the commands that load a model do not have
 
 
 # --- what is refused ---------------------------------------------------------------------------------------

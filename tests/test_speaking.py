@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -19,6 +20,9 @@ from resmol import speaking
 from resmol.api import train_model
 from resmol.config import RunConfig
 from resmol.data.shards import Dataset
+from resmol.errors import DataError
+from resmol.load import load_model
+from resmol.sampling import Sampling
 from resmol.tokenizer import Tokenizer
 
 SECONDS = 60  # the most that anything here may take; only a broken program comes near
@@ -157,6 +161,39 @@ def test_a_pipe_is_answered_line_by_line_and_its_bad_lines_decide_the_exit_code(
     assert "Ctrl-C" not in told
     fine = piped(run, b"ka\nlo\n", "--max-new-tokens=4", "--temperature=0")
     assert (fine.returncode, fine.stdout) == (0, done.stdout)
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(speaking, "MAX_BYTES", 4 << 20)
+    monkeypatch.setattr(speaking, "stream", lambda _loaded, prompt, *_: asked.append(prompt))
+    content = io.BytesIO(b"ka\n" + b"x" * (10 << 20) + b"\nlo\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
+    with pytest.raises(DataError, match="1 of 2 prompts could not be answered"):
+        speaking.converse(load_model(run), Sampling(), ())
+    assert asked == ["ka"]
+    assert "error: the line is larger than 4 MiB\n  fix: " in capsys.readouterr().err
+    assert content.tell() < 5 << 20
+
+
+def test_the_prompt_sign_is_no_part_of_the_texts(run: Path) -> None:
+    """The texts go into a file while prompts are typed at a terminal."""
+    keyboard, terminal_end = pty.openpty()
+    arguments = command(run, "--interactive", "--max-new-tokens=4", "--temperature=0")
+    try:
+        with subprocess.Popen(
+            arguments, stdin=terminal_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        ) as process:
+            os.write(keyboard, b"ka\n\x04")
+            texts, told = process.communicate(timeout=SECONDS)
+    finally:
+        os.close(keyboard)
+        os.close(terminal_end)
+    assert process.returncode == 0
+    assert texts == piped(run, b"ka\n", "--max-new-tokens=4", "--temperature=0").stdout
+    assert told.count(b"\n> ") == 2
 
 
 def test_an_interrupt_leaves_a_program_that_reads_a_pipe(run: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -120,8 +122,33 @@ def test_a_file_or_its_folder_with_the_right_hash_loads_and_is_cached(tiny_token
 def test_another_hash_is_refused_and_the_message_names_the_flag(tiny_tokenizer_file, own_cache):
     with pytest.raises(DataError) as caught:
         load_tokenizer(tiny_tokenizer_file)
-    assert f"--tokenizer-sha256 {sha(tiny_tokenizer_file)}" in caught.value.fix
+    digest = sha(tiny_tokenizer_file)
+    assert f"`prepare` --tokenizer-sha256 {digest}" in caught.value.fix
+    assert f"`train` --set tokenizer.sha256={digest}" in caught.value.fix
     assert not own_cache.exists()
+
+
+def test_the_way_out_without_an_option_leads_there(tiny_tokenizer_file, own_cache):
+    """Most commands have no --tokenizer: what their message names is a file that they will read."""
+    digest = sha(tiny_tokenizer_file)
+    with pytest.raises(DataError, match="is in the cache") as caught:
+        load_tokenizer(sha256=digest)
+    target = re.search(r"copy its file to (\S+),", caught.value.fix)
+    assert target is not None
+    own_cache.mkdir(parents=True)
+    shutil.copy(tiny_tokenizer_file, target[1])
+    assert load_tokenizer(sha256=digest).sha256 == digest
+
+
+def test_every_option_that_a_message_names_exists():
+    """Of the commands that they name, and of no other."""
+    from typer.testing import CliRunner
+
+    from resmol.cli import app
+
+    for command, option in (("prepare", "--tokenizer-sha256"), ("prepare", "--tokenizer"), ("train", "--tokenizer")):
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
+        assert option in text
 
 
 def test_a_damaged_cache_is_not_used(tiny_tokenizer_file, own_cache):

@@ -121,8 +121,11 @@ def evaluate_model(
         ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``, and what was measured.
 
     Raises:
+        UsageError: ``windows`` or ``seq_len`` is negative.
         DataError: There is no text to evaluate on.
     """
+    if windows < 0 or seq_len < 0:
+        raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
     loaded = load_model(model, say=say)
     run = RunDir(Path(model))
     config = load_config(run.config) if run.exists() else None

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
 from resmol.errors import UsageError
-from resmol.generate import Continuation, FinishReason, decode, decode_batch
+from resmol.generate import Continuation, FinishReason, check_prompt, decode, decode_batch
 from resmol.model import CausalLM
 from resmol.sampling import Sampling
 from resmol.stop_strings import StopStrings
 from resmol.tokenizer import StreamDecoder, Tokenizer
+
+_CHECKED_TOGETHER = 1024  # prompts whose tokens exist at the same time while all are checked
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,8 @@ def _completion(prompt: str, writer: _Writer, timings: Timings) -> Completion:
     row = writer.tokens
     reason = row.finish_reason
     assert reason is not None
-    return Completion(prompt, writer.text, row.prompt, row.tokens, row.logprobs, reason, timings)
+    logprobs = row.logprobs[: len(row.tokens)]  # one more, where Ctrl-C came before its token
+    return Completion(prompt, writer.text, row.prompt, row.tokens, logprobs, reason, timings)
 
 
 class TextStream:
@@ -227,7 +230,8 @@ def complete_batches(
 ) -> Iterator[list[Completion]]:
     """Continue several texts, ``batch_size`` together, each as if it were alone; yield batch by batch, in order.
 
-    All prompts are checked before the first is read. See `generate.generate_batch` on what rounding may change.
+    All prompts are checked before the first is read; what decoding needs exists for one batch at a time. See
+    `generate.generate_batch` on what rounding may change.
 
     Args:
         model: The model.
@@ -241,30 +245,55 @@ def complete_batches(
 
     Raises:
         UsageError: A prompt fills the context (the message says which), or another argument makes no sense.
+        KeyboardInterrupt: Ctrl-C, after a batch of what there was by then, its unfinished texts as ``interrupted``.
     """
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
-    eos, writers = model.config.eos_token_id, []
-    for number, ids in enumerate(tokenizer.encode_batch(prompts)):
-        try:
-            row = Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
-        except UsageError as error:
-            name = names[number] if names else f"prompt {number + 1}"
-            raise UsageError(f"{name}: {error.what}", fix=error.fix) from None
-        writers.append(_Writer(row, tokenizer, stop))
-    for first in range(0, len(writers), batch_size):
-        part = slice(first, first + batch_size)
-        yield _complete_together(model, prompts[part], writers[part])
+    _check_prompts(model, tokenizer, prompts, names)
+    eos = model.config.eos_token_id
+    for part in _slices(len(prompts), batch_size):  # a row holds a random generator and a buffer: no more than a batch
+        rows = [
+            Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
+            for ids in tokenizer.encode_batch(prompts[part])
+        ]
+        yield from _complete_together(model, prompts[part], [_Writer(row, tokenizer, stop) for row in rows])
 
 
-def _complete_together(model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]) -> list[Completion]:
+def _check_prompts(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], names: Sequence[str]) -> None:
+    """Raise `UsageError` with the name of a prompt that cannot be read; tokens are made anew, which costs little."""
+    for part in _slices(len(prompts), _CHECKED_TOGETHER):
+        for number, ids in enumerate(tokenizer.encode_batch(prompts[part]), start=part.start):
+            try:
+                check_prompt(model.config, ids or [model.config.eos_token_id])
+            except UsageError as error:
+                name = names[number] if names else f"prompt {number + 1}"
+                raise UsageError(f"{name}: {error.what}", fix=error.fix) from None
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, count, size))
+
+
+def _complete_together(
+    model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]
+) -> Iterator[list[Completion]]:
+    """Yield the texts of one batch; after Ctrl-C what there is of them, and then raise it."""
     rows = [writer.tokens for writer in writers]
     writer_of = dict(zip(map(id, rows), writers, strict=True))
     clock = _Clock(decode_batch(model, rows), prefills=len(rows))
-    for grown in clock:
-        for row in grown:
-            writer_of[id(row)].take(row.tokens[-1])
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        for grown in clock:
+            for row in grown:
+                writer_of[id(row)].take(row.tokens[-1])
+    except KeyboardInterrupt as error:
+        interrupt = error
     for writer in writers:
-        writer.finish()
+        if writer.tokens.finish_reason is None:
+            writer.tokens.finish_reason = "interrupted"
+        else:
+            writer.finish()
     timings = clock.timings(rows)
-    return [_completion(prompt, writer, timings) for prompt, writer in zip(prompts, writers, strict=True)]
+    yield [_completion(prompt, writer, timings) for prompt, writer in zip(prompts, writers, strict=True)]
+    if interrupt is not None:
+        raise interrupt

@@ -27,6 +27,7 @@ __all__ = [
     "Continuation",
     "FinishReason",
     "Sampling",
+    "check_prompt",
     "choose",
     "decode",
     "decode_batch",
@@ -65,7 +66,7 @@ class Continuation:
         with_logprobs: bool = False,
     ) -> None:
         self.prompt = list(prompt) or [config.eos_token_id]
-        _check_prompt(self.prompt, config.vocab_size, config.max_position_embeddings)
+        check_prompt(config, self.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
@@ -88,13 +89,28 @@ class Continuation:
         if token == self._eos_id:
             self.finish_reason = "eos"
             return False
+        if self._with_logprobs:  # before the token: Ctrl-C in between must not leave a token without one
+            self.logprobs.append(float(logits.float().log_softmax(-1)[token]))
         self.tokens.append(token)
         self._seen[length] = token
-        if self._with_logprobs:
-            self.logprobs.append(float(logits.float().log_softmax(-1)[token]))
         if len(self.tokens) == self.limit:
             self.finish_reason = "length" if self.limit == self.sampling.max_new_tokens else "context"
         return True
+
+
+def check_prompt(config: ModelConfig, ids: Sequence[int]) -> None:
+    """Raise `UsageError` when the ids of a prompt fill the model's context, or one is outside the vocabulary."""
+    if len(ids) >= config.max_position_embeddings:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens; the model's context is {config.max_position_embeddings}",
+            fix="shorten the prompt",
+        )
+    outside = [token for token in ids if not 0 <= token < config.vocab_size]
+    if outside:
+        raise UsageError(
+            f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}",
+            fix="use the model's own tokenizer",
+        )
 
 
 def generate(model: CausalLM, prompt: Sequence[int], sampling: Sampling, *, eos_id: int | None) -> Iterator[int]:
@@ -231,16 +247,3 @@ def _next_logits(model: CausalLM, new: Sequence[int], cache: KVCache) -> Float[T
     hidden = model.hidden(torch.tensor(new, device=model.lm_head.weight.device)[:, None], cache=cache)
     logits: Tensor = model.lm_head(hidden[:, -1])
     return logits
-
-
-def _check_prompt(ids: Sequence[int], vocab_size: int, context: int) -> None:
-    if len(ids) >= context:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens; the model's context is {context}", fix="shorten the prompt"
-        )
-    outside = [token for token in ids if not 0 <= token < vocab_size]
-    if outside:
-        raise UsageError(
-            f"token id {outside[0]} is outside the vocabulary of {vocab_size}",
-            fix="use the model's own tokenizer",
-        )

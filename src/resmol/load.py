@@ -54,7 +54,7 @@ class LoadedModel:
             raise DataError(
                 f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, and the model "
                 f"{self.config.vocab_size}",
-                fix="name the model's own tokenizer with --tokenizer PATH",
+                fix="put the model's own tokenizer.json beside its weights; in Python: load_model(..., tokenizer=PATH)",
             )
         return tokenizer
 

@@ -12,7 +12,7 @@ from resmol.completion import Completion, TextStream
 from resmol.errors import DataError, ResmolError
 from resmol.load import LoadedModel
 from resmol.printing import say
-from resmol.prompts import decoded, one_line
+from resmol.prompts import MAX_BYTES, decoded, one_line
 from resmol.sampling import Sampling
 
 PROMPT = "> "
@@ -70,7 +70,8 @@ def print_batch(done: Sequence[Completion], places: Sequence[str]) -> None:
 def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> None:
     """Read prompts from standard input, one a line, and answer each by itself until the input ends.
 
-    A line that is empty is passed over. A prompt that cannot be answered is reported, and the next one is read.
+    A line that is empty is passed over. A prompt that cannot be answered is reported, and the next one is read; only a
+    line that is too large to be read ends the loop, since what follows it would be the rest of it.
 
     Raises:
         DataError: At the end, if the input was no terminal and there was a prompt that could not be answered.
@@ -97,6 +98,8 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
         except ResmolError as error:
             failed += 1
             say(f"error: {error.what}\n  fix: {error.fix}")
+            if isinstance(error, _LineTooLarge):
+                break
     if failed and not at_terminal:
         raise DataError(f"{failed} of {answered + failed} prompts could not be answered", fix="see the messages above")
 
@@ -107,17 +110,36 @@ def warn_untokenizable(loaded: LoadedModel, prompt: str) -> None:
         say(f"{dropped} bytes of the prompt have no token in this vocabulary and are left out")
 
 
+class _LineTooLarge(DataError):
+    """A line that is not read to its end, which may never come."""
+
+
 def _next_prompt(at_terminal: bool) -> str | None:
-    """Return the next line, or None at the end of the input."""
+    """Return the next line, or None at the end of the input.
+
+    Raises:
+        DataError: The line is not UTF-8, or too large.
+    """
     if not at_terminal:
-        line = sys.stdin.buffer.readline()
+        line = sys.stdin.buffer.readline(MAX_BYTES + 1)
+        if len(line) > MAX_BYTES:
+            raise _LineTooLarge(f"the line is larger than {MAX_BYTES >> 20} MiB", fix="cut it into several lines")
         return one_line(decoded(line, "the line")) if line else None
     try:
-        line = input(PROMPT)
+        line = _typed()
     except EOFError:
         say("")
         return None
     return decoded(line.encode("utf-8", errors="surrogateescape"), "the line")
+
+
+def _typed() -> str:
+    """Return what is typed behind the prompt sign, which never stands in a file that the texts are written to."""
+    if sys.stdout.isatty():
+        return input(PROMPT)
+    sys.stderr.write(PROMPT)
+    sys.stderr.flush()
+    return input()
 
 
 def _answer(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence[str]) -> None:

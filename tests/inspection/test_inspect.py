@@ -19,6 +19,7 @@ from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
 from tiny import TrainTiny
 
+from resmol.config import RuntimeConfig
 from resmol.config_files import load_preset, preset_names
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
 from resmol.flops import training_memory
@@ -112,6 +113,24 @@ def test_batch_and_length_scale_the_memory() -> None:
     assert two["training"]["activations"] == 2 * one["training"]["activations"]
     assert two["inference"]["kv cache"] == 2 * one["inference"]["kv cache"]
     assert two["training"]["weights"] == one["training"]["weights"]
+
+
+def test_memory_is_counted_with_the_settings_of_the_run(tmp_path: Path) -> None:
+    overrides = ["runtime.loss_chunk_tokens=32", "runtime.activation_checkpointing=on"]
+    config = load_preset("nano", overrides)
+    (tmp_path / "nano.toml").write_text(config.to_toml(), encoding="utf-8")
+    sizes = config.batch.micro_batch_size, config.data.seq_len
+    found = inspect_model(str(tmp_path / "nano.toml"))
+    assert found.memory["training"] == training_memory(config.model, *sizes, 32, recompute=True)
+    assert found.to_dict()["loss_chunk_tokens"] == 32
+    assert found.to_dict()["activation_checkpointing"] == "on"
+
+
+def test_without_settings_those_of_training_count(folder: Path) -> None:
+    found = inspect_model("smollm2-135m", batch=1)
+    assert found.memory["training"]["logits chunk"] == 4 * RuntimeConfig().loss_chunk_tokens * 49_152
+    alone = inspect_model(str(folder), seq_len=16, batch=64)
+    assert alone.memory["training"]["logits chunk"] == 4 * RuntimeConfig().loss_chunk_tokens * 64
 
 
 @pytest.mark.parametrize(("seq_len", "batch"), [(8193, 1), (-1, 1), (16, -1)])

@@ -20,6 +20,7 @@ from resmol.cli.app import (
     TokenizerSource,
     app,
     chosen_config,
+    tune_allocator,
 )
 from resmol.config import RunConfig
 from resmol.config_files import load_preset, with_overrides
@@ -62,6 +63,10 @@ def bench_train(
 ) -> None:
     """Measure training steps: ours, the peer's as it is and tuned, and those of an ideal machine."""
     chosen = chosen_config(preset, config) or load_preset("smollm2-135m-cpu")
+    if trace is not None:
+        if len(batch or ()) > 1:
+            raise UsageError(f"--trace watches one --batch, and {len(batch or ())} are given", fix="give one of them")
+        tune_allocator()  # it trains in this process, which must meet the same page faults as `train`
     from resmol.bench.training import TrainBench, parse_batch, training_contests
     from resmol.measurement import prepared_folder
 

@@ -68,8 +68,19 @@ def _generate_one(
         stream(loaded, prompt, sampling, stop)
         return
     warn_untokenizable(loaded, prompt)
-    done = loaded.complete(prompt, stop=stop, **asdict(sampling))
-    print_json({**done.to_dict(), **facts, "timings": done.timings.to_dict()})
+    pieces = loaded.stream(prompt, sampling, stop=stop, with_logprobs=True)
+
+    def tell() -> None:
+        done = pieces.completion()
+        print_json({**done.to_dict(), **facts, "timings": done.timings.to_dict()})
+
+    try:
+        for _ in pieces:
+            pass
+    except KeyboardInterrupt:  # what there is so far, as `interrupted`
+        tell()
+        raise
+    tell()
 
 
 def _generate_several(
@@ -80,25 +91,36 @@ def _generate_several(
     batch_size: int,
     facts: dict[str, Any] | None,
 ) -> None:
-    from resmol.completion import Completion, Timings, complete_batches
+    from resmol.completion import Timings, complete_batches
     from resmol.speaking import print_batch, warn_untokenizable
 
     texts, places = [prompt.text for prompt in prompts], [prompt.place for prompt in prompts]
     for text in texts:
         warn_untokenizable(loaded, text)
-    done: list[Completion] = []
+    rows: list[dict[str, Any]] = []
+    tokens: list[int] = []  # how many each text has
     timings: list[Timings] = []
-    for batch in complete_batches(
-        loaded.model, loaded.tokenizer, texts, sampling, stop=stop, batch_size=batch_size, names=places,
-        with_logprobs=facts is not None,
-    ):  # fmt: skip
+
+    def tell() -> None:
+        total = Timings.total(timings)
         if facts is None:
-            print_batch(batch, places[len(done) :])
-        done += batch
-        timings.append(batch[0].timings)
-    total = Timings.total(timings)
-    if facts is None:
-        say(f"[{len(done)} prompts, {sum(len(one.token_ids) for one in done):,} tokens; {total.describe()}]")
-    else:
-        rows = [{"place": place, **one.to_dict()} for place, one in zip(places, done, strict=True)]
-        print_json({"completions": rows, **facts, "timings": total.to_dict()})
+            say(f"[{len(tokens)} prompts, {sum(tokens):,} tokens; {total.describe()}]")
+        else:
+            print_json({"completions": rows, **facts, "timings": total.to_dict()})
+
+    try:
+        for batch in complete_batches(
+            loaded.model, loaded.tokenizer, texts, sampling, stop=stop, batch_size=batch_size, names=places,
+            with_logprobs=facts is not None,
+        ):  # fmt: skip
+            here = places[len(tokens) : len(tokens) + len(batch)]
+            if facts is None:
+                print_batch(batch, here)
+            else:
+                rows += [{"place": place, **one.to_dict()} for place, one in zip(here, batch, strict=True)]
+            tokens += [len(one.token_ids) for one in batch]
+            timings.append(batch[0].timings)
+    except KeyboardInterrupt:  # what there is so far; texts that were not begun are missing
+        tell()
+        raise
+    tell()

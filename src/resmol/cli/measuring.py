@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from resmol.cli.app import (
@@ -27,8 +28,8 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Prepared folder or text; a run's own held-out text if left out.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows to use; 0 takes all.")] = 0,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
+    windows: Annotated[int, typer.Option(min=0, help="Windows to use; 0 takes all.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=0, help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
     json_: Json = False,
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte."""
@@ -39,12 +40,10 @@ def evaluate(
     if json_:
         print_json(result)
     else:
-        table = Table("quantity", "value", title=f"held-out loss of {model}")
+        table = Table("quantity", "value", title=f"held-out loss of {escape(model)}")
         for key, value in result.items():
-            table.add_row(
-                key.replace("_", " "),
-                f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
-            )
+            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+            table.add_row(key.replace("_", " "), escape(str(shown)))
         Console().print(table)
 
 

@@ -111,6 +111,7 @@ def reproduce(
     json_: Json = False,
 ) -> None:
     """Do the whole job in separate processes and print the claims, each with its evidence."""
+    tune_allocator()  # the estimate trains in this process, as fast as `train` will
     from resmol.reproduce import Protocol
     from resmol.reproduce import reproduce as run_protocol
 

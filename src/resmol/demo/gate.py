@@ -87,10 +87,7 @@ class Gate:
             if scope["method"] == "POST":
                 await self._post(scope, receive, send)
             elif scope["path"] == DATA:
-                session = _session(
-                    parse_qs(scope["query_string"].decode("ascii", "replace")).get("session_hash", [""])[0]
-                )
-                with self._sessions.listening(session):
+                with self._sessions.listening(_listened_session(scope["query_string"])):
                     await self._inner(scope, receive, self._with_headers(send))
             else:
                 await self._inner(scope, receive, self._with_headers(send))
@@ -204,6 +201,14 @@ def _require_function(request: dict[str, Any], generate: int) -> None:
     number = request.get("fn_index")
     if isinstance(number, bool) or number != generate or not isinstance(number, int):
         raise Refusal(400, "there is no such function")
+
+
+def _listened_session(query: bytes) -> str:
+    """Return the session of a query string; of several, Gradio would take the last, so only one is let through."""
+    given = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("session_hash", [])
+    if len(given) > 1:
+        raise Refusal(400, "session_hash is given more than once")
+    return _session(given[0] if given else None)
 
 
 def _session(given: object) -> str:

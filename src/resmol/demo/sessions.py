@@ -34,6 +34,7 @@ class Sessions:
 
     def __init__(self, queue: Queue, patience: float, most: int) -> None:
         self._queue, self._patience, self._most = queue, patience, most
+        self._asked: set[str] = set()  # each of them has a listener or is in _silent_since, so it cannot grow either
         self._listeners: dict[str, int] = {}
         self._silent_since: dict[str, float] = {}
 
@@ -44,11 +45,16 @@ class Sessions:
             if len(self._silent_since) >= self._most and session not in self._silent_since:
                 return False
             self._silent_since.setdefault(session, time.monotonic())
+        self._asked.add(session)
         return True
 
     @contextmanager
     def listening(self, session: str) -> Iterator[None]:
-        """Somebody listens to a session while this context is open."""
+        """Somebody listens to a session while this context is open.
+
+        The end of it is noted only of a session that asked for something: others leave nothing behind that would have
+        to be given up, and counting them would let a stranger who only listens shut everybody else out.
+        """
         self._listeners[session] = self._listeners.get(session, 0) + 1
         self._silent_since.pop(session, None)
         try:
@@ -57,7 +63,8 @@ class Sessions:
             self._listeners[session] -= 1
             if not self._listeners[session]:
                 del self._listeners[session]
-                self._silent_since[session] = time.monotonic()
+                if session in self._asked:
+                    self._silent_since[session] = time.monotonic()
 
     def is_heard(self, session: str) -> bool:
         """Tell whether somebody listens to a session, or may still begin to."""
@@ -67,7 +74,9 @@ class Sessions:
     async def _give_up_silent(self) -> None:
         now = time.monotonic()
         for session in [s for s, since in self._silent_since.items() if now - since >= self._patience]:
-            del self._silent_since[session]
+            if self._silent_since.pop(session, None) is None:
+                continue  # while an earlier one was given up it was too, or somebody began to listen
+            self._asked.discard(session)
             await self._queue.clean_events(session_hash=session)
             self._queue.pending_messages_per_session.pop(session, None)
             self._queue.pending_event_ids_session.pop(session, None)

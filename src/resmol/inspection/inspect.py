@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check
+from resmol.config import RunConfig, RuntimeConfig
 from resmol.config_files import load_config, load_preset, preset_names
 from resmol.errors import DataError, NetworkError, UsageError
 from resmol.flops import (
@@ -37,7 +38,6 @@ from resmol.weights.gguf_header import is_gguf, read_gguf_header
 from resmol.weights.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
 
 DEFAULT_SEQ_LEN = 2048
-DEFAULT_LOSS_CHUNK = 256
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -53,6 +53,7 @@ class Inspection:
         parameters: Parameters by part.
         seq_len: Tokens in a window, for operations and memory.
         batch: Windows in a forward pass, for memory.
+        runtime: What else the memory depends on: the run's or the preset's settings, or the defaults of training.
         checks: config.json against the weight file, where both are known.
         open_questions: What all this cannot tell.
         notes: What the reader should know, such as that the weights could not be reached.
@@ -65,6 +66,7 @@ class Inspection:
     parameters: dict[str, int]
     seq_len: int
     batch: int
+    runtime: RuntimeConfig
     checks: list[Check]
     open_questions: tuple[OpenQuestion, ...]
     notes: tuple[str, ...] = ()
@@ -81,11 +83,15 @@ class Inspection:
 
     @property
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes by part, in float32, for ``batch`` windows of ``seq_len``."""
+        """Bytes by part, in float32, for ``batch`` windows of ``seq_len``.
+
+        Activation checkpointing that is ``auto`` counts as off: what it becomes depends on the machine that trains.
+        """
         if self.config is None:
             return {}
+        chunk, recompute = self.runtime.loss_chunk_tokens, self.runtime.activation_checkpointing == "on"
         return {
-            "training": training_memory(self.config, self.batch, self.seq_len, DEFAULT_LOSS_CHUNK),
+            "training": training_memory(self.config, self.batch, self.seq_len, chunk, recompute=recompute),
             "inference": inference_memory(self.config, self.batch, self.seq_len),
         }
 
@@ -100,6 +106,8 @@ class Inspection:
             "parameters": self.parameters | {"total": sum(self.parameters.values())},
             "seq_len": self.seq_len,
             "batch": self.batch,
+            "loss_chunk_tokens": self.runtime.loss_chunk_tokens,
+            "activation_checkpointing": self.runtime.activation_checkpointing,
             "flops_per_token": self.flops_per_token,
             "memory_bytes": memory,
             "checks": [check.to_dict() for check in self.checks],
@@ -165,6 +173,7 @@ def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None 
         parameters=parameter_counts(config) if config else parameters_by_part(tensors),
         seq_len=window,
         batch=windows,
+        runtime=found.runtime,
         checks=cross_check(config, tensors) if config and found.tensors is not None else [],
         open_questions=LEFT_OPEN if config else left_open_by_weights(tensors),
         notes=found.notes,
@@ -182,12 +191,23 @@ class _Found:
     seq_len: int | None = None
     batch: int | None = None
     notes: tuple[str, ...] = ()
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @classmethod
+    def of_run(
+        cls,
+        kind: str,
+        config: RunConfig,
+        tensors: Mapping[str, TensorInfo] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> _Found:
+        length, batch = config.data.seq_len, config.batch.micro_batch_size
+        return cls(kind, config.model, tensors, length, batch, notes, config.runtime)
 
 
 def _find(source: str) -> _Found:
     if source in preset_names():
-        preset = load_preset(source)
-        return _Found("preset", preset.model, None, preset.data.seq_len, preset.batch.micro_batch_size)
+        return _Found.of_run("preset", load_preset(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -206,8 +226,7 @@ def _file(path: Path) -> _Found:
     if path.suffix == ".json":
         return _Found("config", read_model_config(path))
     if path.suffix == ".toml":
-        config = load_config(path)
-        return _Found("config", config.model, None, config.data.seq_len, config.batch.micro_batch_size)
+        return _Found.of_run("config", load_config(path))
     if is_gguf(path):
         return _Found("gguf", gguf_config(read_gguf_header(path), str(path)))
     return _Found("safetensors", None, read_header(path).tensors)
@@ -216,11 +235,10 @@ def _file(path: Path) -> _Found:
 def _folder(path: Path) -> _Found:
     run = RunDir(path)
     if run.exists():
-        config = load_config(run.config)
         saved = list_checkpoints(run.checkpoints)
         tensors = find_weights(saved[0]).tensors if saved else None
         notes = (f"compared with {saved[0].name}" if saved else "the run has no checkpoint yet",)
-        return _Found("run", config.model, tensors, config.data.seq_len, config.batch.micro_batch_size, notes)
+        return _Found.of_run("run", load_config(run.config), tensors, notes)
     config_file, has_weights = path / "config.json", any((path / name).exists() for name in (WEIGHTS, INDEX))
     if not config_file.exists() and has_weights:
         return _Found("safetensors", None, find_weights(path).tensors, notes=("the folder has no config.json",))
