@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
-from resmol.checks import Check, all_passed
+from resmol.checks import Check, all_passed, largest
 
 GOOD = Check("parameters", True, "134,515,008", "134,515,008", guards="an untied output layer", evidence="verify.json")
 BAD = dataclasses.replace(GOOD, passed=False)
@@ -19,6 +20,16 @@ BAD = dataclasses.replace(GOOD, passed=False)
 )
 def test_all_passed(checks: list[Check], verdict: bool) -> None:
     assert all_passed(checks) is verdict
+
+
+@pytest.mark.parametrize("values", [[math.nan, 1.0], [0.0, math.nan], [0.0, math.nan, 2.0], [math.inf, math.nan]])
+def test_nan_is_larger_than_every_tolerance(values: list[float]) -> None:
+    assert math.isnan(largest(values))
+    assert not largest(values) <= math.inf
+
+
+def test_the_largest_number_is_the_largest() -> None:
+    assert largest(iter([-2.0, -1.0, -3.0])) == -1.0
 
 
 def test_a_check_is_a_json_object_with_every_field() -> None:
