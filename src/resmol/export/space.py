@@ -94,6 +94,7 @@ def _files(model: Path, model_repo: str | None) -> Iterator[tuple[str, bytes]]:
         "python": PYTHON,
         "parameters": total_parameters(read_model_config(model)),
         "version": __version__,
+        "licensed": (model / "LICENSE").is_file(),  # of weights from elsewhere only their source can tell
     }
     for name, template in (("README.md", "space_readme.md.j2"), ("app.py", "space_app.py.j2")):
         yield name, environment.get_template(template).render(**values).encode()
