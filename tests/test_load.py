@@ -17,6 +17,7 @@ from test_gguf import CONFIG as GGUF_CONFIG
 from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
 from tiny import TrainTiny
+from tokenizers import Tokenizer as RustTokenizer
 
 from resmol import load as load_module
 from resmol.checkpoint import weight_tensors
@@ -234,6 +235,37 @@ def test_a_given_tokenizer_is_used(folder: Path, tiny_tokenizer: Tokenizer, own_
     assert load_model(folder, tokenizer=tiny_tokenizer.path).tokenizer.sha256 == tiny_tokenizer.sha256
     with pytest.raises(DataError, match="there is no tokenizer"):
         _ = load_model(folder, tokenizer=folder / "missing").tokenizer
+
+
+def test_without_a_tokenizer_of_its_own_a_model_of_another_size_does_not_get_smollm2s(tmp_path: Path) -> None:
+    """Llama's 128,256 tokens were read with SmolLM2's 49,152: fluent nonsense, and no word about it."""
+    reference(vocab_size=50_000).save_pretrained(tmp_path / "hf")
+    path = write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG))
+    for source in (tmp_path / "hf", path):
+        loaded = load_model(source)
+        with pytest.raises(DataError, match=r"holds no tokenizer\.json, and SmolLM2's is another") as caught:
+            _ = loaded.tokenizer
+        assert "put the model's tokenizer.json beside the weights" in caught.value.fix
+
+
+def test_without_a_tokenizer_of_its_own_a_model_of_smollm2s_size_gets_it(
+    tmp_path: Path, genuine_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF file only if the tokens in its header are the same."""
+    monkeypatch.setattr(model_sources, "load_tokenizer", lambda **_: genuine_tokenizer)
+    reference(vocab_size=49_152).save_pretrained(tmp_path / "hf")
+    assert load_model(tmp_path / "hf").tokenizer is genuine_tokenizer
+    vocabulary = RustTokenizer.from_str(genuine_tokenizer.data.decode())
+    tokens = [vocabulary.id_to_token(index) for index in range(49_152)]
+    config = GGUF_CONFIG.model_copy(update={"vocab_size": 49_152, "hidden_size": 12})
+    weights = hf_weights(config)
+    key = "tokenizer.ggml.tokens"
+    assert load_model(write_gguf(tmp_path / "a.gguf", config, weights, **{key: tokens})).tokenizer is genuine_tokenizer
+    assert load_model(write_gguf(tmp_path / "b.gguf", config, weights)).tokenizer is genuine_tokenizer
+    tokens[17], tokens[18] = tokens[18], tokens[17]
+    other = load_model(write_gguf(tmp_path / "c.gguf", config, weights, **{key: tokens}))
+    with pytest.raises(DataError, match="tokens are not those of SmolLM2"):
+        _ = other.tokenizer
 
 
 def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tiny import TrainTiny
+from tiny import TrainTiny, rewrite
 
 from resmol.errors import DataError
 from resmol.ledger import Ledger, LedgerTampered, float_bits
@@ -95,6 +95,12 @@ def test_claims_of_reproduce(run: RunDir) -> None:
     assert str(run.path) not in text.partition("<h2>Configuration")[0]
 
 
+def test_claims_that_are_none_are_left_out(run: RunDir) -> None:
+    run.evidence.mkdir()
+    (run.evidence / "claims.json").write_text(json.dumps({"checks": [{}]}))
+    assert "Claims" not in page_of(run)[0]
+
+
 @pytest.mark.parametrize("torn", [b"", b'{"seq":'])
 def test_a_run_of_one_step(run: RunDir, torn: bytes) -> None:
     run.ledger.unlink()
@@ -131,6 +137,12 @@ def test_tampered_or_missing(run: RunDir, tmp_path: Path) -> None:
         write_report(run)
     with pytest.raises(DataError):
         write_report(RunDir(tmp_path / "nowhere"))
+
+
+def test_a_ledger_without_a_loss_is_an_error_in_words(run: RunDir) -> None:
+    rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "loss"} for record in records])
+    with pytest.raises(DataError, match="cannot be put into a report"):
+        write_report(run)
 
 
 def test_facts() -> None:

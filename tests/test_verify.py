@@ -20,7 +20,8 @@ from resmol.model import CausalLM
 from resmol.verify import verify
 from resmol.verify.parity import parity
 from resmol.verify.rotation import rotation_checks
-from resmol.verify.sanity import expected_shapes, finite
+from resmol.verify.sanity import finite
+from resmol.weights.hf_folder import tensor_shapes
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_larger_presets_have_the_published_names_and_shapes(name: str) -> None:
     with torch.device("meta"):
         model = CausalLM(config)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items() if key != "lm_head.weight"}
-    assert shapes == expected_shapes(config)
+    assert shapes == tensor_shapes(config)
 
 
 # --- what is put in here, the checks must find; tests/mistakes holds the mistakes of other reproductions --------
@@ -80,6 +81,20 @@ def test_the_student_projects_rotation_does_not_keep_lengths(
     """Its own check compared key names, and passed."""
     monkeypatch.setattr("resmol.model.rotate", interleaved_rotation)
     assert {"rotation keeps lengths", "rotation is relative"} <= failed(rotation_checks(config))
+
+
+def test_a_rotation_with_nan_at_some_positions_fails(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second call: max() and min() then meet a number before each NaN, and keep it."""
+    genuine = module.rotate
+    seen: list[int] = []
+
+    def broken(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        seen.append(1)
+        turned = genuine(x, rotation)
+        return turned * torch.nan if len(seen) % 2 == 0 else turned
+
+    monkeypatch.setattr("resmol.model.rotate", broken)
+    assert failed(rotation_checks(config)) == {"rotation keeps lengths", "rotation is relative", "rotation angles"}
 
 
 def test_labels_shifted_twice(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

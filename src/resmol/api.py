@@ -32,7 +32,7 @@ from resmol.views import View
 
 Say = Callable[[str], None]
 DEFAULT_EVALUATION_LENGTH = 512
-_NAME_MAP_FIX = "give a JSON object: their parameter name -> Hugging Face's"
+_NAME_MAP_FIX = "give a JSON object: their name -> Hugging Face's"
 
 
 def _silent(_: str) -> None:
@@ -175,7 +175,7 @@ def verify_model(
         UsageError: ``model`` cannot be imported, or ``names`` is not a map of names.
     """
     if model is not None:
-        return verify_foreign(import_factory(model), config, _name_map(names))
+        return verify_foreign(import_factory(model), config, _name_map(names), say=say)
     if weights == "random":
         return verify(config, say=say)
     loaded = load_model(weights, device="cpu", say=say)
@@ -202,11 +202,9 @@ def _name_map(path: Path | None) -> dict[str, str] | None:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot read {path}: {error}", fix="give a JSON object: their name -> Hugging Face's"
-        ) from None
+        raise UsageError(f"cannot read {path}: {error}", fix=_NAME_MAP_FIX) from None
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-        raise UsageError(f"{path} is not a map of names", fix="give a JSON object: their name -> Hugging Face's")
+        raise UsageError(f"{path} is not a map of names", fix=_NAME_MAP_FIX)
     return table
 
 

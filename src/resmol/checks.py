@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,12 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Return the check as a JSON object."""
         return asdict(self)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of some numbers, or NaN if one of them is NaN: `max` drops those, and a check would pass."""
+    listed = list(values)
+    return math.nan if any(map(math.isnan, listed)) else max(listed)
 
 
 def all_passed(checks: Sequence[Check]) -> bool:

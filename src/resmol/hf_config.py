@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resmol.errors import ConfigError, DataError
-from resmol.hub import hub_file
+from resmol.hub import hub_file, is_hub_id
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -194,7 +194,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
-    if not path.exists() and _looks_like_hub_id(str(source)):
+    if not path.exists() and is_hub_id(str(source)) and path.suffix != ".json":
         path = hub_file(str(source), "config.json", fix="check the name and the network, or name a config.json")
     try:
         if path.exists() and not path.is_file():  # a device or a pipe could be read for ever
@@ -222,7 +222,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         raise ValueError("a key appears twice")
     return table
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith(".json")

@@ -42,7 +42,7 @@ def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: b
 
 def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
     """Return checks as a table that also fits 80 columns: what is not needed to see that all is well stays away."""
-    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
+    table = Table(title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1))
     for check in checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
         lines = [escape(check.measured)]

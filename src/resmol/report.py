@@ -13,6 +13,7 @@ from resmol import __version__
 from resmol.atomic import write_durable
 from resmol.certificate import current_certificate
 from resmol.config_files import load_config
+from resmol.errors import DataError
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.plots import curves
 from resmol.rundir import RunDir
@@ -20,6 +21,8 @@ from resmol.views import describe
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
 SMOOTHED_STEPS = 50
+# What comes of a ledger whose chain holds and whose records lack a field, or have another type in it.
+FOREIGN_RECORD = (TypeError, ValueError, KeyError, AttributeError, IndexError, StopIteration, jinja2.TemplateError)
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
@@ -30,7 +33,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
         out: Where to write; ``RUN/report.html`` if None.
 
     Raises:
-        DataError: This is not a run directory, or it has no ledger.
+        DataError: This is not a run directory, it has no ledger, or the ledger's records do not say what resmol's say.
         LedgerTampered: The ledger does not hold together; a page about it would mean nothing.
     """
     run.require()
@@ -42,23 +45,29 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(
-        version=__version__,
-        title=run.path.resolve().name,
-        config=load_config(run.config),
-        config_text=run.config.read_text(encoding="utf-8"),
-        facts=headline_facts(content.records),
-        curves=curves(content.records),
-        samples=samples(content.records),
-        timeline=timeline(content.records),
-        environment=last_environment(content.records),
-        claims=run.claims(),
-        certificate=current_certificate(run),
-        checkpoints=list(select(content.records, "save")),
-        head=content.head,
-        lines=len(content.records),
-        torn=len(content.torn),
-    )
+    try:
+        page = environment.get_template("report.html.j2").render(
+            version=__version__,
+            title=run.path.resolve().name,
+            config=load_config(run.config),
+            config_text=run.config.read_text(encoding="utf-8"),
+            facts=headline_facts(content.records),
+            curves=curves(content.records),
+            samples=samples(content.records),
+            timeline=timeline(content.records),
+            environment=last_environment(content.records),
+            claims=run.claims(),
+            certificate=current_certificate(run),
+            checkpoints=list(select(content.records, "save")),
+            head=content.head,
+            lines=len(content.records),
+            torn=len(content.torn),
+        )
+    except FOREIGN_RECORD as error:
+        raise DataError(
+            f"{run.path} cannot be put into a report ({type(error).__name__}: {error})",
+            fix="its records were not written by this version of resmol; report on another run",
+        ) from error
     target = out or run.report
     write_durable(target, page.encode("utf-8", errors="replace"))
     return target

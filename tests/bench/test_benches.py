@@ -195,3 +195,11 @@ def test_the_limit_process_answers(tiny_config: RunConfig, monkeypatch: pytest.M
     task = {"of": "training", "model": tiny_config.model.model_dump(), "rows": 2, "seq_len": 16}
     found = limits.measure_limit({**task, "precision": "float32", "threads": 0})
     assert found["tokens_per_second"] > found["with_update"] > 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"warmup": -1}, {"seconds": 0.0}, {"seconds": float("nan")}, {"seconds": -5.0}, {"memory_bytes": -1}]
+)
+def test_a_scaling_that_cannot_be_measured_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong)).removesuffix('_bytes')}"):
+        Scaling(("tiny",), (16,), (1,), **wrong)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from tiny import rewrite
 
+from resmol.checks import Check
 from resmol.demo.identity import identify
 from resmol.demo.limits import Limits
 from resmol.demo.page import answer, heading, record_page
 from resmol.errors import CheckpointError, UsageError
+from resmol.export import export_gguf
 from resmol.load import LoadedModel, load_model
 from resmol.manifest import read_manifest
 from resmol.rundir import RunDir
@@ -40,6 +42,12 @@ def test_it_stops_when_nobody_listens(demo_model: LoadedModel) -> None:
     counting = Counting(demo_model.model, demo_model.provenance, demo_model.find_tokenizer)
     list(answer(counting, ["ka", 500, 0.8, 0.95, 50, 3], Limits(), lambda: next(listening)))
     assert len(computed) < 20
+
+
+def test_a_text_that_fills_the_context_did_not_end(demo_model: LoadedModel) -> None:
+    prompt = "9" * 1015  # each digit is a token; the context is 1024
+    found = list(answer(demo_model, [prompt, 500, 0.8, 0.95, 50, 3], Limits(prompt_chars=2000), lambda: True))
+    assert "the model's context is full" in found[-1][1]
 
 
 def test_it_stops_after_its_time(demo_model: LoadedModel) -> None:
@@ -100,3 +108,31 @@ def test_a_forged_record_is_not_shown(demo_run: Path, tmp_path: Path) -> None:
     page = record_page(identify(load_model(run.path / "checkpoints" / "step-00000012")))
     assert "does not hold together" in page
     assert "<svg" not in page
+
+
+def test_a_record_that_resmol_never_wrote_is_not_shown(demo_run: Path, tmp_path: Path) -> None:
+    """Its chain holds, but its steps have no loss."""
+    run = RunDir(Path(shutil.copytree(demo_run, tmp_path / "tiny-run")))
+    rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "loss"} for record in records])
+    page = record_page(identify(load_model(run.path / "checkpoints" / "step-00000012")))
+    assert "none that resmol wrote" in page
+    assert "<svg" not in page
+
+
+@pytest.mark.parametrize("name", ["", "tiny-run-F32.gguf"])
+def test_a_gguf_export_knows_its_step_and_brings_its_record(
+    demo_run: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resmol.export.gguf.compare_gguf", lambda *_: [Check("logits", True, "equal", "equal")])
+    out = export_gguf(demo_run, tmp_path / "out", dtype="float32").path
+    found = identify(load_model(out / name))
+    assert (found.title, found.step) == ("export of a checkpoint", 12)
+    assert record_page(found).count("<svg") == 4
+    file = out / "tiny-run-F32.gguf"
+    other = file.rename(out / "other.gguf")
+    assert "not trained by resmol" in identify(load_model(other)).title
+    content = bytearray(other.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="speaks of weights"):
+        identify(load_model(file))

@@ -146,3 +146,11 @@ def test_it_starts_in_a_clean_environment(demo_space: Path, tmp_path: Path) -> N
     subprocess.run(install, check=True, env=environment())
     with demo_process([str(python), "app.py"], tmp_path, cwd=demo_space, env=environment(), wait=120) as served:
         assert final_text(ask(served.url, ["ka", 8, 0.8, 1, 0, 0])).startswith("ka")
+
+
+def test_weights_from_elsewhere_get_no_licence_from_a_space(demo_space: Path, tmp_path: Path) -> None:
+    """The card in its model/ leaves the licence to their source; so must the Space around it."""
+    assert front_matter(demo_space)["license"] == "apache-2.0"
+    space = export_space(demo_space / "model", tmp_path / "space").path
+    assert not (space / "model" / "LICENSE").exists()
+    assert "license" not in front_matter(space)

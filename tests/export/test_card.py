@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -21,9 +22,13 @@ from resmol.__main__ import run as resmol
 from resmol.certificate import write_certificate
 from resmol.checks import Check
 from resmol.config_files import load_config
+from resmol.data.named import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
+from resmol.data.shards import open_dataset
 from resmol.errors import CheckFailed, DataError
 from resmol.export import hf
+from resmol.export.card import model_card
 from resmol.export.markdown import clean, code_block, code_span, plain
+from resmol.export.record import write_record
 from resmol.ledger import Record, read_ledger
 from resmol.load import load_model
 from resmol.rundir import RunDir
@@ -273,3 +278,23 @@ def test_records_that_resmol_never_wrote_are_an_error(run: RunDir, tmp_path: Pat
     rewrite(run, forge)
     with pytest.raises(DataError, match="cannot be put into words"):
         folder_of(run.path, tmp_path / "out")
+
+
+def test_the_card_names_the_corpus_of_the_standard_library(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, run: RunDir
+) -> None:
+    inputs = [f"{STANDARD_LIBRARY} 3.11.7"]
+    assert (corpus_of(inputs), corpus_of([SHAKESPEARE]), corpus_of(["mine.txt"]), corpus_of([])) == (
+        "stdlib", "shakespeare", None, None,
+    )  # fmt: skip
+    data = open_dataset(Path(load_config(run.config).data.path)).manifest
+    (facts,) = data.source.inputs
+    named = data.model_copy(
+        update={"source": data.source.model_copy(update={"inputs": (facts.model_copy(update={"name": inputs[0]}),)})}
+    )
+    loaded = load_model(run.path, device="cpu")
+    (tmp_path / "training").mkdir()
+    record = dataclasses.replace(write_record(run, tmp_path / "training", loaded.provenance), data=named)
+    text = model_card(loaded, "float32", record)
+    assert "resmol prepare data --corpus stdlib --val-fraction" in text
+    assert "YOUR_TEXT" not in text

@@ -297,6 +297,17 @@ def test_weights_beyond_the_type_are_refused(tiny_config: RunConfig, tiny_tokeni
     assert [check.passed for check in checks] == [False, False]  # rows of 24: also Q8_0 keeps them in F16
 
 
+@pytest.mark.parametrize("dtype", ["float16", "q8_0"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_stored_number_that_is_none_is_beyond_the_type(tiny_config: RunConfig, dtype: str, name: str) -> None:
+    model = CausalLM.empty(tiny_config.model)
+    model.initialise(0)
+    stored = gguf_file.as_stored(model, dtype)
+    assert gguf_comparison._type_check(model, stored, dtype).passed
+    stored.state_dict()[name].view(-1)[3] = torch.nan
+    assert not gguf_comparison._type_check(model, stored, dtype).passed
+
+
 def test_nobody_to_read_it_back_is_refused_before_anything_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

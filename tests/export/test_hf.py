@@ -18,11 +18,11 @@ from resmol.checks import all_passed
 from resmol.config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.export import export_hf, hf
-from resmol.export.comparison import HARD_TEXTS, compare_with_transformers
+from resmol.export.comparison import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check
 from resmol.load import LoadedModel, load_model
 from resmol.model import CausalLM
 from resmol.tokenizer import Tokenizer
-from resmol.verify.sanity import expected_shapes
+from resmol.weights.hf_folder import tensor_shapes
 from resmol.weights.sources import Provenance
 
 
@@ -63,7 +63,7 @@ def test_the_keys_are_those_of_the_architecture(tmp_path: Path, train_tiny: Trai
     export_hf(tmp_path / "run", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert ("lm_head.weight" in tensors) is not tied
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == expected_shapes(load_model(tmp_path / "run").config)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == tensor_shapes(load_model(tmp_path / "run").config)
 
 
 def test_the_genuine_tokenizer_through_autotokenizer(
@@ -152,3 +152,15 @@ def test_an_existing_folder_is_not_touched(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists"):
         export_hf(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_logit_that_is_no_number_is_a_difference(tiny_config: RunConfig, row: int) -> None:
+    """Also in the second comparison: max() of a number and NaN is the number."""
+    model = CausalLM.empty(tiny_config.model)
+    model.initialise(0)
+    inputs = [[1, 2, 3], [4, 5]]
+    theirs = [model(torch.tensor([ids]))[0].detach() for ids in inputs]
+    assert logits_check("logits", model, inputs, ReadBack(theirs, [], [])).passed
+    theirs[row][1, 7] = torch.nan
+    assert not logits_check("logits", model, inputs, ReadBack(theirs, [], [])).passed

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
-from hub_server import Hub, Repo, loopback_hub
+from hub_server import Hub, Repo, hub_with_client
 from huggingface_hub import constants
 from tiny import TrainTiny
 
@@ -44,18 +43,8 @@ Export = Callable[..., Path]
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub on this machine; the client is logged in as alice, its cache is empty and it does not wait to try again."""
-    with loopback_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
-        monkeypatch.setenv("HF_TOKEN", "hf_good")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    with hub_with_client(tmp_path, monkeypatch) as server:
         yield server
-        huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -179,6 +179,13 @@ def test_a_gguf_file_tells_its_architecture(tmp_path: Path) -> None:
     assert inspect_model(str(path)).config == GGUF_CONFIG
 
 
+def test_a_folder_that_is_there_for_a_gguf_file_tells_its_architecture(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = inspect_model(str(tmp_path))
+    assert (found.kind, found.config) == ("gguf", GGUF_CONFIG)
+
+
 # --- a weight file alone -----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from resmol.ledger import effective_steps, read_ledger, select
 from resmol.manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
 from resmol.safetensors_header import read_header
 from resmol.train import REPRODUCIBLE_FIELDS
-from resmol.verify.sanity import expected_shapes
+from resmol.weights.hf_folder import tensor_shapes
 
 # --- going on ------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ def files_guard(bench: Bench) -> set[str]:
     if {info.dtype for info in header.tensors.values()} != {"F32"}:
         found.add("weights are saved in float32")
     names = {name: tuple(info.shape) for name, info in header.tensors.items()}
-    return found if names == expected_shapes(bench.config.model) else found | {"names of a Hugging Face file"}
+    return found if names == tensor_shapes(bench.config.model) else found | {"names of a Hugging Face file"}
 
 
 def pickled(tensors: dict[str, torch.Tensor], path: Path) -> None:

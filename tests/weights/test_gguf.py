@@ -73,10 +73,10 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": config.eos_token_id,
     } | changes
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+    adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in metadata.items():
         if value is not None:
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-            add(key, value)
+            adds[type(value)](key, value)
     names = {f"model.{hf}": theirs for hf, theirs in (("embed_tokens", "token_embd"), ("norm", "output_norm"))}
     names["lm_head"] = "output"
     for layer in range(config.num_hidden_layers):

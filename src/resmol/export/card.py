@@ -10,7 +10,7 @@ import jinja2
 
 import resmol
 from resmol import __version__
-from resmol.data.named import SHAKESPEARE, licence_of
+from resmol.data.named import SHAKESPEARE, corpus_of, licence_of
 from resmol.errors import DataError
 from resmol.export.markdown import code_block, code_span, plain
 from resmol.export.record import RunRecord
@@ -104,6 +104,7 @@ def run_facts(record: RunRecord) -> dict[str, Any]:
         "inputs": [] if record.data is None else [(i, licence_of(i.name)) for i in record.data.source.inputs],
         "other_tokenizer": record.config.tokenizer.sha256 != SMOLLM2_TOKENIZER_SHA256,
         "shakespeare": record.data is not None and {i.name for i in record.data.source.inputs} == {SHAKESPEARE},
+        "corpus": None if record.data is None else corpus_of([i.name for i in record.data.source.inputs]),
         "certificate": record.certificate,
         "curves": record.curves,
     }

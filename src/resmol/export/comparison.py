@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resmol.checks import Check
+from resmol.checks import Check, largest
 from resmol.errors import CheckFailed, DataError
 from resmol.generate import Sampling, generate
 from resmol.model import CausalLM
@@ -151,12 +151,12 @@ def logits_check(
     why: str = "two implementations in float32",
 ) -> Check:  # fmt: skip
     """Compare logits; ``tolerance`` is relative to the largest, and ``why`` says where it comes from."""
-    worst = 0.0
+    shares = []
     for ids, other in zip(inputs, theirs.logits, strict=True):
         ours = model(torch.tensor([ids]))[0]
-        worst = (
-            max(worst, float((ours - other).abs().max() / ours.abs().max())) if ours.shape == other.shape else torch.inf
-        )
+        same_shape = ours.shape == other.shape
+        shares.append(float((ours - other).abs().max() / ours.abs().max()) if same_shape else torch.inf)
+    worst = largest(shares)
     return Check(
         name,
         worst <= tolerance,

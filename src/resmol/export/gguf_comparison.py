@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resmol.checks import Check
+from resmol.checks import Check, largest
 from resmol.errors import DataError
 from resmol.export.comparison import (
     TOLERANCE,
@@ -140,4 +140,4 @@ def product_error(model: CausalLM, inputs: list[list[int]], dtype: str) -> float
     finally:
         for hook in hooks:
             hook.remove()
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(exact, moved, strict=True))
+    return largest(float((a - b).abs().max() / a.abs().max()) for a, b in zip(exact, moved, strict=True))

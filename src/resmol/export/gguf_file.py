@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resmol.checkpoint import weight_tensors
+from resmol.checks import largest
 from resmol.export.gguf_vocabulary import gguf_vocabulary
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
@@ -130,7 +131,7 @@ def as_stored(model: CausalLM, dtype: str) -> CausalLM:
 
 def type_error(model: CausalLM, stored: CausalLM, dtype: str) -> float:
     """Return the largest error of a stored weight as a share of what its type allows (`TYPE_ERROR`); 0 is exact."""
-    worst = 0.0
+    shares = []
     others = stored.state_dict()
     for name, tensor in model.state_dict().items():
         kind = stored_kind(tuple(tensor.shape), dtype)
@@ -140,5 +141,5 @@ def type_error(model: CausalLM, stored: CausalLM, dtype: str) -> float:
             error, size = (x.unflatten(-1, (-1, Q8_BLOCK)).amax(-1) for x in (error, size))
         allowed = size * TYPE_ERROR[kind] + SMALLEST_ERROR.get(kind, 0.0)
         share = torch.where(error == 0, 0.0, error / allowed)
-        worst = max(worst, float(share.max()))
-    return worst
+        shares.append(float(share.max()))
+    return largest(shares)

@@ -150,7 +150,7 @@ def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
 
     The class matters: for ``GPT2Tokenizer``, which SmolLM2's own file names, transformers 5 builds a pre-tokenizer of
     its own and drops the step that separates digits, so that "a  1" gets other ids. ``PreTrainedTokenizerFast`` takes
-    ``tokenizer.json`` as it is, in transformers 4 and 5.
+    ``tokenizer.json`` as it is.
     """
     end = token_text(tokenizer, tokenizer.eos_id)
     return {

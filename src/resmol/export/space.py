@@ -6,7 +6,6 @@ versions of everything else are those that the tests of resmol passed with (`tem
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import as_file, files
@@ -21,11 +20,11 @@ from resmol.export.hf import Export, export_hf
 from resmol.export.seal import Seal, make_seal
 from resmol.flops import total_parameters
 from resmol.hf_config import read_model_config
+from resmol.hub import is_hub_id
 from resmol.manifest import WEIGHTS
 
 PYTHON = "3.11"
 SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the package ends with
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def export_space(
@@ -51,7 +50,7 @@ def export_space(
     """
     if out.exists():
         raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
-    if model_repo is not None and not _REPOSITORY.fullmatch(model_repo):
+    if model_repo is not None and not is_hub_id(model_repo):
         raise UsageError(f"{model_repo} does not name a repository", fix="write it as OWNER/NAME")
     made: list[Export] = []
 
@@ -95,6 +94,7 @@ def _files(model: Path, model_repo: str | None) -> Iterator[tuple[str, bytes]]:
         "python": PYTHON,
         "parameters": total_parameters(read_model_config(model)),
         "version": __version__,
+        "licensed": (model / "LICENSE").is_file(),  # of weights from elsewhere only their source can tell
     }
     for name, template in (("README.md", "space_readme.md.j2"), ("app.py", "space_app.py.j2")):
         yield name, environment.get_template(template).render(**values).encode()

@@ -6,7 +6,6 @@ No PyTorch and no weights: a configuration, the header of a weight file (from th
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,17 +27,17 @@ from resmol.flops import (
     training_memory,
 )
 from resmol.hf_config import ModelConfig, read_model_config
+from resmol.hub import is_hub_id
 from resmol.inspection.diagram import mermaid
 from resmol.inspection.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part
 from resmol.manifest import list_checkpoints
 from resmol.rundir import RunDir
 from resmol.safetensors_header import TensorInfo, read_header, read_remote_header
 from resmol.weights.gguf import gguf_config
-from resmol.weights.gguf_header import is_gguf, read_gguf_header
+from resmol.weights.gguf_header import is_gguf, only_gguf, read_gguf_header
 from resmol.weights.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
 
 DEFAULT_SEQ_LEN = 2048
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def _find(source: str) -> _Found:
         return _folder(path)
     if path.exists():
         return _file(path)
-    if _HUB_ID.fullmatch(source) and not source.endswith((".json", ".toml", ".safetensors", ".gguf")):
+    if is_hub_id(source) and not source.endswith((".json", ".toml", ".safetensors", ".gguf")):
         return _hub(source)
     nearest = difflib.get_close_matches(source, preset_names(), n=1)
     raise DataError(
@@ -239,6 +238,8 @@ def _folder(path: Path) -> _Found:
         tensors = find_weights(saved[0]).tensors if saved else None
         notes = (f"compared with {saved[0].name}" if saved else "the run has no checkpoint yet",)
         return _Found.of_run("run", load_config(run.config), tensors, notes)
+    if (gguf := only_gguf(path)) is not None:
+        return _file(gguf)
     config_file, has_weights = path / "config.json", any((path / name).exists() for name in (WEIGHTS, INDEX))
     if not config_file.exists() and has_weights:
         return _Found("safetensors", None, find_weights(path).tensors, notes=("the folder has no config.json",))

@@ -16,7 +16,7 @@ from resmol.errors import CheckFailed
 from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
-from resmol.verify.sanity import expected_shapes
+from resmol.weights.hf_folder import tensor_shapes
 
 Factory = Callable[[ModelConfig], nn.Module]
 
@@ -146,7 +146,7 @@ def _count(model: nn.Module, config: ModelConfig) -> Check:
 
 def _names(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: ModelConfig) -> tuple[bool, Check]:
     """Tell whether every weight has a place, and check that the names are right."""
-    expected = expected_shapes(config)
+    expected = tensor_shapes(config)
     allowed = {**expected, HEAD: expected[EMBEDDING]}
     shapes = {names[name]: tuple(parameter.shape) for name, parameter in theirs.items()}
     problems = [f"{name} is missing" for name in expected if name not in shapes]

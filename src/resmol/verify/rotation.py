@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resmol import model as architecture
-from resmol.checks import Check
+from resmol.checks import Check, largest
 from resmol.hf_config import ModelConfig
 
 DISTANCE = 7
@@ -35,7 +35,7 @@ def _turned(config: ModelConfig, vector: Tensor, position: int) -> Tensor:
 
 
 def _keeps_lengths(config: ModelConfig, query: Tensor, starts: list[int]) -> Check:
-    stretch = max(abs(float(_turned(config, query, start).norm() / query.norm()) - 1) for start in starts)
+    stretch = largest(abs(float(_turned(config, query, start).norm() / query.norm()) - 1) for start in starts)
     moved = float((_turned(config, query, 1) - query).norm() / query.norm())
     allowed = 8 * FLOAT32_ROUNDING  # sine and cosine are rounded once each
     return Check(
@@ -51,7 +51,7 @@ def _keeps_lengths(config: ModelConfig, query: Tensor, starts: list[int]) -> Che
 def _is_relative(config: ModelConfig, query: Tensor, key: Tensor, starts: list[int], distance: int) -> Check:
     pairs = [(_turned(config, query, start + distance), _turned(config, key, start)) for start in starts]
     scores = [float(turned_query @ turned_key) for turned_query, turned_key in pairs]
-    spread = max(scores) - min(scores)
+    spread = largest(scores) + largest(-score for score in scores)
     # A float32 angle of up to p radians is off by p x 2^-24, twice; the score is bilinear in the two vectors.
     allowed = 4 * config.max_position_embeddings * FLOAT32_ROUNDING * float(query.norm() * key.norm())
     return Check(
@@ -66,16 +66,17 @@ def _is_relative(config: ModelConfig, query: Tensor, key: Tensor, starts: list[i
 
 def _has_the_right_angles(config: ModelConfig, positions: list[int]) -> Check:
     """Compare with cosine and sine of ``position x theta^(-2i / Dh)``, computed in double precision for each pair."""
-    half, worst = config.head_dim // 2, 0.0
+    half, shares = config.head_dim // 2, [0.0]
     for position in positions:
         turned = torch.stack([_turned(config, row, position) for row in torch.eye(half, config.head_dim).double()])
         for pair in range(half):
             angle = position * config.rope_theta ** (-2 * pair / config.head_dim)
             found = float(turned[pair, pair]), float(turned[pair, pair + half])
-            error = max(abs(found[0] - math.cos(angle)), abs(found[1] - math.sin(angle)))
+            error = largest((abs(found[0] - math.cos(angle)), abs(found[1] - math.sin(angle))))
             # The exponent, its power, the product: each is rounded to float32, the first of them times ln theta.
             rounding = (abs(math.log(config.rope_theta)) + 4) * FLOAT32_ROUNDING * angle + 4 * FLOAT32_ROUNDING
-            worst = max(worst, error / rounding)
+            shares.append(error / rounding)
+    worst = largest(shares)
     return Check(
         "rotation angles",
         worst <= 1.0,

