@@ -73,7 +73,10 @@ def send(demo: Served, method: str, path: str, content: bytes = b"", **headers: 
             answer = connection.getresponse()
         except ConnectionError:
             return RESET, b""
-        return answer.status, answer.read()
+        try:
+            return answer.status, answer.read()
+        except (ConnectionError, http.client.IncompleteRead):
+            return answer.status, b""
     finally:
         connection.close()
 
