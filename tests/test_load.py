@@ -24,7 +24,6 @@ from resmol.checkpoint import weight_tensors
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
 from resmol.generate import Sampling
 from resmol.load import LoadedModel, load_model
-from resmol.parallel_layers import ParallelLayers
 from resmol.tokenizer import Tokenizer
 from resmol.weights import sources as model_sources
 from resmol.wheels import file_sha256
@@ -81,7 +80,6 @@ def test_a_folder_of_transformers_gives_its_logits(dtype: torch.dtype, tied: boo
         assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
         torch.testing.assert_close(logits(loaded.model), logits(model.float()), atol=1e-6, rtol=1e-6)
         assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-        assert {module.is_joined for module in loaded.model.modules() if isinstance(module, ParallelLayers)} == {True}
         assert loaded.provenance.kind == "huggingface"
         assert not loaded.provenance.trained_here
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -197,33 +195,3 @@ def test_generation_with_a_cache_never_recomputes(tiny_config: RunConfig) -> Non
     with torch.no_grad():
         model.hidden(torch.tensor([[1, 2, 3]]), cache=cache)
     assert cache.length == 3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tokens", [1, 2, 7])
-def test_joined_layers_compute_the_same_and_keep_their_names(tiny_config: RunConfig, tokens: int) -> None:
-    apart, joined = CausalLM(tiny_config.model), CausalLM(tiny_config.model)
-    apart.initialise(3)
-    joined.join_layers()
-    joined.load_state_dict(
-        apart.state_dict()
-    )  # strict: the names are the same, and what is written reaches the product
-    ids = torch.arange(2 * tokens).reshape(2, tokens)
-    torch.testing.assert_close(joined(ids), apart(ids), atol=1e-6, rtol=1e-6)
-    for name, weight in joined.state_dict().items():
-        assert torch.equal(weight, apart.state_dict()[name]), name
-    stored = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in joined.parameters()}
-    assert sum(stored.values()) == sum(4 * weight.numel() for weight in apart.parameters()), "held twice"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("change", [copy.deepcopy, lambda model: model.double().float()], ids=["copied", "converted"])
-def test_joined_layers_that_were_taken_apart_use_their_own_weights(
-    tiny_config: RunConfig, change: Callable[[CausalLM], CausalLM]
-) -> None:
-    apart, joined = CausalLM(tiny_config.model), CausalLM(tiny_config.model)
-    joined.join_layers()
-    changed = change(joined)
-    changed.load_state_dict(apart.state_dict())
-    ids = torch.arange(6)[None]
-    torch.testing.assert_close(changed(ids), apart(ids), atol=1e-6, rtol=1e-6)

@@ -157,7 +157,6 @@ def load_model(
     """
     found = find_source(source, say)
     model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.join_layers()  # before the weights come: they are held once
     found.fill(model)
     model.eval().requires_grad_(requires_grad=False)
     return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from resmol.hf_config import ModelConfig
 from resmol.kv_cache import KVCache, LayerCache
-from resmol.parallel_layers import ParallelLayers
 
 Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
 Mask: TypeAlias = Bool[Tensor, "#B 1 T S"] | None  # the same for all of a batch, or one for each
@@ -95,7 +94,7 @@ def attend(
     return (weights.flatten(2, 3) @ value).view(query.shape)
 
 
-class SelfAttention(ParallelLayers):
+class SelfAttention(nn.Module):
     """Causal self-attention with rotary positions and shared key/value heads, without biases."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
@@ -108,15 +107,11 @@ class SelfAttention(ParallelLayers):
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def parallel(self) -> tuple[nn.Linear, ...]:
-        """Return query, key and value."""
-        return self.q_proj, self.k_proj, self.v_proj
-
     def forward(
         self, x: Float[Tensor, "B T D"], rotation: Rotation, mask: Mask, cache: LayerCache | None
     ) -> Float[Tensor, "B T D"]:
         """Mix information between positions."""
-        query, key, value = map(self._heads, self.project(x))
+        query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.extend(key, value)
@@ -127,7 +122,7 @@ class SelfAttention(ParallelLayers):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class MLP(ParallelLayers):
+class MLP(nn.Module):
     """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``, without biases."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -136,14 +131,9 @@ class MLP(ParallelLayers):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def parallel(self) -> tuple[nn.Linear, ...]:
-        """Return gate and up."""
-        return self.gate_proj, self.up_proj
-
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Transform each position on its own."""
-        gate, up = self.project(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -303,12 +293,6 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:  # `to_empty` has given the two names a tensor each
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
-
-    def join_layers(self) -> None:
-        """Make the products of one input a single product: for a model that speaks and is not trained."""
-        for module in self.modules():
-            if isinstance(module, ParallelLayers):
-                module.join()
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -74,6 +74,7 @@ def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, is_heard
         for button, text in zip(buttons, EXAMPLES, strict=True):
             button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
     blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    blocks.state_session_capacity = limits.connections  # Gradio would remember the last 10,000 visitors
     number = next(index for index, function in blocks.fns.items() if function.api_name == "generate")
     return blocks, number
 
