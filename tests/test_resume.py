@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tiny import TrainTiny
 
+from resmol import train as module
 from resmol.audit import audit
 from resmol.checks import all_passed
 from resmol.config import RunConfig
@@ -176,12 +177,24 @@ class Crash(BaseException):
     """Stands for a death of the process: nothing in the package catches it."""
 
 
+def die() -> None:
+    raise Crash
+
+
+def compute_wrongly_at(step: int, monkeypatch: Any) -> None:
+    """From here on, let one step have another loss than it had."""
+    genuine = module.train_step
+
+    def faulty(state: Any, *arguments: Any) -> Any:
+        loss, norm = genuine(state, *arguments)
+        return (loss + 1e-3 if state.step == step else loss), norm
+
+    monkeypatch.setattr(module, "train_step", faulty)
+
+
 def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(
     sixty: Path, tmp_path: Path, train_tiny: TrainTiny
 ) -> None:
-    def die() -> None:
-        raise Crash
-
     with pytest.raises(Crash):
         train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(23, die)])
     train_tiny(tmp_path / "run", 60)
@@ -192,9 +205,6 @@ def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(
 
 
 def test_a_crash_before_the_first_save_starts_over(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
-    def die() -> None:
-        raise Crash
-
     with pytest.raises(Crash):
         train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(3, die)])
     train_tiny(tmp_path / "run", 60)
@@ -202,20 +212,9 @@ def test_a_crash_before_the_first_save_starts_over(sixty: Path, tmp_path: Path, 
 
 
 def test_re_executed_steps_with_other_bits_stop(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
-    def die() -> None:
-        raise Crash
-
     with pytest.raises(Crash):
         train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(8, die)])
-    from resmol import train as module
-
-    genuine = module.train_step
-
-    def faulty(state: Any, *arguments: Any) -> Any:
-        loss, norm = genuine(state, *arguments)
-        return (loss + 1e-3 if state.step == 7 else loss), norm
-
-    monkeypatch.setattr(module, "train_step", faulty)
+    compute_wrongly_at(7, monkeypatch)
     with pytest.raises(CheckFailed, match=r"step 7 .* loss_bits"):
         train_tiny(tmp_path / "run", 60)
 
@@ -225,21 +224,10 @@ def test_a_second_crash_does_not_spare_steps_the_comparison(
 ) -> None:
     """Steps 6 to 8 ran; the next process dies after step 6; the third must still be held to steps 7 and 8."""
 
-    def die() -> None:
-        raise Crash
-
     for step in (8, 6):
         with pytest.raises(Crash):
             train_tiny(tmp_path / "run", 60, views=lambda _, step=step: [Hook(step, die)])
-    from resmol import train as module
-
-    genuine = module.train_step
-
-    def faulty(state: Any, *arguments: Any) -> Any:
-        loss, norm = genuine(state, *arguments)
-        return (loss + 1e-3 if state.step == 8 else loss), norm
-
-    monkeypatch.setattr(module, "train_step", faulty)
+    compute_wrongly_at(8, monkeypatch)
     with pytest.raises(CheckFailed, match=r"step 8 .* loss_bits"):
         train_tiny(tmp_path / "run", 60)
     failed = {check.name for check in audit(RunDir(tmp_path / "run")) if not check.passed}
@@ -251,11 +239,7 @@ def test_going_to_another_machine_and_back_before_the_first_save_compares_nothin
 ) -> None:
     """Each machine has bits of its own; a record of the second one must not be held against the first."""
 
-    def die() -> None:
-        raise Crash
-
     from resmol import distributed
-    from resmol import train as module
 
     genuine, here = module.train_step, distributed._processor_name()
     for processor, shift in ((here, 0.0), ("another", 1e-3), (here, 0.0)):
