@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,12 +58,18 @@ ENVIRONMENT = {**os.environ, "GLIBC_TUNABLES": "", "TERM": "dumb"}  # set: the p
 
 
 class Terminal:
-    """A program at a terminal of its own, and what it has written there."""
+    """A program at a terminal of its own, and what it has written there.
+
+    The terminal keeps what was written before a Ctrl-C: by default it throws away what nobody has read yet.
+    """
 
     def __init__(self, arguments: list[str]) -> None:
         self.text = ""
         self.pid, self.end = pty.fork()
         if self.pid == 0:
+            settings = termios.tcgetattr(0)
+            settings[3] |= termios.NOFLSH
+            termios.tcsetattr(0, termios.TCSANOW, settings)
             os.execve(arguments[0], arguments, ENVIRONMENT)
 
     def type(self, text: str) -> None:
@@ -142,6 +149,28 @@ def test_an_interrupted_text_still_ends_with_a_line_about_it(terminal: Terminal)
     terminal.type("\x03")
     terminal.wait_for(r"\r\n\[\d+ tokens?, interrupted.*\]\r\n")
     assert terminal.exit_code() == 130
+
+
+def test_an_impatient_second_interrupt_does_not_take_the_line_about_the_answer(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[str] = []
+
+    def show(text: str) -> None:  # Ctrl-C with the first piece, and again with the line break behind the answer
+        written.append(text)
+        if len(written) == 1 or text == "\n":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(speaking, "show", show)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        speaking._answer(load_model(run), "ka lo", Sampling(temperature=0.0), ())
+    except KeyboardInterrupt:
+        pytest.fail("the second interrupt was not ignored")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(written) == 2
+    assert "interrupted" in capsys.readouterr().err
 
 
 def piped(run: Path, content: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:

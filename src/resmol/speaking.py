@@ -143,12 +143,13 @@ def _typed() -> str:
 
 
 def _answer(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence[str]) -> None:
-    """Stream one answer; the first Ctrl-C ends it, and not the program."""
+    """Stream one answer; the first Ctrl-C ends it, and not the program, nor the line that tells about it."""
     warn_untokenizable(loaded, prompt)
     pieces = loaded.stream(prompt, sampling, stop=stop)
-    with _first_interrupt_only(), suppress(KeyboardInterrupt):
-        _show_all(pieces)
-    _end(pieces)
+    with _first_interrupt_only():
+        with suppress(KeyboardInterrupt):
+            _show_all(pieces)
+        _end(pieces)
 
 
 def _end(pieces: TextStream) -> None:
