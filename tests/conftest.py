@@ -111,6 +111,7 @@ warmup_steps = 10
 [runtime]
 device = "cpu"
 precision = "float32"
+products = "blas"
 compile = "off"
 threads = 1
 loss_chunk_tokens = 8

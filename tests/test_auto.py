@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from resmol import auto
@@ -9,8 +11,9 @@ from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.errors import ConfigError
+from resmol.model import CausalLM
 
-DECIDED = ("device", "precision", "compile", "activation_checkpointing")
+DECIDED = ("device", "precision", "products", "compile", "activation_checkpointing")
 
 
 def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
@@ -36,18 +39,53 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, m
         assert resolve_auto(wanted)[0].runtime.compile == expected
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(0.4, "float32"), (1.1, "float32"), (1.5, "bfloat16")])
-def test_bfloat16_must_be_clearly_faster(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, gain: float, expected: str
+@pytest.mark.parametrize(
+    ("onednn", "bfloat16", "expected"),
+    [
+        (1.0, 2.5, ("blas", "float32")),
+        (1.0, 0.9, ("blas", "float32")),
+        (1.0, 0.6, ("blas", "bfloat16")),
+        (0.97, 1.0, ("blas", "float32")),
+        (0.7, 0.65, ("onednn", "float32")),
+        (0.7, 0.5, ("onednn", "bfloat16")),
+    ],
+)
+def test_another_arithmetic_must_be_clearly_faster(
+    tiny_config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    onednn: float,
+    bfloat16: float,
+    expected: tuple[str, str],
 ) -> None:
-    monkeypatch.setattr(auto, "bfloat16_gain", lambda _: gain)
-    decided, reasons = resolve_auto(with_overrides(tiny_config, ["runtime.precision=auto"]))
-    assert decided.runtime.precision == expected
-    assert f"{gain:.2f}x" in reasons[0]
+    """bfloat16 is compared with the faster of the two ways to compute in float32."""
+    monkeypatch.setattr(auto, "has_onednn", lambda: True)
+    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"blas": 1.0, "onednn": onednn, "bfloat16": bfloat16})
+    decided, reasons = resolve_auto(with_overrides(tiny_config, ["runtime.precision=auto", "runtime.products=auto"]))
+    assert (decided.runtime.products, decided.runtime.precision) == expected
+    assert f"products: {expected[0]}" in reasons[0]
+    assert f"{1 / onednn:.2f}x" in reasons[0]
+    assert f"precision: {expected[1]}" in reasons[1]
+    assert f"{min(1.0, onednn if expected[0] == 'onednn' else 1.0) / bfloat16:.2f}x" in reasons[1]
+
+
+def test_only_what_is_undecided_is_measured(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(auto, "has_onednn", lambda: True)
+    monkeypatch.setattr(
+        auto, "measured_seconds", lambda _config, names: asked.append(list(names)) or dict.fromkeys(names, 1.0)
+    )
+    for settings in ("auto blas", "auto onednn", "float32 auto", "bfloat16 auto"):
+        precision, products = settings.split()
+        changes = [f"runtime.precision={precision}", f"runtime.products={products}"]
+        decided, _ = resolve_auto(with_overrides(tiny_config, changes))
+        assert "auto" not in (decided.runtime.precision, decided.runtime.products)
+    assert asked == [["blas", "bfloat16"], ["onednn", "bfloat16"], ["blas", "onednn"]]
 
 
 def test_the_measurement_measures(tiny_config: RunConfig) -> None:
-    assert auto.bfloat16_gain(tiny_config) > 0
+    seconds = auto.measured_seconds(tiny_config, ["blas", "bfloat16"])
+    assert set(seconds) == {"blas", "bfloat16"}
+    assert all(0 < value < 60 for value in seconds.values())
 
 
 @pytest.mark.parametrize(("free", "expected"), [(None, "off"), (10**12, "off"), (10, "on")])
@@ -73,3 +111,17 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(
     assert "activation_checkpointing=on" in caught.value.fix
     monkeypatch.setattr(auto, "free_memory", lambda: None)
     auto.check_memory(config)  # a system that does not say is given the benefit of the doubt
+
+
+@pytest.mark.parametrize(("onednn", "expected"), [(0.0, "onednn"), (0.02, "blas")])
+def test_reading_takes_the_library_that_is_clearly_faster_with_a_row(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, onednn: float, expected: str
+) -> None:
+    pauses = {"blas": 0.01, "onednn": onednn}
+    monkeypatch.setattr(auto, "has_onednn", lambda: True)
+    monkeypatch.setattr(auto, "multiply", lambda _row, _weight, products: time.sleep(pauses[products]))
+    model = CausalLM(tiny_config.model)
+    assert auto.products_for_reading(model) == expected
+    monkeypatch.setattr(auto, "has_onednn", lambda: False)
+    assert auto.products_for_reading(model) == "blas"
+    assert auto.products_for_reading(model.bfloat16()) == "blas"

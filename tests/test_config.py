@@ -72,7 +72,7 @@ def base_config() -> RunConfig:
         "data": {"seq_len": 64},
         "batch": {"global_batch_tokens": 4096, "micro_batch_size": 4},
         "schedule": {"warmup_steps": 10, "decay_start": 100, "decay_steps": 50, "horizon": 500},
-        "runtime": {"device": "cpu", "precision": "float32", "compile": "off"},
+        "runtime": {"device": "cpu", "precision": "float32", "products": "blas", "compile": "off"},
     }
     return RunConfig.model_validate_json(json.dumps(table))
 

@@ -114,7 +114,7 @@ def test_the_estimate_times_the_precision_that_auto_will_choose(
     gain: float, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(auto, "bfloat16_gain", lambda _config: gain)
+    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"blas": 1.0, "onednn": 1.0, "bfloat16": 1 / gain})
     monkeypatch.setattr(module, "train_step", lambda *args: seen.append(args[-1].autocast_dtype))
     estimate_seconds(with_overrides(tiny_config, ["runtime.precision=auto"]), 100)
     assert set(seen) == {torch.bfloat16 if gain == 2.0 else None}

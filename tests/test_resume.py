@@ -70,7 +70,9 @@ def test_two_resumes_in_a_row(sixty: Path, tmp_path: Path, train_tiny: TrainTiny
     assert_equal_runs(tmp_path / "run", sixty, 60)
 
 
-@pytest.mark.parametrize("arithmetic", ["runtime.precision=bfloat16", "runtime.attention=eager"])
+@pytest.mark.parametrize(
+    "arithmetic", ["runtime.precision=bfloat16", "runtime.attention=eager", "runtime.products=onednn"]
+)
 def test_in_other_arithmetic(tmp_path: Path, train_tiny: TrainTiny, arithmetic: str) -> None:
     train_tiny(tmp_path / "straight", 12, arithmetic)
     for steps in (7, 12):
@@ -100,11 +102,15 @@ def train_in_another_process(
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("products", ["blas", "onednn"])
+def test_compiled(
+    tmp_path: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, products: str
+) -> None:
     """In processes of their own: what checks shapes under pytest cannot be compiled."""
     given = (tiny_config, tiny_dataset, tiny_tokenizer)
+    options = ("--set", "runtime.compile=on", "--set", f"runtime.products={products}")
     for name, steps in (("straight", 12), ("run", 7), ("run", 12)):
-        assert train_in_another_process(tmp_path / name, *given, steps, "--set", "runtime.compile=on").wait() == 0
+        assert train_in_another_process(tmp_path / name, *given, steps, *options).wait() == 0
     assert_equal_runs(tmp_path / "run", tmp_path / "straight", 12)
 
 

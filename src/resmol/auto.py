@@ -5,9 +5,12 @@ Memory is counted before it is taken: a refusal that says what to do beats being
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -20,14 +23,20 @@ from resmol.hf_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
 from resmol.process import free_memory
+from resmol.products import Products, has_onednn, multiply, use_products
+
+Arithmetic: TypeAlias = Literal["blas", "onednn", "bfloat16"]
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
 COMPILE_SECONDS = 30.0
 COMPILE_SAVES = 0.02
 CPU_FLOPS_PER_SECOND = 1.5e11
-# bfloat16 must be this much faster before it is worth its rounding.
+# bfloat16 must be this much faster before it is worth its rounding; oneDNN, so that noise does not decide.
 BFLOAT16_MUST_GAIN = 1.2
+ONEDNN_MUST_GAIN = 1.05
+ONE_ROW_MUST_GAIN = 1.25
 MEASUREMENTS = 7
+MEASUREMENTS_OF_A_ROW = 4
 # Keep activations while they take this share of the free memory at most: the count is an estimate.
 MEMORY_SHARE = 0.85
 
@@ -43,10 +52,11 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
     device = find_device(config.runtime.device)
     if config.runtime.device == "auto":
         decisions["device"] = device.type
-    if config.runtime.precision == "auto":
-        decisions["precision"], reason = _choose_precision(config, device)
-        config = with_overrides(config, [f"runtime.precision={decisions['precision']}"])  # memory depends on it
-        reasons.append(reason)
+    if "auto" in (config.runtime.precision, config.runtime.products):
+        arithmetic, why = _choose_arithmetic(config, device)
+        decisions |= arithmetic
+        config = with_overrides(config, [f"runtime.{key}={value}" for key, value in arithmetic.items()])  # for memory
+        reasons += why
     if config.runtime.compile == "auto":
         decisions["compile"], reason = _choose_compile(config, device)
         reasons.append(reason)
@@ -102,15 +112,30 @@ def _choose_activation_checkpointing(config: RunConfig, device: torch.device) ->
     return chosen, f"activation checkpointing: {chosen} (a step takes about {needed / 1e9:.1f} GB, {room} free)"
 
 
-def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported()
-        return ("bfloat16", "precision: bfloat16 autocast") if supported else ("float32", "precision: float32")
-    if _several_processes():
-        return "float32", "precision: float32 (not measured, since there are several processes)"
-    gain = bfloat16_gain(config)
-    chosen = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
-    return chosen, f"precision: {chosen} (a step in bfloat16 measured {gain:.2f}x as fast as in float32 here)"
+def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[str, str], list[str]]:
+    """Decide precision and library of the products, which are measured against each other."""
+    precision, products = config.runtime.precision, config.runtime.products
+    plain = "blas" if products == "auto" else products
+    if device.type == "cuda" or _several_processes():
+        supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        why = "" if device.type == "cuda" else " (not measured, since there are several processes)"
+        chosen = ("bfloat16" if supported else "float32") if precision == "auto" else precision
+        return {"precision": chosen, "products": plain}, [f"precision: {chosen}{why}"] if precision == "auto" else []
+    if precision == "bfloat16":  # then there is nothing to choose
+        return {"products": plain}, []
+    libraries: list[Products] = ["blas", "onednn"] if products == "auto" and has_onednn() else [plain]
+    candidates: list[Arithmetic] = [*libraries, "bfloat16"] if precision == "auto" else [*libraries]
+    seconds = measured_seconds(config, candidates)
+    reasons = []
+    if "onednn" in libraries and "blas" in libraries:
+        gain = seconds["blas"] / seconds["onednn"]
+        plain = "onednn" if gain >= ONEDNN_MUST_GAIN else "blas"
+        reasons.append(f"products: {plain} (float32 products of oneDNN measured {gain:.2f}x as fast as the BLAS here)")
+    if precision == "auto":
+        gain = seconds[plain] / seconds["bfloat16"]
+        precision = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
+        reasons.append(f"precision: {precision} (a step in bfloat16 measured {gain:.2f}x as fast as in float32 here)")
+    return {"precision": precision, "products": plain}, reasons
 
 
 def _several_processes() -> bool:
@@ -118,28 +143,55 @@ def _several_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def bfloat16_gain(config: RunConfig) -> float:
-    """Return how much faster forward and backward are under bfloat16 autocast, on a slice of the model.
+def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, float]:
+    """Return how long forward and backward take on a slice of the model: in float32 by a library, or in bfloat16.
 
     The slice has one block and as much of the vocabulary as belongs to one block, so that blocks and output layer
-    weigh as they do in the whole. The two types take turns, and their best times are compared: other programs that
+    weigh as they do in the whole. The candidates take turns, and their best times are compared: other programs that
     compete for the processor only ever make a measurement longer.
     """
+    if len(candidates) < 2:
+        return dict.fromkeys(candidates, 1.0)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     model = CausalLM(_slice_of(config.model))
     shape = (config.batch.micro_batch_size, config.data.seq_len)
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % model.config.vocab_size
-    seconds: dict[torch.dtype | None, list[float]] = {None: [], torch.bfloat16: []}
+    seconds: dict[Arithmetic, float] = dict.fromkeys(candidates, math.inf)
     for _ in range(MEASUREMENTS):
-        for dtype, times in seconds.items():
-            runtime = Runtime(0, 1, torch.device("cpu"), dtype)
+        for candidate in candidates:
+            narrow = candidate == "bfloat16"
+            products: Products = "onednn" if candidate == "onednn" else "blas"
+            use_products(model, products)
             started = time.perf_counter()
-            with runtime.autocast():
-                loss = cross_entropy_sum(model.hidden(ids), model.lm_head.weight, ids, config.runtime.loss_chunk_tokens)
+            with Runtime(0, 1, torch.device("cpu"), torch.bfloat16 if narrow else None).autocast():
+                hidden = model.hidden(ids)
+                chunk = config.runtime.loss_chunk_tokens
+                loss = cross_entropy_sum(hidden, model.lm_head.weight, ids, chunk, products)
             loss.backward()
-            times.append(time.perf_counter() - started)
-    return min(seconds[None]) / min(seconds[torch.bfloat16])
+            seconds[candidate] = min(seconds[candidate], time.perf_counter() - started)
+    return seconds
+
+
+def products_for_reading(model: CausalLM) -> Products:
+    """Return the library for a model that is only read: that which is clearly faster with a single row, as measured.
+
+    Decoding consists of such products. The largest of them is measured, since it comes from memory as all of them do
+    then: a tenth of a second for SmolLM2-135M. The margin is wide, so that the choice, on which the last bits of the
+    logits depend, is the same each time on the same machine.
+    """
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not has_onednn():
+        return "blas"
+    row = torch.ones(1, weight.shape[1])
+    seconds: dict[Products, float] = {"blas": math.inf, "onednn": math.inf}
+    with torch.no_grad():
+        for _ in range(MEASUREMENTS_OF_A_ROW):
+            for products in seconds:
+                started = time.perf_counter()
+                multiply(row, weight, products)
+                seconds[products] = min(seconds[products], time.perf_counter() - started)
+    return "onednn" if seconds["blas"] >= ONE_ROW_MUST_GAIN * seconds["onednn"] else "blas"
 
 
 def _slice_of(config: ModelConfig) -> ModelConfig:

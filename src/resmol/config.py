@@ -124,6 +124,9 @@ class RuntimeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = param("auto", "B", "where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matrix products")
+    products: Literal["auto", "blas", "onednn"] = param(
+        "auto", "B", "library of the matrix products in float32 on a CPU: PyTorch's BLAS, or oneDNN"
+    )
     compile: Literal["auto", "on", "off"] = param("auto", "B", "torch.compile of the transformer block")
     attention: Literal["sdpa", "eager"] = param("sdpa", "B", "fused attention, or the formula written out")
     activation_checkpointing: Literal["auto", "on", "off"] = param(

@@ -68,7 +68,8 @@ def evaluate(
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
             hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
-            total += float(cross_entropy_sum(hidden, model.lm_head.weight, targets, chunk_tokens))
+            weight, products = model.lm_head.weight, model.lm_head.products
+            total += float(cross_entropy_sum(hidden, weight, targets, chunk_tokens, products))
         tokens += batch.tokens
         counted = batch.targets[batch.targets != IGNORE].numpy()
         covered += int(byte_lengths[counted].sum())

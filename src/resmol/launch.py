@@ -28,6 +28,7 @@ from resmol.ledger import Ledger, UnkeptLedger
 from resmol.model import CausalLM
 from resmol.optim import build_optimizer
 from resmol.process import StopSignal, return_freed_memory
+from resmol.products import use_products
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir
 from resmol.saving import Saver
@@ -139,6 +140,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     """Return a model with its initial weights, and an optimizer that has seen nothing."""
     model = CausalLM.empty(config.model, attention=config.runtime.attention)
     model.initialise(config.train.seed)
+    use_products(model, "onednn" if config.runtime.products == "onednn" else "blas")
     model.model.recompute_blocks = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
     return TrainState(model, build_optimizer(model, config.optimizer))

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from resmol.products import Products, multiply
+
 IGNORE = -100  # the target that does not count, as in PyTorch
 
 
@@ -22,6 +24,7 @@ def cross_entropy_sum(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "B T"],
     chunk_tokens: int = 256,
+    products: Products = "blas",
 ) -> Float[Tensor, ""]:
     """Return ``sum(-log softmax(hidden @ weight^T)[target])`` over the tokens whose target is not `IGNORE`.
 
@@ -30,11 +33,12 @@ def cross_entropy_sum(
         weight: The output layer.
         targets: The next token at every position.
         chunk_tokens: How many tokens have their logits in memory at the same time.
+        products: The library of the products in float32; see products.py.
 
     Returns:
         The loss in nats, summed, in float32.
     """
-    result = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens)  # type: ignore[no-untyped-call]
+    result = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, products)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
 
@@ -49,57 +53,64 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Float[Tensor, "V D"],
         targets: Int[Tensor, " N"],
         chunk: int,
+        products: Products,
     ) -> Float[Tensor, ""]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         matrix_type = _matrix_type(hidden)
         inputs, matrix = hidden.to(matrix_type), weight.to(matrix_type)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = _SumOfProducts(weight, matrix_type) if needs_weight else None
-        scratch = _Scratch(min(chunk, len(hidden)), weight, matrix_type)
-        total = torch.zeros((), dtype=scratch.wide.dtype, device=hidden.device)
+        scratch = _Scratch(min(chunk, len(hidden)), weight, matrix_type, products)
+        total = torch.zeros((), dtype=torch.promote_types(matrix_type, torch.float32), device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = scratch.product(inputs[rows], matrix)
             total += _loss_and_logit_gradient(logits, targets[rows])
             delta = scratch.narrowed(logits)
             if grad_hidden is not None:
-                grad_hidden[rows] = delta @ matrix
+                grad_hidden[rows] = multiply(delta, matrix.T, products)
             if grad_weight is not None:
                 grad_weight.add(delta.T, inputs[rows])
+            del logits, delta  # before the next ones exist
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
         if scale.device.type != "cpu" or scale.item() != 1.0:  # the usual 1 costs no pass over V x D numbers
             grad_hidden = None if grad_hidden is None else grad_hidden * scale
             grad_weight = None if grad_weight is None else grad_weight * scale
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 class _Scratch:
     """The logits of a chunk, in memory that all chunks share: fresh memory would cost more than what is done with it.
 
     Products of a narrow type (bfloat16) are widened for the softmax, and its result narrowed for the next products.
+    oneDNN's float32 products bring memory of their own, which the allocator hands out again for the next chunk.
     """
 
-    def __init__(self, rows: int, weight: Float[Tensor, "V D"], matrix_type: torch.dtype) -> None:
-        self.wide = torch.empty(
-            rows, len(weight), dtype=torch.promote_types(matrix_type, torch.float32), device=weight.device
-        )
-        self.narrow = self.wide if self.wide.dtype == matrix_type else torch.empty_like(self.wide, dtype=matrix_type)
+    def __init__(self, rows: int, weight: Float[Tensor, "V D"], matrix_type: torch.dtype, products: Products) -> None:
+        self._products = products
+        self._is_owner = products == "blas" or matrix_type != torch.float32
+        shape = (rows if self._is_owner else 0, len(weight))
+        wide_type = torch.promote_types(matrix_type, torch.float32)
+        self._wide = torch.empty(shape, dtype=wide_type, device=weight.device)
+        self._narrow = self._wide if wide_type == matrix_type else torch.empty_like(self._wide, dtype=matrix_type)
 
     def product(self, x: Float[Tensor, "N D"], matrix: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
         """Return the logits of a chunk, wide."""
-        wide, narrow = self.wide[: len(x)], self.narrow[: len(x)]
+        if not self._is_owner:
+            return multiply(x, matrix, self._products)
+        wide, narrow = self._wide[: len(x)], self._narrow[: len(x)]
         torch.mm(x, matrix.T, out=narrow)
         return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
 
     def narrowed(self, wide: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Return numbers of the size of a chunk's logits in the type of the products."""
-        return wide if wide.dtype == self.narrow.dtype else self.narrow[: len(wide)].copy_(wide)
+        return wide if wide.dtype == self._narrow.dtype else self._narrow[: len(wide)].copy_(wide)
 
 
 class _SumOfProducts:

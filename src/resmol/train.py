@@ -156,7 +156,8 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], config: RunC
         with runtime.autocast():
             hidden, weight = model.hidden_and_output_weight(batch.input_ids.to(runtime.device), documents)
             targets = batch.targets.to(runtime.device)
-            loss = cross_entropy_sum(hidden, weight, targets, config.runtime.loss_chunk_tokens)
+            products = model.lm_head.products
+            loss = cross_entropy_sum(hidden, weight, targets, config.runtime.loss_chunk_tokens, products)
         loss.backward()
         total += loss.detach()
     runtime.sum_over_processes([total, *(p.grad for p in model.parameters() if p.grad is not None)])

@@ -1,0 +1,101 @@
+"""Products with a weight matrix, by the library that is the faster one on this processor.
+
+PyTorch multiplies float32 matrices with the BLAS that it was built with, MKL, which is written for Intel's processors.
+It carries a second library for the same products, oneDNN. On an AMD processor oneDNN forms outputs and gradients of
+inputs 1.25 to 1.8 times as fast; on an Intel one MKL wins. Both sum in float32, in another order, so the last bits of
+the results differ: the choice belongs to a run like its precision does.
+
+Products in bfloat16 are oneDNN's in any case, and those of a CUDA device are CUDA's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Products: TypeAlias = Literal["blas", "onednn"]
+
+PARTS = 8  # of a weight that multiplies a single row: what cores can share
+
+
+class Linear(nn.Linear):
+    """``x W^T`` without a bias. ``products`` says by which library; `use_products` sets it for a whole model."""
+
+    products: Products = "blas"
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """Multiply."""
+        return multiply(x, self.weight, self.products)
+
+
+def use_products(model: nn.Module, products: Products) -> None:
+    """Let all products with a weight in a model be formed by one library."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.products = products
+
+
+def has_onednn() -> bool:
+    """Tell whether this PyTorch has oneDNN's product, which is not part of its documented interface."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def multiply(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], products: Products) -> Float[Tensor, "*B O"]:
+    """Return ``x W^T``. Only plain float32 products on a CPU have a choice; autocast's have not."""
+    if products == "blas" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
+        return F.linear(x, weight)
+    if torch.is_grad_enabled():
+        return cast("Tensor", _linear(x, weight))
+    flat = _rows(x)
+    is_one_row = len(flat) == 1 and len(weight) % PARTS == 0
+    return (_one_row(flat[0], weight) if is_one_row else _onednn(flat, weight)).view(*x.shape[:-1], -1)
+
+
+def _rows(x: Float[Tensor, "*B I"]) -> Float[Tensor, "N I"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _one_row(row: Float[Tensor, " I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, " O"]:
+    """Return the product of a single row, which is limited by reading the weight: a batch of parts uses all cores.
+
+    Where MKL is slow it reads such a weight with one core only, and oneDNN is no faster than this.
+    """
+    parts = weight.view(PARTS, -1, weight.shape[1])
+    return torch.bmm(row.expand(PARTS, 1, -1), parts.mT).flatten()
+
+
+def _onednn(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "N O"]:
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
+
+
+# An operator of our own, since oneDNN's has no gradient, and PyTorch's compiler takes it only with constant weights.
+@torch.library.custom_op(
+    "resmol::linear", mutates_args=(), device_types="cpu", schema="(Tensor x, Tensor weight) -> Tensor"
+)
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return _onednn(_rows(x), weight).view(*x.shape[:-1], -1)
+
+
+@_linear.register_fake
+def _shape_of_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Float[Tensor, "*B O"]) -> tuple[Float[Tensor, "*B I"], Float[Tensor, "O I"]]:
+    """Return the gradients of both factors; the weight's by the BLAS, which is as fast for that product."""
+    x, weight = ctx.saved_tensors
+    return _linear(grad, weight.mT), torch.mm(_rows(grad).mT, _rows(x))
+
+
+_linear.register_autograd(_gradients, setup_context=_keep_for_backward)
