@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from resmol import auto
@@ -11,7 +9,6 @@ from resmol.auto import resolve_auto
 from resmol.config import RunConfig
 from resmol.config_files import with_overrides
 from resmol.errors import ConfigError
-from resmol.model import CausalLM
 
 DECIDED = ("device", "precision", "products", "compile", "activation_checkpointing")
 
@@ -111,17 +108,3 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(
     assert "activation_checkpointing=on" in caught.value.fix
     monkeypatch.setattr(auto, "free_memory", lambda: None)
     auto.check_memory(config)  # a system that does not say is given the benefit of the doubt
-
-
-@pytest.mark.parametrize(("onednn", "expected"), [(0.0, "onednn"), (0.02, "blas")])
-def test_reading_takes_the_library_that_is_clearly_faster_with_a_row(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, onednn: float, expected: str
-) -> None:
-    pauses = {"blas": 0.01, "onednn": onednn}
-    monkeypatch.setattr(auto, "has_onednn", lambda: True)
-    monkeypatch.setattr(auto, "multiply", lambda _row, _weight, products: time.sleep(pauses[products]))
-    model = CausalLM(tiny_config.model)
-    assert auto.products_for_reading(model) == expected
-    monkeypatch.setattr(auto, "has_onednn", lambda: False)
-    assert auto.products_for_reading(model) == "blas"
-    assert auto.products_for_reading(model.bfloat16()) == "blas"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,3 +127,15 @@ def test_greedy_tokens_do_not_depend_on_the_library(tiny_config: RunConfig) -> N
         use_products(model, products)
         texts.append(list(generate(model, [1, 2, 3], Sampling(max_new_tokens=8, temperature=0.0), eos_id=None)))
     assert texts[0] == texts[1]
+
+
+def test_reading_follows_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tmp_path / "cpuinfo"
+    for vendor, expected in (("AuthenticAMD", "onednn"), ("GenuineIntel", "blas"), ("", "blas")):
+        facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: one\n")
+        monkeypatch.setattr(module, "has_onednn", lambda: True)
+        assert module.products_for_reading(facts) == expected
+        monkeypatch.setattr(module, "has_onednn", lambda: False)
+        assert module.products_for_reading(facts) == "blas"
+    monkeypatch.setattr(module, "has_onednn", lambda: True)
+    assert module.products_for_reading(tmp_path / "absent") == "blas"

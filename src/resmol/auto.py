@@ -23,7 +23,7 @@ from resmol.hf_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
 from resmol.process import free_memory
-from resmol.products import Products, has_onednn, multiply, use_products
+from resmol.products import Products, has_onednn, use_products
 
 Arithmetic: TypeAlias = Literal["blas", "onednn", "bfloat16"]
 
@@ -34,9 +34,7 @@ CPU_FLOPS_PER_SECOND = 1.5e11
 # bfloat16 must be this much faster before it is worth its rounding; oneDNN, so that noise does not decide.
 BFLOAT16_MUST_GAIN = 1.2
 ONEDNN_MUST_GAIN = 1.05
-ONE_ROW_MUST_GAIN = 1.25
 MEASUREMENTS = 7
-MEASUREMENTS_OF_A_ROW = 4
 # Keep activations while they take this share of the free memory at most: the count is an estimate.
 MEMORY_SHARE = 0.85
 
@@ -171,27 +169,6 @@ def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dic
             loss.backward()
             seconds[candidate] = min(seconds[candidate], time.perf_counter() - started)
     return seconds
-
-
-def products_for_reading(model: CausalLM) -> Products:
-    """Return the library for a model that is only read: that which is clearly faster with a single row, as measured.
-
-    Decoding consists of such products. The largest of them is measured, since it comes from memory as all of them do
-    then: a tenth of a second for SmolLM2-135M. The margin is wide, so that the choice, on which the last bits of the
-    logits depend, is the same each time on the same machine.
-    """
-    weight = model.lm_head.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not has_onednn():
-        return "blas"
-    row = torch.ones(1, weight.shape[1])
-    seconds: dict[Products, float] = {"blas": math.inf, "onednn": math.inf}
-    with torch.no_grad():
-        for _ in range(MEASUREMENTS_OF_A_ROW):
-            for products in seconds:
-                started = time.perf_counter()
-                multiply(row, weight, products)
-                seconds[products] = min(seconds[products], time.perf_counter() - started)
-    return "onednn" if seconds["blas"] >= ONE_ROW_MUST_GAIN * seconds["onednn"] else "blas"
 
 
 def _slice_of(config: ModelConfig) -> ModelConfig:

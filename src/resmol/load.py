@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from resmol.auto import products_for_reading
 from resmol.completion import Completion, TextStream, complete_batches
 from resmol.errors import DataError, UsageError
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
-from resmol.products import use_products
+from resmol.products import products_for_reading, use_products
 from resmol.sampling import Sampling
 from resmol.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance, Say, find_source, named_tokenizer
@@ -161,7 +160,7 @@ def load_model(
     model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found.fill(model)
     model.eval().requires_grad_(requires_grad=False)
-    use_products(model, products_for_reading(model))
+    use_products(model, products_for_reading())
     return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
 
 
