@@ -51,8 +51,8 @@ def has_onednn() -> bool:
 def products_for_reading(cpu_facts: Path = Path("/proc/cpuinfo")) -> Products:
     """Return the library for a model that is only read: oneDNN on AMD's processors, the BLAS on all others.
 
-    A rule, where training measures: the last bits of logits depend on it, and the same prompt and seed must give the same
-    text also while other programs disturb a measurement.
+    A rule, where training measures: the last bits of logits depend on it, and the same prompt and seed must give the
+    same text also while other programs disturb a measurement.
     """
     try:
         is_amd = "AuthenticAMD" in cpu_facts.read_text(encoding="utf-8", errors="replace")
