@@ -14,6 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch._functorch.config
+
 from resmol.atomic import fsync_path, remove_leftovers, write_durable
 from resmol.auto import check_memory, resolve_auto
 from resmol.config import RunConfig
@@ -36,6 +38,7 @@ from resmol.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, train
 from resmol.views import Journal, View
 
+ACTIVATION_MEMORY_BUDGET = 0.9  # the share of what the compiler would keep for the backward pass by itself
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
 
@@ -160,8 +163,13 @@ def make_loader(config: RunConfig, stream: TokenStream) -> Loader:
 
 
 def compile_blocks(model: CausalLM, config: RunConfig) -> None:
-    """Compile the transformer block, in place, where the configuration says so; names and weights stay."""
+    """Compile the transformer block, in place, where the configuration says so; names and weights stay.
+
+    The compiler may keep less than all for the backward pass: it then computes again what costs no product (norms and
+    SwiGLU), while it reads what that is made of anyway. A smaller budget would make it repeat products.
+    """
     if config.runtime.compile == "on":
+        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         for layer in model.model.layers:
             layer.compile(dynamic=False)
 
