@@ -43,7 +43,7 @@ def layers() -> list[list[str]]:
 def layer_0() -> list[str]:
     """Return the modules below the first layer that may import PyTorch."""
     names = layers()
-    lowest_with_torch = max(number for number, layer in enumerate(names) if {"loss", "kv_cache"} & set(layer))
+    lowest_with_torch = max(number for number, layer in enumerate(names) if {"loss", "products"} & set(layer))
     return [f"resmol.{name}" for layer in names[lowest_with_torch + 1 :] for name in layer]
 
 

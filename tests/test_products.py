@@ -60,8 +60,8 @@ def test_products_and_their_gradients(shape: tuple[int, ...], outputs: int, grad
 @needs_onednn
 def test_the_choice_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, the two columns of the test above could be the same one."""
-    genuine, rows = module._onednn, []
-    monkeypatch.setattr(module, "_onednn", lambda x, weight: rows.append(len(x)) or genuine(x, weight))
+    genuine, rows = module.onednn_product, []
+    monkeypatch.setattr(module, "onednn_product", lambda x, weight: rows.append(len(x)) or genuine(x, weight))
     x, weight = case((3, 48), 80)
     multiply(x, weight, "blas").sum().backward()
     assert rows == []
@@ -75,7 +75,7 @@ def test_the_choice_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None
 
 @needs_onednn
 def test_other_arithmetic_has_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_onednn", lambda *_: pytest.fail("that is not for oneDNN's float32 product"))
+    monkeypatch.setattr(module, "onednn_product", lambda *_: pytest.fail("that is not for oneDNN's float32 product"))
     x, weight = case((4, 48), 80)
     double = multiply(x.double(), weight.double(), "onednn")
     torch.testing.assert_close(double, F.linear(x.double(), weight.double()), rtol=0, atol=0)

@@ -69,7 +69,7 @@ def multiply(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], products: P
         return cast("Tensor", _linear(x, weight))
     flat = _rows(x)
     is_one_row = len(flat) == 1 and len(weight) % PARTS == 0
-    return (_one_row(flat[0], weight) if is_one_row else _onednn(flat, weight)).view(*x.shape[:-1], -1)
+    return (_one_row(flat[0], weight) if is_one_row else onednn_product(flat, weight)).view(*x.shape[:-1], -1)
 
 
 def _rows(x: Float[Tensor, "*B I"]) -> Float[Tensor, "N I"]:
@@ -85,7 +85,8 @@ def _one_row(row: Float[Tensor, " I"], weight: Float[Tensor, "O I"]) -> Float[Te
     return torch.bmm(row.expand(PARTS, 1, -1), parts.mT).flatten()
 
 
-def _onednn(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "N O"]:
+def onednn_product(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "N O"]:
+    """Return ``x W^T`` by oneDNN, without a gradient."""
     return cast("Tensor", torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))
 
 
@@ -94,7 +95,7 @@ def _onednn(x: Float[Tensor, "N I"], weight: Float[Tensor, "O I"]) -> Float[Tens
     "resmol::linear", mutates_args=(), device_types="cpu", schema="(Tensor x, Tensor weight) -> Tensor"
 )
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return _onednn(_rows(x), weight).view(*x.shape[:-1], -1)
+    return onednn_product(_rows(x), weight).view(*x.shape[:-1], -1)
 
 
 @_linear.register_fake

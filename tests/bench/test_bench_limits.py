@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from resmol.bench import limits
 from resmol.bench.limits import Product, forward_products, product_seconds, training_products
 from resmol.config_files import load_preset
 from resmol.flops import forward_flops_per_token, training_flops_per_token
+from resmol.products import has_onednn
 
 
 @pytest.mark.parametrize("preset", ["nano", "smollm2-135m"])
@@ -36,3 +39,18 @@ def test_the_limit_of_generation_is_bandwidth_by_bytes(monkeypatch: pytest.Monke
     cache = 2 * 20 * 2 * 4 * 1 * 16 * 4  # rows, mean context, key and value, blocks, heads, head size, bytes
     assert found["tokens_per_second"] == pytest.approx(2 * 1e9 / (2_458_032 * 4 + cache))
     assert found["prefill_per_second"] == pytest.approx(10.0)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("role", ["gate, up", "gate, up: by input", "gate, up: by weight"])
+def test_a_product_counts_as_fast_as_its_faster_library(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[torch.Tensor] = []
+
+    def timed(work: Callable[[], torch.Tensor]) -> float:
+        results.append(work())
+        return 3.0 - len(results)
+
+    monkeypatch.setattr(limits, "best_seconds", timed)
+    assert product_seconds(Product(role, 0, 12, 20, 28, 1), torch.float32) == 1.0
+    torch.testing.assert_close(results[0], results[1])  # the same product, by both
+    assert results[0].shape == (12, 28)

@@ -3,7 +3,8 @@
 **Training.** A step on N tokens must compute, for each weight matrix W (O x I) with input x (N x I), three products:
 ``y = x W^T``, the input's gradient ``dx = dy W`` and the weight's ``dW = dy^T x``, each 2 N I O operations. Attention
 adds ``Q K^T`` and ``P V`` with two gradients each. Each of these is timed by itself, at its own shape, on matrices that
-nothing else uses, best of several; its rate r is its operations by that time. The counts are those of flops.py, so
+nothing else uses, best of several and of the libraries that PyTorch carries (products.py); its rate r is its operations
+by that time. The counts are those of flops.py, so
 attention counts the causal half only, at the rate of the whole product. The limit is
 
     tokens per second = N / sum(operations_p / r_p).
@@ -30,6 +31,7 @@ import torch
 from resmol.bench.answering import Numbers, answer
 from resmol.flops import forward_flops_per_token, inference_memory, total_parameters
 from resmol.hf_config import ModelConfig
+from resmol.products import has_onednn, onednn_product
 
 STREAM_BYTES = 1 << 29  # far beyond any cache
 SECONDS_PER_PRODUCT = 0.25
@@ -105,7 +107,10 @@ def product_seconds(product: Product, dtype: torch.dtype) -> float:
     second = torch.rand(*lead, product.k, product.n, dtype=dtype) if plain else None
     second = torch.rand(*lead, product.n, product.k, dtype=dtype).mT if second is None else second
     out = torch.empty(*lead, product.m, product.n, dtype=dtype)
-    return best_seconds(lambda: torch.matmul(first, second, out=out))
+    seconds = best_seconds(lambda: torch.matmul(first, second, out=out))
+    if product.batch or dtype != torch.float32 or not has_onednn():
+        return seconds
+    return min(seconds, best_seconds(lambda: onednn_product(first, second.mT)))
 
 
 def best_seconds(work: Callable[[], object], budget: float = SECONDS_PER_PRODUCT) -> float:
