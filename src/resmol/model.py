@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from resmol.attention import attention_in_blocks, blocks_are_faster
 from resmol.hf_config import ModelConfig
 from resmol.kv_cache import KVCache, LayerCache
 from resmol.products import Linear
@@ -76,6 +77,8 @@ def attend(
     Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal, and there is no past (T = S) or a
     single new token, which sees all S positions; `attention_mask` makes the mask that all other cases need.
     """
+    if kind == "sdpa" and blocks_are_faster(query, key):  # the same with another backward pass
+        return attention_in_blocks(query, key, value, mask)
     if kind == "sdpa":
         return F.scaled_dot_product_attention(
             query,
