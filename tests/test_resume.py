@@ -102,13 +102,28 @@ def train_in_another_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("products", ["blas", "onednn"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("runtime.products=blas",),
+        ("runtime.products=onednn",),
+        (
+            "data.seq_len=160",
+            "model.max_position_embeddings=160",
+            "batch.global_batch_tokens=320",
+        ),  # two attention blocks
+    ],
+)
 def test_compiled(
-    tmp_path: Path, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, products: str
+    tmp_path: Path,
+    tiny_config: RunConfig,
+    tiny_dataset: Dataset,
+    tiny_tokenizer: Tokenizer,
+    settings: tuple[str, ...],
 ) -> None:
     """In processes of their own: what checks shapes under pytest cannot be compiled."""
     given = (tiny_config, tiny_dataset, tiny_tokenizer)
-    options = ("--set", "runtime.compile=on", "--set", f"runtime.products={products}")
+    options = [word for setting in ("runtime.compile=on", *settings) for word in ("--set", setting)]
     for name, steps in (("straight", 12), ("run", 7), ("run", 12)):
         assert train_in_another_process(tmp_path / name, *given, steps, *options).wait() == 0
     assert_equal_runs(tmp_path / "run", tmp_path / "straight", 12)

@@ -173,6 +173,29 @@ def test_an_impatient_second_interrupt_does_not_take_the_line_about_the_answer(
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_an_impatient_second_interrupt_at_the_prompt_does_not_leave(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def typed() -> str:
+        asked.append("")
+        if len(asked) == 1:
+            signal.raise_signal(signal.SIGINT)
+        raise EOFError
+
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda _: True})())
+    monkeypatch.setattr(speaking, "_typed", typed)
+    monkeypatch.setattr(speaking, "say", lambda _line: signal.raise_signal(signal.SIGINT) if asked else None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        speaking.converse(load_model(run), Sampling(), ())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    except KeyboardInterrupt:
+        pytest.fail("the second interrupt was not ignored")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(asked) == 2
+
+
 def piped(run: Path, content: bytes, *arguments: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         command(run, "--interactive", *arguments), input=content, capture_output=True, env=ENVIRONMENT, timeout=SECONDS

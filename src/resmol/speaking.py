@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
 
 from resmol.completion import Completion, TextStream
 from resmol.errors import DataError, ResmolError
@@ -77,12 +78,18 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
         DataError: At the end, if the input was no terminal and there was a prompt that could not be answered.
         KeyboardInterrupt: Ctrl-C while the input is no terminal: nobody is there to type the next prompt.
     """
-    at_terminal = sys.stdin.isatty()
+    if not sys.stdin.isatty():
+        _converse(loaded, sampling, stop, at_terminal=False)
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401 - being imported is all it takes for `input` to edit lines and remember them
+    say("a prompt is continued, each by itself; Ctrl-C stops an answer, Ctrl-D leaves")
+    with _handling_interrupts(signal.SIG_IGN):  # but while a line is typed and while an answer is given
+        _converse(loaded, sampling, stop, at_terminal=True)
+
+
+def _converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str], *, at_terminal: bool) -> None:
     answered = failed = 0
-    if at_terminal:
-        with suppress(ImportError):
-            import readline  # noqa: F401 - being imported is all it takes for `input` to edit lines and remember them
-        say("a prompt is continued, each by itself; Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
             if (prompt := _next_prompt(at_terminal)) is None:
@@ -126,7 +133,8 @@ def _next_prompt(at_terminal: bool) -> str | None:
             raise _LineTooLarge(f"the line is larger than {MAX_BYTES >> 20} MiB", fix="cut it into several lines")
         return one_line(decoded(line, "the line")) if line else None
     try:
-        line = _typed()
+        with _first_interrupt_only():
+            line = _typed()
     except EOFError:
         say("")
         return None
@@ -163,18 +171,23 @@ def _show_all(pieces: TextStream) -> None:
         show(piece)
 
 
-@contextmanager
-def _first_interrupt_only() -> Iterator[None]:
+def _first_interrupt_only() -> AbstractContextManager[None]:
     """Let the first Ctrl-C raise KeyboardInterrupt and ignore the impatient ones after it, until the context ends."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def once(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, once)
+    return _handling_interrupts(once)
+
+
+@contextmanager
+def _handling_interrupts(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator[None]:
+    """Let a handler, or SIG_IGN, answer Ctrl-C until the context ends; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

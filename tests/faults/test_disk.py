@@ -493,7 +493,7 @@ def test_s6_slow_disk(
     records = read_ledger(RunDir(run).ledger).records
     steps, saves = list(select(records, "step")), list(select(records, "save"))
     problems += [f"save of step {r['step']} took {r['seconds']} s" for r in saves if r["seconds"] < 2 * seconds]
-    if sum(r["seconds"] for r in steps) > seconds * len(saves):
+    if sum(r["seconds"] > seconds for r in steps) >= len(saves):  # a busy machine may make a step or two slow
         problems.append("the time of the steps includes that of the saves")
     if not any(step % 20 for step in meanwhile):
         problems.append(f"training stood still during every save: at {sorted(meanwhile)}")
