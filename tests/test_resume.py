@@ -107,12 +107,9 @@ def train_in_another_process(
     [
         ("runtime.products=blas",),
         ("runtime.products=onednn",),
-        (
-            "data.seq_len=160",
-            "model.max_position_embeddings=160",
-            "batch.global_batch_tokens=320",
-        ),  # two attention blocks
+        ("data.seq_len=160", "model.max_position_embeddings=160", "batch.global_batch_tokens=320"),
     ],
+    ids=["blas", "onednn", "two blocks of attention"],
 )
 def test_compiled(
     tmp_path: Path,

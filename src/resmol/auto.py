@@ -119,13 +119,14 @@ def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[st
         why = "" if device.type == "cuda" else " (not measured, since there are several processes)"
         chosen = ("bfloat16" if supported else "float32") if precision == "auto" else precision
         return {"precision": chosen, "products": plain}, [f"precision: {chosen}{why}"] if precision == "auto" else []
-    if precision == "bfloat16":  # then there is nothing to choose
-        return {"products": plain}, []
-    libraries: list[Products] = ["blas", "onednn"] if products == "auto" and has_onednn() else [plain]
-    candidates: list[Arithmetic] = [*libraries, "bfloat16"] if precision == "auto" else [*libraries]
+    libraries: list[Arithmetic] = ["blas", "onednn"] if products == "auto" and has_onednn() else [plain]
+    narrow: list[Arithmetic] = [] if precision == "float32" else ["bfloat16"]
+    candidates = narrow if precision == "bfloat16" else libraries + narrow
+    if len(candidates) == 1:  # then there is nothing to choose
+        return {"precision": precision, "products": plain}, []
     seconds = measured_seconds(config, candidates)
     reasons = []
-    if "onednn" in libraries and "blas" in libraries:
+    if len(libraries) > 1:
         gain = seconds["blas"] / seconds["onednn"]
         plain = "onednn" if gain >= ONEDNN_MUST_GAIN else "blas"
         reasons.append(f"products: {plain} (float32 products of oneDNN measured {gain:.2f}x as fast as the BLAS here)")
@@ -148,8 +149,6 @@ def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dic
     weigh as they do in the whole. The candidates take turns, and their best times are compared: other programs that
     compete for the processor only ever make a measurement longer.
     """
-    if len(candidates) < 2:
-        return dict.fromkeys(candidates, 1.0)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     model = CausalLM(_slice_of(config.model))
