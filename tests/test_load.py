@@ -303,7 +303,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(23)}))
-    monkeypatch.setattr(model_sources, "safe_open", None)
+    monkeypatch.setattr(model_sources, "stored_tensor", None)
     with pytest.raises(CheckpointError, match=r"norm\.weight is \[23\], not \[24\]"):
         load_model(folder)
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from resmol.atomic import commit_staged, fsync_path, remove_directory, stage_directory
@@ -192,40 +192,51 @@ def load_weights(path: Path, model: CausalLM) -> None:
     Raises:
         CheckpointError: Names, shapes, types or values are not those of this model.
     """
-    manifest = read_manifest(path)
-    tensors = _load_tensors(path / WEIGHTS, weight_tensors(model), manifest.files[WEIGHTS])
-    with torch.no_grad():
-        for name, target in weight_tensors(model).items():
-            target.copy_(tensors[name])
+    _fill(weight_tensors(model), path / WEIGHTS, read_manifest(path).files[WEIGHTS])
 
 
 def load_optimizer(path: Path, model: CausalLM, optimizer: torch.optim.AdamW) -> None:
     """Fill AdamW's state from a verified checkpoint (`CheckpointError` when it is that of another model)."""
     manifest = read_manifest(path)
-    expected = {f"{name}.{moment}": p for name, p in model.named_parameters() for moment in MOMENTS}
-    tensors = _load_tensors(path / OPTIMIZER, expected, manifest.files[OPTIMIZER])
-    for name, parameter in model.named_parameters():
-        moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS}
+    parameters = dict(model.named_parameters())
+    # Filled where they stay: tensors of a mapped file would be read from the disk again, and copied, by the first step.
+    moments = {f"{name}.{moment}": torch.empty_like(p) for name, p in parameters.items() for moment in MOMENTS}
+    _fill(moments, path / OPTIMIZER, manifest.files[OPTIMIZER])
+    for name, parameter in parameters.items():
         step = torch.tensor(float(manifest.step), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **moments}
+        optimizer.state[parameter] = {"step": step, **{moment: moments[f"{name}.{moment}"] for moment in MOMENTS}}
 
 
-def _load_tensors(path: Path, expected: Mapping[str, Tensor], entry: FileEntry) -> dict[str, Tensor]:
-    """Load a safetensors file that must hold exactly the expected names, shapes and float32, all finite."""
+def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:
+    """Fill tensors from a safetensors file, which must hold exactly their names and shapes, in float32, all finite."""
     header = read_header(path)
     shapes = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
-    wanted = {name: ("F32", tuple(t.shape)) for name, t in expected.items()}
+    wanted = {name: ("F32", tuple(t.shape)) for name, t in targets.items()}
     if shapes != wanted:
         wrong = min({*shapes, *wanted}, key=lambda name: (shapes.get(name) == wanted.get(name), name))
         raise damaged(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {wanted.get(wrong)}")
-    tensors = load_file(path)
-    for name, found in digest_all(tensors).items():
-        if found != entry.tensors.get(name):
+
+    def fill(name: str) -> None:
+        tensor = stored_tensor(path, name)
+        if digest(tensor) != entry.tensors.get(name):
             raise damaged(path, f"gave other bytes for {name} than were in memory when it was saved")
-    for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise damaged(path, f"holds NaN or infinity in {name}")
-    return tensors
+        targets[name].copy_(tensor)
+
+    with ThreadPoolExecutor(2) as pool:  # hashing and copying release the interpreter
+        list(pool.map(fill, targets))
+
+
+def stored_tensor(path: Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file.
+
+    The file is opened for this tensor alone: it is mapped, and what was read of a mapped file counts as memory of the
+    process until it is closed. Weights that are loaded one by one are then never held twice.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 # --- retention -----------------------------------------------------------------------------------------------

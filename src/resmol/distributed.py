@@ -12,7 +12,6 @@ import platform
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from resmol.config import RunConfig
 from resmol.errors import ConfigError
+from resmol.process import processor_field
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,7 @@ class Runtime:
 
 
 def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    return processor_field("model name") or platform.processor() or platform.machine()
 
 
 def is_main_process() -> bool:

@@ -1,4 +1,4 @@
-"""The operating system's side of a process: its memory and its signals.
+"""The operating system's side of a process: its processor, its memory and its signals.
 
 glibc returns every block over 32 MB to the kernel as soon as it is freed, and the next one of that size faults all
 its pages in again. A training step allocates and frees hundreds of megabytes, so this costs a fifth to a third of
@@ -28,6 +28,7 @@ ALLOCATOR_SETTINGS = ":".join(
         "glibc.malloc.hugetlb=1",  # in pages of 2 MiB where the kernel leaves that to programs
     )
 )
+CPU_FACTS = Path("/proc/cpuinfo")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 RETURNED_BYTES = 1 << 20
 CGROUP_FILES = (  # the limit, what is taken of it, and what of that are pages of files
@@ -74,6 +75,15 @@ def return_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(option, RETURNED_BYTES)
+
+
+def processor_field(name: str, facts: Path = CPU_FACTS) -> str:
+    """Return what Linux says of the first processor under a name such as ``vendor_id``; empty where it says nothing."""
+    try:
+        lines = facts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

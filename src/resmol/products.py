@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from resmol.process import CPU_FACTS, processor_field
+
 Products: TypeAlias = Literal["blas", "onednn"]
 
 PARTS = 8  # of a weight that multiplies a single row: what cores can share
@@ -48,16 +50,13 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def products_for_reading(cpu_facts: Path = Path("/proc/cpuinfo")) -> Products:
+def products_for_reading(cpu_facts: Path = CPU_FACTS) -> Products:
     """Return the library for a model that is only read: oneDNN on AMD's processors, the BLAS on all others.
 
     A rule, where training measures: the last bits of logits depend on it, and the same prompt and seed must give the
     same text also while other programs disturb a measurement.
     """
-    try:
-        is_amd = "AuthenticAMD" in cpu_facts.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        is_amd = False
+    is_amd = processor_field("vendor_id", cpu_facts) == "AuthenticAMD"
     return "onednn" if is_amd and has_onednn() else "blas"
 
 

@@ -89,7 +89,7 @@ def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Co
     def limit() -> Numbers:
         sizes = {"of": "generation", "batch": batch, "prompt": wanted.prompt, "new": wanted.new}
         wish = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
-        return run_worker("resmol.bench.limits", wish, folder)
+        return run_worker("resmol.bench.limits", wish, folder, tuned)
 
     peers: dict[str, Callable[[], Numbers]] = {
         "transformers generate": lambda: peer(faster=False),

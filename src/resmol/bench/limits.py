@@ -16,6 +16,8 @@ Nothing of norms, activations, softmax, loss and optimizer is in it, so no imple
 **Generation.** A new token needs every weight once, whatever the cache: the limit is the bandwidth of reading, divided
 by the bytes of the weights (a tied embedding counts once; of an untied one only a row is read) and of the keys and
 values of the mean context. A batch of B shares the weights. The prompt's limit is that of the forward products.
+
+The process gets the same allocator settings as ours: in pages of 2 MiB memory is read up to a third faster.
 """
 
 from __future__ import annotations

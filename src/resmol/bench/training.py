@@ -131,7 +131,7 @@ def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> 
         return asdict(measure_training(config, folder, data, wanted.steps, wanted.warmup))
 
     def limit() -> Numbers:
-        return run_worker("resmol.bench.limits", limit_task(config), folder)
+        return run_worker("resmol.bench.limits", limit_task(config), folder, allocator_environment({}))
 
     peers = {}
     if wanted.peer:

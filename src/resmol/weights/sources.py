@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from resmol.checkpoint import load_weights, weight_tensors
+from resmol.checkpoint import load_weights, stored_tensor, weight_tensors
 from resmol.config import TokenizerConfig
 from resmol.config_files import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
@@ -209,9 +209,8 @@ def _huggingface(path: Path, kind: Literal["huggingface", "hub"], say: Say) -> S
 def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
     for path in weights.files:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dictionary
-                    yield name, file.get_tensor(name)
+            for name in read_header(path).tensors:
+                yield name, stored_tensor(path, name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}", fix="fetch or export the model again") from None
 
