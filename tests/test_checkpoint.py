@@ -69,6 +69,13 @@ def rehash(path: Path) -> None:
     (path / "manifest.json").write_bytes(manifest.to_bytes())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_what_was_loaded_does_not_depend_on_the_file(good: Path, tiny_config: RunConfig) -> None:
+    state = restore(good / "step-00000010", tiny_config)
+    assert state.model.lm_head.weight.isfinite().all()
+    assert str(good) not in Path("/proc/self/maps").read_text()
+
+
 def test_round_trip_is_bitwise(good: Path, tiny_config: RunConfig, tmp_path: Path) -> None:
     state = restore(good / "step-00000010", tiny_config)
     saved, _ = load_state(good / "step-00000010")

@@ -6,6 +6,8 @@ import json
 import math
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,31 @@ def test_a_folder_of_transformers_gives_its_logits(dtype: torch.dtype, tied: boo
         assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
         assert loaded.provenance.kind == "huggingface"
         assert not loaded.provenance.trained_here
+
+
+PEAK_OF_LOADING = """
+import sys
+from pathlib import Path
+from resmol.load import load_model
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+load_model(sys.argv[1], device="cpu")  # imports what it needs
+before = peak()
+model = load_model(sys.argv[2], device="cpu").model
+print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_weights_are_not_held_twice_while_they_are_loaded(folder: Path, tmp_path: Path) -> None:
+    large = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}  # 50 million weights, 200 MB
+    reference(**large).save_pretrained(tmp_path / "large")
+    command = [sys.executable, "-c", PEAK_OF_LOADING, str(folder), str(tmp_path / "large")]
+    growth = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 < growth < 1.3
 
 
 def test_a_gguf_file_gives_the_logits_of_transformers(tmp_path: Path) -> None:
