@@ -134,6 +134,9 @@ class RuntimeConfig(Section):
     )
     loss_chunk_tokens: int = param(512, "B", "tokens whose logits exist at the same time", ge=1)
     threads: int = param(0, "B", "CPU threads; 0 takes what PyTorch takes", ge=0)
+    peer_timeout: int = param(
+        600, "C", "seconds that the processes of a run wait for one of them before they end", ge=1
+    )
 
 
 class EvaluationConfig(Section):

@@ -12,15 +12,21 @@ import platform
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from resmol.config import RunConfig
 from resmol.errors import ConfigError
 from resmol.process import processor_field
+from resmol.siblings import Siblings
+
+PREPARED = "the main process is ready"  # a key of the store that the processes share
+LONGEST_PREPARATION = timedelta(days=2)  # of a text, by the main process alone; if it dies, torchrun ends the others
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class Runtime:
         world_size: Number of processes.
         device: Where it computes.
         autocast_dtype: Type of the matrix products, or None for the type of the weights.
+        siblings: The other processes; None where there are none.
     """
 
     rank: int
     world_size: int
     device: torch.device
     autocast_dtype: torch.dtype | None
+    siblings: Siblings | None = None
 
     @property
     def is_main(self) -> bool:
@@ -53,22 +61,33 @@ class Runtime:
     def sum_over_processes(self, tensors: Iterable[Tensor]) -> None:
         """Add up each tensor over all processes, in place."""
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+            with self._together():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
 
     def share_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the main process's values of these tensors, in place."""
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            with self._together():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def any_process(self, flag: bool) -> bool:
         """Tell whether the flag is set in any process; a barrier when there are several."""
         if self.world_size == 1:
             return flag
         votes = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+        with self._together():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            return bool(votes.item())
+
+    def begin(self, what: str) -> None:
+        """Tell the siblings what this process is at now, for them to say if it does not come back."""
+        if self.siblings is not None:
+            self.siblings.begin(what)
+
+    def _together(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.siblings is None else self.siblings.together()
 
     def environment(self) -> dict[str, str | int]:
         """Return the facts that bitwise equality depends on, and nothing else: no variable, no path, no secret."""
@@ -99,19 +118,36 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
 
     Raises:
         ConfigError: The device does not exist here.
+        ProcessLost: The processes do not find each other.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = find_device(config.runtime.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     precision = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
-    try:
-        with deterministic_kernels(device):
-            yield Runtime(rank, world_size, device, precision)
-    finally:
-        if world_size > 1:
+    with deterministic_kernels(device):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield Runtime(0, 1, device, precision)
+        else:
+            with _process_group(device, config.runtime.peer_timeout) as siblings:
+                yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, siblings)
+
+
+@contextmanager
+def _process_group(device: torch.device, timeout: int) -> Iterator[Siblings]:
+    """Join the processes that torchrun's environment names; the main one may come late, it prepares the data first."""
+    store, rank, world_size = next(rendezvous("env://"))
+    wait = timedelta(seconds=timeout)
+    store.set_timeout(wait)
+    if rank == 0:
+        store.set(PREPARED, "")
+    with Siblings(store, rank, world_size) as siblings:
+        with siblings.together():
+            store.wait([PREPARED], LONGEST_PREPARATION)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+        try:
+            yield siblings
+        finally:
             dist.destroy_process_group()
 
 

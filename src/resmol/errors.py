@@ -2,6 +2,7 @@
 
 ResmolError              exit code
 ├── CheckFailed          1    a check, an audit or a parity test did not pass
+├── ProcessLost          1    another process of the run died, froze or does not answer
 ├── UsageError           2    a wrong argument or a wrong combination of arguments
 │   └── ConfigError      2    a configuration that is invalid, or that drifted under a run
 ├── DataError            3    text, tokens, a file or a tokenizer is missing or unusable
@@ -36,6 +37,12 @@ class ResmolError(Exception):
 
 class CheckFailed(ResmolError):
     """A check, an audit or a parity test did not pass."""
+
+    exit_code = 1
+
+
+class ProcessLost(ResmolError):
+    """Another process of the run died, froze or does not answer."""
 
     exit_code = 1
 

@@ -6,6 +6,7 @@ the fingerprint, the ledger with its own chain and the checkpoints with their ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,15 +17,17 @@ from typing import Any
 
 import torch._functorch.config
 
+from resmol import __version__
 from resmol.atomic import fsync_path, remove_leftovers, write_durable
 from resmol.auto import check_memory, resolve_auto
+from resmol.checkpoint import digest_all, weight_tensors
 from resmol.config import RunConfig
 from resmol.config_files import load_config, with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, TokenStream
 from resmol.distributed import Runtime, is_main_process, open_runtime
 from resmol.drift import reconcile
-from resmol.errors import ConfigError, DataError, DiskFull, UsageError
+from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
 from resmol.flops import total_parameters
 from resmol.ledger import Ledger, UnkeptLedger
 from resmol.model import CausalLM
@@ -107,6 +110,7 @@ def launch(wanted: Launch) -> TrainState:
             recorded = begin(state, journal, circumstances)
             write_durable(run.config, config.to_toml().encode())  # only now is it sure that the run goes on with it
         share_state(state, runtime)
+        check_siblings_agree(state, config, dataset, runtime)
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
         if held_out is None and config.evaluation.every:
@@ -118,7 +122,11 @@ def launch(wanted: Launch) -> TrainState:
             run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, saver, stop, recorded
         )
         compile_blocks(state.model, config)
-        train(state, session)
+        try:
+            train(state, session)
+        except ProcessLost as error:
+            journal.write("warn", what="processes lost each other", step=state.step, reason=error.what)
+            raise
     return state
 
 
@@ -147,6 +155,22 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     model.model.recompute_blocks = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
     return TrainState(model, build_optimizer(model, config.optimizer))
+
+
+def check_siblings_agree(state: TrainState, config: RunConfig, dataset: Dataset, runtime: Runtime) -> None:
+    """Compare what the processes are about to work on (`ConfigError` when it is not the same)."""
+    if runtime.siblings is None:
+        return
+    weights = json.dumps(digest_all(weight_tensors(state.model)), sort_keys=True)
+    facts = {
+        "version of resmol": __version__,
+        "version of PyTorch": torch.__version__,
+        "configuration": config.sha256,
+        "data fingerprint": dataset.fingerprint,
+        "step": str(state.step),
+        "weights": hashlib.sha256(weights.encode()).hexdigest(),
+    }
+    runtime.siblings.agree(facts)
 
 
 def make_loader(config: RunConfig, stream: TokenStream) -> Loader:

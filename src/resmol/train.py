@@ -37,6 +37,7 @@ from resmol.views import Journal
 
 # A re-executed step must give these again, bit for bit.
 REPRODUCIBLE_FIELDS = ("loss_bits", "grad_norm_bits", "lr", "tokens", "windows")
+SLOWNESS_STEPS = 10  # over which the work of several processes is compared
 
 
 @dataclass
@@ -77,17 +78,20 @@ def train(state: TrainState, session: Session) -> None:
         CheckFailed: A step that is executed again after a crash gives other bits than the ledger recorded, or the
             loss jumped and ``train.on_spike`` is stop.
         DiskFull: A checkpoint could not be written, even after older ones were pruned.
+        ProcessLost: Another process died, froze, or did not come for ``runtime.peer_timeout`` seconds.
     """
     config, runtime = session.config, session.runtime
     while state.step < config.train.steps:
         started = time.perf_counter()
         step = state.step + 1
+        runtime.begin(f"step {step}")
         batches = list(session.loader.micro_batches(step, runtime.rank, runtime.world_size))
         loss, grad_norm = train_step(state, batches, session.loader.step_tokens(step), config, runtime)
         seconds = time.perf_counter() - started
 
         record_step(state, session, loss, grad_norm, seconds)
         spike = notice_spike(state, session, loss)
+        notice_slow_process(state, session, seconds)
         stopping = runtime.any_process(session.stop.requested)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
@@ -208,10 +212,21 @@ def notice_spike(state: TrainState, session: Session, loss: float) -> bool:
     return spike
 
 
+def notice_slow_process(state: TrainState, session: Session, seconds: float) -> None:
+    """Record which of several processes the others wait for; looked at every few steps."""
+    siblings = session.runtime.siblings
+    if siblings is None:
+        return
+    siblings.count_work(seconds)
+    if state.step % SLOWNESS_STEPS == 0 and (slow := siblings.slowest(session.runtime.device)):
+        session.journal.write("warn", what="slow process", step=state.step, reason=slow)
+
+
 def record_evaluation(state: TrainState, session: Session) -> None:
     """Measure the held-out loss, without compiled code, so that it does not depend on how training computes."""
     if session.held_out is None:
         return
+    session.runtime.begin(f"the evaluation after step {state.step}")
     started = time.perf_counter()
     config = session.config
     batches = session.held_out.sequential(config.batch.micro_batch_size, config.evaluation.windows or None)
@@ -231,6 +246,7 @@ def record_evaluation(state: TrainState, session: Session) -> None:
 
 def record_sample(state: TrainState, session: Session) -> None:
     """Let the model speak; its own random generator keeps this from touching anything else."""
+    session.runtime.begin(f"the sample after step {state.step}")
     wish = session.config.sampling
     sampling = Sampling(wish.max_new_tokens, wish.temperature, wish.top_k, wish.top_p, wish.seed)
     prompt = session.tokenizer.encode(wish.prompt)[-(state.model.config.max_position_embeddings - 1) :]
@@ -247,6 +263,7 @@ def save(state: TrainState, session: Session, *, permanent: bool = False, wait: 
     """
     if not session.runtime.is_main:
         return
+    session.runtime.begin(f"the save of step {state.step}")
     saved = SavedState(
         step=state.step,
         tokens_seen=state.tokens_seen,

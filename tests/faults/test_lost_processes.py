@@ -1,0 +1,340 @@
+"""Rows W1 to W4: several processes train one run, and one of them dies, freezes, is slow, or works on something else.
+
+The processes are children of the fork server that think torchrun had started them; their store is in the test. What
+torchrun does when one of its processes ends with an error, ending the others, is tried once, with the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from campaign import Campaign
+from test_processes import goes_on, reached, records_of, set_all
+from trials import (
+    INTERVAL,
+    STEPS,
+    Forks,
+    Oracle,
+    Setting,
+    checkpoint_digests,
+    command,
+    command_arguments,
+    finish,
+    run_command_line,
+    step_bits,
+    train_run,
+)
+
+import resmol.launch
+import resmol.train
+from resmol.ledger import select
+from resmol.process import ALLOCATOR_VARIABLE
+
+TIMEOUT = 2  # runtime.peer_timeout, where a process does not answer
+TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
+LOST = r"process (\d) is gone or frozen \(last at (.*)\)"
+
+
+@pytest.fixture(scope="module")
+def shared_oracle(forks: Forks, setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """The run of one process, with two micro-batches a step, that nothing happens to."""
+    run = tmp_path_factory.mktemp("shared-oracle") / "run"
+    overrides = ("batch.micro_batch_size=1", "checkpoint.every=1", "checkpoint.keep_last=1000")
+    assert forks.run(train_run, run, setting, *overrides) == 0
+    return Oracle(step_bits(run), checkpoint_digests(run))
+
+
+def be_process(rank: int, port: int, fault: str, run: Path, setting: Setting, *arguments: str) -> int:
+    """Do what `resmol train RUN` does as one of two processes, with a fault in this one."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **{ALLOCATOR_VARIABLE: ""})
+    FAULTS.get(fault, lambda: None)()
+    with error_file(run, rank).open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
+        words = ["train", str(run), *command_arguments(setting), *TWO_MICRO_BATCHES, *arguments]
+        return run_command_line(words, debug=False)
+
+
+def error_file(run: Path, rank: int) -> Path:
+    return run.parent / f"{run.name}.{rank}.error"
+
+
+@contextmanager
+def processes(
+    forks: Forks, run: Path, setting: Setting, *arguments: str, faults: tuple[str, str] = ("", "")
+) -> Iterator[list[BaseProcess]]:
+    """Start two processes of one run; none of them is left."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started = [
+        forks.start(be_process, rank, store.port, fault, run, setting, *arguments) for rank, fault in enumerate(faults)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def wait_for_step(run: Path, step: int, started: list[BaseProcess]) -> None:
+    """Wait until a step is recorded, or a process ended."""
+    until = time.monotonic() + 60
+    while reached(run) < step and all(process.is_alive() for process in started):
+        assert time.monotonic() < until, f"step {step} was not reached"
+        time.sleep(0.002)
+
+
+# --- faults in one process ---------------------------------------------------------------------------------------
+
+
+def be_slow() -> None:
+    real = resmol.train.accumulate_gradients
+
+    def slowly(*values: Any) -> Any:
+        time.sleep(0.3)
+        return real(*values)
+
+    resmol.train.accumulate_gradients = slowly
+
+
+def have_other_weights() -> None:
+    real = resmol.launch.share_state
+
+    def share_and_change(state: Any, runtime: Any) -> None:
+        real(state, runtime)
+        state.model.model.norm.weight.data[3] += 1e-6
+
+    resmol.launch.share_state = share_and_change
+
+
+def have_another_step() -> None:
+    real = resmol.launch.share_state
+
+    def share_and_change(state: Any, runtime: Any) -> None:
+        real(state, runtime)
+        state.step += 1
+
+    resmol.launch.share_state = share_and_change
+
+
+def have_other_data() -> None:
+    real = resmol.launch._open_data
+
+    def open_other(wanted: Any, config: Any) -> Any:
+        dataset, tokenizer = real(wanted, config)
+        object.__setattr__(dataset, "fingerprint", "0" * 64)
+        return dataset, tokenizer
+
+    resmol.launch._open_data = open_other
+
+
+def have_another_learning_rate() -> None:
+    real = resmol.launch.resolve_auto
+
+    def resolve_otherwise(config: Any) -> Any:
+        settled, decisions = real(config)
+        return resmol.launch.with_overrides(settled, ["optimizer.lr=0.02"]), decisions
+
+    resmol.launch.resolve_auto = resolve_otherwise
+
+
+FAULTS = {
+    "slow": be_slow,
+    "weights": have_other_weights,
+    "step": have_another_step,
+    "data fingerprint": have_other_data,
+    "configuration": have_another_learning_rate,
+}
+
+
+# --- the rows ----------------------------------------------------------------------------------------------------
+
+
+def lost(run: Path, survivor: int, code: int, seconds: float, limit: float) -> list[str]:
+    """Look at the process that lost its sibling: its exit code, whom it names and how long it took."""
+    text = error_file(run, survivor).read_text(encoding="utf-8")
+    found = [] if code == 1 else [f"exit code {code}: {text.strip()}"]
+    named = re.search(LOST, text)
+    if named is None or named[1] != str(1 - survivor):
+        found.append(f"process {1 - survivor} is not named: {text.strip()}")
+    return found + ([] if seconds <= limit else [f"noticed after {seconds:.1f} s"])
+
+
+def lose(
+    how: signal.Signals, forks: Forks, run: Path, setting: Setting, rank: int, step: int, limit: float
+) -> tuple[list[str], float] | None:
+    """Send a signal to one of two processes after a step; None where the run came to its end before."""
+    with processes(forks, run, setting, *set_all(f"runtime.peer_timeout={TIMEOUT}")) as started:
+        wait_for_step(run, step, started)
+        os.kill(started[rank].pid or 0, how)
+        at = time.monotonic()
+        code = finish(started[1 - rank])
+        seconds = time.monotonic() - at
+        if code == 0:
+            return None
+        found = lost(run, 1 - rank, code, seconds, limit)
+        if rank == 1 and not any("lost each other" in str(w["what"]) for w in select(records_of(run), "warn")):
+            found.append("the ledger does not say it")
+        return found, seconds
+
+
+def test_w1_one_of_two_is_killed(
+    campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
+) -> None:
+    """SIGKILL for one of two processes after a random step; the other ends, and the run goes on."""
+    count, draw, problems, slowest, finished = campaign.count(2, 40), campaign.draw("W1"), [], 0.0, 0
+    for trial in range(count):
+        run = tmp_path / f"run-{trial}"
+        step = draw.randrange(1, STEPS - INTERVAL)
+        outcome = lose(signal.SIGKILL, forks, run, setting, trial % 2, step, limit=30)
+        found, seconds = outcome or ([], 0.0)
+        slowest, finished = max(slowest, seconds), finished + (outcome is None)
+        found += goes_on(forks, run, setting, shared_oracle, *TWO_MICRO_BATCHES)
+        problems += [f"trial {trial}: {'; '.join(found)}"] if found else []
+    campaign.record(
+        "W1", "one of two processes is killed after a random step",
+        "the other names it and ends within 30 s; the same bits after a restart",
+        problems, count, note=f"at most {slowest:.1f} s; {finished} had come to the end",
+    )  # fmt: skip
+    assert finished < count
+
+
+def test_w2_one_of_two_freezes(
+    campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
+) -> None:
+    """SIGSTOP for one of two processes after a random step; the other notices and names it."""
+    count, draw, problems, slowest, finished = campaign.count(2, 10), campaign.draw("W2"), [], 0.0, 0
+    for trial in range(count):
+        run = tmp_path / f"run-{trial}"
+        step = draw.randrange(1, STEPS - INTERVAL)
+        outcome = lose(signal.SIGSTOP, forks, run, setting, trial % 2, step, limit=TIMEOUT + 5)
+        found, seconds = outcome or ([], 0.0)
+        slowest, finished = max(slowest, seconds), finished + (outcome is None)
+        found += goes_on(forks, run, setting, shared_oracle, *TWO_MICRO_BATCHES)
+        problems += [f"trial {trial}: {'; '.join(found)}"] if found else []
+    campaign.record(
+        "W2", "one of two processes freezes (SIGSTOP) after a random step",
+        f"the other names it and ends within {TIMEOUT} + 5 s; the same bits after a restart",
+        problems, count, note=f"at most {slowest:.1f} s; {finished} had come to the end",
+    )  # fmt: skip
+    assert finished < count
+
+
+def test_w2s_one_of_two_is_slow(
+    campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
+) -> None:
+    """A process ten times as slow as its sibling is named in the ledger, and nothing else changes."""
+    problems = []
+    for rank in (0, 1):
+        run = tmp_path / f"run-{rank}"
+        with processes(
+            forks, run, setting, "--steps", "10", faults=("slow" * (rank == 0), "slow" * (rank == 1))
+        ) as two:
+            codes = [finish(process) for process in two]
+        reasons = [str(w["reason"]) for w in select(records_of(run), "warn") if w["what"] == "slow process"]
+        found = [] if codes == [0, 0] else [f"exit codes {codes}"]
+        found += [] if [reason[:9] for reason in reasons] == [f"process {rank}"] else [f"recorded: {reasons}"]
+        found += shared_oracle.differences(run)
+        problems += [f"process {rank}: {'; '.join(found)}"] if found else []
+    campaign.record(
+        "W2s", "one of two processes is ten times as slow", "it is named in the ledger; the same bits", problems, 2,
+        exhaustive=True,
+    )  # fmt: skip
+
+
+def test_w3_other_numbers_of_processes(
+    campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
+) -> None:
+    """A run goes from one process to two and back at random steps."""
+    count, draw, problems = campaign.count(1, 10), campaign.draw("W3"), []
+    for trial in range(count):
+        run, both = tmp_path / f"run-{trial}", bool(trial % 2)
+        for stop in [*sorted(draw.sample(range(1, STEPS), 2)), STEPS]:
+            wish = ("--steps", str(stop))
+            if both:
+                with processes(forks, run, setting, *wish) as started:
+                    codes = [finish(process) for process in started]
+            else:
+                codes = [forks.run(command, run, setting, *TWO_MICRO_BATCHES, *wish)]
+            problems += [f"trial {trial}, to step {stop}: exit codes {codes}"] if any(codes) else []
+            both = not both
+        problems += [f"trial {trial}: {found}" for found in shared_oracle.differences(run)]
+    campaign.record(
+        "W3", "1, 2, 1 or 2, 1, 2 processes, at random steps", "the bits of one process", problems, count
+    )  # fmt: skip
+
+
+def test_w4_processes_that_work_on_different_things(
+    campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path
+) -> None:
+    """One of two processes has other weights, another step, other data or another configuration: nothing begins."""
+    cases, problems = [(what, rank) for what in FAULTS if what != "slow" for rank in (0, 1)], []
+    for what, rank in cases:
+        run = tmp_path / f"{what}-{rank}"
+        with processes(forks, run, setting, faults=(what * (rank == 0), what * (rank == 1))) as started:
+            codes = [finish(process) for process in started]
+        texts = [error_file(run, one).read_text(encoding="utf-8") for one in (0, 1)]
+        found = [] if codes == [2, 2] else [f"exit codes {codes}: {texts}"]
+        found += [text for text in texts if f"process 1 has another {what} than process 0" not in text]
+        found += [f"step {reached(run)} was executed"] if reached(run) else []
+        problems += [f"{what} of process {rank}: {'; '.join(found)}"] if found else []
+    campaign.record(
+        "W4", "one of two processes has other weights, another step, other data or another configuration",
+        "all end with exit code 2 before the first step, and say what differs", problems, len(cases), exhaustive=True,
+    )  # fmt: skip
+
+
+def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path) -> None:
+    """With the real torchrun: a frozen process is named, ended with the others, and the run goes on."""
+    run = tmp_path / "run"
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "resmol",
+        "train",
+    ]
+    words += [str(run), *command_arguments(setting), *TWO_MICRO_BATCHES, "--steps", "100000"]
+    words += set_all(f"runtime.peer_timeout={TIMEOUT}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", ALLOCATOR_VARIABLE: ""}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
+        try:
+            until = time.monotonic() + 60
+            while reached(run) < 3 and job.poll() is None:
+                assert time.monotonic() < until, "step 3 was not reached"
+                time.sleep(0.05)
+            frozen = process_of(job.pid, rank=1)
+            os.kill(frozen, signal.SIGSTOP)
+            said = job.communicate(timeout=90)[0]
+        finally:
+            job.kill()
+    assert job.returncode != 0
+    assert re.search(LOST, said), said[-2000:]
+    with pytest.raises(ProcessLookupError):
+        os.kill(frozen, 0)
+    last = reached(run)
+    assert forks.run(command, run, setting, *TWO_MICRO_BATCHES, "--steps", str(last)) == 0
+    bits = step_bits(run)
+    assert list(bits) == list(range(1, last + 1))
+    assert [bits[step] for step in bits if step <= STEPS] == list(shared_oracle.steps.values())[:last]
+
+
+def process_of(parent: int, rank: int) -> int:
+    """Return the child of torchrun that has this rank."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split()
+    wanted = f"RANK={rank}".encode()
+    return next(int(c) for c in children if wanted in Path(f"/proc/{c}/environ").read_bytes().split(b"\0"))
