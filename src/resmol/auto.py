@@ -112,13 +112,10 @@ def _choose_activation_checkpointing(config: RunConfig, device: torch.device) ->
 
 def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[str, str], list[str]]:
     """Decide precision and library of the products, which are measured against each other."""
+    if device.type == "cuda" or _several_processes():
+        return _arithmetic_by_rule(config, device)
     precision, products = config.runtime.precision, config.runtime.products
     plain = "blas" if products == "auto" else products
-    if device.type == "cuda" or _several_processes():
-        supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        why = "" if device.type == "cuda" else " (not measured, since there are several processes)"
-        chosen = ("bfloat16" if supported else "float32") if precision == "auto" else precision
-        return {"precision": chosen, "products": plain}, [f"precision: {chosen}{why}"] if precision == "auto" else []
     libraries: list[Arithmetic] = ["blas", "onednn"] if products == "auto" and has_onednn() else [plain]
     narrow: list[Arithmetic] = [] if precision == "float32" else ["bfloat16"]
     candidates = narrow if precision == "bfloat16" else libraries + narrow
@@ -135,6 +132,19 @@ def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[st
         precision = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
         reasons.append(f"precision: {precision} (a step in bfloat16 measured {gain:.2f}x as fast as in float32 here)")
     return {"precision": precision, "products": plain}, reasons
+
+
+def _arithmetic_by_rule(config: RunConfig, device: torch.device) -> tuple[dict[str, str], list[str]]:
+    """Decide where there is nothing to measure (CUDA), or each process would measure something else."""
+    precision, products = config.runtime.precision, config.runtime.products
+    reasons = []
+    if precision == "auto" and device.type == "cuda":
+        precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        reasons.append(f"precision: {precision}")
+    elif precision == "auto":
+        precision = "float32"
+        reasons.append("precision: float32 (not measured, since there are several processes)")
+    return {"precision": precision, "products": "blas" if products == "auto" else products}, reasons
 
 
 def _several_processes() -> bool:

@@ -6,6 +6,7 @@ shapes and types before a weight is read, and every number when it is read.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -242,7 +243,7 @@ def _hub(hub_id: str, say: Say) -> Source:
 
 def _wanted_files(hub_id: str, revision: str | None) -> tuple[str, ...]:
     """Return what to fetch of a repository: a model's folder, or the one GGUF file that it is there for."""
-    names = hub_names(hub_id, revision=revision, fix="check the name and the network, or use the source pypi")
+    names = hub_names(hub_id, revision=revision, fix=_what_may_be_meant(hub_id))
     gguf = [name for name in names if name.endswith(".gguf") and "/" not in name]
     if "config.json" in names or not gguf:
         read_model_config(hub_id)  # a few hundred bytes; another architecture is refused before its weights come
@@ -253,6 +254,15 @@ def _wanted_files(hub_id: str, revision: str | None) -> tuple[str, ...]:
             fix="download the one that you mean, with the tokenizer.json beside it, and name the file",
         )
     return (gguf[0], "tokenizer.json")
+
+
+def _what_may_be_meant(hub_id: str) -> str:
+    """Return what to do about a name that the Hub does not know: a mistyped run directory looks like one of its."""
+    path = Path(hub_id)
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    folder = f"did you mean the folder {path.with_name(near[0])}? otherwise " if near else ""
+    return f"{folder}check the name and the network, or use the source pypi"
 
 
 # --- GGUF --------------------------------------------------------------------------------------------------
