@@ -113,3 +113,32 @@ def test_freed_memory_goes_back_when_asked_for() -> None:
         return int(done.stdout)
 
     assert resident("return") < resident("keep") - 20_000_000
+
+
+GONE = """
+import sys
+import torch
+from resmol.process import release_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+before = resident()
+gone = [torch.ones(1_000_000) for _ in range(60)]
+kept = torch.ones(1_000)  # above them in the heap
+del gone
+if sys.argv[1] == "release":
+    release_freed_memory()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_is_released_for_others() -> None:
+    def growth(how: str) -> int:
+        environment = {**os.environ, ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
+        command = [sys.executable, "-c", GONE, how]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert growth("keep") > 200_000_000
+    assert growth("release") < 100_000_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -75,6 +76,16 @@ def return_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             mallopt(option, RETURNED_BYTES)
+
+
+def release_freed_memory() -> None:
+    """Give back to the kernel, once, all that has been freed: before another process needs it.
+
+    `ALLOCATOR_SETTINGS` keep it otherwise. Does nothing where the C library is not glibc.
+    """
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def processor_field(name: str, facts: Path = CPU_FACTS) -> str:

@@ -34,7 +34,7 @@ from resmol.flops import total_parameters
 from resmol.launch import new_state
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import checkpoint_name, list_checkpoints, step_of
-from resmol.process import StopSignal
+from resmol.process import StopSignal, release_freed_memory
 from resmol.report import write_report
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at
@@ -167,6 +167,7 @@ def estimate_seconds(config: RunConfig, steps: int) -> float:
 def _headline(protocol: Protocol, config: RunConfig) -> str:
     todo = max(0, protocol.last_step - _reached(protocol.run))
     seconds = estimate_seconds(config, todo)
+    release_freed_memory()  # a model, its gradients and moments, which the parts need themselves
     begun = f", {protocol.last_step - todo} of them done already" if todo < protocol.last_step else ""
     return (
         f"reproduce: {protocol.preset}, {total_parameters(config.model):,} parameters, {protocol.last_step} steps of "
