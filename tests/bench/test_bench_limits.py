@@ -33,7 +33,7 @@ def test_every_layout_can_be_multiplied(role: str, batch: int, monkeypatch: pyte
 
 def test_the_limit_of_generation_is_bandwidth_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_preset("nano").model
-    monkeypatch.setattr(limits, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "copy_bytes_per_second": 1e9})
+    monkeypatch.setattr(limits, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "update_bytes_per_second": 1e9})
     monkeypatch.setattr(limits, "products_seconds", lambda products, dtype: (2.0, []))
     found = limits.generation_limit(model, 2, 10, 20, torch.float32)
     cache = 2 * 20 * 2 * 4 * 1 * 16 * 4  # rows, mean context, key and value, blocks, heads, head size, bytes

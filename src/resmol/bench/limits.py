@@ -11,7 +11,8 @@ attention counts the causal half only, at the rate of the whole product. The lim
 
 Nothing of norms, activations, softmax, loss and optimizer is in it, so no implementation on these products reaches it.
 ``with_update`` adds the traffic of AdamW, which reads weight, gradient and two moments and writes three of them back:
-7 x 4 bytes a parameter at the measured bandwidth of a copy.
+7 x 4 bytes a parameter at the measured bandwidth of reading and writing numbers in place. (A copy is slower: memory that is only
+written to is read as well.)
 
 **Generation.** A new token needs every weight once, whatever the cache: the limit is the bandwidth of reading, divided
 by the bytes of the weights (a tied embedding counts once; of an untied one only a row is read) and of the keys and
@@ -145,13 +146,12 @@ def products_seconds(products: list[Product], dtype: torch.dtype) -> tuple[float
 
 
 def bandwidth(size: int = STREAM_BYTES) -> dict[str, float]:
-    """Return bytes per second of memory: reading (a sum, or a matrix by a vector), and copying (read and write)."""
-    numbers = torch.ones(size // 4)
-    vector, target = torch.ones(1024), torch.empty_like(numbers)
+    """Return bytes per second of memory: reading (a sum, or a matrix by a vector), and updating (reading and writing)."""
+    numbers, vector = torch.ones(size // 4), torch.ones(1024)
     matrix = numbers.view(-1, 1024)
     read = min(best_seconds(numbers.sum, 0.5), best_seconds(lambda: torch.mv(matrix, vector), 0.5))
-    copy = best_seconds(lambda: target.copy_(numbers), 0.5)
-    return {"read_bytes_per_second": size / read, "copy_bytes_per_second": 2 * size / copy}
+    update = best_seconds(lambda: numbers.mul_(1.0), 0.5)
+    return {"read_bytes_per_second": size / read, "update_bytes_per_second": 2 * size / update}
 
 
 def training_limit(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype) -> Numbers:
@@ -163,7 +163,7 @@ def training_limit(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dt
     tokens = rows * seq_len
     seconds, parts = products_seconds(training_products(config, rows, seq_len), dtype)
     memory = bandwidth()
-    update = ADAMW_BYTES_PER_PARAMETER * total_parameters(config) / memory["copy_bytes_per_second"]
+    update = ADAMW_BYTES_PER_PARAMETER * total_parameters(config) / memory["update_bytes_per_second"]
     operations = sum(part["operations"] for part in parts)
     return {
         "tokens_per_second": tokens / seconds,

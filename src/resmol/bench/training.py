@@ -219,10 +219,10 @@ def training_notes(contest: Contest) -> list[str]:
     notes = []
     if limit := contest.of_kind("limit"):
         rate, both = (statistics.median(limit.values(key)) for key in ("flops_per_second", "with_update"))
-        copy = statistics.median(limit.values("copy_bytes_per_second"))
+        update = statistics.median(limit.values("update_bytes_per_second"))
         ours = statistics.median(contest.contenders[0].values(SPEED.key))
         notes.append(
-            f"The products alone run at {rate / 1e9:,.0f} GFLOP/s. With AdamW's traffic at {copy / 1e9:.1f} GB/s an "
+            f"The products alone run at {rate / 1e9:,.0f} GFLOP/s. With AdamW's traffic at {update / 1e9:.1f} GB/s an "
             f"ideal step would reach {both:,.0f} tokens/s, of which resmol has {100 * ours / both:.0f} %."
         )
     losses = {one.name: one.values(LOSS.key)[0] for one in contest.contenders if one.values(LOSS.key)}
