@@ -11,8 +11,8 @@ attention counts the causal half only, at the rate of the whole product. The lim
 
 Nothing of norms, activations, softmax, loss and optimizer is in it, so no implementation on these products reaches it.
 ``with_update`` adds the traffic of AdamW, which reads weight, gradient and two moments and writes three of them back:
-7 x 4 bytes a parameter at the measured bandwidth of reading and writing numbers in place. (A copy is slower: memory that is only
-written to is read as well.)
+7 x 4 bytes a parameter at the measured bandwidth of reading and writing numbers in place. (A copy is slower: memory
+that is only written to is read as well.)
 
 **Generation.** A new token needs every weight once, whatever the cache: the limit is the bandwidth of reading, divided
 by the bytes of the weights (a tied embedding counts once; of an untied one only a row is read) and of the keys and
@@ -146,7 +146,7 @@ def products_seconds(products: list[Product], dtype: torch.dtype) -> tuple[float
 
 
 def bandwidth(size: int = STREAM_BYTES) -> dict[str, float]:
-    """Return bytes per second of memory: reading (a sum, or a matrix by a vector), and updating (reading and writing)."""
+    """Return bytes per second of memory: reading (a sum, or a matrix by a vector), and updating (read and write)."""
     numbers, vector = torch.ones(size // 4), torch.ones(1024)
     matrix = numbers.view(-1, 1024)
     read = min(best_seconds(numbers.sum, 0.5), best_seconds(lambda: torch.mv(matrix, vector), 0.5))
