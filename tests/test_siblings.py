@@ -49,12 +49,12 @@ def test_whose_facts_differ_is_said_by_all(stores: Callable[[], dist.Store]) -> 
 def test_who_is_silent_and_who_does_not_come_is_named(
     stores: Callable[[], dist.Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.5)
     with Siblings(stores(), 0, 4) as alone, Siblings(stores(), 1, 4) as busy, Siblings(stores(), 2, 4) as gone:
         alone.begin("step 8")
         busy.begin("the sample after step 7")
         gone.begin("step 8")
-        time.sleep(0.3)
+        time.sleep(1.5)  # three beats
         gone.__exit__(None, None, None)
         with pytest.raises(ProcessLost) as lost, alone.together():
             raise RuntimeError("the connection was closed")  # what gloo raises
@@ -74,7 +74,7 @@ def test_work_is_what_was_not_spent_waiting(stores: Callable[[], dist.Store]) ->
             time.sleep(0.3)
         waited = time.perf_counter() - started
         siblings.count_work(waited + 2.0)
-        assert siblings._worked == pytest.approx(2.0, abs=0.05)
+        assert siblings._worked == pytest.approx(2.0, abs=0.15)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ import resmol.train
 from resmol.ledger import select
 from resmol.process import ALLOCATOR_VARIABLE
 
-TIMEOUT = 2  # runtime.peer_timeout, where a process does not answer
+PATIENCE = 60  # runtime.peer_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
 LOST = r"process (\d) is gone or frozen \(last at (.*)\)"
 
@@ -89,7 +89,7 @@ def processes(
 
 def wait_for_step(run: Path, step: int, started: list[BaseProcess]) -> None:
     """Wait until a step is recorded, or a process ended."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while reached(run) < step and all(process.is_alive() for process in started):
         assert time.monotonic() < until, f"step {step} was not reached"
         time.sleep(0.002)
@@ -102,7 +102,7 @@ def be_slow() -> None:
     real = resmol.train.accumulate_gradients
 
     def slowly(*values: Any) -> Any:
-        time.sleep(0.3)
+        time.sleep(0.6)
         return real(*values)
 
     resmol.train.accumulate_gradients = slowly
@@ -172,10 +172,10 @@ def lost(run: Path, survivor: int, code: int, seconds: float, limit: float) -> l
 
 
 def lose(
-    how: signal.Signals, forks: Forks, run: Path, setting: Setting, rank: int, step: int, limit: float
+    how: signal.Signals, forks: Forks, run: Path, setting: Setting, rank: int, step: int, timeout: int, limit: float
 ) -> tuple[list[str], float] | None:
     """Send a signal to one of two processes after a step; None where the run came to its end before."""
-    with processes(forks, run, setting, *set_all(f"runtime.peer_timeout={TIMEOUT}")) as started:
+    with processes(forks, run, setting, *set_all(f"runtime.peer_timeout={timeout}")) as started:
         wait_for_step(run, step, started)
         os.kill(started[rank].pid or 0, how)
         at = time.monotonic()
@@ -197,7 +197,7 @@ def test_w1_one_of_two_is_killed(
     for trial in range(count):
         run = tmp_path / f"run-{trial}"
         step = draw.randrange(1, STEPS - INTERVAL)
-        outcome = lose(signal.SIGKILL, forks, run, setting, trial % 2, step, limit=30)
+        outcome = lose(signal.SIGKILL, forks, run, setting, trial % 2, step, PATIENCE, limit=30)
         found, seconds = outcome or ([], 0.0)
         slowest, finished = max(slowest, seconds), finished + (outcome is None)
         found += goes_on(forks, run, setting, shared_oracle, *TWO_MICRO_BATCHES)
@@ -215,17 +215,18 @@ def test_w2_one_of_two_freezes(
 ) -> None:
     """SIGSTOP for one of two processes after a random step; the other notices and names it."""
     count, draw, problems, slowest, finished = campaign.count(2, 10), campaign.draw("W2"), [], 0.0, 0
+    timeout, more = (2, 5) if campaign.full else (10, 50)  # the suite shares its machine
     for trial in range(count):
         run = tmp_path / f"run-{trial}"
         step = draw.randrange(1, STEPS - INTERVAL)
-        outcome = lose(signal.SIGSTOP, forks, run, setting, trial % 2, step, limit=TIMEOUT + 5)
+        outcome = lose(signal.SIGSTOP, forks, run, setting, trial % 2, step, timeout, timeout + more)
         found, seconds = outcome or ([], 0.0)
         slowest, finished = max(slowest, seconds), finished + (outcome is None)
         found += goes_on(forks, run, setting, shared_oracle, *TWO_MICRO_BATCHES)
         problems += [f"trial {trial}: {'; '.join(found)}"] if found else []
     campaign.record(
         "W2", "one of two processes freezes (SIGSTOP) after a random step",
-        f"the other names it and ends within {TIMEOUT} + 5 s; the same bits after a restart",
+        f"the other names it and ends within {timeout} + {more} s; the same bits after a restart",
         problems, count, note=f"at most {slowest:.1f} s; {finished} had come to the end",
     )  # fmt: skip
     assert finished < count
@@ -309,17 +310,17 @@ def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracl
         "train",
     ]
     words += [str(run), *command_arguments(setting), *TWO_MICRO_BATCHES, "--steps", "100000"]
-    words += set_all(f"runtime.peer_timeout={TIMEOUT}")
+    words += set_all("runtime.peer_timeout=10")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", ALLOCATOR_VARIABLE: ""}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 150
             while reached(run) < 3 and job.poll() is None:
                 assert time.monotonic() < until, "step 3 was not reached"
                 time.sleep(0.05)
             frozen = process_of(job.pid, rank=1)
             os.kill(frozen, signal.SIGSTOP)
-            said = job.communicate(timeout=90)[0]
+            said = job.communicate(timeout=150)[0]
         finally:
             job.kill()
     assert job.returncode != 0
