@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant("files are not compared with their hashes", "manifest.py",
            "        if found != entry.sha256:\n", "        if False:\n", ("flipped_bits", {})),
     Mutant("tensors are not compared with their digests", "checkpoint.py",
-           "        if found != entry.tensors.get(name):\n", "        if False:\n", ("changed_on_the_way", {})),
+           "        if digest(tensor) != entry.tensors.get(name):\n", "        if False:\n", ("changed_on_the_way", {})),
     Mutant("nothing is read back before older ones go", "checkpoint.py", "        verify_first(paths[0])\n",
            "        pass\n", ("prune_on_damage", {})),
     Mutant("the run is not locked", "rundir.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
