@@ -20,18 +20,16 @@ from resmol.ledger import read_ledger, select
 from resmol.tokenizer import Tokenizer
 
 
+def torchrun_words(processes: int) -> list[str]:
+    """Return what starts ``resmol`` in several processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, "-m", "resmol"]
+
+
 def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer: Path, steps: int) -> None:
     file = run.parent / "tiny.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "resmol",
-    ]
+    command = torchrun_words(processes)
     command += [
         "train",
         str(run),

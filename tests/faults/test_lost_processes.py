@@ -7,10 +7,10 @@ torchrun does when one of its processes ends with an error, ending the others, i
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from campaign import Campaign
+from test_distributed import torchrun_words
 from test_processes import goes_on, reached, records_of, set_all
 from trials import (
     INTERVAL,
@@ -189,47 +190,52 @@ def lose(
         return found, seconds
 
 
+def lose_and_go_on(
+    how: signal.Signals, forks: Forks, setting: Setting, oracle: Oracle, folder: Path, count: int, draw: random.Random,
+    timeout: int, limit: float,
+) -> tuple[list[str], str]:  # fmt: skip
+    """Lose one of two processes after a random step, ``count`` times, and go on each time; the problems, and a note."""
+    problems, slowest, finished = [], 0.0, 0
+    for trial in range(count):
+        run = folder / f"run-{trial}"
+        step = draw.randrange(1, STEPS - INTERVAL)
+        outcome = lose(how, forks, run, setting, trial % 2, step, timeout, limit)
+        found, seconds = outcome or ([], 0.0)
+        slowest, finished = max(slowest, seconds), finished + (outcome is None)
+        found += goes_on(forks, run, setting, oracle, *TWO_MICRO_BATCHES)
+        problems += [f"trial {trial}: {'; '.join(found)}"] if found else []
+    assert finished < count
+    return problems, f"at most {slowest:.1f} s; {finished} had come to the end"
+
+
 def test_w1_one_of_two_is_killed(
     campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
 ) -> None:
     """SIGKILL for one of two processes after a random step; the other ends, and the run goes on."""
-    count, draw, problems, slowest, finished = campaign.count(2, 40), campaign.draw("W1"), [], 0.0, 0
-    for trial in range(count):
-        run = tmp_path / f"run-{trial}"
-        step = draw.randrange(1, STEPS - INTERVAL)
-        outcome = lose(signal.SIGKILL, forks, run, setting, trial % 2, step, PATIENCE, limit=30)
-        found, seconds = outcome or ([], 0.0)
-        slowest, finished = max(slowest, seconds), finished + (outcome is None)
-        found += goes_on(forks, run, setting, shared_oracle, *TWO_MICRO_BATCHES)
-        problems += [f"trial {trial}: {'; '.join(found)}"] if found else []
+    count, draw = campaign.count(2, 40), campaign.draw("W1")
+    problems, note = lose_and_go_on(
+        signal.SIGKILL, forks, setting, shared_oracle, tmp_path, count, draw, PATIENCE, limit=30
+    )
     campaign.record(
         "W1", "one of two processes is killed after a random step",
-        "the other names it and ends within 30 s; the same bits after a restart",
-        problems, count, note=f"at most {slowest:.1f} s; {finished} had come to the end",
+        "the other names it and ends within 30 s; the same bits after a restart", problems, count, note=note,
     )  # fmt: skip
-    assert finished < count
 
 
 def test_w2_one_of_two_freezes(
     campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
 ) -> None:
     """SIGSTOP for one of two processes after a random step; the other notices and names it."""
-    count, draw, problems, slowest, finished = campaign.count(2, 10), campaign.draw("W2"), [], 0.0, 0
+    count, draw = campaign.count(2, 10), campaign.draw("W2")
     timeout, more = (2, 5) if campaign.full else (10, 50)  # the suite shares its machine
-    for trial in range(count):
-        run = tmp_path / f"run-{trial}"
-        step = draw.randrange(1, STEPS - INTERVAL)
-        outcome = lose(signal.SIGSTOP, forks, run, setting, trial % 2, step, timeout, timeout + more)
-        found, seconds = outcome or ([], 0.0)
-        slowest, finished = max(slowest, seconds), finished + (outcome is None)
-        found += goes_on(forks, run, setting, shared_oracle, *TWO_MICRO_BATCHES)
-        problems += [f"trial {trial}: {'; '.join(found)}"] if found else []
+    problems, note = lose_and_go_on(
+        signal.SIGSTOP, forks, setting, shared_oracle, tmp_path, count, draw, timeout, timeout + more
+    )
     campaign.record(
         "W2", "one of two processes freezes (SIGSTOP) after a random step",
         f"the other names it and ends within {timeout} + {more} s; the same bits after a restart",
-        problems, count, note=f"at most {slowest:.1f} s; {finished} had come to the end",
+        problems, count, note=note,
     )  # fmt: skip
-    assert finished < count
 
 
 def test_w2s_one_of_two_is_slow(
@@ -300,16 +306,14 @@ def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracl
     """With the real torchrun: a frozen process is named, ended with the others, and the run goes on."""
     run = tmp_path / "run"
     words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "resmol",
+        *torchrun_words(2),
         "train",
+        str(run),
+        *command_arguments(setting),
+        *TWO_MICRO_BATCHES,
+        "--steps",
+        "100000",
     ]
-    words += [str(run), *command_arguments(setting), *TWO_MICRO_BATCHES, "--steps", "100000"]
     words += set_all("runtime.peer_timeout=10")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", ALLOCATOR_VARIABLE: ""}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
