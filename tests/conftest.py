@@ -17,7 +17,7 @@ from resmol.config_files import load_config
 from resmol.data.corpora import from_texts
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset
-from resmol.process import ALLOCATOR_VARIABLE
+from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.tokenizer_sources import cache_path
 from resmol.train import TrainState

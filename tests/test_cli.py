@@ -25,7 +25,7 @@ from resmol.tokenizer import Tokenizer
 @pytest.fixture(autouse=True)
 def no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a test the process must not be replaced."""
-    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", lambda: None)
+    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_what_trains_in_its_own_process_has_the_allocator_of_train(
         raise Restarted
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", restart)
+    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", restart)
     with pytest.raises(Restarted):
         run(arguments, debug=False)
 

@@ -275,7 +275,7 @@ def test_a_hub_id_is_fetched_from_the_hub(config_json: Path, tmp_path: Path, mon
         return str(config_json)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("resmol.hub.require_answer", lambda *_: None)
+    monkeypatch.setattr("resmol.system.hub_download.require_answer", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert read_model_config("HuggingFaceTB/SmolLM2-135M") == parse_hf_config(GENUINE)
     assert asked == [("HuggingFaceTB/SmolLM2-135M", "config.json")]
@@ -286,7 +286,7 @@ def test_a_hub_that_cannot_be_reached_is_a_network_error(tmp_path: Path, monkeyp
         raise OSError("no route to host")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("resmol.hub.require_answer", lambda *_: None)
+    monkeypatch.setattr("resmol.system.hub_download.require_answer", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(NetworkError, match=r"HuggingFaceTB/SmolLM2-135M/config\.json .*no route to host"):
         read_model_config("HuggingFaceTB/SmolLM2-135M")

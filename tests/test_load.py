@@ -28,7 +28,7 @@ from resmol.generate import Sampling
 from resmol.load import LoadedModel, load_model
 from resmol.tokenizer import Tokenizer
 from resmol.weights import sources as model_sources
-from resmol.wheels import file_sha256
+from resmol.system.pypi_download import file_sha256
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
 

@@ -65,7 +65,7 @@ def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
 def test_the_sequence_and_the_claims(
     protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resmol.process.restart_with_tuned_allocator", lambda: None)
+    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
     calls: list[list[str]] = []
     monkeypatch.setattr(module, "_part", in_this_process(calls, train_tiny))
     said: list[str] = []

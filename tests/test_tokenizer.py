@@ -382,7 +382,7 @@ def test_an_unreachable_hub_costs_seconds_and_one_line(tmp_path):
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     from huggingface_hub import constants
 
-    from resmol import hub
+    from resmol.system import hub_download as hub
 
     class Silent:
         def head(self, *_args, **_options):

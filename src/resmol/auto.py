@@ -22,7 +22,7 @@ from resmol.flops import training_flops_per_token, training_memory
 from resmol.hf_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
-from resmol.process import free_memory
+from resmol.system.host import free_memory
 from resmol.products import Products, has_onednn, use_products
 
 Arithmetic: TypeAlias = Literal["blas", "onednn", "bfloat16"]

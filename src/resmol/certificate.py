@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from resmol import __version__
-from resmol.atomic import write_durable
+from resmol.system.atomic_io import write_durable
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.ledger import effective_steps, read_ledger, select

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from resmol.atomic import commit_staged, fsync_path, remove_directory, stage_directory
+from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.errors import CheckpointError, DiskFull
 from resmol.hf_config import ModelConfig
 from resmol.manifest import (
@@ -47,7 +47,7 @@ from resmol.manifest import (
     verify_checkpoint,
 )
 from resmol.model import CausalLM
-from resmol.safetensors_header import read_header
+from resmol.system.safetensors_header import read_header
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from resmol.config import RunConfig
 from resmol.errors import ConfigError
-from resmol.process import processor_field
+from resmol.system.host import processor_field
 from resmol.siblings import Siblings
 
 PREPARED = "the main process is ready"  # a key of the store that the processes share

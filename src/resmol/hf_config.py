@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resmol.errors import ConfigError, DataError
-from resmol.hub import hub_file, is_hub_id
+from resmol.system.hub_download import hub_file, is_hub_id
 
 MAX_CONFIG_BYTES = 1_000_000
 

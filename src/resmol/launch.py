@@ -18,7 +18,7 @@ from typing import Any
 import torch._functorch.config
 
 from resmol import __version__
-from resmol.atomic import fsync_path, remove_leftovers, write_durable
+from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
 from resmol.auto import check_memory, resolve_auto
 from resmol.checkpoint import digest_all, weight_tensors
 from resmol.config import RunConfig
@@ -32,7 +32,7 @@ from resmol.flops import total_parameters
 from resmol.ledger import Ledger, UnkeptLedger
 from resmol.model import CausalLM
 from resmol.optim import build_optimizer
-from resmol.process import StopSignal, return_freed_memory
+from resmol.system.host import StopSignal, return_freed_memory
 from resmol.products import use_products
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir

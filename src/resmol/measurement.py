@@ -23,7 +23,7 @@ from resmol.data.source import Text, is_prepared, prepare_text
 from resmol.errors import CheckFailed
 from resmol.ledger import Record, effective_steps, read_ledger
 from resmol.paired import interleaved
-from resmol.process import ALLOCATOR_VARIABLE
+from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.rundir import RunDir
 from resmol.tokenizer import load_tokenizer
 

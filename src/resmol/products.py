@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from resmol.process import CPU_FACTS, processor_field
+from resmol.system.host import CPU_FACTS, processor_field
 
 Products: TypeAlias = Literal["blas", "onednn"]
 

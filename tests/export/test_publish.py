@@ -19,7 +19,7 @@ from tiny import TrainTiny
 
 from resmol.__main__ import run as resmol
 from resmol.api import evaluate_model
-from resmol.atomic import commit_directory
+from resmol.system.atomic_io import commit_directory
 from resmol.checks import Check
 from resmol.export import Kind, export_hf, make_seal
 from resmol.load import load_model

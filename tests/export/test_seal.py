@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from resmol.atomic import commit_directory
+from resmol.system.atomic_io import commit_directory
 from resmol.checks import Check
 from resmol.errors import CheckFailed, DataError
 from resmol.export.seal import make_seal, parse_seal, verified_seal

@@ -16,7 +16,7 @@ with atheris.instrument_imports(include=["resmol"]):
     from resmol.errors import ResmolError
     from resmol.hf_config import read_model_config
     from resmol.ledger import read_ledger
-    from resmol.safetensors_header import read_header
+    from resmol.system.safetensors_header import read_header
     from resmol.weights.gguf_header import read_gguf_header
 
 READERS = {

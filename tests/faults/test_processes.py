@@ -48,7 +48,7 @@ from resmol.config_files import load_config, with_overrides
 from resmol.errors import ConfigError, RunInUse
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import list_checkpoints, step_of
-from resmol.process import ALLOCATOR_VARIABLE
+from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.rundir import RunDir
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT

@@ -28,7 +28,7 @@ from resmol.config_files import load_config
 from resmol.errors import ResmolError
 from resmol.ledger import effective_steps, read_ledger
 from resmol.manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
-from resmol.process import ALLOCATOR_VARIABLE
+from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.rundir import RunDir
 from resmol.train import REPRODUCIBLE_FIELDS
 

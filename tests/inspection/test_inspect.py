@@ -28,7 +28,7 @@ from resmol.inspection import inspect as module
 from resmol.inspection import inspect_model
 from resmol.inspection.diagram import mermaid
 from resmol.model import CausalLM
-from resmol.safetensors_header import parse_header
+from resmol.system.safetensors_header import parse_header
 
 PUBLISHED = {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}
 

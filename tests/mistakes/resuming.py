@@ -11,12 +11,13 @@ import pytest
 import torch
 from bench import Bench, Mistake, mistake, replaced
 
-from resmol import atomic, checkpoint, launch, manifest, resume
+from resmol import checkpoint, launch, manifest, resume
+from resmol.system import atomic_io as atomic
 from resmol.data.loader import Batch, Loader
 from resmol.errors import CheckpointError, ResmolError
 from resmol.ledger import effective_steps, read_ledger, select
 from resmol.manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
-from resmol.safetensors_header import read_header
+from resmol.system.safetensors_header import read_header
 from resmol.train import REPRODUCIBLE_FIELDS
 from resmol.weights.hf_folder import tensor_shapes
 

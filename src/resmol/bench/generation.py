@@ -22,7 +22,7 @@ from resmol.errors import UsageError
 from resmol.flops import total_parameters
 from resmol.hf_config import ModelConfig
 from resmol.model import CausalLM
-from resmol.process import allocator_environment
+from resmol.system.host import allocator_environment
 
 PEERS = ("transformers",)
 DECODING = Quantity("tokens_per_second", "tokens/s", ",.1f")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resmol.atomic import fsync_path
+from resmol.system.atomic_io import fsync_path
 from resmol.bench.answering import Numbers, answer
 from resmol.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.config_files import load_config

@@ -24,7 +24,7 @@ from resmol.errors import ConfigError, UsageError
 from resmol.flops import training_flops_per_token
 from resmol.measurement import QUIET, Say, run_training, training_measurement
 from resmol.plots import scaling_plot
-from resmol.process import free_memory
+from resmol.system.host import free_memory
 
 OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"

@@ -26,7 +26,7 @@ from resmol.errors import UsageError
 from resmol.flops import total_parameters, training_flops_per_token
 from resmol.launch import make_loader, new_state
 from resmol.measurement import Say, measure_training
-from resmol.process import allocator_environment
+from resmol.system.host import allocator_environment
 
 # The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
 COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")

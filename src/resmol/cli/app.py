@@ -58,6 +58,6 @@ def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
 
 def tune_allocator() -> None:
     """Restart once with the tuned allocator; called after the arguments are known to be good, before any work."""
-    from resmol.process import restart_with_tuned_allocator
+    from resmol.system.host import restart_with_tuned_allocator
 
     restart_with_tuned_allocator()

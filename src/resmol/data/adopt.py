@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from resmol import __version__
-from resmol.atomic import full_disk_is_an_error, write_durable
+from resmol.system.atomic_io import full_disk_is_an_error, write_durable
 from resmol.data.shard_writer import describe_shard, write_index
 from resmol.data.shards import (
     MANIFEST,

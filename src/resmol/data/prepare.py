@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from resmol import __version__
-from resmol.atomic import commit_directory
+from resmol.system.atomic_io import commit_directory
 from resmol.data.corpora import Corpus, Document
 from resmol.data.shard_writer import SplitWriter, tokenizer_name
 from resmol.data.shards import (

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int64
 
-from resmol.atomic import fsync_path
+from resmol.system.atomic_io import fsync_path
 from resmol.data.shards import Shard, shard_file_sha256, token_dtype
 from resmol.tokenizer import Tokenizer
 from resmol.tokenizer_sources import SMOLLM2_HUB_ID, SMOLLM2_TOKENIZER_SHA256

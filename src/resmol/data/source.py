@@ -13,7 +13,7 @@ from resmol.data.named import named_corpus
 from resmol.data.prepare import Progress, prepare
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
 from resmol.errors import DataError, UsageError
-from resmol.progress import byte_progress
+from resmol.system.progress import byte_progress
 from resmol.tokenizer import Tokenizer
 
 Say = Callable[[str], None]

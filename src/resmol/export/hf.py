@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from resmol.atomic import commit_directory
+from resmol.system.atomic_io import commit_directory
 from resmol.checkpoint import weight_tensors
 from resmol.checks import Check
 from resmol.errors import UsageError

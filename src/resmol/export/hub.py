@@ -23,7 +23,7 @@ from resmol import __version__
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
 from resmol.export.hub_errors import explained
 from resmol.export.seal import Seal, SealedFile, parse_seal, verified_seal
-from resmol.hub import require_answer, without_password
+from resmol.system.hub_download import require_answer, without_password
 from resmol.manifest import MANIFEST, MAX_JSON_BYTES
 
 CARD = "README.md"

@@ -9,7 +9,7 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
-from resmol.hub import without_password
+from resmol.system.hub_download import without_password
 
 MAX_REASON = 240
 LOGIN = "run `hf auth login`, or set HF_TOKEN, with a token that may write to {repo}; then repeat the command"

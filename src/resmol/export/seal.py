@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from resmol import __version__
-from resmol.atomic import fsync_path
+from resmol.system.atomic_io import fsync_path
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
 from resmol.manifest import MANIFEST, MAX_JSON_BYTES, Strict, file_entry

@@ -14,13 +14,13 @@ from pathlib import Path
 import jinja2
 
 from resmol import __version__
-from resmol.atomic import commit_directory
+from resmol.system.atomic_io import commit_directory
 from resmol.errors import UsageError
 from resmol.export.hf import Export, export_hf
 from resmol.export.seal import Seal, make_seal
 from resmol.flops import total_parameters
 from resmol.hf_config import read_model_config
-from resmol.hub import is_hub_id
+from resmol.system.hub_download import is_hub_id
 from resmol.manifest import WEIGHTS
 
 PYTHON = "3.11"

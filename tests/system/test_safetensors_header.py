@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from resmol.errors import CheckpointError, DataError, NetworkError, ResmolError
-from resmol.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header, read_remote_header
+from resmol.system.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header, read_remote_header
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}

@@ -14,11 +14,11 @@ from hub_server import Files, Hub, Repo, hub_with_client
 from test_gguf import CONFIG, hf_weights, write_gguf
 from test_hf_folder import reference
 
-from resmol import hub as module
+from resmol.system import hub_download as module
 from resmol.errors import DataError, NetworkError
-from resmol.hub import hub_file, is_hub_id
+from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.load import load_model
-from resmol.wheels import file_sha256
+from resmol.system.pypi_download import file_sha256
 
 FIX = "try again"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from resmol.errors import DataError, NetworkError
-from resmol.wheels import downloaded_wheel, extract_member, read_member
+from resmol.system.pypi_download import downloaded_wheel, extract_member, read_member
 
 
 @pytest.fixture
