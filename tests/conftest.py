@@ -12,8 +12,8 @@ from tiny import TrainTiny, synthetic_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from resmol.api import train_model
-from resmol.config import RunConfig
-from resmol.config_files import load_config
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config
 from resmol.data.corpora import from_texts
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from resmol.ablate import CONTROL, Ablation, AblationResult, ablate, variants_of
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, ConfigError, UsageError
 from resmol.measurement import Measurement, measure_training

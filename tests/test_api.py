@@ -9,7 +9,7 @@ from tiny import TrainTiny
 
 import resmol
 from resmol.api import evaluate_model, import_factory, verify_model
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import UsageError
 from resmol.tokenizer import Tokenizer

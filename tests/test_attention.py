@@ -132,7 +132,7 @@ COMPILED = """
 import sys
 import torch
 from resmol import attention
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 
 config = ModelConfig(

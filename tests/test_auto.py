@@ -6,8 +6,8 @@ import pytest
 
 from resmol import auto
 from resmol.auto import resolve_auto
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.errors import ConfigError
 
 DECIDED = ("device", "precision", "products", "compile", "activation_checkpointing")

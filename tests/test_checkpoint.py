@@ -14,7 +14,7 @@ from tiny import TrainTiny
 
 from resmol import checkpoint as module
 from resmol.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError
 from resmol.manifest import (
     Manifest,

@@ -15,7 +15,7 @@ from tiny import TrainTiny
 
 from resmol import generate
 from resmol.__main__ import exit_code, run
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, DiskFull, Interrupted
 from resmol.rundir import RunDir

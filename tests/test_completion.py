@@ -12,7 +12,7 @@ import pytest
 
 from resmol import completion as module
 from resmol.completion import TextStream, Timings, complete_batches
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
 from resmol.generate import Continuation, decode_batch
 from resmol.load import LoadedModel

@@ -11,8 +11,8 @@ import pytest
 from test_resume import assert_equal_runs
 from tiny import TrainTiny
 
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime, open_runtime
 from resmol.errors import ConfigError

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime
 from resmol.errors import DataError

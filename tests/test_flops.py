@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol.config_files import load_preset, preset_names
+from resmol.config.load import load_preset, preset_names
 from resmol.flops import (
     forward_flops_per_token,
     inference_memory,
@@ -20,7 +20,7 @@ from resmol.flops import (
     training_flops_per_token,
     training_memory,
 )
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.kv_cache import KVCache
 from resmol.loss import cross_entropy_sum
 from resmol.model import Attention, CausalLM

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import NonFiniteError, UsageError
 from resmol.generate import (
     Continuation,

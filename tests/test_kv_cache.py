@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.kv_cache import KVCache
 from resmol.model import CausalLM
 

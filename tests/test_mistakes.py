@@ -21,7 +21,7 @@ import training
 from bench import Bench, Guard, Mistake
 from tiny import TrainTiny
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.tokenizer import Tokenizer
 

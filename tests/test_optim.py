@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from resmol.config import OptimizerConfig, RunConfig
+from resmol.config.run_config import OptimizerConfig, RunConfig
 from resmol.model import CausalLM
 from resmol.optim import apply_update, build_optimizer, gradient_norm
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resmol import products as module
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.generate import generate
 from resmol.loss import IGNORE, cross_entropy_sum
 from resmol.model import CausalLM

@@ -16,8 +16,8 @@ from tiny import TrainTiny
 
 from resmol import auto
 from resmol import reproduce as module
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.console import console_views
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, Interrupted

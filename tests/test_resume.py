@@ -16,7 +16,7 @@ from tiny import TrainTiny
 from resmol import train as module
 from resmol.audit import audit
 from resmol.checks import all_passed
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
 from resmol.ledger import Ledger, Record, effective_steps, read_ledger, select

@@ -19,7 +19,7 @@ from resmol.audit import audit
 from resmol.certificate import write_certificate
 from resmol.checkpoint import Contents, Staged
 from resmol.checks import all_passed
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.distributed import Runtime
 from resmol.errors import CheckpointError, DiskFull
 from resmol.launch import new_state

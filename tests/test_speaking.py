@@ -19,7 +19,7 @@ import pytest
 
 from resmol import speaking
 from resmol.api import train_model
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import DataError
 from resmol.load import load_model

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol import saving
 from resmol import train as module
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime, open_runtime

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from resmol import model as module
 from resmol.checks import Check, all_passed
-from resmol.config import RunConfig
-from resmol.config_files import load_preset
-from resmol.hf_config import ModelConfig
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_preset
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify import verify
 from resmol.verify.parity import parity

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.checks import Check, all_passed
-from resmol.config_files import load_preset
-from resmol.hf_config import ModelConfig
+from resmol.config.load import load_preset
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM, SelfAttention, attend
 from resmol.verify import verify_foreign
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resmol.api import evaluate_model, train_model
-    from resmol.config import RunConfig
-    from resmol.config_files import load_config, load_preset
+    from resmol.config.run_config import RunConfig
+    from resmol.config.load import load_config, load_preset
     from resmol.errors import ResmolError
     from resmol.load import LoadedModel, load_model
 
@@ -40,11 +40,11 @@ __all__ = [
 _HOMES = {
     "LoadedModel": "resmol.load",
     "ResmolError": "resmol.errors",
-    "RunConfig": "resmol.config",
+    "RunConfig": "resmol.config.run_config",
     "evaluate_model": "resmol.api",
-    "load_config": "resmol.config_files",
+    "load_config": "resmol.config.load",
     "load_model": "resmol.load",
-    "load_preset": "resmol.config_files",
+    "load_preset": "resmol.config.load",
     "train_model": "resmol.api",
 }
 

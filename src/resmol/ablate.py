@@ -20,8 +20,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.auto import resolve_auto
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.errors import ConfigError, UsageError
 from resmol.measurement import Measurement, Say, measure_training, prepared_folder, take_turns
 from resmol.paired import Ratio, is_too_noisy, paired_ratio, verdict

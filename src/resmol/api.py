@@ -13,15 +13,15 @@ from typing import Any, cast
 from torch import nn
 
 from resmol.checks import Check
-from resmol.config import RunConfig
-from resmol.config_files import load_config
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.data.source import Text, data_folder, is_prepared, open_or_prepare, prepare_text
 from resmol.distributed import Runtime
 from resmol.errors import UsageError
 from resmol.evaluate import evaluate
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.launch import Launch, launch
 from resmol.load import LoadedModel, load_model
 from resmol.rundir import RunDir

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from resmol.checks import Check
-from resmol.config import RunConfig
-from resmol.config_files import load_config
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset
 from resmol.data.source import data_folder

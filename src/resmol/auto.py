@@ -14,12 +14,12 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.distributed import Runtime, find_device
 from resmol.errors import ConfigError
 from resmol.flops import training_flops_per_token, training_memory
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
 from resmol.system.host import free_memory

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.errors import CheckpointError, DiskFull
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.manifest import (
     CONFIG,
     OPTIMIZER,

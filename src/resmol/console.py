@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.ledger import Record
 from resmol.rundir import RunDir
 from resmol.views import Lines, LogView, TensorBoardView, View

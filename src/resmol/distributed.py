@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
 from resmol.system.host import processor_field
 from resmol.siblings import Siblings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

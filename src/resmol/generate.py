@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resmol.errors import NonFiniteError, UsageError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.kv_cache import KVCache
 from resmol.model import CausalLM
 from resmol.sampling import Sampling

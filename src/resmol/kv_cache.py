@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 
 class LayerCache:

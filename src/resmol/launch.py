@@ -21,12 +21,12 @@ from resmol import __version__
 from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
 from resmol.auto import check_memory, resolve_auto
 from resmol.checkpoint import digest_all, weight_tensors
-from resmol.config import RunConfig
-from resmol.config_files import load_config, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config, with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, TokenStream
 from resmol.distributed import Runtime, is_main_process, open_runtime
-from resmol.drift import reconcile
+from resmol.config.drift import reconcile
 from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
 from resmol.flops import total_parameters
 from resmol.ledger import Ledger, UnkeptLedger

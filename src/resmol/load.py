@@ -16,7 +16,7 @@ import torch
 
 from resmol.completion import Completion, TextStream, complete_batches
 from resmol.errors import DataError, UsageError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.products import products_for_reading, use_products
 from resmol.sampling import Sampling

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.data.source import Text, is_prepared, prepare_text
 from resmol.errors import CheckFailed
 from resmol.ledger import Record, effective_steps, read_ledger

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resmol.attention import attention_in_blocks, blocks_are_faster
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.kv_cache import KVCache, LayerCache
 from resmol.products import Linear
 

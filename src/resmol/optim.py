@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resmol.config import OptimizerConfig
+from resmol.config.run_config import OptimizerConfig
 from resmol.model import CausalLM
 
 NUMBERS_IN_A_PIECE = 1 << 18  # of a sum of squares in float32: 1 MiB

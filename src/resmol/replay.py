@@ -15,8 +15,8 @@ from typing import Any
 
 from resmol.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.checks import Check
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset, verify_shards
 from resmol.data.source import data_folder

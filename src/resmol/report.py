@@ -12,7 +12,7 @@ import jinja2
 from resmol import __version__
 from resmol.system.atomic_io import write_durable
 from resmol.certificate import current_certificate
-from resmol.config_files import load_config
+from resmol.config.load import load_config
 from resmol.errors import DataError
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.plots import curves

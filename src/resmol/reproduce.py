@@ -24,8 +24,8 @@ import torch
 from resmol.system.atomic_io import write_durable
 from resmol.auto import check_memory, resolve_auto
 from resmol.checks import Check
-from resmol.config import RunConfig
-from resmol.config_files import load_config, load_preset
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config, load_preset
 from resmol.data.loader import Batch
 from resmol.data.source import is_prepared
 from resmol.distributed import open_runtime

@@ -15,7 +15,7 @@ import torch
 
 from resmol import __version__
 from resmol.checkpoint import MOMENTS, load_optimizer, load_weights, set_aside
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.flops import total_parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from resmol.config import ScheduleConfig
+from resmol.config.run_config import ScheduleConfig
 
 
 def lr_at(step: int, schedule: ScheduleConfig, peak: float) -> float:

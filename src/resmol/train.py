@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from resmol.checkpoint import Contents
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, Loader
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError

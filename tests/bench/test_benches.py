@@ -18,8 +18,8 @@ from resmol.bench.scaling import Scaling, known_points, measure_point, scale
 from resmol.bench.starting import StartBench, command, starting_contests, time_to_first_step
 from resmol.bench.trace import trace_training
 from resmol.bench.training import TrainBench, parse_batch, training_contests
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.data.source import Text
 from resmol.errors import CheckFailed, ConfigError, DataError, UsageError

@@ -10,7 +10,7 @@ import pytest
 from served import Served, slow_demo
 
 from resmol.api import train_model
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.export import export_space
 from resmol.load import LoadedModel, load_model

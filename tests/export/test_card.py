@@ -21,7 +21,7 @@ from tiny import TrainTiny, rewrite, synthetic_texts
 from resmol.__main__ import run as resmol
 from resmol.certificate import write_certificate
 from resmol.checks import Check
-from resmol.config_files import load_config
+from resmol.config.load import load_config
 from resmol.data.named import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
 from resmol.data.shards import open_dataset
 from resmol.errors import CheckFailed, DataError

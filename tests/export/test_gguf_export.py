@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from resmol.__main__ import run as resmol
 from resmol.checks import all_passed
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, DataError, UsageError
 from resmol.export import comparison, export_gguf, gguf_comparison, gguf_file, readback, verified_seal
 from resmol.export import gguf as gguf_export

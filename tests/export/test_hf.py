@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Rust
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resmol.checks import all_passed
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.export import export_hf, hf
 from resmol.export.comparison import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check

@@ -12,7 +12,7 @@ from tiny import TrainTiny
 from transformers import AutoModelForCausalLM
 
 from resmol.checks import all_passed
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed
 from resmol.export import export_gguf, gguf_file, verified_seal
 from resmol.export import gguf as gguf_export

@@ -34,8 +34,8 @@ import resmol.launch
 import resmol.saving
 import resmol.train
 from resmol.checkpoint import Staged
-from resmol.config import RunConfig
-from resmol.config_files import load_config
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import CheckpointError, ResmolError, RunInUse
 from resmol.launch import Launch, launch

@@ -18,7 +18,7 @@ from campaign import Campaign
 from trials import Forks, Oracle, Setting, error_of, train_run
 
 from resmol.api import train_model
-from resmol.config_files import load_config
+from resmol.config.load import load_config
 from resmol.data.corpora import read_inputs
 from resmol.data.loader import Loader
 from resmol.data.prepare import prepare

@@ -38,10 +38,10 @@ from test_corruption import forget, rehash
 from trials import Forks, Setting, command_arguments, train_run
 
 import resmol
-from resmol.config_files import load_config
+from resmol.config.load import load_config
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import NetworkError
-from resmol.hf_config import read_model_config
+from resmol.config.model_config import read_model_config
 from resmol.ledger import canonical, effective_steps, read_ledger, select
 from resmol.load import load_model
 from resmol.manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint

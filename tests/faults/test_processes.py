@@ -43,8 +43,8 @@ import resmol.launch
 import resmol.ledger
 import resmol.saving
 import resmol.train
-from resmol.config import RunConfig, drift_classes, flatten
-from resmol.config_files import load_config, with_overrides
+from resmol.config.run_config import RunConfig, drift_classes, flatten
+from resmol.config.load import load_config, with_overrides
 from resmol.errors import ConfigError, RunInUse
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import list_checkpoints, step_of

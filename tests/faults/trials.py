@@ -24,7 +24,7 @@ import torch.distributed.fsdp  # the same
 from resmol import cli, console, views  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
 from resmol.api import train_model
-from resmol.config_files import load_config
+from resmol.config.load import load_config
 from resmol.errors import ResmolError
 from resmol.ledger import effective_steps, read_ledger
 from resmol.manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest

@@ -19,11 +19,11 @@ from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
 from tiny import TrainTiny
 
-from resmol.config import RuntimeConfig
-from resmol.config_files import load_preset, preset_names
+from resmol.config.run_config import RuntimeConfig
+from resmol.config.load import load_preset, preset_names
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
 from resmol.flops import training_memory
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.inspection import inspect as module
 from resmol.inspection import inspect_model
 from resmol.inspection.diagram import mermaid

@@ -11,9 +11,9 @@ from bench import Bench, Mistake, mistake, replaced
 from torch import Tensor, nn
 
 from resmol import model as module
-from resmol.config_files import load_preset
+from resmol.config.load import load_preset
 from resmol.flops import total_parameters
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify import verify
 

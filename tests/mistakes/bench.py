@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime
 from resmol.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol import distributed, launch, train
-from resmol.config_files import with_overrides
+from resmol.config.load import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.distributed import Runtime
 from resmol.errors import ConfigError

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resmol.errors import CheckpointError, ConfigError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.weights.gguf import BLOCK_NAMES, gguf_config, gguf_tensors
 from resmol.weights.gguf_header import read_gguf_header
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from resmol.checks import Check
-from resmol.config_files import load_preset
+from resmol.config.load import load_preset
 from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.flops import total_parameters
-from resmol.hf_config import ModelConfig, read_model_config
+from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.weights.hf_folder import cross_check, find_weights, tensor_shapes
 
 

@@ -15,8 +15,8 @@ from resmol.bench.answering import Numbers
 from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
 from resmol.bench.worker import run_worker
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.errors import CheckFailed, UsageError
 from resmol.flops import total_parameters
 from resmol.ledger import Record, select

@@ -16,11 +16,11 @@ from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.worker import run_worker
 from resmol.checkpoint import weight_tensors
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.distributed import find_device
 from resmol.errors import UsageError
 from resmol.flops import total_parameters
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.system.host import allocator_environment
 

@@ -33,7 +33,7 @@ import torch
 
 from resmol.bench.answering import Numbers, answer
 from resmol.flops import forward_flops_per_token, inference_memory, total_parameters
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.products import has_onednn, onednn_product
 
 STREAM_BYTES = 1 << 29  # far beyond any cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from resmol.system.atomic_io import fsync_path
 from resmol.bench.answering import Numbers, answer
 from resmol.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
-from resmol.config_files import load_config
+from resmol.config.load import load_config
 from resmol.distributed import Runtime
 from resmol.launch import new_state
 from resmol.manifest import verify_checkpoint

@@ -18,8 +18,8 @@ from typing import Any
 from resmol.auto import needed_memory, resolve_auto
 from resmol.bench.contest import markdown_table
 from resmol.bench.machine import machine_facts
-from resmol.config import RunConfig
-from resmol.config_files import load_preset, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_preset, with_overrides
 from resmol.errors import ConfigError, UsageError
 from resmol.flops import training_flops_per_token
 from resmol.measurement import QUIET, Say, run_training, training_measurement

@@ -12,8 +12,8 @@ from pathlib import Path
 from resmol.bench.answering import Numbers
 from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
-from resmol.config import RunConfig
-from resmol.config_files import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import with_overrides
 from resmol.errors import CheckFailed, UsageError
 from resmol.ledger import effective_steps
 from resmol.measurement import QUIET, Finished, run_process, run_training

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from resmol.auto import check_memory, resolve_auto
-from resmol.config import RunConfig
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.distributed import Runtime, open_runtime
 from resmol.launch import compile_blocks, make_loader, new_state

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from resmol import __version__
-from resmol.config import RunConfig
-from resmol.config_files import load_config, load_preset
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config, load_preset
 from resmol.errors import UsageError
 
 app = typer.Typer(

@@ -22,8 +22,8 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
-from resmol.config import RunConfig
-from resmol.config_files import load_preset, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_preset, with_overrides
 from resmol.errors import Interrupted, UsageError
 from resmol.printing import print_json, say
 

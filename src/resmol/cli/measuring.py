@@ -17,7 +17,7 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
-from resmol.config_files import load_preset
+from resmol.config.load import load_preset
 from resmol.errors import Interrupted
 from resmol.printing import print_json, say
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from resmol.certificate import current_certificate
-from resmol.config import RunConfig
-from resmol.config_files import load_config, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config, with_overrides
 from resmol.data.shards import Manifest, open_dataset
 from resmol.data.source import data_folder
 from resmol.errors import CheckFailed, DataError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from resmol.flops import parameter_counts
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 
 def mermaid(config: ModelConfig) -> str:

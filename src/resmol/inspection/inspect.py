@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check
-from resmol.config import RunConfig, RuntimeConfig
-from resmol.config_files import load_config, load_preset, preset_names
+from resmol.config.run_config import RunConfig, RuntimeConfig
+from resmol.config.load import load_config, load_preset, preset_names
 from resmol.errors import DataError, NetworkError, UsageError
 from resmol.flops import (
     forward_flops_per_token,
@@ -26,7 +26,7 @@ from resmol.flops import (
     training_flops_per_token,
     training_memory,
 )
-from resmol.hf_config import ModelConfig, read_model_config
+from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.system.hub_download import is_hub_id
 from resmol.inspection.diagram import mermaid
 from resmol.inspection.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part

@@ -10,7 +10,7 @@ from typing import Literal
 
 from resmol.checks import Check
 from resmol.errors import UsageError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify.foreign import verify_foreign
 from resmol.verify.norms import norm_precision

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resmol.checks import Check
 from resmol.errors import CheckFailed
 from resmol.flops import total_parameters
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.weights.hf_folder import tensor_shapes
 

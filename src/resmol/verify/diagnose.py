@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.verify.parity import rms
 from resmol.verify.suspects import SUSPECTS, Parts, Suspect, Turn, forward, split_heads, turn_half_split
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resmol import model as architecture
 from resmol.checks import Check
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.verify.parity import errors
 
 ROWS = 256

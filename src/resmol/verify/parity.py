@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resmol.checks import Check
 from resmol.generate import Sampling, generate
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import CausalLM
 from resmol.verify.observe import (
     Observation,

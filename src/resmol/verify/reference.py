@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resmol.errors import DataError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 
 def reference_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resmol import model as architecture
 from resmol.checks import Check, largest
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 DISTANCE = 7
 FLOAT32_ROUNDING = 2.0**-24

@@ -13,7 +13,7 @@ from torch import Tensor
 from resmol.checkpoint import weight_tensors
 from resmol.checks import Check, largest
 from resmol.flops import total_parameters
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.loss import cross_entropy_sum
 from resmol.model import CausalLM
 from resmol.weights.hf_folder import tensor_shapes

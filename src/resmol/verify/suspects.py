@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 Heads = Float[Tensor, "*B T Dh"]
 Turn = Callable[[Heads, float], Heads]

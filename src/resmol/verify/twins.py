@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resmol.checks import Check
 from resmol.flops import total_parameters
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.model import Attention, CausalLM
 from resmol.verify.parity import Precision, errors, ids_for, parity, rms, tolerance
 from resmol.verify.reference import exact_model, reference_model

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from resmol.errors import CheckpointError, ConfigError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.weights.gguf_header import GGUFHeader, GGUFTensor
 from resmol.weights.hf_folder import tensor_shapes
 

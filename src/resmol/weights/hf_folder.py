@@ -15,7 +15,7 @@ from typing import Any
 
 from resmol.checks import Check
 from resmol.errors import CheckpointError, ConfigError, DataError
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 from resmol.system.safetensors_header import TensorInfo, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from resmol.checkpoint import load_weights, stored_tensor, weight_tensors
-from resmol.config import TokenizerConfig
-from resmol.config_files import load_config
+from resmol.config.run_config import TokenizerConfig
+from resmol.config.load import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
-from resmol.hf_config import ModelConfig, read_model_config
+from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.system.hub_download import hub_names, is_hub_id
 from resmol.ledger import effective_saves, read_ledger
 from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint

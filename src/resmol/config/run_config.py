@@ -14,14 +14,14 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from resmol.hf_config import ModelConfig
+from resmol.config.model_config import ModelConfig
 
 DriftClass = Literal["A", "B", "C"]
 
 _TABLE_HEAD = "| field | default | drift | meaning |\n| --- | --- | --- | --- |"
 _PREAMBLE = """# Configuration
 
-Written by `python -m resmol.config > docs/configuration.md`; a test keeps it current.
+Written by `python -m resmol.config.run_config > docs/configuration.md`; a test keeps it current.
 
 A run is described by one TOML file: a preset (`--preset nano`) or one's own (`--config my.toml`). It may name one
 `base`, a preset or a file beside it, over which it is laid, and an `architecture`: the path of a config.json or a Hub

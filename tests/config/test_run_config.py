@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from resmol.config import RunConfig, describe, drift_classes, flatten
-from resmol.config_files import load_config, load_preset, preset_names, with_overrides
-from resmol.drift import reconcile
+from resmol.config.run_config import RunConfig, describe, drift_classes, flatten
+from resmol.config.load import load_config, load_preset, preset_names, with_overrides
+from resmol.config.drift import reconcile
 from resmol.errors import ConfigError, DataError
 from resmol.flops import total_parameters
 
@@ -160,7 +160,7 @@ def test_the_classes_are_those_of_the_fault_matrix(key: str, drift: str) -> None
 
 def test_the_page_of_the_documentation_is_current() -> None:
     page = Path(__file__).parents[1] / "docs" / "configuration.md"
-    assert page.read_text(encoding="utf-8") == describe(), "python -m resmol.config > docs/configuration.md"
+    assert page.read_text(encoding="utf-8") == describe(), "python -m resmol.config.run_config > docs/configuration.md"
 
 
 def test_nothing_can_be_changed_in_place() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from resmol.config import RunConfig, drift_classes
+from resmol.config.run_config import RunConfig, drift_classes
 from resmol.errors import ConfigError, DataError
-from resmol.hf_config import read_model_config
+from resmol.config.model_config import read_model_config
 
 
 def preset_names() -> list[str]:

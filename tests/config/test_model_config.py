@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-import resmol.hf_config
-from resmol.config_files import load_preset, preset_names
+import resmol.config.model_config
+from resmol.config.load import load_preset, preset_names
 from resmol.errors import ConfigError, DataError, NetworkError
-from resmol.hf_config import ModelConfig, parse_hf_config, read_model_config
+from resmol.config.model_config import ModelConfig, parse_hf_config, read_model_config
 
 # The shape of a published config.json, at a size of our own.
 GENUINE: dict[str, Any] = {
@@ -148,7 +148,7 @@ def test_another_architecture_is_refused_by_name(name: str, value: Any) -> None:
 
 def test_the_refused_values_above_are_all_there_are() -> None:
     refused = {args[0] for mark in test_another_architecture_is_refused_by_name.pytestmark for args in mark.args[1]}
-    assert refused == set(resmol.hf_config._MUST_BE)
+    assert refused == set(resmol.config.model_config._MUST_BE)
 
 
 @pytest.mark.parametrize(
