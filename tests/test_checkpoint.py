@@ -26,7 +26,7 @@ from resmol.manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.optim import build_optimizer
 from resmol.train import TrainState
 

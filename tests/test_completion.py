@@ -16,7 +16,7 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
 from resmol.generate import Continuation, decode_batch
 from resmol.load import LoadedModel
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.sampling import Sampling
 from resmol.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance

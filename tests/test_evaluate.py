@@ -14,7 +14,7 @@ from resmol.distributed import Runtime
 from resmol.errors import DataError
 from resmol.evaluate import evaluate
 from resmol.launch import make_loader
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.tokenizer import Tokenizer
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)

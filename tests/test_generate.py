@@ -27,7 +27,7 @@ from resmol.generate import (
     generate_batch,
     penalised,
 )
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_help_and_usage_errors_do_not_import_torch() -> None:
 
 
 def test_the_check_above_can_fail() -> None:
-    assert heavy_after("import resmol.kv_cache") == ["torch"]
+    assert heavy_after("import resmol.model.kv_cache") == ["torch"]
 
 
 # --- imports ------------------------------------------------------------------------------------------------

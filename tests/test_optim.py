@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resmol.config.run_config import OptimizerConfig, RunConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.optim import apply_update, build_optimizer, gradient_norm
 
 

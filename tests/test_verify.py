@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmol import model as module
+from resmol.model import llama as module
 from resmol.checks import Check, all_passed
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.verify import verify
 from resmol.verify.parity import parity
 from resmol.verify.rotation import rotation_checks
@@ -71,7 +71,7 @@ def gate_and_up_exchanged(self: Any, x: Tensor) -> Tensor:
 
 
 def test_gate_and_up_exchanged(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.model.MLP.forward", gate_and_up_exchanged)
+    monkeypatch.setattr("resmol.model.llama.MLP.forward", gate_and_up_exchanged)
     assert "logits" in failed(verify(config))
 
 
@@ -79,7 +79,7 @@ def test_the_student_projects_rotation_does_not_keep_lengths(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own check compared key names, and passed."""
-    monkeypatch.setattr("resmol.model.rotate", interleaved_rotation)
+    monkeypatch.setattr("resmol.model.llama.rotate", interleaved_rotation)
     assert {"rotation keeps lengths", "rotation is relative"} <= failed(rotation_checks(config))
 
 
@@ -93,7 +93,7 @@ def test_a_rotation_with_nan_at_some_positions_fails(config: ModelConfig, monkey
         turned = genuine(x, rotation)
         return turned * torch.nan if len(seen) % 2 == 0 else turned
 
-    monkeypatch.setattr("resmol.model.rotate", broken)
+    monkeypatch.setattr("resmol.model.llama.rotate", broken)
     assert failed(rotation_checks(config)) == {"rotation keeps lengths", "rotation is relative", "rotation angles"}
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from resmol.checks import Check, all_passed
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM, SelfAttention, attend
+from resmol.model.llama import CausalLM, SelfAttention, attend
 from resmol.verify import verify_foreign
 
 

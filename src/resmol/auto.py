@@ -18,12 +18,12 @@ from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.distributed import Runtime, find_device
 from resmol.errors import ConfigError
-from resmol.flops import training_flops_per_token, training_memory
+from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.config.model_config import ModelConfig
-from resmol.loss import cross_entropy_sum
-from resmol.model import CausalLM
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.llama import CausalLM
 from resmol.system.host import free_memory
-from resmol.products import Products, has_onednn, use_products
+from resmol.model.linear import Products, has_onednn, use_products
 
 Arithmetic: TypeAlias = Literal["blas", "onednn", "bfloat16"]
 

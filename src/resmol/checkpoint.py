@@ -46,7 +46,7 @@ from resmol.manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.system.safetensors_header import read_header
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

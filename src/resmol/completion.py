@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from resmol.errors import UsageError
 from resmol.generate import Continuation, FinishReason, check_prompt, decode, decode_batch
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.sampling import Sampling
 from resmol.stop_strings import StopStrings
 from resmol.tokenizer import StreamDecoder, Tokenizer

@@ -13,8 +13,8 @@ from jaxtyping import Int
 from resmol.data.loader import Batch
 from resmol.distributed import Runtime
 from resmol.errors import DataError
-from resmol.loss import IGNORE, cross_entropy_sum
-from resmol.model import CausalLM
+from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
+from resmol.model.llama import CausalLM
 
 
 @dataclass(frozen=True)

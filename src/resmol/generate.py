@@ -19,8 +19,8 @@ from torch import Tensor
 
 from resmol.errors import NonFiniteError, UsageError
 from resmol.config.model_config import ModelConfig
-from resmol.kv_cache import KVCache
-from resmol.model import CausalLM
+from resmol.model.kv_cache import KVCache
+from resmol.model.llama import CausalLM
 from resmol.sampling import Sampling
 
 __all__ = [

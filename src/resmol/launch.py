@@ -28,12 +28,12 @@ from resmol.data.shards import Dataset, TokenStream
 from resmol.distributed import Runtime, is_main_process, open_runtime
 from resmol.config.drift import reconcile
 from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.ledger import Ledger, UnkeptLedger
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.optim import build_optimizer
 from resmol.system.host import StopSignal, return_freed_memory
-from resmol.products import use_products
+from resmol.model.linear import use_products
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir
 from resmol.saving import Saver

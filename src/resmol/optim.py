@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resmol.config.run_config import OptimizerConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 
 NUMBERS_IN_A_PIECE = 1 << 18  # of a sum of squares in float32: 1 MiB
 

@@ -30,7 +30,7 @@ from resmol.data.loader import Batch
 from resmol.data.source import is_prepared
 from resmol.distributed import open_runtime
 from resmol.errors import CheckFailed, Interrupted
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.launch import new_state
 from resmol.ledger import Record, effective_steps, read_ledger, select
 from resmol.manifest import checkpoint_name, list_checkpoints, step_of

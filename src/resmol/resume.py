@@ -18,7 +18,7 @@ from resmol.checkpoint import MOMENTS, load_optimizer, load_weights, set_aside
 from resmol.config.run_config import RunConfig
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
 from resmol.manifest import STATE, damaged, list_checkpoints, load_state, newest_valid
 from resmol.rundir import RunDir

@@ -23,9 +23,9 @@ from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.evaluate import evaluate
 from resmol.generate import Sampling, generate
 from resmol.ledger import Record, float_bits
-from resmol.loss import cross_entropy_sum
+from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.manifest import SavedState
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.optim import apply_update, gradient_norm
 from resmol.system.host import StopSignal
 from resmol.rundir import RunDir

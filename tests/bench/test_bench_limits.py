@@ -10,8 +10,8 @@ import torch
 from resmol.bench import limits
 from resmol.bench.limits import Product, forward_products, product_seconds, training_products
 from resmol.config.load import load_preset
-from resmol.flops import forward_flops_per_token, training_flops_per_token
-from resmol.products import has_onednn
+from resmol.model.flops import forward_flops_per_token, training_flops_per_token
+from resmol.model.linear import has_onednn
 
 
 @pytest.mark.parametrize("preset", ["nano", "smollm2-135m"])

@@ -17,7 +17,7 @@ from resmol.config.run_config import RunConfig, describe, drift_classes, flatten
 from resmol.config.load import load_config, load_preset, preset_names, with_overrides
 from resmol.config.drift import reconcile
 from resmol.errors import ConfigError, DataError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 
 # As the model cards of HuggingFaceTB state them; the pretraining and CPU presets train the 135M model.
 PUBLISHED = {

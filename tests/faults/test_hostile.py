@@ -45,7 +45,7 @@ from resmol.config.model_config import read_model_config
 from resmol.ledger import canonical, effective_steps, read_ledger, select
 from resmol.load import load_model
 from resmol.manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.optim import build_optimizer
 from resmol.resume import restore
 from resmol.system.safetensors_header import read_header, read_remote_header

@@ -22,12 +22,12 @@ from tiny import TrainTiny
 from resmol.config.run_config import RuntimeConfig
 from resmol.config.load import load_preset, preset_names
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
-from resmol.flops import training_memory
+from resmol.model.flops import training_memory
 from resmol.config.model_config import ModelConfig
 from resmol.inspection import inspect as module
 from resmol.inspection import inspect_model
 from resmol.inspection.diagram import mermaid
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.system.safetensors_header import parse_header
 
 PUBLISHED = {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from bench import Bench, Mistake, mistake, replaced
 from torch import Tensor, nn
 
-from resmol import model as module
+from resmol.model import llama as module
 from resmol.config.load import load_preset
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.verify import verify
 
 GENUINE_ROTATE, GENUINE_TABLES, GENUINE_ATTEND = module.rotate, module.rotation_tables, module.attend
@@ -136,8 +136,8 @@ def never_tied(patch: Any) -> None:
     patch.setattr(CausalLM, "__init__", init)
 
 
-ROTATE, TABLES, ATTEND = "resmol.model.rotate", "resmol.model.rotation_tables", "resmol.model.attend"
-NORM, INITIALISE = "resmol.model.RMSNorm.forward", "resmol.model.CausalLM.initialise"
+ROTATE, TABLES, ATTEND = "resmol.model.llama.rotate", "resmol.model.llama.rotation_tables", "resmol.model.llama.attend"
+NORM, INITIALISE = "resmol.model.llama.RMSNorm.forward", "resmol.model.llama.CausalLM.initialise"
 V = verify_guard
 MISTAKES: list[Mistake] = [
     mistake(
@@ -151,7 +151,7 @@ MISTAKES: list[Mistake] = [
     mistake(2, "RoPE: theta 10,000 by default", replaced(TABLES, theta_by_default), V, "logits", "late positions"),
     mistake(5, "no causal mask", replaced(ATTEND, no_mask), V, "causality", "logits"),
     mistake(5, "document mask inverted", replaced(ATTEND, inverted_documents), V, "document mask"),
-    mistake(14, "untied in training: a copy of the embeddings", replaced("resmol.model.CausalLM.empty",
+    mistake(14, "untied in training: a copy of the embeddings", replaced("resmol.model.llama.CausalLM.empty",
             classmethod(untied)), V, "tying"),
     mistake(14, "untied in training: 162,826,560 parameters", never_tied, parameters_guard, "parameters: 162826560"),
     mistake(15, "initialisation: none of one's own", replaced(INITIALISE, pytorch_default), V, "initial weights"),

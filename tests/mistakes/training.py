@@ -21,7 +21,7 @@ from resmol.generate import Sampling
 from resmol.launch import make_loader, new_state
 from resmol.ledger import effective_steps, read_ledger, select
 from resmol.manifest import load_state
-from resmol.model import CausalLM, Decoder
+from resmol.model.llama import CausalLM, Decoder
 
 # --- what a step computes ------------------------------------------------------------------------------------
 

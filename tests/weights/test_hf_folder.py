@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from resmol.checks import Check
 from resmol.config.load import load_preset
 from resmol.errors import CheckpointError, ConfigError, DataError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.weights.hf_folder import cross_check, find_weights, tensor_shapes
 

@@ -18,7 +18,7 @@ from resmol.bench.worker import run_worker
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.errors import CheckFailed, UsageError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.ledger import Record, select
 from resmol.measurement import QUIET, run_training
 from resmol.rundir import RunDir

@@ -11,7 +11,7 @@ import torch
 from resmol.bench.answering import Numbers, answer
 from resmol.generate import Continuation, Sampling, decode, decode_batch
 from resmol.load import load_model
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 
 
 def continuations(model: CausalLM, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[list[int]], float, float]:

@@ -19,9 +19,9 @@ from resmol.checkpoint import weight_tensors
 from resmol.config.run_config import RunConfig
 from resmol.distributed import find_device
 from resmol.errors import UsageError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.system.host import allocator_environment
 
 PEERS = ("transformers",)

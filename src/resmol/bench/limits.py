@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 from resmol.bench.answering import Numbers, answer
-from resmol.flops import forward_flops_per_token, inference_memory, total_parameters
+from resmol.model.flops import forward_flops_per_token, inference_memory, total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.products import has_onednn, onednn_product
+from resmol.model.linear import has_onednn, onednn_product
 
 STREAM_BYTES = 1 << 29  # far beyond any cache
 SECONDS_PER_PRODUCT = 0.25

@@ -21,7 +21,7 @@ from resmol.bench.machine import machine_facts
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_preset, with_overrides
 from resmol.errors import ConfigError, UsageError
-from resmol.flops import training_flops_per_token
+from resmol.model.flops import training_flops_per_token
 from resmol.measurement import QUIET, Say, run_training, training_measurement
 from resmol.plots import scaling_plot
 from resmol.system.host import free_memory

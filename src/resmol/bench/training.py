@@ -23,7 +23,7 @@ from resmol.config.load import with_overrides
 from resmol.data.shards import open_dataset
 from resmol.distributed import Runtime
 from resmol.errors import UsageError
-from resmol.flops import total_parameters, training_flops_per_token
+from resmol.model.flops import total_parameters, training_flops_per_token
 from resmol.launch import make_loader, new_state
 from resmol.measurement import Say, measure_training
 from resmol.system.host import allocator_environment

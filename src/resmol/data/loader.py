@@ -20,7 +20,7 @@ from torch import Tensor
 from resmol.data.order import WindowOrder
 from resmol.data.shards import TokenStream
 from resmol.errors import ConfigError, DataError
-from resmol.loss import IGNORE
+from resmol.model.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)

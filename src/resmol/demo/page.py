@@ -13,7 +13,7 @@ import jinja2
 from resmol.demo.identity import Identity
 from resmol.demo.limits import Limits, parse
 from resmol.errors import ResmolError
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.ledger import LedgerTampered, read_ledger
 from resmol.load import LoadedModel
 from resmol.plots import curves

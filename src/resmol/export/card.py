@@ -14,7 +14,7 @@ from resmol.data.named import SHAKESPEARE, corpus_of, licence_of
 from resmol.errors import DataError
 from resmol.export.markdown import code_block, code_span, plain
 from resmol.export.record import RunRecord
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.ledger import select
 from resmol.load import LoadedModel
 from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256

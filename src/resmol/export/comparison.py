@@ -18,7 +18,7 @@ from torch import Tensor
 from resmol.checks import Check, largest
 from resmol.errors import CheckFailed, DataError
 from resmol.generate import Sampling, generate
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.tokenizer import Tokenizer
 
 NEW_TOKENS = 16

@@ -33,7 +33,7 @@ from resmol.export.comparison import (
 )
 from resmol.export.gguf_file import KINDS, as_kind, as_stored, stored_kind, type_error
 from resmol.export.gguf_vocabulary import gguf_vocabulary
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.tokenizer import Tokenizer
 
 LLAMA_CPP = Reader("llama.cpp", "resmol.export.readback_llama_cpp", "llama_cpp", "interop")

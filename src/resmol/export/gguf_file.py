@@ -16,7 +16,7 @@ from resmol.checkpoint import weight_tensors
 from resmol.checks import largest
 from resmol.export.gguf_vocabulary import gguf_vocabulary
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.tokenizer import Tokenizer
 from resmol.weights.gguf import gguf_metadata, gguf_name, permuted, rotated_heads
 

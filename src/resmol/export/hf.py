@@ -24,7 +24,7 @@ from resmol.export.comparison import cast_check, compare_with_transformers
 from resmol.export.record import write_record
 from resmol.export.seal import Kind, Seal, make_seal
 from resmol.load import LoadedModel, load_model
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.rundir import RunDir
 from resmol.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance

@@ -18,7 +18,7 @@ from resmol.system.atomic_io import commit_directory
 from resmol.errors import UsageError
 from resmol.export.hf import Export, export_hf
 from resmol.export.seal import Seal, make_seal
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.config.model_config import read_model_config
 from resmol.system.hub_download import is_hub_id
 from resmol.manifest import WEIGHTS

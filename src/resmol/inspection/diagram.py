@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resmol.flops import parameter_counts
+from resmol.model.flops import parameter_counts
 from resmol.config.model_config import ModelConfig
 
 

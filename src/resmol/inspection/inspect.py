@@ -19,7 +19,7 @@ from resmol.checks import Check
 from resmol.config.run_config import RunConfig, RuntimeConfig
 from resmol.config.load import load_config, load_preset, preset_names
 from resmol.errors import DataError, NetworkError, UsageError
-from resmol.flops import (
+from resmol.model.flops import (
     forward_flops_per_token,
     inference_memory,
     parameter_counts,

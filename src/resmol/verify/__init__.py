@@ -11,7 +11,7 @@ from typing import Literal
 from resmol.checks import Check
 from resmol.errors import UsageError
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.verify.foreign import verify_foreign
 from resmol.verify.norms import norm_precision
 from resmol.verify.parity import SEQUENCE, parity

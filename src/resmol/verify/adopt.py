@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from resmol.checks import Check
 from resmol.errors import CheckFailed
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.weights.hf_folder import tensor_shapes
 
 Factory = Callable[[ModelConfig], nn.Module]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resmol.checks import Check
 from resmol.errors import CheckFailed
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.verify.adopt import Adopted, Factory, adopt
 from resmol.verify.diagnose import diagnose
 from resmol.verify.norms import check_norm, norm_weight

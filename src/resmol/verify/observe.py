@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from resmol.kv_cache import KVCache
-from resmol.loss import cross_entropy_sum
-from resmol.model import CausalLM
+from resmol.model.kv_cache import KVCache
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.llama import CausalLM
 
 Observation: TypeAlias = dict[str, Tensor]
 Forward: TypeAlias = Callable[[Int[Tensor, "B T"]], tuple[Tensor, Tensor]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from resmol.checks import Check
 from resmol.generate import Sampling, generate
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.verify.observe import (
     Observation,
     logits_forward,

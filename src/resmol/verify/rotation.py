@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from resmol import model as architecture
+from resmol.model import llama as architecture
 from resmol.checks import Check, largest
 from resmol.config.model_config import ModelConfig
 

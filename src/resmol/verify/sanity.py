@@ -12,10 +12,10 @@ from torch import Tensor
 
 from resmol.checkpoint import weight_tensors
 from resmol.checks import Check, largest
-from resmol.flops import total_parameters
+from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.loss import cross_entropy_sum
-from resmol.model import CausalLM
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.llama import CausalLM
 from resmol.weights.hf_folder import tensor_shapes
 
 LOSS_TOKENS = 256

@@ -26,7 +26,7 @@ from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.system.hub_download import hub_names, is_hub_id
 from resmol.ledger import effective_saves, read_ledger
 from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 from resmol.rundir import RunDir
 from resmol.system.safetensors_header import read_header
 from resmol.tokenizer import Tokenizer, load_tokenizer

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.products import Products, multiply
+from resmol.model.linear import Products, multiply
 
 IGNORE = -100  # the target that does not count, as in PyTorch
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmol.loss import IGNORE, cross_entropy_sum
+from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
 
 
 def case(
@@ -98,7 +98,7 @@ def test_under_autocast_products_are_bfloat16_and_the_sum_is_float32() -> None:
 
 
 def test_no_chunk_sees_more_logits_than_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resmol import loss as module
+    from resmol.model import cross_entropy as module
 
     sizes: list[int] = []
     genuine = module._loss_and_logit_gradient

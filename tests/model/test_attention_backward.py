@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from resmol.attention import BLOCK_QUERIES, MOST_BLOCKS, attention_in_blocks, blocks_are_faster
+from resmol.model.attention_backward import BLOCK_QUERIES, MOST_BLOCKS, attention_in_blocks, blocks_are_faster
 
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 LENGTHS = [1, 100, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300]
@@ -131,9 +131,9 @@ def test_it_is_for_compiled_training_on_a_cpu_with_several_blocks(monkeypatch: p
 COMPILED = """
 import sys
 import torch
-from resmol import attention
+from resmol.model import attention_backward as attention
 from resmol.config.model_config import ModelConfig
-from resmol.model import CausalLM
+from resmol.model.llama import CausalLM
 
 config = ModelConfig(
     vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resmol.attention import attention_in_blocks, blocks_are_faster
+from resmol.model.attention_backward import attention_in_blocks, blocks_are_faster
 from resmol.config.model_config import ModelConfig
-from resmol.kv_cache import KVCache, LayerCache
-from resmol.products import Linear
+from resmol.model.kv_cache import KVCache, LayerCache
+from resmol.model.linear import Linear
 
 Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
 Mask: TypeAlias = Bool[Tensor, "#B 1 T S"] | None  # the same for all of a batch, or one for each

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resmol import products as module
+from resmol.model import linear as module
 from resmol.config.run_config import RunConfig
 from resmol.generate import generate
-from resmol.loss import IGNORE, cross_entropy_sum
-from resmol.model import CausalLM
-from resmol.products import Linear, Products, multiply, use_products
+from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
+from resmol.model.llama import CausalLM
+from resmol.model.linear import Linear, Products, multiply, use_products
 from resmol.sampling import Sampling
 
 EPS = torch.finfo(torch.float32).eps

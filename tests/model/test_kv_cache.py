@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmol.config.run_config import RunConfig
-from resmol.kv_cache import KVCache
-from resmol.model import CausalLM
+from resmol.model.kv_cache import KVCache
+from resmol.model.llama import CausalLM
 
 
 def test_extend_returns_everything_so_far(tiny_config: RunConfig) -> None:

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.run_config import RunConfig
 from resmol.config.model_config import ModelConfig
-from resmol.kv_cache import KVCache
-from resmol.model import CausalLM, RMSNorm, attend, attention_mask, rotate, rotation_tables
+from resmol.model.kv_cache import KVCache
+from resmol.model.llama import CausalLM, RMSNorm, attend, attention_mask, rotate, rotation_tables
 
 
 def twin(heads: int, key_value_heads: int, head_dim: int, layers: int, tied: bool, theta: float) -> ModelConfig:

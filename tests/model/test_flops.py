@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.load import load_preset, preset_names
-from resmol.flops import (
+from resmol.model.flops import (
     forward_flops_per_token,
     inference_memory,
     parameter_counts,
@@ -21,9 +21,9 @@ from resmol.flops import (
     training_memory,
 )
 from resmol.config.model_config import ModelConfig
-from resmol.kv_cache import KVCache
-from resmol.loss import cross_entropy_sum
-from resmol.model import Attention, CausalLM
+from resmol.model.kv_cache import KVCache
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.llama import Attention, CausalLM
 
 TINY = ModelConfig(
     vocab_size=320,
