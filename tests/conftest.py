@@ -14,12 +14,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from resmol.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
-from resmol.data.corpora import from_texts
+from resmol.data.readers import from_texts
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset
 from resmol.system.host import ALLOCATOR_VARIABLE
-from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
-from resmol.tokenizer_sources import cache_path
+from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
+from resmol.data.tokenizer_files import cache_path
 from resmol.train import TrainState
 
 # A command that is called in this process would replace it by a new one otherwise, whose output nobody sees.

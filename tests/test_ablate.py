@@ -15,7 +15,7 @@ from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, ConfigError, UsageError
 from resmol.measurement import Measurement, measure_training
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 FACTOR = ("runtime.attention=sdpa,eager",)
 
@@ -127,7 +127,7 @@ def test_a_real_measurement(
 
 
 def _cache_with(tokenizer: Tokenizer, folder: Path) -> Path:
-    from resmol.tokenizer_sources import cache_path
+    from resmol.data.tokenizer_files import cache_path
 
     path = cache_path(tokenizer.sha256, folder / "cache" / "resmol")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from resmol.api import evaluate_model, import_factory, verify_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import UsageError
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, DiskFull, Interrupted
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from resmol.generate import Continuation, decode_batch
 from resmol.load import LoadedModel
 from resmol.model.llama import CausalLM
 from resmol.sampling import Sampling
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance
 
 PROMPTS = ["ka lo", "", "mi ner 42", "é", "shu ver ing the"]

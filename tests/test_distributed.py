@@ -17,7 +17,7 @@ from resmol.data.shards import Dataset
 from resmol.distributed import Runtime, open_runtime
 from resmol.errors import ConfigError
 from resmol.ledger import read_ledger, select
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 
 def torchrun_words(processes: int) -> list[str]:

@@ -15,7 +15,7 @@ from resmol.errors import DataError
 from resmol.evaluate import evaluate
 from resmol.launch import make_loader
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
 

@@ -26,7 +26,7 @@ from resmol.checkpoint import weight_tensors
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
 from resmol.generate import Sampling
 from resmol.load import LoadedModel, load_model
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights import sources as model_sources
 from resmol.system.pypi_download import file_sha256
 

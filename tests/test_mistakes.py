@@ -23,7 +23,7 @@ from tiny import TrainTiny
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 ALL: list[Mistake] = sorted(
     [*architecture.MISTAKES, *training.MISTAKES, *resuming.MISTAKES, *text.MISTAKES, *publishing.MISTAKES],

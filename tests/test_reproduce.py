@@ -24,7 +24,7 @@ from resmol.errors import CheckFailed, Interrupted
 from resmol.ledger import read_ledger
 from resmol.reproduce import Protocol, claims, estimate_seconds, reproduce
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 
 @pytest.fixture

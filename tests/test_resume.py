@@ -22,7 +22,7 @@ from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted
 from resmol.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.manifest import read_manifest
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.train import REPRODUCIBLE_FIELDS
 
 

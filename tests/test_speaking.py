@@ -24,7 +24,7 @@ from resmol.data.shards import Dataset
 from resmol.errors import DataError
 from resmol.load import load_model
 from resmol.sampling import Sampling
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 SECONDS = 60  # the most that anything here may take; only a broken program comes near
 # The model is slowed down, so that there is an answer to interrupt; and Ctrl-C works also where the tests themselves

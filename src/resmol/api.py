@@ -17,7 +17,7 @@ from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, open_dataset, verify_shards
-from resmol.data.source import Text, data_folder, is_prepared, open_or_prepare, prepare_text
+from resmol.data.resolve import Text, data_folder, is_prepared, open_or_prepare, prepare_text
 from resmol.distributed import Runtime
 from resmol.errors import UsageError
 from resmol.evaluate import evaluate
@@ -25,7 +25,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.launch import Launch, launch
 from resmol.load import LoadedModel, load_model
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer, load_tokenizer
+from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.train import TrainState
 from resmol.verify import verify, verify_foreign
 from resmol.views import View

@@ -14,7 +14,7 @@ from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset
-from resmol.data.source import data_folder
+from resmol.data.resolve import data_folder
 from resmol.errors import CheckpointError, ResmolError
 from resmol.launch import make_loader
 from resmol.ledger import (

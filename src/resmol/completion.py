@@ -12,7 +12,7 @@ from resmol.generate import Continuation, FinishReason, check_prompt, decode, de
 from resmol.model.llama import CausalLM
 from resmol.sampling import Sampling
 from resmol.stop_strings import StopStrings
-from resmol.tokenizer import StreamDecoder, Tokenizer
+from resmol.data.tokenizer import StreamDecoder, Tokenizer
 
 _CHECKED_TOGETHER = 1024  # prompts whose tokens exist at the same time while all are checked
 

@@ -37,7 +37,7 @@ from resmol.model.linear import use_products
 from resmol.resume import Beginning, begin, share_state
 from resmol.rundir import RunDir
 from resmol.saving import Saver
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, train
 from resmol.views import Journal, View
 

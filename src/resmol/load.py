@@ -20,7 +20,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
 from resmol.model.linear import products_for_reading, use_products
 from resmol.sampling import Sampling
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance, Say, find_source, named_tokenizer
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
-from resmol.data.source import Text, is_prepared, prepare_text
+from resmol.data.resolve import Text, is_prepared, prepare_text
 from resmol.errors import CheckFailed
 from resmol.ledger import Record, effective_steps, read_ledger
 from resmol.paired import interleaved
 from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.rundir import RunDir
-from resmol.tokenizer import load_tokenizer
+from resmol.data.tokenizer import load_tokenizer
 
 QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
 LAUNCHER = Path(__file__).with_name("launcher.py")

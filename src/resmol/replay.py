@@ -19,7 +19,7 @@ from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset, verify_shards
-from resmol.data.source import data_folder
+from resmol.data.resolve import data_folder
 from resmol.distributed import Runtime, find_device, open_runtime
 from resmol.errors import ConfigError, ResmolError
 from resmol.launch import compile_blocks, make_loader, new_state

@@ -27,7 +27,7 @@ from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config, load_preset
 from resmol.data.loader import Batch
-from resmol.data.source import is_prepared
+from resmol.data.resolve import is_prepared
 from resmol.distributed import open_runtime
 from resmol.errors import CheckFailed, Interrupted
 from resmol.model.flops import total_parameters

@@ -32,7 +32,7 @@ from resmol.rundir import RunDir
 from resmol.saving import Saver
 from resmol.schedule import lr_at
 from resmol.spikes import is_spike, remembered
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.views import Journal
 
 # A re-executed step must give these again, bit for bit.

@@ -21,12 +21,12 @@ from resmol.bench.training import TrainBench, parse_batch, training_contests
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
-from resmol.data.source import Text
+from resmol.data.resolve import Text
 from resmol.errors import CheckFailed, ConfigError, DataError, UsageError
 from resmol.ledger import effective_steps, read_ledger
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
-from resmol.tokenizer_sources import cache_path
+from resmol.data.tokenizer import Tokenizer
+from resmol.data.tokenizer_files import cache_path
 
 
 def quiet(_: str) -> None:

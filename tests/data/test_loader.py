@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmol.data.loader import IGNORE, Loader
-from resmol.data.order import WindowOrder
+from resmol.data.shuffle import WindowOrder
 from resmol.data.shards import Shard, TokenStream
 from resmol.errors import ConfigError, DataError
 

@@ -15,7 +15,7 @@ from tiny import synthetic_texts
 
 from resmol.system.atomic_io import TEMPORARY_PREFIX
 from resmol.data import prepare as module
-from resmol.data.corpora import Corpus, Document, from_texts, read_inputs
+from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.prepare import Progress, is_held_out, prepare
 from resmol.data.shard_writer import SplitWriter
 from resmol.errors import DataError, DiskFull, UsageError
@@ -59,7 +59,7 @@ def test_batches_make_no_difference(tiny_tokenizer, tmp_path, monkeypatch):
     texts = synthetic_texts(30)
     one = prepare(tmp_path / "one", from_texts(texts), tiny_tokenizer)
     monkeypatch.setattr(module, "BATCH_BYTES", 50)
-    monkeypatch.setattr("resmol.data.text.PIECE_CHARACTERS", 40)
+    monkeypatch.setattr("resmol.data.chunking.PIECE_CHARACTERS", 40)
     other = prepare(tmp_path / "other", from_texts(texts), tiny_tokenizer)
     assert one.fingerprint == other.fingerprint
 
@@ -239,7 +239,7 @@ def test_the_files_are_datatrove_s(tiny_tokenizer, tmp_path):
 
 
 def test_preparing_needs_no_torch():
-    code = "import sys, resmol.data.adopt, resmol.data.named; sys.exit('torch' in sys.modules)"
+    code = "import sys, resmol.data.datatrove, resmol.data.builtin_corpora; sys.exit('torch' in sys.modules)"
     source = str(Path(module.__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": source}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

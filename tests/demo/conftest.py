@@ -15,7 +15,7 @@ from resmol.data.shards import Dataset
 from resmol.export import export_space
 from resmol.load import LoadedModel, load_model
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from resmol.__main__ import run as resmol
 from resmol.certificate import write_certificate
 from resmol.checks import Check
 from resmol.config.load import load_config
-from resmol.data.named import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
+from resmol.data.builtin_corpora import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
 from resmol.data.shards import open_dataset
 from resmol.errors import CheckFailed, DataError
 from resmol.export import hf
@@ -32,7 +32,7 @@ from resmol.export.record import write_record
 from resmol.ledger import Record, read_ledger
 from resmol.load import load_model
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CURVES = ["training/loss.png", "training/learning-rate.png", "training/gradient-norm.png", "training/speed.png"]

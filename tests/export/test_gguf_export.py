@@ -34,7 +34,7 @@ from resmol.export.gguf_vocabulary import gguf_vocabulary
 from resmol.export.hub import plan_publication
 from resmol.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights.gguf import gguf_config, gguf_tensors
 from resmol.weights.gguf_header import read_gguf_header
 

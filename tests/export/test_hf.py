@@ -21,7 +21,7 @@ from resmol.export import export_hf, hf
 from resmol.export.comparison import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check
 from resmol.load import LoadedModel, load_model
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights.hf_folder import tensor_shapes
 from resmol.weights.sources import Provenance
 

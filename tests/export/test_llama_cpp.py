@@ -21,7 +21,7 @@ from resmol.export.gguf_comparison import LLAMA_CPP, compare_gguf
 from resmol.export.gguf_file import write_gguf
 from resmol.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.interop

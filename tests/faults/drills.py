@@ -51,7 +51,7 @@ from resmol.manifest import (
     verify_checkpoint,
 )
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, record_step, save
 
 Script = Callable[[TrainState, Session], None]

@@ -19,14 +19,14 @@ from trials import Forks, Oracle, Setting, error_of, train_run
 
 from resmol.api import train_model
 from resmol.config.load import load_config
-from resmol.data.corpora import read_inputs
+from resmol.data.readers import read_inputs
 from resmol.data.loader import Loader
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset, token_dtype
 from resmol.errors import ResmolError
 from resmol.ledger import read_ledger, select
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 TOO_LARGE = "token {place} is {token} of 512"
 

@@ -49,7 +49,7 @@ from resmol.model.llama import CausalLM
 from resmol.optim import build_optimizer
 from resmol.resume import restore
 from resmol.system.safetensors_header import read_header, read_remote_header
-from resmol.tokenizer import load_tokenizer
+from resmol.data.tokenizer import load_tokenizer
 from resmol.train import TrainState
 from resmol.weights.gguf import gguf_config
 from resmol.weights.gguf_header import read_gguf_header

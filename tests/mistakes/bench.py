@@ -13,7 +13,7 @@ import torch
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.train import TrainState
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)

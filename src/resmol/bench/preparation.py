@@ -13,12 +13,12 @@ from resmol.bench.answering import Numbers
 from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
 from resmol.bench.worker import run_worker
-from resmol.data.corpora import Corpus
-from resmol.data.source import Text
-from resmol.data.text import ReadCounts
+from resmol.data.readers import Corpus
+from resmol.data.resolve import Text
+from resmol.data.chunking import ReadCounts
 from resmol.errors import DataError, UsageError
 from resmol.measurement import Say
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 DOCUMENT_CHARACTERS = 4000
 SPEED = Quantity("megabytes_per_second", "MB/s", ".2f")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from resmol.bench.answering import Numbers, answer
-from resmol.data.source import Text, prepare_text
-from resmol.tokenizer import load_tokenizer
+from resmol.data.resolve import Text, prepare_text
+from resmol.data.tokenizer import load_tokenizer
 
 
 def prepare_ours(task: Mapping[str, Any]) -> Numbers:

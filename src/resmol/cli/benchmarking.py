@@ -119,8 +119,8 @@ def bench_prepare(
 ) -> None:
     """Measure text to tokens against the bare tokenizers library, and the memory it takes."""
     from resmol.bench.preparation import PrepareBench, preparation_contest
-    from resmol.data.source import Text
-    from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
+    from resmol.data.resolve import Text
+    from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
     text = Text(tuple(input_ or ()), corpus if corpus or input_ else "shakespeare")
     wanted = PrepareBench(text, megabytes, workers, repeats)

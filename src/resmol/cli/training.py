@@ -41,8 +41,8 @@ def prepare(
     """Turn text into token shards and a manifest."""
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
-    from resmol.data.source import Text, prepare_text
-    from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
+    from resmol.data.resolve import Text, prepare_text
+    from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
     found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256, say=say)
     text = Text(tuple(input_ or ()), corpus, val_fraction, text_field)

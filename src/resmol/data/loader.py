@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from resmol.data.order import WindowOrder
+from resmol.data.shuffle import WindowOrder
 from resmol.data.shards import TokenStream
 from resmol.errors import ConfigError, DataError
 from resmol.model.cross_entropy import IGNORE

@@ -17,7 +17,7 @@ import numpy as np
 
 from resmol import __version__
 from resmol.system.atomic_io import commit_directory
-from resmol.data.corpora import Corpus, Document
+from resmol.data.readers import Corpus, Document
 from resmol.data.shard_writer import SplitWriter, tokenizer_name
 from resmol.data.shards import (
     MANIFEST,
@@ -31,9 +31,9 @@ from resmol.data.shards import (
     open_dataset,
     token_width,
 )
-from resmol.data.text import ReadCounts
+from resmol.data.chunking import ReadCounts
 from resmol.errors import DataError, UsageError
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 # An encoding takes about 150 bytes a token in Rust: this bounds the memory, whatever the input.
 BATCH_BYTES = 1 << 20

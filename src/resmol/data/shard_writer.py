@@ -12,8 +12,8 @@ from jaxtyping import Int64
 
 from resmol.system.atomic_io import fsync_path
 from resmol.data.shards import Shard, shard_file_sha256, token_dtype
-from resmol.tokenizer import Tokenizer
-from resmol.tokenizer_sources import SMOLLM2_HUB_ID, SMOLLM2_TOKENIZER_SHA256
+from resmol.data.tokenizer import Tokenizer
+from resmol.data.tokenizer_files import SMOLLM2_HUB_ID, SMOLLM2_TOKENIZER_SHA256
 
 
 class SplitWriter:

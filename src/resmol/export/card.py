@@ -10,14 +10,14 @@ import jinja2
 
 import resmol
 from resmol import __version__
-from resmol.data.named import SHAKESPEARE, corpus_of, licence_of
+from resmol.data.builtin_corpora import SHAKESPEARE, corpus_of, licence_of
 from resmol.errors import DataError
 from resmol.export.markdown import code_block, code_span, plain
 from resmol.export.record import RunRecord
 from resmol.model.flops import total_parameters
 from resmol.ledger import select
 from resmol.load import LoadedModel
-from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256
+from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
 
 SMOLLM2_TOKENS = 2_000_000_000_000  # what the published model saw (its model card)
 SHOWN_SAMPLES = 3

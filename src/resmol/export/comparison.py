@@ -19,7 +19,7 @@ from resmol.checks import Check, largest
 from resmol.errors import CheckFailed, DataError
 from resmol.generate import Sampling, generate
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 NEW_TOKENS = 16
 VOCABULARY_TEXTS = 100

@@ -34,7 +34,7 @@ from resmol.export.comparison import (
 from resmol.export.gguf_file import KINDS, as_kind, as_stored, stored_kind, type_error
 from resmol.export.gguf_vocabulary import gguf_vocabulary
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 LLAMA_CPP = Reader("llama.cpp", "resmol.export.readback_llama_cpp", "llama_cpp", "interop")
 SLACK = 4.0

@@ -17,7 +17,7 @@ from resmol.checks import largest
 from resmol.export.gguf_vocabulary import gguf_vocabulary
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights.gguf import gguf_metadata, gguf_name, permuted, rotated_heads
 
 # --dtype -> name in GGUF; its enumerations of tensor types and of whole files spell them alike.

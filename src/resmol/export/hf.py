@@ -26,7 +26,7 @@ from resmol.export.seal import Kind, Seal, make_seal
 from resmol.load import LoadedModel, load_model
 from resmol.model.llama import CausalLM
 from resmol.rundir import RunDir
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,7 +11,7 @@ from resmol.certificate import current_certificate
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config, with_overrides
 from resmol.data.shards import Manifest, open_dataset
-from resmol.data.source import data_folder
+from resmol.data.resolve import data_folder
 from resmol.errors import CheckFailed, DataError
 from resmol.ledger import LedgerContent, Record, effective_steps, read_ledger, select
 from resmol.manifest import checkpoint_name

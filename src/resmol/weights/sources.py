@@ -29,8 +29,8 @@ from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_chec
 from resmol.model.llama import CausalLM
 from resmol.rundir import RunDir
 from resmol.system.safetensors_header import read_header
-from resmol.tokenizer import Tokenizer, load_tokenizer
-from resmol.tokenizer_sources import (
+from resmol.data.tokenizer import Tokenizer, load_tokenizer
+from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
     SMOLLM2_HUB_REVISION,
     SMOLLM2_TOKENIZER_SHA256,

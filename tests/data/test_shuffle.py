@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmol.data.order import WindowOrder
+from resmol.data.shuffle import WindowOrder
 
 
 def epochs(n: int, seed: int, count: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from resmol.data.text import InputCount, ReadCounts, cut_into_pieces, decoded, repaired, without_mark
+from resmol.data.chunking import InputCount, ReadCounts, cut_into_pieces, decoded, repaired, without_mark
 from resmol.errors import DataError
 
 MAX_JSONL_LINE_BYTES = 64 << 20

@@ -17,10 +17,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmol import tokenizer as module
+from resmol.data import tokenizer as module
 from resmol.errors import DataError, NetworkError
-from resmol.tokenizer import SMOLLM2_TOKENIZER_SHA256, StreamDecoder, Tokenizer, load_tokenizer
-from resmol.tokenizer_sources import cache_path, tokenizer_json_from_gguf
+from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, StreamDecoder, Tokenizer, load_tokenizer
+from resmol.data.tokenizer_files import cache_path, tokenizer_json_from_gguf
 
 SOURCE = str(Path(module.__file__).resolve().parents[1])
 # FACTS of the genuine file: these byte values have no token.
@@ -286,7 +286,7 @@ def test_the_genuine_file_is_rebuilt_byte_for_byte(genuine_tokenizer, tmp_path):
 
 LOAD = """
 import sys
-from resmol.tokenizer import load_tokenizer
+from resmol.data.tokenizer import load_tokenizer
 from resmol.errors import ResmolError
 source, sha256 = sys.argv[1:]
 try:

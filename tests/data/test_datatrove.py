@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import synthetic_texts
 
-from resmol.data.adopt import adopt, is_token_folder
+from resmol.data.datatrove import adopt, is_token_folder
 from resmol.data.shards import verify_shards
 from resmol.errors import DataError, UsageError
 

