@@ -13,8 +13,8 @@ from tiny import TrainTiny, rewrite
 from resmol.audit import audit
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
-from resmol.ledger import Record
-from resmol.rundir import RunDir
+from resmol.run.ledger import Record
+from resmol.run.directory import RunDir
 
 
 @pytest.fixture(scope="module")

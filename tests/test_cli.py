@@ -18,7 +18,7 @@ from resmol.__main__ import exit_code, run
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, DiskFull, Interrupted
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 
 

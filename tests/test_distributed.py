@@ -16,7 +16,7 @@ from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.distributed import Runtime, open_runtime
 from resmol.errors import ConfigError
-from resmol.ledger import read_ledger, select
+from resmol.run.ledger import read_ledger, select
 from resmol.data.tokenizer import Tokenizer
 
 

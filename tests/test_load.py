@@ -22,7 +22,7 @@ from tiny import TrainTiny
 from tokenizers import Tokenizer as RustTokenizer
 
 from resmol import load as load_module
-from resmol.checkpoint import weight_tensors
+from resmol.run.checkpoint import weight_tensors
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
 from resmol.generate import Sampling
 from resmol.load import LoadedModel, load_model

@@ -15,10 +15,10 @@ from resmol.audit import audit
 from resmol.certificate import current_certificate, write_certificate
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
-from resmol.ledger import Record, read_ledger
+from resmol.run.ledger import Record, read_ledger
 from resmol.replay import Segment, Wish, segments
 from resmol.report import write_report
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 
 ALL = Wish(count=100, limit=100, seed=1)
 

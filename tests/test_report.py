@@ -11,10 +11,10 @@ import pytest
 from tiny import TrainTiny, rewrite
 
 from resmol.errors import DataError
-from resmol.ledger import Ledger, LedgerTampered, float_bits
+from resmol.run.ledger import Ledger, LedgerTampered, float_bits
 from resmol.plots import smoothed, thin
 from resmol.report import duration, headline_facts, write_report
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m"
 

@@ -21,9 +21,9 @@ from resmol.config.load import with_overrides
 from resmol.console import console_views
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, Interrupted
-from resmol.ledger import read_ledger
+from resmol.run.ledger import read_ledger
 from resmol.reproduce import Protocol, claims, estimate_seconds, reproduce
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 
 

@@ -19,9 +19,9 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
-from resmol.ledger import Ledger, Record, effective_steps, read_ledger, select
-from resmol.manifest import read_manifest
-from resmol.rundir import RunDir
+from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import read_manifest
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 from resmol.train import REPRODUCIBLE_FIELDS
 

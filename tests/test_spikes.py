@@ -11,7 +11,7 @@ from tiny import TrainTiny
 
 from resmol import train as module
 from resmol.errors import CheckFailed
-from resmol.ledger import read_ledger, select
+from resmol.run.ledger import read_ledger, select
 from resmol.spikes import ENOUGH, MEMORY, is_spike, remembered
 
 

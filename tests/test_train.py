@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tiny import TrainTiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol import saving
+from resmol.run import async_save as saving
 from resmol import train as module
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
@@ -22,8 +22,8 @@ from resmol.data.shards import Dataset
 from resmol.distributed import Runtime, open_runtime
 from resmol.errors import DataError, DiskFull, NonFiniteError
 from resmol.launch import make_loader, new_state
-from resmol.ledger import Record, effective_steps, read_ledger, select
-from resmol.manifest import load_state
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import load_state
 from resmol.schedule import lr_at
 from resmol.train import TrainState, accumulate_gradients, is_due, train_step
 

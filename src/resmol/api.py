@@ -24,11 +24,11 @@ from resmol.evaluate import evaluate
 from resmol.config.model_config import ModelConfig
 from resmol.launch import Launch, launch
 from resmol.load import LoadedModel, load_model
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.train import TrainState
 from resmol.verify import verify, verify_foreign
-from resmol.views import View
+from resmol.run.log_writers import View
 
 Say = Callable[[str], None]
 DEFAULT_EVALUATION_LENGTH = 512

@@ -17,7 +17,7 @@ from resmol.data.shards import open_dataset
 from resmol.data.resolve import data_folder
 from resmol.errors import CheckpointError, ResmolError
 from resmol.launch import make_loader
-from resmol.ledger import (
+from resmol.run.ledger import (
     LedgerTampered,
     Record,
     effective_saves,
@@ -27,9 +27,9 @@ from resmol.ledger import (
     read_ledger,
     select,
 )
-from resmol.manifest import list_checkpoints, read_manifest, verify_checkpoint
+from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest, verify_checkpoint
 from resmol.replay import Wish, replay
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.schedule import lr_at
 from resmol.train import REPRODUCIBLE_FIELDS
 

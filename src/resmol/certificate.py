@@ -11,8 +11,8 @@ from resmol import __version__
 from resmol.system.atomic_io import write_durable
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
-from resmol.ledger import effective_steps, read_ledger, select
-from resmol.rundir import RunDir
+from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.run.directory import RunDir
 
 LIMITS = (
     "The chain proves that the record was not changed after its head was known; keep the head somewhere else.",

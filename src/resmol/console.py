@@ -21,9 +21,9 @@ from rich.progress import (
 )
 
 from resmol.config.run_config import RunConfig
-from resmol.ledger import Record
-from resmol.rundir import RunDir
-from resmol.views import Lines, LogView, TensorBoardView, View
+from resmol.run.ledger import Record
+from resmol.run.directory import RunDir
+from resmol.run.log_writers import Lines, LogView, TensorBoardView, View
 
 REFRESH_SECONDS = 0.2  # of the live line
 PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole

@@ -21,10 +21,10 @@ from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.resolve import Text, is_prepared, prepare_text
 from resmol.errors import CheckFailed
-from resmol.ledger import Record, effective_steps, read_ledger
+from resmol.run.ledger import Record, effective_steps, read_ledger
 from resmol.paired import interleaved
 from resmol.system.host import ALLOCATOR_VARIABLE
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import load_tokenizer
 
 QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")

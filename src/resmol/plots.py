@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from resmol.ledger import Record, effective_steps, select
+from resmol.run.ledger import Record, effective_steps, select
 
 MAX_POINTS = 1200
 BLUE, ORANGE, GREY, RED = "#2b6cb0", "#c05621", "#a0aec0", "#c53030"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from resmol.checkpoint import digest_all, moment_tensors, weight_tensors
+from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
@@ -23,10 +23,10 @@ from resmol.data.resolve import data_folder
 from resmol.distributed import Runtime, find_device, open_runtime
 from resmol.errors import ConfigError, ResmolError
 from resmol.launch import compile_blocks, make_loader, new_state
-from resmol.ledger import Record, effective_steps, float_bits, last_fact, select
-from resmol.manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
+from resmol.run.ledger import Record, effective_steps, float_bits, last_fact, select
+from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
 from resmol.resume import bitwise_facts, restore
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.schedule import lr_at
 from resmol.train import TrainState, train_step
 

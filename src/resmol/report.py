@@ -14,10 +14,10 @@ from resmol.system.atomic_io import write_durable
 from resmol.certificate import current_certificate
 from resmol.config.load import load_config
 from resmol.errors import DataError
-from resmol.ledger import Record, effective_steps, read_ledger, select
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.plots import curves
-from resmol.rundir import RunDir
-from resmol.views import describe
+from resmol.run.directory import RunDir
+from resmol.run.log_writers import describe
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
 SMOOTHED_STEPS = 50

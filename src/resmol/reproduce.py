@@ -32,11 +32,11 @@ from resmol.distributed import open_runtime
 from resmol.errors import CheckFailed, Interrupted
 from resmol.model.flops import total_parameters
 from resmol.launch import new_state
-from resmol.ledger import Record, effective_steps, read_ledger, select
-from resmol.manifest import checkpoint_name, list_checkpoints, step_of
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, step_of
 from resmol.system.host import StopSignal, release_freed_memory
 from resmol.report import write_report
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.schedule import lr_at
 from resmol.train import train_step
 

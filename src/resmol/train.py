@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from resmol.checkpoint import Contents
+from resmol.run.checkpoint import Contents
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, Loader
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.evaluate import evaluate
 from resmol.generate import Sampling, generate
-from resmol.ledger import Record, float_bits
+from resmol.run.ledger import Record, float_bits
 from resmol.model.cross_entropy import cross_entropy_sum
-from resmol.manifest import SavedState
+from resmol.run.checkpoint_manifest import SavedState
 from resmol.model.llama import CausalLM
 from resmol.optim import apply_update, gradient_norm
 from resmol.system.host import StopSignal
-from resmol.rundir import RunDir
-from resmol.saving import Saver
+from resmol.run.directory import RunDir
+from resmol.run.async_save import Saver
 from resmol.schedule import lr_at
 from resmol.spikes import is_spike, remembered
 from resmol.data.tokenizer import Tokenizer
-from resmol.views import Journal
+from resmol.run.log_writers import Journal
 
 # A re-executed step must give these again, bit for bit.
 REPRODUCIBLE_FIELDS = ("loss_bits", "grad_norm_bits", "lr", "tokens", "windows")

@@ -23,8 +23,8 @@ from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.data.resolve import Text
 from resmol.errors import CheckFailed, ConfigError, DataError, UsageError
-from resmol.ledger import effective_steps, read_ledger
-from resmol.rundir import RunDir
+from resmol.run.ledger import effective_steps, read_ledger
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 from resmol.data.tokenizer_files import cache_path
 

@@ -14,7 +14,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.export import export_space
 from resmol.load import LoadedModel, load_model
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 
 

@@ -16,8 +16,8 @@ from resmol.demo.page import answer, heading, record_page
 from resmol.errors import CheckpointError, UsageError
 from resmol.export import export_gguf
 from resmol.load import LoadedModel, load_model
-from resmol.manifest import read_manifest
-from resmol.rundir import RunDir
+from resmol.run.checkpoint_manifest import read_manifest
+from resmol.run.directory import RunDir
 
 VALUES: list[Any] = ["ka lo", 20, 0.8, 0.95, 50, 3]
 

@@ -29,9 +29,9 @@ from resmol.export import hf
 from resmol.export.card import model_card
 from resmol.export.markdown import clean, code_block, code_span, plain
 from resmol.export.record import write_record
-from resmol.ledger import Record, read_ledger
+from resmol.run.ledger import Record, read_ledger
 from resmol.load import load_model
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

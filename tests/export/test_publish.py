@@ -23,7 +23,7 @@ from resmol.system.atomic_io import commit_directory
 from resmol.checks import Check
 from resmol.export import Kind, export_hf, make_seal
 from resmol.load import load_model
-from resmol.manifest import WEIGHTS
+from resmol.run.checkpoint_manifest import WEIGHTS
 
 # The client's upload of large files calls its HTTP library in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -15,7 +15,7 @@ with atheris.instrument_imports(include=["resmol"]):
     from resmol.config.load import load_config
     from resmol.errors import ResmolError
     from resmol.config.model_config import read_model_config
-    from resmol.ledger import read_ledger
+    from resmol.run.ledger import read_ledger
     from resmol.system.safetensors_header import read_header
     from resmol.weights.gguf_header import read_gguf_header
 

@@ -31,16 +31,16 @@ from safetensors.torch import load_file
 from trials import Setting
 
 import resmol.launch
-import resmol.saving
+import resmol.run.async_save
 import resmol.train
-from resmol.checkpoint import Staged
+from resmol.run.checkpoint import Staged
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import CheckpointError, ResmolError, RunInUse
 from resmol.launch import Launch, launch
-from resmol.ledger import read_ledger, select
-from resmol.manifest import (
+from resmol.run.ledger import read_ledger, select
+from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     WEIGHTS,
     Manifest,
@@ -50,7 +50,7 @@ from resmol.manifest import (
     step_of,
     verify_checkpoint,
 )
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 from resmol.train import Session, TrainState, record_step, save
 
@@ -187,14 +187,14 @@ def read(run: Path, tools: Equipment, at_least: int, *, damaged: bool = False) -
 
 def note_acknowledged(note: Callable[[int], None]) -> None:
     """Call ``note`` with the step whenever a checkpoint is committed."""
-    real = resmol.saving.commit_checkpoint
+    real = resmol.run.async_save.commit_checkpoint
 
     def noting(staged: Staged) -> Manifest:
         manifest = real(staged)
         note(manifest.step)
         return manifest
 
-    resmol.saving.commit_checkpoint = noting
+    resmol.run.async_save.commit_checkpoint = noting
 
 
 # --- K2 and K5: the process dies at a call -----------------------------------------------------------------------
@@ -225,16 +225,16 @@ def save_at_10(state: TrainState, session: Session) -> None:
 
 
 def prune_to_1(_state: TrainState, session: Session) -> None:
-    resmol.saving.prune(session.run.checkpoints, 1)
+    resmol.run.async_save.prune(session.run.checkpoints, 1)
 
 
 def keep_three(state: TrainState, session: Session) -> None:
     """Save three without pruning."""
-    real, resmol.saving.prune = resmol.saving.prune, lambda *_: []
+    real, resmol.run.async_save.prune = resmol.run.async_save.prune, lambda *_: []
     try:
         saves(5, 10, 15)(state, session)
     finally:
-        resmol.saving.prune = real
+        resmol.run.async_save.prune = real
 
 
 def damage_a_second_10(run: Path) -> None:
@@ -569,16 +569,16 @@ def flipped_bits(setting: Setting, folder: Path) -> list[str]:
 def changed_on_the_way(setting: Setting, folder: Path) -> list[str]:
     """A bit that flips between memory and file, so that the file's own hash is right: it must not be loaded."""
     tools, run = equipment(setting), folder / "run"
-    real = resmol.checkpoint.save_file
+    real = resmol.run.checkpoint.save_file
 
     def flip(tensors: dict[str, torch.Tensor], *arguments: Any, **options: Any) -> None:
         changed = {name: tensor.clone() for name, tensor in tensors.items()}
         next(iter(changed.values())).view(-1)[0] += 1
         real(changed, *arguments, **options)
 
-    resmol.checkpoint.save_file = flip
+    resmol.run.checkpoint.save_file = flip
     open_run(run, tools, saves(5))
-    resmol.checkpoint.save_file = real
+    resmol.run.checkpoint.save_file = real
     try:
         open_run(run, tools, nothing)
     except CheckpointError:

@@ -24,8 +24,8 @@ from resmol.data.loader import Loader
 from resmol.data.prepare import prepare
 from resmol.data.shards import Dataset, token_dtype
 from resmol.errors import ResmolError
-from resmol.ledger import read_ledger, select
-from resmol.rundir import RunDir
+from resmol.run.ledger import read_ledger, select
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 
 TOO_LARGE = "token {place} is {token} of 512"

@@ -11,8 +11,8 @@ from campaign import Campaign
 from trials import Forks, Oracle, Setting, error_of, step_bits, train_run
 
 from resmol import train
-from resmol.ledger import read_ledger, select
-from resmol.rundir import RunDir
+from resmol.run.ledger import read_ledger, select
+from resmol.run.directory import RunDir
 
 
 def train_with_a_bad_gradient(run: Path, setting: Setting, step: int, times: int, bad: float, place: int) -> int:

@@ -23,12 +23,12 @@ import shim
 from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, command, error_of, finish, step_bits
 
-import resmol.checkpoint
+import resmol.run.checkpoint
 import resmol.train
 from resmol.errors import CheckpointError, DiskFull, ResmolError, RunInUse
-from resmol.ledger import read_ledger, select
-from resmol.manifest import checkpoint_name, list_checkpoints, read_manifest, step_of, verify_checkpoint
-from resmol.rundir import RunDir
+from resmol.run.ledger import read_ledger, select
+from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, read_manifest, step_of, verify_checkpoint
+from resmol.run.directory import RunDir
 
 DATA_OR_DISK = 3  # the exit code of an error that comes from the operating system
 # A save may fail in the background while later steps are executed, but the next save waits for it.
@@ -413,7 +413,7 @@ def take_away(what: str, run: Path, setting: Setting) -> int:
 
     resmol.train.record_step = record
     if what == "moved in a save":
-        resmol.train.record_step, resmol.checkpoint.file_entry = real, move_away(run, resmol.checkpoint.file_entry)
+        resmol.train.record_step, resmol.run.checkpoint.file_entry = real, move_away(run, resmol.run.checkpoint.file_entry)
     return command(run, setting)
 
 

@@ -42,9 +42,9 @@ from resmol.config.load import load_config
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import NetworkError
 from resmol.config.model_config import read_model_config
-from resmol.ledger import canonical, effective_steps, read_ledger, select
+from resmol.run.ledger import canonical, effective_steps, read_ledger, select
 from resmol.load import load_model
-from resmol.manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
+from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
 from resmol.model.llama import CausalLM
 from resmol.optim import build_optimizer
 from resmol.resume import restore

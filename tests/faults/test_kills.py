@@ -17,14 +17,14 @@ import pytest
 from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, step_bits, train_run
 
-import resmol.checkpoint
-import resmol.saving
+import resmol.run.checkpoint
+import resmol.run.async_save
 import resmol.train
-from resmol.checkpoint import Staged
+from resmol.run.checkpoint import Staged
 from resmol.data.shards import Dataset
-from resmol.ledger import read_ledger, select
-from resmol.manifest import list_checkpoints, step_of
-from resmol.rundir import RunDir
+from resmol.run.ledger import read_ledger, select
+from resmol.run.checkpoint_manifest import list_checkpoints, step_of
+from resmol.run.directory import RunDir
 
 
 def test_k1_killed_at_any_time(
@@ -68,9 +68,9 @@ def lost_too_much(run: Path) -> list[str]:
 # What the thread that saves does, and of which step's save it is: before anything is synced, when all is but the name,
 # when the checkpoint is recorded.
 IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
-    "commit_checkpoint": (resmol.saving, lambda staged: staged.manifest.step),
+    "commit_checkpoint": (resmol.run.async_save, lambda staged: staged.manifest.step),
     "rename": (os, lambda _, final: step_of(final) if final.name.startswith("step-") else 0),
-    "prune": (resmol.saving, lambda folder, _: step_of(list_checkpoints(folder)[0])),
+    "prune": (resmol.run.async_save, lambda folder, _: step_of(list_checkpoints(folder)[0])),
 }
 
 
@@ -198,7 +198,7 @@ def epochs_oracle(forks: Forks, epochs: Epochs, tmp_path_factory: pytest.TempPat
 
 def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) -> int:
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
-    real, real_save = resmol.saving.commit_checkpoint, resmol.train.save
+    real, real_save = resmol.run.async_save.commit_checkpoint, resmol.train.save
 
     def commit_and_die(staged: Staged) -> Any:
         manifest = real(staged)
@@ -206,7 +206,7 @@ def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) ->
             os.kill(os.getpid(), signal.SIGKILL)
         return manifest
 
-    resmol.saving.commit_checkpoint = commit_and_die
+    resmol.run.async_save.commit_checkpoint = commit_and_die
     resmol.train.save = lambda *arguments, **options: real_save(*arguments, **{**options, "wait": True})
     return train_run(run, setting, *overrides)
 
@@ -314,12 +314,12 @@ def test_k7_killed_after_every_step(
 
 
 STAGES = {
-    "digest_all": resmol.checkpoint,
-    "stage_directory": resmol.checkpoint,
-    "save_file": resmol.checkpoint,
-    "file_entry": resmol.checkpoint,
-    "commit_staged": resmol.checkpoint,
-    "prune": resmol.saving,
+    "digest_all": resmol.run.checkpoint,
+    "stage_directory": resmol.run.checkpoint,
+    "save_file": resmol.run.checkpoint,
+    "file_entry": resmol.run.checkpoint,
+    "commit_staged": resmol.run.checkpoint,
+    "prune": resmol.run.async_save,
 }
 
 

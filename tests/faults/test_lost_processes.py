@@ -40,7 +40,7 @@ from trials import (
 
 import resmol.launch
 import resmol.train
-from resmol.ledger import select
+from resmol.run.ledger import select
 from resmol.system.host import ALLOCATOR_VARIABLE
 
 PATIENCE = 60  # runtime.peer_timeout, where nothing needs to wait for it

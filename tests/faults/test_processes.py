@@ -40,16 +40,16 @@ from trials import (
 
 import resmol.distributed
 import resmol.launch
-import resmol.ledger
-import resmol.saving
+import resmol.run.ledger
+import resmol.run.async_save
 import resmol.train
 from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.config.load import load_config, with_overrides
 from resmol.errors import ConfigError, RunInUse
-from resmol.ledger import Record, effective_steps, read_ledger, select
-from resmol.manifest import list_checkpoints, step_of
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.system.host import ALLOCATOR_VARIABLE
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
@@ -103,7 +103,7 @@ def send_in(
     place: str, number: int, signals: Sequence[signal.Signals], run: Path, setting: Setting, *arguments: str
 ) -> int:
     """Train; as it returns from the ``number``-th call of a function of train.py or saving.py, signals come."""
-    module = resmol.saving if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train
+    module = resmol.run.async_save if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train
     real, calls = getattr(module, place), 0
 
     def call_and_send(*values: Any, **options: Any) -> Any:
@@ -334,7 +334,7 @@ def command_with_wrong_clock(seed: int, die_at: int, run: Path, setting: Setting
 
     time.time = lambda: real_time() + skew()
     time.time_ns = lambda: real_time_ns() + int(1e9 * skew())
-    resmol.ledger.datetime = Clock
+    resmol.run.ledger.datetime = Clock
     return die_after(die_at, run, setting) if die_at else command(run, setting)
 
 

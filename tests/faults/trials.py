@@ -21,15 +21,16 @@ import torch
 import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
 import torch.distributed.fsdp  # the same
 
-from resmol import cli, console, views  # noqa: F401 - what `command` needs, for the server to import once
+from resmol import cli, console
+from resmol.run import log_writers as views  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
 from resmol.api import train_model
 from resmol.config.load import load_config
 from resmol.errors import ResmolError
-from resmol.ledger import effective_steps, read_ledger
-from resmol.manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
+from resmol.run.ledger import effective_steps, read_ledger
+from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
 from resmol.system.host import ALLOCATOR_VARIABLE
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.train import REPRODUCIBLE_FIELDS
 
 STEPS, INTERVAL = 60, 5

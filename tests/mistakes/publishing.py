@@ -19,7 +19,7 @@ from resmol.ablate import Ablation, Measurement
 from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
 from resmol.export import export_hf, hf
-from resmol.manifest import WEIGHTS, list_checkpoints
+from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints
 from resmol.model.llama import CausalLM
 from resmol.weights.sources import find_source
 

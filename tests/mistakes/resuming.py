@@ -11,12 +11,14 @@ import pytest
 import torch
 from bench import Bench, Mistake, mistake, replaced
 
-from resmol import checkpoint, launch, manifest, resume
+from resmol import launch, resume
+from resmol.run import checkpoint
+from resmol.run import checkpoint_manifest as manifest
 from resmol.system import atomic_io as atomic
 from resmol.data.loader import Batch, Loader
 from resmol.errors import CheckpointError, ResmolError
-from resmol.ledger import effective_steps, read_ledger, select
-from resmol.manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
+from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
 from resmol.system.safetensors_header import read_header
 from resmol.train import REPRODUCIBLE_FIELDS
 from resmol.weights.hf_folder import tensor_shapes
@@ -304,10 +306,10 @@ MISTAKES: list[Mistake] = [
     mistake(11, "any error in loading means starting over", starts_over, damage_guard, "all checkpoints damaged"),
     mistake(11, "a fallback that is not stated", silent_fallback, damage_guard, "the fallback is stated"),
     mistake(11, "the corrupt checkpoint is deleted", deletes_the_corrupt, damage_guard, "nothing is deleted"),
-    mistake(12, "checkpoint written in place", replaced("resmol.checkpoint.stage_directory", in_place),
+    mistake(12, "checkpoint written in place", replaced("resmol.run.checkpoint.stage_directory", in_place),
             killed_save_guard, "a killed save"),
-    mistake(12, "checkpoint pickled", replaced("resmol.checkpoint._save_tensors", pickled), F, "no pickle"),
-    mistake(12, "old checkpoints never removed", replaced("resmol.saving.prune", lambda *_, **__: []), F, "retention"),
+    mistake(12, "checkpoint pickled", replaced("resmol.run.checkpoint._save_tensors", pickled), F, "no pickle"),
+    mistake(12, "old checkpoints never removed", replaced("resmol.run.async_save.prune", lambda *_, **__: []), F, "retention"),
     mistake(13, "weights saved in half precision", saved_in_half, F, "weights are saved in float32"),
     mistake(13, "weights rounded to half precision by a save", half_precision, R, "weights and moments"),
     mistake(14, "names prefixed with _orig_mod.", prefixed("_orig_mod."), F, "names"),

@@ -19,8 +19,8 @@ from resmol.distributed import Runtime
 from resmol.errors import ConfigError
 from resmol.generate import Sampling
 from resmol.launch import make_loader, new_state
-from resmol.ledger import effective_steps, read_ledger, select
-from resmol.manifest import load_state
+from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import load_state
 from resmol.model.llama import CausalLM, Decoder
 
 # --- what a step computes ------------------------------------------------------------------------------------

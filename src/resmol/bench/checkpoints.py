@@ -19,9 +19,9 @@ from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.flops import total_parameters
-from resmol.ledger import Record, select
+from resmol.run.ledger import Record, select
 from resmol.measurement import QUIET, run_training
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 
 SAVE = Quantity("save_seconds", "save, s", ".2f")
 STALLED = Quantity("stalled_seconds", "training stands still, s", ".2f")

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from resmol.system.atomic_io import fsync_path
 from resmol.bench.answering import Numbers, answer
-from resmol.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
+from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.config.load import load_config
 from resmol.distributed import Runtime
 from resmol.launch import new_state
-from resmol.manifest import verify_checkpoint
+from resmol.run.checkpoint_manifest import verify_checkpoint
 from resmol.train import TrainState
 
 PIECE = 1 << 24

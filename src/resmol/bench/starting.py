@@ -15,7 +15,7 @@ from resmol.bench.machine import machine_facts
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.errors import CheckFailed, UsageError
-from resmol.ledger import effective_steps
+from resmol.run.ledger import effective_steps
 from resmol.measurement import QUIET, Finished, run_process, run_training
 
 SECONDS = Quantity("seconds", "seconds", ".2f")

@@ -17,7 +17,7 @@ from resmol.bench.answering import Numbers
 from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.worker import run_worker
-from resmol.checkpoint import weight_tensors
+from resmol.run.checkpoint import weight_tensors
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.shards import open_dataset

@@ -21,7 +21,7 @@ from resmol.cli.app import (
     tune_allocator,
 )
 from resmol.printing import print_json, report_checks, say
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 
 
 @app.command()

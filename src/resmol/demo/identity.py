@@ -8,8 +8,8 @@ from pathlib import Path
 from resmol.errors import CheckpointError
 from resmol.export.seal import Seal, parse_seal
 from resmol.load import LoadedModel
-from resmol.manifest import MANIFEST, WEIGHTS
-from resmol.rundir import RunDir
+from resmol.run.checkpoint_manifest import MANIFEST, WEIGHTS
+from resmol.run.directory import RunDir
 
 TRAINING = "training"
 

@@ -14,7 +14,7 @@ from resmol.demo.identity import Identity
 from resmol.demo.limits import Limits, parse
 from resmol.errors import ResmolError
 from resmol.model.flops import total_parameters
-from resmol.ledger import LedgerTampered, read_ledger
+from resmol.run.ledger import LedgerTampered, read_ledger
 from resmol.load import LoadedModel
 from resmol.plots import curves
 from resmol.report import FOREIGN_RECORD, headline_facts, samples

@@ -15,7 +15,7 @@ from resmol.errors import DataError
 from resmol.export.markdown import code_block, code_span, plain
 from resmol.export.record import RunRecord
 from resmol.model.flops import total_parameters
-from resmol.ledger import select
+from resmol.run.ledger import select
 from resmol.load import LoadedModel
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
 

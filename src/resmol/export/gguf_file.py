@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 from jaxtyping import Float
 from torch import Tensor
 
-from resmol.checkpoint import weight_tensors
+from resmol.run.checkpoint import weight_tensors
 from resmol.checks import largest
 from resmol.export.gguf_vocabulary import gguf_vocabulary
 from resmol.config.model_config import ModelConfig

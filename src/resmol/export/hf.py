@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from resmol.system.atomic_io import commit_directory
-from resmol.checkpoint import weight_tensors
+from resmol.run.checkpoint import weight_tensors
 from resmol.checks import Check
 from resmol.errors import UsageError
 from resmol.export.card import model_card
@@ -25,7 +25,7 @@ from resmol.export.record import write_record
 from resmol.export.seal import Kind, Seal, make_seal
 from resmol.load import LoadedModel, load_model
 from resmol.model.llama import CausalLM
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance
 

@@ -24,7 +24,7 @@ from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
 from resmol.export.hub_errors import explained
 from resmol.export.seal import Seal, SealedFile, parse_seal, verified_seal
 from resmol.system.hub_download import require_answer, without_password
-from resmol.manifest import MANIFEST, MAX_JSON_BYTES
+from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 
 CARD = "README.md"
 MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git

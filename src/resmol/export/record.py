@@ -13,10 +13,10 @@ from resmol.config.load import load_config, with_overrides
 from resmol.data.shards import Manifest, open_dataset
 from resmol.data.resolve import data_folder
 from resmol.errors import CheckFailed, DataError
-from resmol.ledger import LedgerContent, Record, effective_steps, read_ledger, select
-from resmol.manifest import checkpoint_name
+from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import checkpoint_name
 from resmol.plots import curve_images
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.weights.sources import Provenance
 
 

@@ -18,7 +18,7 @@ from resmol import __version__
 from resmol.system.atomic_io import fsync_path
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
-from resmol.manifest import MANIFEST, MAX_JSON_BYTES, Strict, file_entry
+from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES, Strict, file_entry
 
 Kind = Literal["model", "space", "gguf"]
 

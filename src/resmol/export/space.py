@@ -21,7 +21,7 @@ from resmol.export.seal import Seal, make_seal
 from resmol.model.flops import total_parameters
 from resmol.config.model_config import read_model_config
 from resmol.system.hub_download import is_hub_id
-from resmol.manifest import WEIGHTS
+from resmol.run.checkpoint_manifest import WEIGHTS
 
 PYTHON = "3.11"
 SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the package ends with

@@ -30,8 +30,8 @@ from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.system.hub_download import is_hub_id
 from resmol.inspection.diagram import mermaid
 from resmol.inspection.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part
-from resmol.manifest import list_checkpoints
-from resmol.rundir import RunDir
+from resmol.run.checkpoint_manifest import list_checkpoints
+from resmol.run.directory import RunDir
 from resmol.system.safetensors_header import TensorInfo, read_header, read_remote_header
 from resmol.weights.gguf import gguf_config
 from resmol.weights.gguf_header import is_gguf, only_gguf, read_gguf_header

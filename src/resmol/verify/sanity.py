@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.checkpoint import weight_tensors
+from resmol.run.checkpoint import weight_tensors
 from resmol.checks import Check, largest
 from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig

@@ -18,16 +18,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from resmol.checkpoint import load_weights, stored_tensor, weight_tensors
+from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
 from resmol.config.run_config import TokenizerConfig
 from resmol.config.load import load_config
 from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.system.hub_download import hub_names, is_hub_id
-from resmol.ledger import effective_saves, read_ledger
-from resmol.manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
+from resmol.run.ledger import effective_saves, read_ledger
+from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
 from resmol.model.llama import CausalLM
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 from resmol.system.safetensors_header import read_header
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.data.tokenizer_files import (

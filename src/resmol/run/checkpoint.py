@@ -31,7 +31,7 @@ from torch import Tensor
 from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.errors import CheckpointError, DiskFull
 from resmol.config.model_config import ModelConfig
-from resmol.manifest import (
+from resmol.run.checkpoint_manifest import (
     CONFIG,
     OPTIMIZER,
     STATE,

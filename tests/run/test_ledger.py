@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from resmol.errors import CheckFailed, DataError, DiskFull
-from resmol.ledger import (
+from resmol.run.ledger import (
     GENESIS,
     Ledger,
     LedgerTampered,

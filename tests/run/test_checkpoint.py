@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TrainTiny
 
-from resmol import checkpoint as module
-from resmol.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
+from resmol.run import checkpoint as module
+from resmol.run.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError
-from resmol.manifest import (
+from resmol.run.checkpoint_manifest import (
     Manifest,
     SavedState,
     file_entry,

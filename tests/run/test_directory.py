@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from resmol.errors import DataError, RunInUse
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 
 OWNER = """
 import sys
 import threading
 from pathlib import Path
 from resmol.errors import RunInUse
-from resmol.rundir import RunDir
+from resmol.run.directory import RunDir
 try:
     with RunDir(Path(sys.argv[1])).lock():
         print("locked", flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from resmol.errors import UsageError
-from resmol.ledger import Kind, Ledger, Record
+from resmol.run.ledger import Kind, Ledger, Record
 
 
 @runtime_checkable

@@ -14,23 +14,23 @@ import torch
 from safetensors.torch import load_file
 from tiny import TrainTiny
 
-from resmol import saving
+from resmol.run import async_save as saving
 from resmol.audit import audit
 from resmol.certificate import write_certificate
-from resmol.checkpoint import Contents, Staged
+from resmol.run.checkpoint import Contents, Staged
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.distributed import Runtime
 from resmol.errors import CheckpointError, DiskFull
 from resmol.launch import new_state
-from resmol.ledger import Ledger, Record, effective_steps, read_ledger, select
-from resmol.manifest import OPTIMIZER, STATE, WEIGHTS, SavedState, list_checkpoints, load_state, read_manifest
+from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, SavedState, list_checkpoints, load_state, read_manifest
 from resmol.replay import Wish
 from resmol.report import write_report
-from resmol.rundir import RunDir
-from resmol.saving import Saver
+from resmol.run.directory import RunDir
+from resmol.run.async_save import Saver
 from resmol.train import REPRODUCIBLE_FIELDS, TrainState
-from resmol.views import Journal
+from resmol.run.log_writers import Journal
 
 NAMES = ("stage_checkpoint", "commit_checkpoint")
 PATIENCE = 20.0  # seconds after which a test that hangs gives up

@@ -15,9 +15,9 @@ from test_report import step_record
 from tiny import TrainTiny
 
 from resmol.console import ConsoleView, console_views
-from resmol.ledger import Ledger, Record, read_ledger, select
-from resmol.rundir import RunDir
-from resmol.views import Journal, Lines, LogView, TensorBoardView, describe
+from resmol.run.ledger import Ledger, Record, read_ledger, select
+from resmol.run.directory import RunDir
+from resmol.run.log_writers import Journal, Lines, LogView, TensorBoardView, describe
 
 
 def steps_shown(lines: Lines, first: int, last: int) -> list[int]:
@@ -160,7 +160,7 @@ def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
 SHOW = """
 import sys
 from resmol.console import ConsoleView
-from resmol.views import Lines
+from resmol.run.log_writers import Lines
 view = ConsoleView(Lines(2, 4))
 for step in range(1, 5):
     numbers = {"loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64, "tokens_seen": 64, "epoch": 0.0, "seconds": 0.1}
