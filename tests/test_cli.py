@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import TrainTiny
 
-from resmol import generate
+from resmol.inference import generate
 from resmol.__main__ import exit_code, run
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset

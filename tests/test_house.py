@@ -101,7 +101,7 @@ def test_imports_run_downwards_only() -> None:
 
 @pytest.mark.parametrize(
     ("module", "line"),
-    [("errors.py", "from resmol.checks import Check"), ("evaluate.py", "import resmol.generate")],
+    [("errors.py", "from resmol.checks import Check"), ("evaluate.py", "import resmol.inference.generate")],
     ids=["upwards", "sideways"],
 )
 def test_the_import_contract_can_fail(module: str, line: str, tmp_path: Path) -> None:

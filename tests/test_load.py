@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from resmol import load as load_module
 from resmol.run.checkpoint import weight_tensors
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
-from resmol.generate import Sampling
+from resmol.inference.generate import Sampling
 from resmol.load import LoadedModel, load_model
 from resmol.data.tokenizer import Tokenizer
 from resmol.weights import sources as model_sources
@@ -229,7 +229,7 @@ def test_text_ends_at_the_end_of_text_and_half_a_character_is_not_lost(
         asked.append(text._eos_id)
         yield half
 
-    monkeypatch.setattr("resmol.completion.decode", speak)
+    monkeypatch.setattr("resmol.inference.completion.decode", speak)
     assert loaded.generate("ka") == "\ufffd"
     assert asked == [loaded.config.eos_token_id] == [0]
 

@@ -23,7 +23,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import DataError
 from resmol.load import load_model
-from resmol.sampling import Sampling
+from resmol.inference.sampling_params import Sampling
 from resmol.data.tokenizer import Tokenizer
 
 SECONDS = 60  # the most that anything here may take; only a broken program comes near
@@ -32,7 +32,7 @@ SECONDS = 60  # the most that anything here may take; only a broken program come
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import resmol.generate as module
+import resmol.inference.generate as module
 from resmol.__main__ import main
 fast = module._logits
 module._logits = lambda *arguments: (time.sleep(0.02), fast(*arguments))[1]

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from resmol.completion import Completion, TextStream, complete_batches
+from resmol.inference.completion import Completion, TextStream, complete_batches
 from resmol.errors import DataError, UsageError
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
 from resmol.model.linear import products_for_reading, use_products
-from resmol.sampling import Sampling
+from resmol.inference.sampling_params import Sampling
 from resmol.data.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance, Say, find_source, named_tokenizer
 

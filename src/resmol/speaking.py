@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from resmol.completion import Completion, TextStream
+from resmol.inference.completion import Completion, TextStream
 from resmol.errors import DataError, ResmolError
 from resmol.load import LoadedModel
 from resmol.printing import say
 from resmol.prompts import MAX_BYTES, decoded, one_line
-from resmol.sampling import Sampling
+from resmol.inference.sampling_params import Sampling
 
 PROMPT = "> "
 ENDS = {

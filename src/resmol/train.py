@@ -21,7 +21,7 @@ from resmol.data.loader import Batch, Loader
 from resmol.distributed import Runtime
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.evaluate import evaluate
-from resmol.generate import Sampling, generate
+from resmol.inference.generate import Sampling, generate
 from resmol.run.ledger import Record, float_bits
 from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.run.checkpoint_manifest import SavedState

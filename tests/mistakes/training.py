@@ -17,7 +17,7 @@ from resmol.config.load import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.distributed import Runtime
 from resmol.errors import ConfigError
-from resmol.generate import Sampling
+from resmol.inference.generate import Sampling
 from resmol.launch import make_loader, new_state
 from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import load_state

@@ -1,4 +1,4 @@
-"""Ours in `resmol bench generate`: greedy decoding by `resmol.generate`, in a process of its own."""
+"""Ours in `resmol bench generate`: greedy decoding by `resmol.inference.generate`, in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from resmol.bench.answering import Numbers, answer
-from resmol.generate import Continuation, Sampling, decode, decode_batch
+from resmol.inference.generate import Continuation, Sampling, decode, decode_batch
 from resmol.load import load_model
 from resmol.model.llama import CausalLM
 

@@ -11,8 +11,8 @@ from resmol.cli.app import Json, app, tune_allocator
 from resmol.errors import UsageError
 from resmol.printing import print_json, say
 from resmol.prompts import Prompt, given_prompt, prompts_from
-from resmol.sampling import Sampling
-from resmol.stop_strings import StopStrings
+from resmol.inference.sampling_params import Sampling
+from resmol.inference.stop_strings import StopStrings
 
 
 @app.command()
@@ -91,7 +91,7 @@ def _generate_several(
     batch_size: int,
     facts: dict[str, Any] | None,
 ) -> None:
-    from resmol.completion import Timings, complete_batches
+    from resmol.inference.completion import Timings, complete_batches
     from resmol.speaking import print_batch, warn_untokenizable
 
     texts, places = [prompt.text for prompt in prompts], [prompt.place for prompt in prompts]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resmol.errors import UsageError
-from resmol.generate import Sampling
+from resmol.inference.generate import Sampling
 
 FIELDS = ("prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # in the order of the page
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resmol.checks import Check, largest
 from resmol.errors import CheckFailed, DataError
-from resmol.generate import Sampling, generate
+from resmol.inference.generate import Sampling, generate
 from resmol.model.llama import CausalLM
 from resmol.data.tokenizer import Tokenizer
 

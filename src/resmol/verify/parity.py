@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from resmol.checks import Check
-from resmol.generate import Sampling, generate
+from resmol.inference.generate import Sampling, generate
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
 from resmol.verify.observe import (

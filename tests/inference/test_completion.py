@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from resmol import completion as module
-from resmol.completion import TextStream, Timings, complete_batches
+from resmol.inference import completion as module
+from resmol.inference.completion import TextStream, Timings, complete_batches
 from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
-from resmol.generate import Continuation, decode_batch
+from resmol.inference.generate import Continuation, decode_batch
 from resmol.load import LoadedModel
 from resmol.model.llama import CausalLM
-from resmol.sampling import Sampling
+from resmol.inference.sampling_params import Sampling
 from resmol.data.tokenizer import Tokenizer
 from resmol.weights.sources import Provenance
 

@@ -21,7 +21,7 @@ from resmol.errors import NonFiniteError, UsageError
 from resmol.config.model_config import ModelConfig
 from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM
-from resmol.sampling import Sampling
+from resmol.inference.sampling_params import Sampling
 
 __all__ = [
     "Continuation",

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmol.errors import UsageError
-from resmol.stop_strings import StopStrings
+from resmol.inference.stop_strings import StopStrings
 
 LETTERS = st.text("ab", max_size=12)
 

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from resmol.config.run_config import RunConfig
 from resmol.errors import NonFiniteError, UsageError
-from resmol.generate import (
+from resmol.inference.generate import (
     Continuation,
     Sampling,
     choose,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resmol.errors import UsageError
-from resmol.sampling import Sampling
+from resmol.inference.sampling_params import Sampling
 
 
 @pytest.mark.parametrize(
