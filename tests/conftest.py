@@ -11,7 +11,7 @@ import tokenizers
 from tiny import TrainTiny, synthetic_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from resmol.api import train_model
+from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
 from resmol.data.readers import from_texts
@@ -20,7 +20,7 @@ from resmol.data.shards import Dataset
 from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.data.tokenizer_files import cache_path
-from resmol.train import TrainState
+from resmol.train.loop import TrainState
 
 # A command that is called in this process would replace it by a new one otherwise, whose output nobody sees.
 os.environ.setdefault(ALLOCATOR_VARIABLE, "")

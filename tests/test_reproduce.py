@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import TrainTiny
 
-from resmol import auto
+from resmol.train import autotune as auto
 from resmol import reproduce as module
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from resmol import speaking
-from resmol.api import train_model
+from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import DataError

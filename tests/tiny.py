@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from resmol.run.ledger import GENESIS, Record, canonical, read_ledger
 from resmol.run.directory import RunDir
-from resmol.train import TrainState
+from resmol.train.loop import TrainState
 
 
 def synthetic_texts(count: int, *, seed: int = 0, words: int = 60) -> list[str]:

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resmol.api import evaluate_model, train_model
+    from resmol.train.api import evaluate_model, train_model
     from resmol.config.run_config import RunConfig
     from resmol.config.load import load_config, load_preset
     from resmol.errors import ResmolError
@@ -41,11 +41,11 @@ _HOMES = {
     "LoadedModel": "resmol.load",
     "ResmolError": "resmol.errors",
     "RunConfig": "resmol.config.run_config",
-    "evaluate_model": "resmol.api",
+    "evaluate_model": "resmol.train.api",
     "load_config": "resmol.config.load",
     "load_model": "resmol.load",
     "load_preset": "resmol.config.load",
-    "train_model": "resmol.api",
+    "train_model": "resmol.train.api",
 }
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resmol.auto import resolve_auto
+from resmol.train.autotune import resolve_auto
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.errors import ConfigError, UsageError

@@ -16,7 +16,7 @@ from resmol.data.loader import Loader
 from resmol.data.shards import open_dataset
 from resmol.data.resolve import data_folder
 from resmol.errors import CheckpointError, ResmolError
-from resmol.launch import make_loader
+from resmol.train.start import make_loader
 from resmol.run.ledger import (
     LedgerTampered,
     Record,
@@ -30,8 +30,8 @@ from resmol.run.ledger import (
 from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest, verify_checkpoint
 from resmol.replay import Wish, replay
 from resmol.run.directory import RunDir
-from resmol.schedule import lr_at
-from resmol.train import REPRODUCIBLE_FIELDS
+from resmol.train.lr_schedule import lr_at
+from resmol.train.loop import REPRODUCIBLE_FIELDS
 
 FIELDS = {  # that are read here, of each kind
     "start": ("data_fingerprint", "config_sha256", "environment"),

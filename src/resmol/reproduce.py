@@ -22,23 +22,23 @@ from typing import Any
 import torch
 
 from resmol.system.atomic_io import write_durable
-from resmol.auto import check_memory, resolve_auto
+from resmol.train.autotune import check_memory, resolve_auto
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config, load_preset
 from resmol.data.loader import Batch
 from resmol.data.resolve import is_prepared
-from resmol.distributed import open_runtime
+from resmol.train.parallel import open_runtime
 from resmol.errors import CheckFailed, Interrupted
 from resmol.model.flops import total_parameters
-from resmol.launch import new_state
+from resmol.train.start import new_state
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, step_of
 from resmol.system.host import StopSignal, release_freed_memory
 from resmol.report import write_report
 from resmol.run.directory import RunDir
-from resmol.schedule import lr_at
-from resmol.train import train_step
+from resmol.train.lr_schedule import lr_at
+from resmol.train.loop import train_step
 
 Say = Callable[[str], None]
 ESTIMATE_STEPS = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from served import Served, slow_demo
 
-from resmol.api import train_model
+from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.export import export_space

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from tiny import TrainTiny
 
 from resmol.__main__ import run as resmol
-from resmol.api import evaluate_model
+from resmol.train.api import evaluate_model
 from resmol.system.atomic_io import commit_directory
 from resmol.checks import Check
 from resmol.export import Kind, export_hf, make_seal

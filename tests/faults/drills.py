@@ -30,15 +30,15 @@ import torch
 from safetensors.torch import load_file
 from trials import Setting
 
-import resmol.launch
+import resmol.train.start
 import resmol.run.async_save
-import resmol.train
+import resmol.train.loop
 from resmol.run.checkpoint import Staged
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import CheckpointError, ResmolError, RunInUse
-from resmol.launch import Launch, launch
+from resmol.train.start import Launch, launch
 from resmol.run.ledger import read_ledger, select
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
@@ -52,7 +52,7 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
-from resmol.train import Session, TrainState, record_step, save
+from resmol.train.loop import Session, TrainState, record_step, save
 
 Script = Callable[[TrainState, Session], None]
 SMALL = (
@@ -81,8 +81,8 @@ def equipment(setting: Setting) -> Equipment:
 
 def open_run(run: Path, tools: Equipment, script: Script) -> TrainState:
     """Start or resume a run as the package does, with ``script`` in the place of the training loop."""
-    real = resmol.launch.train
-    resmol.launch.train = script
+    real = resmol.train.start.train
+    resmol.train.start.train = script
     try:
         return launch(
             Launch(
@@ -91,7 +91,7 @@ def open_run(run: Path, tools: Equipment, script: Script) -> TrainState:
             )
         )  # fmt: skip
     finally:
-        resmol.launch.train = real
+        resmol.train.start.train = real
 
 
 def value_of(name: str, step: int) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from campaign import Campaign
 from trials import Forks, Oracle, Setting, error_of, train_run
 
-from resmol.api import train_model
+from resmol.train.api import train_model
 from resmol.config.load import load_config
 from resmol.data.readers import read_inputs
 from resmol.data.loader import Loader

@@ -10,7 +10,7 @@ import torch
 from campaign import Campaign
 from trials import Forks, Oracle, Setting, error_of, step_bits, train_run
 
-from resmol import train
+from resmol.train import loop as train
 from resmol.run.ledger import read_ledger, select
 from resmol.run.directory import RunDir
 

@@ -12,7 +12,7 @@ import shim
 from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, finish, step_bits, train_run
 
-import resmol.train
+import resmol.train.loop
 
 pytestmark = pytest.mark.usefixtures("shim")
 
@@ -48,7 +48,7 @@ def test_k2_crash_at_every_call_of_a_save(campaign: Campaign, forks: Forks, sett
 
 def die_in_save(step: int, way: str, number: int, run: Path, setting: Setting) -> int:
     """Train; die at a call of the save of a step (or, in the way "count", return how many there are)."""
-    real, calls = resmol.train.save, []
+    real, calls = resmol.train.loop.save, []
 
     def armed(state: Any, session: Any, **options: Any) -> None:
         if state.step == step:
@@ -58,7 +58,7 @@ def die_in_save(step: int, way: str, number: int, run: Path, setting: Setting) -
             session.saver.settle(wait=True)  # the calls of the thread that saves, and none of the steps after it
             calls.append(shim.disarm())
 
-    resmol.train.save = armed
+    resmol.train.loop.save = armed
     code = train_run(run, setting)
     return calls[0] if way == "count" else code
 

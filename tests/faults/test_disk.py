@@ -24,7 +24,7 @@ from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, command, error_of, finish, step_bits
 
 import resmol.run.checkpoint
-import resmol.train
+import resmol.train.loop
 from resmol.errors import CheckpointError, DiskFull, ResmolError, RunInUse
 from resmol.run.ledger import read_ledger, select
 from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, read_manifest, step_of, verify_checkpoint
@@ -397,7 +397,7 @@ def test_s4_cannot_be_written(
 
 def take_away(what: str, run: Path, setting: Setting) -> int:
     """Train; in the middle of it somebody moves the run away, deletes it, or puts another one in its place."""
-    real = resmol.train.record_step
+    real = resmol.train.loop.record_step
 
     def record(state: Any, session: Any, *arguments: Any) -> None:
         real(state, session, *arguments)
@@ -411,9 +411,9 @@ def take_away(what: str, run: Path, setting: Setting) -> int:
             if what == "emptied":
                 (run / "checkpoints").mkdir(parents=True)
 
-    resmol.train.record_step = record
+    resmol.train.loop.record_step = record
     if what == "moved in a save":
-        resmol.train.record_step, resmol.run.checkpoint.file_entry = real, move_away(run, resmol.run.checkpoint.file_entry)
+        resmol.train.loop.record_step, resmol.run.checkpoint.file_entry = real, move_away(run, resmol.run.checkpoint.file_entry)
     return command(run, setting)
 
 

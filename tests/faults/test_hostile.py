@@ -46,11 +46,11 @@ from resmol.run.ledger import canonical, effective_steps, read_ledger, select
 from resmol.load import load_model
 from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
 from resmol.model.llama import CausalLM
-from resmol.optim import build_optimizer
-from resmol.resume import restore
+from resmol.train.optimizer import build_optimizer
+from resmol.train.resume import restore
 from resmol.system.safetensors_header import read_header, read_remote_header
 from resmol.data.tokenizer import load_tokenizer
-from resmol.train import TrainState
+from resmol.train.loop import TrainState
 from resmol.weights.gguf import gguf_config
 from resmol.weights.gguf_header import read_gguf_header
 from resmol.weights.hf_folder import find_weights

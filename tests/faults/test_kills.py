@@ -19,7 +19,7 @@ from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, 
 
 import resmol.run.checkpoint
 import resmol.run.async_save
-import resmol.train
+import resmol.train.loop
 from resmol.run.checkpoint import Staged
 from resmol.data.shards import Dataset
 from resmol.run.ledger import read_ledger, select
@@ -77,7 +77,7 @@ IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
 def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting) -> int:
     """Train; be killed at a stage of the save of a step, by the thread that saves, ``ahead`` steps later."""
     module, saved_step = IN_THE_BACKGROUND[stage]
-    real, real_record, recorded, changed = getattr(module, stage), resmol.train.record_step, [0], threading.Condition()
+    real, real_record, recorded, changed = getattr(module, stage), resmol.train.loop.record_step, [0], threading.Condition()
 
     def record(state: Any, *arguments: Any) -> None:
         real_record(state, *arguments)
@@ -92,7 +92,7 @@ def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 
-    resmol.train.record_step = record
+    resmol.train.loop.record_step = record
     setattr(module, stage, die)
     return train_run(run, setting)
 
@@ -198,7 +198,7 @@ def epochs_oracle(forks: Forks, epochs: Epochs, tmp_path_factory: pytest.TempPat
 
 def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) -> int:
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
-    real, real_save = resmol.run.async_save.commit_checkpoint, resmol.train.save
+    real, real_save = resmol.run.async_save.commit_checkpoint, resmol.train.loop.save
 
     def commit_and_die(staged: Staged) -> Any:
         manifest = real(staged)
@@ -207,7 +207,7 @@ def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) ->
         return manifest
 
     resmol.run.async_save.commit_checkpoint = commit_and_die
-    resmol.train.save = lambda *arguments, **options: real_save(*arguments, **{**options, "wait": True})
+    resmol.train.loop.save = lambda *arguments, **options: real_save(*arguments, **{**options, "wait": True})
     return train_run(run, setting, *overrides)
 
 
@@ -256,7 +256,7 @@ def test_k6_boundaries(
 
 def die_after_step(step: int, trace: Path, run: Path, setting: Setting, *overrides: str) -> int:
     """Train; write down which windows the model is given; be killed after a step (never, where it is 0)."""
-    real_step, real_record = resmol.train.train_step, resmol.train.record_step
+    real_step, real_record = resmol.train.loop.train_step, resmol.train.loop.record_step
 
     def trace_step(state: Any, batches: Any, *arguments: Any) -> Any:
         ids = " ".join(str(window) for batch in batches for window in batch.window_ids)
@@ -269,7 +269,7 @@ def die_after_step(step: int, trace: Path, run: Path, setting: Setting, *overrid
         if state.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    resmol.train.train_step, resmol.train.record_step = trace_step, record_and_die
+    resmol.train.loop.train_step, resmol.train.loop.record_step = trace_step, record_and_die
     return train_run(run, setting, *overrides)
 
 
@@ -325,7 +325,7 @@ STAGES = {
 
 def save_without_memory(step: int, stage: str, spare: int, run: Path, setting: Setting) -> int:
     """Train; from a stage of the save of a step on there are only about ``spare`` bytes of memory."""
-    real_save, real_stage = resmol.train.save, getattr(STAGES[stage], stage)
+    real_save, real_stage = resmol.train.loop.save, getattr(STAGES[stage], stage)
     saving, hoard = [], []
 
     def save(state: Any, session: Any, **options: Any) -> None:
@@ -340,7 +340,7 @@ def save_without_memory(step: int, stage: str, spare: int, run: Path, setting: S
             hoard.extend(starve(spare))
         return real_stage(*arguments, **options)
 
-    resmol.train.save = save
+    resmol.train.loop.save = save
     setattr(STAGES[stage], stage, starved)
     return train_run(run, setting)
 

@@ -38,8 +38,8 @@ from trials import (
     train_run,
 )
 
-import resmol.launch
-import resmol.train
+import resmol.train.start
+import resmol.train.loop
 from resmol.run.ledger import select
 from resmol.system.host import ALLOCATOR_VARIABLE
 
@@ -100,54 +100,54 @@ def wait_for_step(run: Path, step: int, started: list[BaseProcess]) -> None:
 
 
 def be_slow() -> None:
-    real = resmol.train.accumulate_gradients
+    real = resmol.train.loop.accumulate_gradients
 
     def slowly(*values: Any) -> Any:
         time.sleep(0.6)
         return real(*values)
 
-    resmol.train.accumulate_gradients = slowly
+    resmol.train.loop.accumulate_gradients = slowly
 
 
 def have_other_weights() -> None:
-    real = resmol.launch.share_state
+    real = resmol.train.start.share_state
 
     def share_and_change(state: Any, runtime: Any) -> None:
         real(state, runtime)
         state.model.model.norm.weight.data[3] += 1e-6
 
-    resmol.launch.share_state = share_and_change
+    resmol.train.start.share_state = share_and_change
 
 
 def have_another_step() -> None:
-    real = resmol.launch.share_state
+    real = resmol.train.start.share_state
 
     def share_and_change(state: Any, runtime: Any) -> None:
         real(state, runtime)
         state.step += 1
 
-    resmol.launch.share_state = share_and_change
+    resmol.train.start.share_state = share_and_change
 
 
 def have_other_data() -> None:
-    real = resmol.launch._open_data
+    real = resmol.train.start._open_data
 
     def open_other(wanted: Any, config: Any) -> Any:
         dataset, tokenizer = real(wanted, config)
         object.__setattr__(dataset, "fingerprint", "0" * 64)
         return dataset, tokenizer
 
-    resmol.launch._open_data = open_other
+    resmol.train.start._open_data = open_other
 
 
 def have_another_learning_rate() -> None:
-    real = resmol.launch.resolve_auto
+    real = resmol.train.start.resolve_auto
 
     def resolve_otherwise(config: Any) -> Any:
         settled, decisions = real(config)
-        return resmol.launch.with_overrides(settled, ["optimizer.lr=0.02"]), decisions
+        return resmol.train.start.with_overrides(settled, ["optimizer.lr=0.02"]), decisions
 
-    resmol.launch.resolve_auto = resolve_otherwise
+    resmol.train.start.resolve_auto = resolve_otherwise
 
 
 FAULTS = {

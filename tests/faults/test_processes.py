@@ -38,11 +38,11 @@ from trials import (
     step_bits,
 )
 
-import resmol.distributed
-import resmol.launch
+import resmol.train.parallel
+import resmol.train.start
 import resmol.run.ledger
 import resmol.run.async_save
-import resmol.train
+import resmol.train.loop
 from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.config.load import load_config, with_overrides
 from resmol.errors import ConfigError, RunInUse
@@ -84,7 +84,7 @@ def set_all(*overrides: str) -> list[str]:
 
 def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
     """Train; be killed once a step is recorded and no save is on its way: no timing decides where it goes on."""
-    real = resmol.train.record_step
+    real = resmol.train.loop.record_step
 
     def record_and_die(state: Any, session: Any, *values: Any) -> None:
         real(state, session, *values)
@@ -92,7 +92,7 @@ def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
             session.saver.settle(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    resmol.train.record_step = record_and_die
+    resmol.train.loop.record_step = record_and_die
     return command(run, setting, *arguments)
 
 
@@ -103,7 +103,7 @@ def send_in(
     place: str, number: int, signals: Sequence[signal.Signals], run: Path, setting: Setting, *arguments: str
 ) -> int:
     """Train; as it returns from the ``number``-th call of a function of train.py or saving.py, signals come."""
-    module = resmol.run.async_save if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train
+    module = resmol.run.async_save if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train.loop
     real, calls = getattr(module, place), 0
 
     def call_and_send(*values: Any, **options: Any) -> Any:
@@ -246,7 +246,7 @@ def test_f2_output_into_head(campaign: Campaign, setting: Setting, oracle: Oracl
 
 def contend(go: Path, ended: Path, number: int, others: int, run: Path, setting: Setting) -> int:
     """Start training the moment ``go`` appears; whoever may train waits until the others have given up."""
-    real = resmol.launch.train
+    real = resmol.train.start.train
 
     def train_last(state: Any, session: Any) -> None:
         deadline = time.monotonic() + 60
@@ -254,7 +254,7 @@ def contend(go: Path, ended: Path, number: int, others: int, run: Path, setting:
             time.sleep(0.002)
         real(state, session)
 
-    resmol.launch.train = train_last
+    resmol.train.start.train = train_last
     os.environ.setdefault(ALLOCATOR_VARIABLE, "")
     while not go.exists():
         pass
@@ -391,7 +391,7 @@ def command_elsewhere(fact: str, run: Path, setting: Setting, *arguments: str) -
     elif fact == "torch":
         torch.__version__ = "2.99.0"
     elif fact == "processor":
-        resmol.distributed._processor_name = lambda: "another processor"
+        resmol.train.parallel._processor_name = lambda: "another processor"
     elif fact == "system":
         platform.machine = lambda: "another machine"
     return command(run, setting, *arguments)
@@ -452,14 +452,14 @@ def test_f6_environment_changes(
 
 def trace_rates(trace: Path, run: Path, setting: Setting, *arguments: str) -> int:
     """Train; write down the learning rate that the optimizer was given at each step, bit for bit."""
-    real = resmol.train.apply_update
+    real = resmol.train.loop.apply_update
 
     def apply(optimizer: torch.optim.AdamW, **options: Any) -> None:
         real(optimizer, **options)
         with trace.open("a") as file:
             file.write(" ".join(sorted({float(group["lr"]).hex() for group in optimizer.param_groups})) + "\n")
 
-    resmol.train.apply_update = apply
+    resmol.train.loop.apply_update = apply
     return command(run, setting, *arguments)
 
 
@@ -610,7 +610,7 @@ def test_f8_every_field_drifts(campaign: Campaign, forks: Forks, setting: Settin
 def command_into_full_pipe(pipe: Path, run: Path, setting: Setting, *arguments: str) -> int:
     """Train with both outputs into a pipe; from the second step on it has no room for another byte."""
     descriptor = os.open(pipe, os.O_WRONLY)
-    real = resmol.train.record_step
+    real = resmol.train.loop.record_step
 
     def fill(state: Any, *others: Any) -> None:
         if state.step == 2:
@@ -621,7 +621,7 @@ def command_into_full_pipe(pipe: Path, run: Path, setting: Setting, *arguments: 
             os.set_blocking(descriptor, True)
         real(state, *others)
 
-    resmol.train.record_step = fill
+    resmol.train.loop.record_step = fill
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.setdefault(ALLOCATOR_VARIABLE, "")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from bench import Bench, Mistake, mistake, replaced
 
-from resmol import launch, resume
+from resmol.train import start as launch
+from resmol.train import resume
 from resmol.run import checkpoint
 from resmol.run import checkpoint_manifest as manifest
 from resmol.system import atomic_io as atomic
@@ -20,7 +21,7 @@ from resmol.errors import CheckpointError, ResmolError
 from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
 from resmol.system.safetensors_header import read_header
-from resmol.train import REPRODUCIBLE_FIELDS
+from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.weights.hf_folder import tensor_shapes
 
 # --- going on ------------------------------------------------------------------------------------------------
@@ -293,7 +294,7 @@ def deletes_the_corrupt(patch: pytest.MonkeyPatch) -> None:
 
 R, F = resume_guard, files_guard
 MISTAKES: list[Mistake] = [
-    mistake(9, "resume: weights only", replaced("resmol.resume.load_optimizer", lambda *_: None), R, "weights and"),
+    mistake(9, "resume: weights only", replaced("resmol.train.resume.load_optimizer", lambda *_: None), R, "weights and"),
     mistake(9, "resume: reseeded", reseeded, R, "windows"),
     mistake(9, "resume: fresh weights", after_a_resume(_draw_again), R, "loss_bits"),
     mistake(9, "resume: a step skipped", after_a_resume(_skip_a_step), R, "steps 1 to 24"),

@@ -12,13 +12,15 @@ from bench import RUNTIME, Bench, Mistake, mistake, replaced
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol import distributed, launch, train
+from resmol.train import parallel as distributed
+from resmol.train import start as launch
+from resmol.train import loop as train
 from resmol.config.load import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
-from resmol.distributed import Runtime
+from resmol.train.parallel import Runtime
 from resmol.errors import ConfigError
 from resmol.inference.generate import Sampling
-from resmol.launch import make_loader, new_state
+from resmol.train.start import make_loader, new_state
 from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import load_state
 from resmol.model.llama import CausalLM, Decoder
@@ -323,7 +325,7 @@ def half_without_a_scaler(self: Runtime) -> Any:
     return torch.autocast("cpu", dtype=torch.float16)
 
 
-ACCUMULATE, BATCH = "resmol.train.accumulate_gradients", "resmol.data.loader.Loader._batch"
+ACCUMULATE, BATCH = "resmol.train.loop.accumulate_gradients", "resmol.data.loader.Loader._batch"
 MISTAKES: list[Mistake] = [
     mistake(3, "labels shifted twice", replaced(BATCH, shifted_twice), step_guard, "loss of the step"),
     mistake(3, "labels never shifted", replaced(BATCH, never_shifted), step_guard, "loss of the step"),
@@ -331,7 +333,7 @@ MISTAKES: list[Mistake] = [
             "gradients of the step over micro-batches"),
     mistake(6, "micro-batches: a mean of means", replaced(ACCUMULATE, mean_of_means), step_guard,
             "loss of the step over micro-batches", "gradients of the step over micro-batches"),
-    mistake(6, "processes: averaged", replaced("resmol.distributed.Runtime.sum_over_processes",
+    mistake(6, "processes: averaged", replaced("resmol.train.parallel.Runtime.sum_over_processes",
             averaged_over_processes), step_guard, "gradients of the step over processes"),
     mistake(7, "learning rate: the horizon is the stop step", horizon_is_the_stop, schedule_guard, "learning rate"),
     mistake(8, "learning rate: multiplied twice", multiplied_twice, schedule_guard, "learning rate"),
@@ -344,6 +346,6 @@ MISTAKES: list[Mistake] = [
     mistake(21, "loss of the last micro-batch", replaced(ACCUMULATE, loss_of_the_last_micro_batch), figures_guard,
             "loss of the step"),
     mistake(22, "a CPU path that crashes", needs_a_gpu, arithmetic_guard, "smoke run"),
-    mistake(22, "float16 without a scaler", replaced("resmol.distributed.Runtime.autocast", half_without_a_scaler),
+    mistake(22, "float16 without a scaler", replaced("resmol.train.parallel.Runtime.autocast", half_without_a_scaler),
             arithmetic_guard, "arithmetic in torch.float16"),
 ]  # fmt: skip

@@ -20,16 +20,16 @@ from resmol.certificate import write_certificate
 from resmol.run.checkpoint import Contents, Staged
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
-from resmol.distributed import Runtime
+from resmol.train.parallel import Runtime
 from resmol.errors import CheckpointError, DiskFull
-from resmol.launch import new_state
+from resmol.train.start import new_state
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, SavedState, list_checkpoints, load_state, read_manifest
 from resmol.replay import Wish
 from resmol.report import write_report
 from resmol.run.directory import RunDir
 from resmol.run.async_save import Saver
-from resmol.train import REPRODUCIBLE_FIELDS, TrainState
+from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState
 from resmol.run.log_writers import Journal
 
 NAMES = ("stage_checkpoint", "commit_checkpoint")

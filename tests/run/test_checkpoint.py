@@ -27,8 +27,8 @@ from resmol.run.checkpoint_manifest import (
     verify_checkpoint,
 )
 from resmol.model.llama import CausalLM
-from resmol.optim import build_optimizer
-from resmol.train import TrainState
+from resmol.train.optimizer import build_optimizer
+from resmol.train.loop import TrainState
 
 
 @pytest.fixture(scope="module")

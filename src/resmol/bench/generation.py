@@ -17,7 +17,7 @@ from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.worker import run_worker
 from resmol.run.checkpoint import weight_tensors
 from resmol.config.run_config import RunConfig
-from resmol.distributed import find_device
+from resmol.train.parallel import find_device
 from resmol.errors import UsageError
 from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig

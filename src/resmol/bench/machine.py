@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resmol.distributed import Runtime
+from resmol.train.parallel import Runtime
 from resmol.errors import DataError, UsageError
 
 PEER_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")

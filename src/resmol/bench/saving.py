@@ -17,10 +17,10 @@ from resmol.system.atomic_io import fsync_path
 from resmol.bench.answering import Numbers, answer
 from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.config.load import load_config
-from resmol.distributed import Runtime
-from resmol.launch import new_state
+from resmol.train.parallel import Runtime
+from resmol.train.start import new_state
 from resmol.run.checkpoint_manifest import verify_checkpoint
-from resmol.train import TrainState
+from resmol.train.loop import TrainState
 
 PIECE = 1 << 24
 

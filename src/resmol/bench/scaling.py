@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resmol.auto import needed_memory, resolve_auto
+from resmol.train.autotune import needed_memory, resolve_auto
 from resmol.bench.contest import markdown_table
 from resmol.bench.machine import machine_facts
 from resmol.config.run_config import RunConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from resmol.auto import resolve_auto
+from resmol.train.autotune import resolve_auto
 from resmol.bench.answering import Numbers
 from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
@@ -21,10 +21,10 @@ from resmol.run.checkpoint import weight_tensors
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.shards import open_dataset
-from resmol.distributed import Runtime
+from resmol.train.parallel import Runtime
 from resmol.errors import UsageError
 from resmol.model.flops import total_parameters, training_flops_per_token
-from resmol.launch import make_loader, new_state
+from resmol.train.start import make_loader, new_state
 from resmol.measurement import Say, measure_training
 from resmol.system.host import allocator_environment
 

@@ -57,7 +57,7 @@ def verify(
     if weights != "random" and (chosen or model):
         raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
     tune_allocator()
-    from resmol.api import verify_model
+    from resmol.train.api import verify_model
 
     checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names, say=say)
     report_checks("verify", checks, json_, explain)

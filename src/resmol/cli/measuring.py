@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte."""
     tune_allocator()
-    from resmol.api import evaluate_model
+    from resmol.train.api import evaluate_model
 
     result = evaluate_model(model, data, windows=windows, seq_len=seq_len, say=say)
     if json_:

@@ -71,7 +71,7 @@ def train(
     wanted = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     tune_allocator()
-    from resmol.api import train_model
+    from resmol.train.api import train_model
     from resmol.console import console_views
 
     state = train_model(

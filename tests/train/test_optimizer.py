@@ -9,7 +9,7 @@ import torch
 
 from resmol.config.run_config import OptimizerConfig, RunConfig
 from resmol.model.llama import CausalLM
-from resmol.optim import apply_update, build_optimizer, gradient_norm
+from resmol.train.optimizer import apply_update, build_optimizer, gradient_norm
 
 
 def with_gradients(config: RunConfig, seed: int, scale: float) -> CausalLM:

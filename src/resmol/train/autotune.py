@@ -16,7 +16,7 @@ import torch
 
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
-from resmol.distributed import Runtime, find_device
+from resmol.train.parallel import Runtime, find_device
 from resmol.errors import ConfigError
 from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.config.model_config import ModelConfig

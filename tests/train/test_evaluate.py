@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.distributed import Runtime
+from resmol.train.parallel import Runtime
 from resmol.errors import DataError
-from resmol.evaluate import evaluate
-from resmol.launch import make_loader
+from resmol.train.evaluate import evaluate
+from resmol.train.start import make_loader
 from resmol.model.llama import CausalLM
 from resmol.data.tokenizer import Tokenizer
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny import TrainTiny
 
-from resmol import train as module
+from resmol.train import loop as module
 from resmol.errors import CheckFailed
 from resmol.run.ledger import read_ledger, select
-from resmol.spikes import ENOUGH, MEMORY, is_spike, remembered
+from resmol.train.loss_spikes import ENOUGH, MEMORY, is_spike, remembered
 
 
 def test_a_normal_course_is_no_spike() -> None:

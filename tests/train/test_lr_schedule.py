@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 from resmol.config.run_config import ScheduleConfig
 from resmol.config.load import load_preset
-from resmol.schedule import lr_at
+from resmol.train.lr_schedule import lr_at
 
 PEAK = 3e-3
 WSD = ScheduleConfig(kind="wsd", warmup_steps=2000, decay_start=1_600_000, decay_steps=400_000)

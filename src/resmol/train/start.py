@@ -19,26 +19,26 @@ import torch._functorch.config
 
 from resmol import __version__
 from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
-from resmol.auto import check_memory, resolve_auto
+from resmol.train.autotune import check_memory, resolve_auto
 from resmol.run.checkpoint import digest_all, weight_tensors
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config, with_overrides
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, TokenStream
-from resmol.distributed import Runtime, is_main_process, open_runtime
+from resmol.train.parallel import Runtime, is_main_process, open_runtime
 from resmol.config.drift import reconcile
 from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import Ledger, UnkeptLedger
 from resmol.model.llama import CausalLM
-from resmol.optim import build_optimizer
+from resmol.train.optimizer import build_optimizer
 from resmol.system.host import StopSignal, return_freed_memory
 from resmol.model.linear import use_products
-from resmol.resume import Beginning, begin, share_state
+from resmol.train.resume import Beginning, begin, share_state
 from resmol.run.directory import RunDir
 from resmol.run.async_save import Saver
 from resmol.data.tokenizer import Tokenizer
-from resmol.train import Session, TrainState, train
+from resmol.train.loop import Session, TrainState, train
 from resmol.run.log_writers import Journal, View
 
 ACTIVATION_MEMORY_BUDGET = 0.9  # the share of what the compiler would keep for the backward pass by itself

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
 from resmol.system.host import processor_field
-from resmol.siblings import Siblings
+from resmol.train.heartbeat import Siblings
 
 PREPARED = "the main process is ready"  # a key of the store that the processes share
 LONGEST_PREPARATION = timedelta(days=2)  # of a text, by the main process alone; if it dies, torchrun ends the others

@@ -8,7 +8,7 @@ import pytest
 from tiny import TrainTiny
 
 import resmol
-from resmol.api import evaluate_model, import_factory, verify_model
+from resmol.train.api import evaluate_model, import_factory, verify_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import UsageError

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from resmol import siblings as module
+from resmol.train import heartbeat as module
 from resmol.errors import ConfigError, ProcessLost
-from resmol.siblings import Siblings, describe_slowest
+from resmol.train.heartbeat import Siblings, describe_slowest
 
 
 @pytest.fixture

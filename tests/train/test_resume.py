@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny import TrainTiny
 
-from resmol import train as module
+from resmol.train import loop as module
 from resmol.audit import audit
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
@@ -23,7 +23,7 @@ from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, sele
 from resmol.run.checkpoint_manifest import read_manifest
 from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
-from resmol.train import REPRODUCIBLE_FIELDS
+from resmol.train.loop import REPRODUCIBLE_FIELDS
 
 
 def bits(run: Path, step: int) -> dict[str, dict[str, str]]:
@@ -149,7 +149,7 @@ def test_weights_alone_do_not_pass_for_a_resume(
 ) -> None:
     """The comparison above has teeth: without the moments, the very next loss after the first update differs."""
     train_tiny(tmp_path / "run", 50)
-    monkeypatch.setattr("resmol.resume.load_optimizer", lambda *_: None)
+    monkeypatch.setattr("resmol.train.resume.load_optimizer", lambda *_: None)
     train_tiny(tmp_path / "run", 60)
     with pytest.raises(AssertionError):
         assert_equal_runs(tmp_path / "run", sixty, 60)
@@ -257,7 +257,7 @@ def test_going_to_another_machine_and_back_before_the_first_save_compares_nothin
 ) -> None:
     """Each machine has bits of its own; a record of the second one must not be held against the first."""
 
-    from resmol import distributed
+    from resmol.train import parallel as distributed
 
     genuine, here = module.train_step, distributed._processor_name()
     for processor, shift in ((here, 0.0), ("another", 1e-3), (here, 0.0)):
@@ -397,7 +397,7 @@ def test_a_changed_environment_is_recorded(tmp_path: Path, train_tiny: TrainTiny
 def test_another_number_of_processes_matters_where_sums_have_an_order(
     tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any, micro: int, recorded: bool
 ) -> None:
-    from resmol.distributed import Runtime
+    from resmol.train.parallel import Runtime
 
     run, options = tmp_path / "run", [f"batch.micro_batch_size={micro}", "batch.global_batch_tokens=64"]
     train_tiny(run, 5, *options)

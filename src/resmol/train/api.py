@@ -18,15 +18,15 @@ from resmol.config.load import load_config
 from resmol.data.loader import Loader
 from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.data.resolve import Text, data_folder, is_prepared, open_or_prepare, prepare_text
-from resmol.distributed import Runtime
+from resmol.train.parallel import Runtime
 from resmol.errors import UsageError
-from resmol.evaluate import evaluate
+from resmol.train.evaluate import evaluate
 from resmol.config.model_config import ModelConfig
-from resmol.launch import Launch, launch
+from resmol.train.start import Launch, launch
 from resmol.load import LoadedModel, load_model
 from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
-from resmol.train import TrainState
+from resmol.train.loop import TrainState
 from resmol.verify import verify, verify_foreign
 from resmol.run.log_writers import View
 

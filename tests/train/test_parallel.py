@@ -14,7 +14,7 @@ from tiny import TrainTiny
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
-from resmol.distributed import Runtime, open_runtime
+from resmol.train.parallel import Runtime, open_runtime
 from resmol.errors import ConfigError
 from resmol.run.ledger import read_ledger, select
 from resmol.data.tokenizer import Tokenizer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from resmol import auto
-from resmol.auto import resolve_auto
+from resmol.train import autotune as auto
+from resmol.train.autotune import resolve_auto
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.errors import ConfigError
@@ -22,7 +22,7 @@ def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
 
 
 def test_without_a_compiler_it_runs_uncompiled(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.auto.shutil.which", lambda _: None)
+    monkeypatch.setattr("resmol.train.autotune.shutil.which", lambda _: None)
     long_run = with_overrides(tiny_config, ["runtime.compile=auto", "train.steps=100000000"])
     decided, reasons = resolve_auto(long_run)
     assert decided.runtime.compile == "off"
@@ -30,7 +30,7 @@ def test_without_a_compiler_it_runs_uncompiled(tiny_config: RunConfig, monkeypat
 
 
 def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.auto.shutil.which", lambda name: name)
+    monkeypatch.setattr("resmol.train.autotune.shutil.which", lambda name: name)
     for steps, expected in ((100_000_000, "on"), (10, "off")):
         wanted = with_overrides(tiny_config, ["runtime.compile=auto", f"train.steps={steps}"])
         assert resolve_auto(wanted)[0].runtime.compile == expected
