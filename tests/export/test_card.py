@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from tiny import TrainTiny, rewrite, synthetic_texts
 
 from resmol.__main__ import run as resmol
-from resmol.certificate import write_certificate
+from resmol.audit.certificate import write_certificate
 from resmol.checks import Check
 from resmol.config.load import load_config
 from resmol.data.builtin_corpora import SHAKESPEARE, STANDARD_LIBRARY, corpus_of

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny import TrainTiny
 
 from resmol.run import async_save as saving
-from resmol.audit import audit
-from resmol.certificate import write_certificate
+from resmol.audit.audit import audit
+from resmol.audit.certificate import write_certificate
 from resmol.run.checkpoint import Contents, Staged
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
@@ -25,8 +25,8 @@ from resmol.errors import CheckpointError, DiskFull
 from resmol.train.start import new_state
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, SavedState, list_checkpoints, load_state, read_manifest
-from resmol.replay import Wish
-from resmol.report import write_report
+from resmol.audit.replay import Wish
+from resmol.audit.report import write_report
 from resmol.run.directory import RunDir
 from resmol.run.async_save import Saver
 from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState

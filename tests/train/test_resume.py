@@ -14,7 +14,7 @@ import pytest
 from tiny import TrainTiny
 
 from resmol.train import loop as module
-from resmol.audit import audit
+from resmol.audit.audit import audit
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset

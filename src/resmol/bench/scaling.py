@@ -23,7 +23,7 @@ from resmol.config.load import load_preset, with_overrides
 from resmol.errors import ConfigError, UsageError
 from resmol.model.flops import training_flops_per_token
 from resmol.measurement import QUIET, Say, run_training, training_measurement
-from resmol.plots import scaling_plot
+from resmol.audit.plots import scaling_plot
 from resmol.system.host import free_memory
 
 OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it

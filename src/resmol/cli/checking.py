@@ -74,9 +74,9 @@ def audit(
     json_: Json = False,
 ) -> None:
     """Check a run's record: hash chain, continuity, learning rate, data order, checkpoints; replay parts of it."""
-    from resmol.audit import audit as run_audit
-    from resmol.certificate import write_certificate
-    from resmol.replay import Wish
+    from resmol.audit.audit import audit as run_audit
+    from resmol.audit.certificate import write_certificate
+    from resmol.audit.replay import Wish
 
     wish = Wish(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict) if replay else None
     checks = run_audit(RunDir(run), say, strict=strict, wish=wish)
@@ -91,6 +91,6 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html if left out.")] = None,
 ) -> None:
     """Write a run as one self-contained page."""
-    from resmol.report import write_report
+    from resmol.audit.report import write_report
 
     typer.echo(str(write_report(RunDir(run), out)))

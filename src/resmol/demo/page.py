@@ -16,8 +16,8 @@ from resmol.errors import ResmolError
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger
 from resmol.load import LoadedModel
-from resmol.plots import curves
-from resmol.report import FOREIGN_RECORD, headline_facts, samples
+from resmol.audit.plots import curves
+from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
 
 EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
 ENDS = {

@@ -11,11 +11,11 @@ import jinja2
 
 from resmol import __version__
 from resmol.system.atomic_io import write_durable
-from resmol.certificate import current_certificate
+from resmol.audit.certificate import current_certificate
 from resmol.config.load import load_config
 from resmol.errors import DataError
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
-from resmol.plots import curves
+from resmol.audit.plots import curves
 from resmol.run.directory import RunDir
 from resmol.run.log_writers import describe
 

@@ -28,7 +28,7 @@ from resmol.run.ledger import (
     select,
 )
 from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest, verify_checkpoint
-from resmol.replay import Wish, replay
+from resmol.audit.replay import Wish, replay
 from resmol.run.directory import RunDir
 from resmol.train.lr_schedule import lr_at
 from resmol.train.loop import REPRODUCIBLE_FIELDS

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import TrainTiny, rewrite
 
-from resmol.audit import audit
+from resmol.audit.audit import audit
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
 from resmol.run.ledger import Record

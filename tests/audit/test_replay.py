@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from tiny import TrainTiny, rewrite
 
-from resmol import replay as module
-from resmol.audit import audit
-from resmol.certificate import current_certificate, write_certificate
+from resmol.audit import replay as module
+from resmol.audit.audit import audit
+from resmol.audit.certificate import current_certificate, write_certificate
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.run.ledger import Record, read_ledger
-from resmol.replay import Segment, Wish, segments
-from resmol.report import write_report
+from resmol.audit.replay import Segment, Wish, segments
+from resmol.audit.report import write_report
 from resmol.run.directory import RunDir
 
 ALL = Wish(count=100, limit=100, seed=1)

@@ -12,8 +12,8 @@ from tiny import TrainTiny, rewrite
 
 from resmol.errors import DataError
 from resmol.run.ledger import Ledger, LedgerTampered, float_bits
-from resmol.plots import smoothed, thin
-from resmol.report import duration, headline_facts, write_report
+from resmol.audit.plots import smoothed, thin
+from resmol.audit.report import duration, headline_facts, write_report
 from resmol.run.directory import RunDir
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m"

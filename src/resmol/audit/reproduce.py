@@ -35,7 +35,7 @@ from resmol.train.start import new_state
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, step_of
 from resmol.system.host import StopSignal, release_freed_memory
-from resmol.report import write_report
+from resmol.audit.report import write_report
 from resmol.run.directory import RunDir
 from resmol.train.lr_schedule import lr_at
 from resmol.train.loop import train_step

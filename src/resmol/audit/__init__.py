@@ -1,0 +1,1 @@
+"""The record of a run: checked, replayed, certified, shown."""
