@@ -128,7 +128,7 @@ def final_text(found: list[dict[str, Any]]) -> str:
 def main(run: str, delay: str, counter: str) -> None:
     """Serve, slowly."""
     from resmol.__main__ import main as resmol
-    from resmol.load import LoadedModel
+    from resmol.interop.load import LoadedModel
 
     os.environ.setdefault("GLIBC_TUNABLES", "")  # it would replace this process otherwise
     stream, file = LoadedModel.stream, Path(counter).open("ab", buffering=0)  # noqa: SIM115 - until the process ends

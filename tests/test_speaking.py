@@ -22,7 +22,7 @@ from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.errors import DataError
-from resmol.load import load_model
+from resmol.interop.load import load_model
 from resmol.inference.sampling_params import Sampling
 from resmol.data.tokenizer import Tokenizer
 

@@ -21,7 +21,7 @@ from resmol.verify import verify
 from resmol.verify.parity import parity
 from resmol.verify.rotation import rotation_checks
 from resmol.verify.sanity import finite
-from resmol.weights.hf_folder import tensor_shapes
+from resmol.interop.hf_folder import tensor_shapes
 
 
 @pytest.fixture(scope="module")

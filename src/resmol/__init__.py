@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resmol.config.run_config import RunConfig
     from resmol.config.load import load_config, load_preset
     from resmol.errors import ResmolError
-    from resmol.load import LoadedModel, load_model
+    from resmol.interop.load import LoadedModel, load_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LoadedModel": "resmol.load",
+    "LoadedModel": "resmol.interop.load",
     "ResmolError": "resmol.errors",
     "RunConfig": "resmol.config.run_config",
     "evaluate_model": "resmol.train.api",
     "load_config": "resmol.config.load",
-    "load_model": "resmol.load",
+    "load_model": "resmol.interop.load",
     "load_preset": "resmol.config.load",
     "train_model": "resmol.train.api",
 }

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from served import Served, ask, final_text
 
-from resmol.load import LoadedModel
+from resmol.interop.load import LoadedModel
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DESK, PHONE = (1280, 800), (390, 844)

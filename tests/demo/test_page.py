@@ -14,8 +14,8 @@ from resmol.demo.identity import identify
 from resmol.demo.limits import Limits
 from resmol.demo.page import answer, heading, record_page
 from resmol.errors import CheckpointError, UsageError
-from resmol.export import export_gguf
-from resmol.load import LoadedModel, load_model
+from resmol.interop.export import export_gguf
+from resmol.interop.load import LoadedModel, load_model
 from resmol.run.checkpoint_manifest import read_manifest
 from resmol.run.directory import RunDir
 
@@ -123,7 +123,7 @@ def test_a_record_that_resmol_never_wrote_is_not_shown(demo_run: Path, tmp_path:
 def test_a_gguf_export_knows_its_step_and_brings_its_record(
     demo_run: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resmol.export.gguf.compare_gguf", lambda *_: [Check("logits", True, "equal", "equal")])
+    monkeypatch.setattr("resmol.interop.export.gguf.compare_gguf", lambda *_: [Check("logits", True, "equal", "equal")])
     out = export_gguf(demo_run, tmp_path / "out", dtype="float32").path
     found = identify(load_model(out / name))
     assert (found.title, found.step) == ("export of a checkpoint", 12)

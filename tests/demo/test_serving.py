@@ -15,7 +15,7 @@ from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages
 from resmol.demo.serving import listening_socket
 from resmol.errors import UsageError
 from resmol.inference.generate import Sampling
-from resmol.load import LoadedModel
+from resmol.interop.load import LoadedModel
 
 LONG = ["ka", 500, 0.0, 1, 0, 0]
 

@@ -21,8 +21,8 @@ from served import ask, demo_process, final_text
 
 import resmol
 from resmol.errors import UsageError
-from resmol.export.space import export_space, requirements
-from resmol.load import load_model
+from resmol.interop.export.space import export_space, requirements
+from resmol.interop.load import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

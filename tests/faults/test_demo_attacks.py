@@ -25,7 +25,7 @@ from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages
 from trials import INTERVAL, Forks, Setting, train_run
 
 from resmol.demo.limits import FIELDS, Limits
-from resmol.load import LoadedModel, load_model
+from resmol.interop.load import LoadedModel, load_model
 
 MIB = 1 << 20
 LIMITS = Limits()

@@ -43,7 +43,7 @@ from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import NetworkError
 from resmol.config.model_config import read_model_config
 from resmol.run.ledger import canonical, effective_steps, read_ledger, select
-from resmol.load import load_model
+from resmol.interop.load import load_model
 from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
 from resmol.model.llama import CausalLM
 from resmol.train.optimizer import build_optimizer
@@ -51,9 +51,9 @@ from resmol.train.resume import restore
 from resmol.system.safetensors_header import read_header, read_remote_header
 from resmol.data.tokenizer import load_tokenizer
 from resmol.train.loop import TrainState
-from resmol.weights.gguf import gguf_config
-from resmol.weights.gguf_header import read_gguf_header
-from resmol.weights.hf_folder import find_weights
+from resmol.interop.gguf_names import gguf_config
+from resmol.interop.gguf_header import read_gguf_header
+from resmol.interop.hf_folder import find_weights
 from resmol.system.pypi_download import extract_member
 
 MIB = 1 << 20

@@ -14,14 +14,15 @@ from bench import Bench, Mistake, mistake
 from typer.testing import CliRunner
 
 from resmol import ablate as ablation
-from resmol import load, measurement
+from resmol import measurement
+from resmol.interop import load
 from resmol.ablate import Ablation, Measurement
 from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
-from resmol.export import export_hf, hf
+from resmol.interop.export import export_hf, hf
 from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints
 from resmol.model.llama import CausalLM
-from resmol.weights.sources import find_source
+from resmol.interop.resolve import find_source
 
 # --- what speaks ---------------------------------------------------------------------------------------------
 

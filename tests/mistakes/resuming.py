@@ -22,7 +22,7 @@ from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
 from resmol.system.safetensors_header import read_header
 from resmol.train.loop import REPRODUCIBLE_FIELDS
-from resmol.weights.hf_folder import tensor_shapes
+from resmol.interop.hf_folder import tensor_shapes
 
 # --- going on ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 
 from resmol.bench.answering import Numbers, answer
 from resmol.inference.generate import Continuation, Sampling, decode, decode_batch
-from resmol.load import load_model
+from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
 
 

@@ -31,7 +31,7 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show an architecture: parameters per part, FLOPs per token, memory, diagram."""
-    from resmol.inspection import inspect_model
+    from resmol.interop.inspect import inspect_model
 
     inspection = inspect_model(source)
     if json_:

@@ -41,7 +41,7 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
     stops = StopStrings(stop or ()).strings
     tune_allocator()
-    from resmol.load import load_model
+    from resmol.interop.load import load_model
 
     # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.
     text = None if prompt is None else given_prompt(prompt)

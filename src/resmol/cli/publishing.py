@@ -36,7 +36,7 @@ def export(
     if model_repo is not None and not space:
         raise UsageError("--model-repo is for a Space", fix="add --space")
     tune_allocator()
-    from resmol.export import export_gguf, export_hf, export_space
+    from resmol.interop.export import export_gguf, export_hf, export_space
 
     if space:
         done = export_space(model, out, dtype=dtype, model_repo=model_repo, say=say)
@@ -58,7 +58,7 @@ def publish(
     json_: Json = False,
 ) -> None:
     """Publish a verified export on the Hub; a dry run unless --yes. The token: HF_TOKEN or `hf auth login`."""
-    from resmol.export import hub
+    from resmol.interop.export import hub
 
     plan = hub.plan_publication(folder, repo, space=space)
     if not yes:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.errors import CheckpointError
-from resmol.export.seal import Seal, parse_seal
-from resmol.load import LoadedModel
+from resmol.interop.export.manifest import Seal, parse_seal
+from resmol.interop.load import LoadedModel
 from resmol.run.checkpoint_manifest import MANIFEST, WEIGHTS
 from resmol.run.directory import RunDir
 

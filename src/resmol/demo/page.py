@@ -15,7 +15,7 @@ from resmol.demo.limits import Limits, parse
 from resmol.errors import ResmolError
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger
-from resmol.load import LoadedModel
+from resmol.interop.load import LoadedModel
 from resmol.audit.plots import curves
 from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
 

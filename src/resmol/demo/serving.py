@@ -15,7 +15,7 @@ from resmol.demo.limits import Limits
 from resmol.demo.page import build_page, style, theme
 from resmol.demo.sessions import Sessions
 from resmol.errors import DataError, UsageError
-from resmol.load import LoadedModel, load_model
+from resmol.interop.load import LoadedModel, load_model
 
 Say = Callable[[str], None]
 PORT = 7860

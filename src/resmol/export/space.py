@@ -16,8 +16,8 @@ import jinja2
 from resmol import __version__
 from resmol.system.atomic_io import commit_directory
 from resmol.errors import UsageError
-from resmol.export.hf import Export, export_hf
-from resmol.export.seal import Seal, make_seal
+from resmol.interop.export.hf import Export, export_hf
+from resmol.interop.export.manifest import Seal, make_seal
 from resmol.model.flops import total_parameters
 from resmol.config.model_config import read_model_config
 from resmol.system.hub_download import is_hub_id

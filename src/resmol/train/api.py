@@ -23,7 +23,7 @@ from resmol.errors import UsageError
 from resmol.train.evaluate import evaluate
 from resmol.config.model_config import ModelConfig
 from resmol.train.start import Launch, launch
-from resmol.load import LoadedModel, load_model
+from resmol.interop.load import LoadedModel, load_model
 from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.train.loop import TrainState

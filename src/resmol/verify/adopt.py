@@ -16,7 +16,7 @@ from resmol.errors import CheckFailed
 from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
-from resmol.weights.hf_folder import tensor_shapes
+from resmol.interop.hf_folder import tensor_shapes
 
 Factory = Callable[[ModelConfig], nn.Module]
 

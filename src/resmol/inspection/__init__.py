@@ -1,5 +1,0 @@
-"""`resmol inspect`: what a configuration or a weight file says about a model, and what it cannot say."""
-
-from resmol.inspection.inspect import Inspection, inspect_model
-
-__all__ = ["Inspection", "inspect_model"]

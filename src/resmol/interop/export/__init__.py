@@ -1,0 +1,14 @@
+"""What is published is what was trained: exports that are loaded elsewhere and compared before they exist.
+
+An export is written into a temporary folder, read back by another implementation in another process, and moved into
+place only when logits, token ids and generated tokens are ours. Otherwise nothing is left, and the difference is named.
+"""
+
+from __future__ import annotations
+
+from resmol.interop.export.gguf import export_gguf
+from resmol.interop.export.hf import Export, export_hf
+from resmol.interop.export.manifest import Kind, Seal, make_seal, verified_seal
+from resmol.interop.export.space import export_space
+
+__all__ = ["Export", "Kind", "Seal", "export_gguf", "export_hf", "export_space", "make_seal", "verified_seal"]

@@ -1,0 +1,84 @@
+"""Export as a GGUF file, for llama.cpp, ollama and what is built on them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from resmol.checks import Check
+from resmol.errors import UsageError
+from resmol.interop.export.gguf_parity import compare_gguf, gguf_readers
+from resmol.interop.export.gguf_writer import KINDS, write_gguf
+from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, run_of, token_text, write_papers
+from resmol.interop.load import LoadedModel, load_model
+
+MODELFILE = "Modelfile"
+
+
+def export_gguf(
+    source: str | Path, out: Path, *, dtype: str = "float32", say: Callable[[str], None] = lambda _: None
+) -> Export:
+    """Write a model as a folder with a GGUF file.
+
+    Args:
+        source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
+        out: The folder to create.
+        dtype: One of `KINDS`; the error that the type causes is measured and bounded.
+        say: Receives a sentence before each slow part.
+
+    Returns:
+        The export, with the checks that it passed.
+
+    Raises:
+        UsageError: ``out`` exists, or the type is unknown.
+        CheckFailed: What a reader gets out of the file differs from ours; nothing is left of the export.
+        DataError: There is no such model, nobody here can read the file back, or GGUF cannot describe the tokenizer.
+        DiskFull: No room; nothing is left of the export.
+    """
+    if dtype not in KINDS:
+        raise UsageError(f"{dtype} is not a type of a GGUF export", fix=f"choose from: {', '.join(KINDS)}")
+    require_new(out)
+    readers = gguf_readers()
+    loaded = load_model(source, device="cpu", say=say)
+    run = run_of(loaded.provenance)
+    name = plain_name(out.resolve().name if run is None else run.path.resolve().name)
+    file_name = f"{name}-{KINDS[dtype]}.gguf"
+
+    def write_files(folder: Path) -> list[Check]:
+        say(f"writing {loaded.provenance.path} as {file_name}")
+        file = folder / file_name
+        licence = None if run is None else "apache-2.0"
+        write_gguf(file, loaded.model, loaded.tokenizer, dtype, name=name, licence=licence)
+        (folder / MODELFILE).write_text(modelfile(loaded, file_name), encoding="utf-8")
+        write_papers(loaded, folder, dtype, run, file_name)
+        say(f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own")
+        return compare_gguf(loaded.model, loaded.tokenizer, file, dtype, readers)
+
+    facts = export_facts(loaded, dtype) | {"readers": [reader.name for reader in readers]}
+    return commit_export(out, "gguf", facts, write_files)
+
+
+def plain_name(name: str) -> str:
+    """Return a name that a Modelfile, a shell and a web address take as it is."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
+
+
+def modelfile(loaded: LoadedModel, file_name: str) -> str:
+    """Return ollama's description: a base model, so the prompt goes in as it is and nothing is added to it.
+
+    The sampling is that of `resmol generate`; ollama's own default would punish repetition, which a language model of
+    this kind was not asked to avoid.
+    """
+    end = token_text(loaded.tokenizer, loaded.config.eos_token_id)
+    lines = [
+        f"FROM ./{file_name}",
+        'TEMPLATE """{{ .Prompt }}"""',
+        f"PARAMETER num_ctx {loaded.config.max_position_embeddings}",
+        "PARAMETER temperature 0.8",
+        "PARAMETER top_k 50",
+        "PARAMETER top_p 0.95",
+        "PARAMETER repeat_penalty 1.0",
+        f'PARAMETER stop "{end}"',
+    ]
+    return "\n".join(lines) + "\n"

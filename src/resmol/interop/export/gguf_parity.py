@@ -1,0 +1,143 @@
+"""Is a GGUF file the model that it was made from? What transformers and llama.cpp read, against what we computed.
+
+Two errors are kept apart. What the type does to the weights is bounded by arithmetic (`TYPE_ERROR`). All the rest is
+compared with *our* model holding the weights as the type keeps them. transformers unpacks them and computes in float32,
+so it must agree as closely as for any export. llama.cpp also rounds the input of each product to the file's type. How
+much that moves the logits is measured with our own model doing the same, and llama.cpp may be `SLACK` times as far
+away: its roundings are as large, and fall otherwise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resmol.checks import Check, largest
+from resmol.errors import DataError
+from resmol.interop.export.parity import (
+    TOLERANCE,
+    TRANSFORMERS,
+    Reader,
+    cast_check,
+    comparison_inputs,
+    comparison_texts,
+    greedy_check,
+    logits_check,
+    read_back,
+    token_ids_check,
+)
+from resmol.interop.export.gguf_writer import KINDS, as_kind, as_stored, stored_kind, type_error
+from resmol.interop.export.gguf_vocab import gguf_vocabulary
+from resmol.model.llama import CausalLM
+from resmol.data.tokenizer import Tokenizer
+
+LLAMA_CPP = Reader("llama.cpp", "resmol.interop.export.reader_llama_cpp", "llama_cpp", "interop")
+SLACK = 4.0
+
+
+def gguf_readers() -> list[Reader]:
+    """Return who can read a GGUF file back here; transformers wants accelerate for it.
+
+    Raises:
+        DataError: Nobody can.
+    """
+    needs = {TRANSFORMERS: ("transformers", "accelerate"), LLAMA_CPP: ("llama_cpp",)}
+    found = [reader for reader, names in needs.items() if all(find_spec(name) is not None for name in names)]
+    if not found:
+        raise DataError(
+            "a GGUF export is read back before it exists, and neither transformers (with accelerate) nor llama.cpp is "
+            "installed",
+            fix="pip install 'resmol[verify]', or 'resmol[interop]' for llama.cpp",
+        )
+    return found
+
+
+def compare_gguf(model: CausalLM, tokenizer: Tokenizer, file: Path, dtype: str, readers: list[Reader]) -> list[Check]:
+    """Compare a file with the model that it was made from.
+
+    Args:
+        model: The model as it was trained, in float32.
+        tokenizer: Its own.
+        file: What `write_gguf` wrote.
+        dtype: Its type.
+        readers: From `gguf_readers`.
+
+    Returns:
+        The checks, failed ones included; the names of those that a reader was asked for end with it.
+
+    Raises:
+        CheckFailed: A reader cannot load the file.
+    """
+    stored, inputs = as_stored(model, dtype), comparison_inputs(model)
+    checks = [_type_check(model, stored, dtype), cast_check(model, stored)]
+    if TRANSFORMERS in readers:
+        checks += _with_transformers(stored, tokenizer, file, inputs)
+    if LLAMA_CPP in readers:
+        checks += _with_llama_cpp(stored, tokenizer, file, inputs, dtype)
+    return checks
+
+
+def _with_transformers(stored: CausalLM, tokenizer: Tokenizer, file: Path, inputs: list[list[int]]) -> list[Check]:
+    texts = comparison_texts(tokenizer)
+    with tempfile.TemporaryDirectory() as alone:  # without the tokenizer.json that lies beside the file
+        (Path(alone) / file.name).symlink_to(file.resolve())
+        pre = gguf_vocabulary(tokenizer, stored.config.vocab_size).pre
+        theirs = read_back(TRANSFORMERS, Path(alone), inputs, texts, gguf_file=file.name, pre=pre)
+    return [
+        logits_check("logits, transformers", stored, inputs, theirs),
+        greedy_check("greedy tokens, transformers", stored, inputs, theirs),
+        token_ids_check("token ids, transformers", tokenizer, texts, theirs),
+    ]
+
+
+def _with_llama_cpp(
+    stored: CausalLM, tokenizer: Tokenizer, file: Path, inputs: list[list[int]], dtype: str
+) -> list[Check]:
+    texts = comparison_texts(tokenizer)
+    theirs = read_back(LLAMA_CPP, file, inputs, texts)
+    tolerance = TOLERANCE + SLACK * product_error(stored, inputs, dtype)
+    why = "float32, and the rounding of the inputs of products to the file's type"
+    checks = [
+        logits_check("logits, llama.cpp", stored, inputs, theirs, tolerance, why),
+        token_ids_check("token ids, llama.cpp", tokenizer, texts, theirs),
+    ]
+    if dtype == "float32":  # elsewhere a rounding may decide between two tokens that are almost equally good
+        checks.append(greedy_check("greedy tokens, llama.cpp", stored, inputs, theirs))
+    return checks
+
+
+def _type_check(model: CausalLM, stored: CausalLM, dtype: str) -> Check:
+    share = type_error(model, stored, dtype)
+    return Check(
+        "weights",
+        share <= 1.0,
+        f"largest error {share:.2f} of what {KINDS[dtype]} allows" if share else "exact",
+        "half a step of the type: 2^-11 (F16), 2^-8 (BF16) of the number, 1/254 + 2^-11 of the largest of 32 (Q8_0)",
+        "Numbers beyond the type's range, or rounded more than once.",
+    )
+
+
+@torch.no_grad()
+def product_error(model: CausalLM, inputs: list[list[int]], dtype: str) -> float:
+    """Return how far the logits move, relative to the largest, when every product gets its input rounded to the type.
+
+    That is what ggml's kernels do: ``vec_dot_type`` of a type is the type itself (ggml-cpu.c).
+    """
+    exact = [model(torch.tensor([ids]))[0] for ids in inputs]
+
+    def round_input(module: nn.Module, given: tuple[Any, ...]) -> tuple[Tensor]:
+        assert isinstance(module, nn.Linear)
+        return (as_kind(given[0], stored_kind(tuple(module.weight.shape), dtype)),)
+
+    hooks = [part.register_forward_pre_hook(round_input) for part in model.modules() if isinstance(part, nn.Linear)]
+    try:
+        moved = [model(torch.tensor([ids]))[0] for ids in inputs]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest(float((a - b).abs().max() / a.abs().max()) for a, b in zip(exact, moved, strict=True))

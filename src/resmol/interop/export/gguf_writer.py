@@ -1,0 +1,145 @@
+"""Writing a model as one GGUF file, and what of its numbers the file's type keeps.
+
+The library writes the format; names, order of rows and fields are those of `weights.gguf`, which reads such files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from jaxtyping import Float
+from torch import Tensor
+
+from resmol.run.checkpoint import weight_tensors
+from resmol.checks import largest
+from resmol.interop.export.gguf_vocab import gguf_vocabulary
+from resmol.config.model_config import ModelConfig
+from resmol.model.llama import CausalLM
+from resmol.data.tokenizer import Tokenizer
+from resmol.interop.gguf_names import gguf_metadata, gguf_name, permuted, rotated_heads
+
+# --dtype -> name in GGUF; its enumerations of tensor types and of whole files spell them alike.
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+Q8_BLOCK = 32  # numbers that share a scale in Q8_0
+
+# How far a stored number may be from the original: u of it, or of the largest in its block of 32. Rounding to nearest
+# with p bits of significand errs by at most 2^-p (F16: p = 11, BF16: p = 8). Q8_0 has 127 steps up to the largest, so
+# half a step is 1/254; its scale is a float16, which can add 2^-11 of the number itself.
+TYPE_ERROR = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 254 + 2**-11}
+# Below its smallest normal number float16 has steps of equal width; half of one is 2^-25, of a scale 127 times that.
+SMALLEST_ERROR = {"F16": 2**-25, "Q8_0": 127 * 2**-25}
+
+
+def stored_kind(shape: tuple[int, ...], dtype: str) -> str:
+    """Return the GGUF type of a tensor in a file of ``dtype``, by the rules of llama.cpp's converter.
+
+    Norms stay in F32. Rows that Q8_0 cannot cut into blocks of 32 stay in F16.
+    """
+    if len(shape) == 1:
+        return "F32"
+    return "F16" if dtype == "q8_0" and shape[-1] % Q8_BLOCK else KINDS[dtype]
+
+
+def write_gguf(
+    path: Path, model: CausalLM, tokenizer: Tokenizer, dtype: str, *, name: str, licence: str | None
+) -> None:
+    """Write weights, architecture and vocabulary.
+
+    Args:
+        path: The file to create.
+        model: On the CPU, in float32.
+        tokenizer: Its own.
+        dtype: One of `KINDS`.
+        name: For ``general.name``.
+        licence: For ``general.license``, an SPDX identifier, where it is known.
+
+    Raises:
+        DataError: GGUF cannot describe the tokenizer.
+    """
+    writer = GGUFWriter(path, "llama")
+    try:
+        _add_metadata(writer, model.config, dtype, name, licence)
+        _add_vocabulary(writer, tokenizer, model.config)
+        for hf, tensor in weight_tensors(model).items():
+            theirs = gguf_name(hf)
+            values = permuted(tensor.numpy(), rotated_heads(theirs, model.config))
+            kind = GGMLQuantizationType[stored_kind(values.shape, dtype)]
+            writer.add_tensor(theirs, quants.quantize(values, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _add_metadata(writer: GGUFWriter, config: ModelConfig, dtype: str, name: str, licence: str | None) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    if licence is not None:
+        writer.add_license(licence)
+    for key, value in gguf_metadata(config).items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    whole = "ALL_F32" if dtype == "float32" else f"MOSTLY_{KINDS[dtype]}"
+    writer.add_file_type(LlamaFileType[whole])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    vocabulary = gguf_vocabulary(tokenizer, config.vocab_size)
+    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_unk_token_id(tokenizer.eos_id)
+    for add in (writer.add_add_bos_token, writer.add_add_eos_token, writer.add_add_space_prefix):
+        add(False)
+
+
+# --- what the types keep -----------------------------------------------------------------------------------
+
+
+def as_kind(values: Float[Tensor, "*B N"], kind: str) -> Float[Tensor, "*B N"]:
+    """Return numbers as a GGUF type holds them, in float32; computed here, without the library that writes the file.
+
+    Q8_0 (ggml-quants.c, ``quantize_row_q8_0_ref``): of each 32 numbers d = max|w| / 127 and round(w / d), halves away
+    from zero; d itself is stored in float16.
+    """
+    if kind == "F32":
+        return values
+    if kind != "Q8_0":
+        return values.to(torch.float16 if kind == "F16" else torch.bfloat16).float()
+    blocks = values.unflatten(-1, (-1, Q8_BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    steps = blocks * torch.where(scale == 0, 0.0, 1 / scale)
+    steps = steps.sign() * (steps.abs() + 0.5).floor()
+    stored: Tensor = steps * scale.half().float()
+    return stored.flatten(-2)
+
+
+def as_stored(model: CausalLM, dtype: str) -> CausalLM:
+    """Return the model that a file of ``dtype`` holds, computing in float32 as before."""
+    copy = CausalLM.empty(model.config)
+    weights = model.state_dict()
+    copy.load_state_dict({name: as_kind(t, stored_kind(tuple(t.shape), dtype)) for name, t in weights.items()})
+    return copy.eval().requires_grad_(requires_grad=False)
+
+
+def type_error(model: CausalLM, stored: CausalLM, dtype: str) -> float:
+    """Return the largest error of a stored weight as a share of what its type allows (`TYPE_ERROR`); 0 is exact."""
+    shares = []
+    others = stored.state_dict()
+    for name, tensor in model.state_dict().items():
+        kind = stored_kind(tuple(tensor.shape), dtype)
+        error = (tensor - others[name]).abs()
+        size = tensor.abs()
+        if kind == "Q8_0":
+            error, size = (x.unflatten(-1, (-1, Q8_BLOCK)).amax(-1) for x in (error, size))
+        allowed = size * TYPE_ERROR[kind] + SMALLEST_ERROR.get(kind, 0.0)
+        share = torch.where(error == 0, 0.0, error / allowed)
+        shares.append(float(share.max()))
+    return largest(shares)

@@ -1,0 +1,127 @@
+"""The model card: what the record of the run says, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import resmol
+from resmol import __version__
+from resmol.data.builtin_corpora import SHAKESPEARE, corpus_of, licence_of
+from resmol.errors import DataError
+from resmol.interop.export.markdown import code_block, code_span, plain
+from resmol.interop.export.training_record import RunRecord
+from resmol.model.flops import total_parameters
+from resmol.run.ledger import select
+from resmol.interop.load import LoadedModel
+from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
+
+SMOLLM2_TOKENS = 2_000_000_000_000  # what the published model saw (its model card)
+SHOWN_SAMPLES = 3
+SHOWN_STRETCHES = 6
+
+
+def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: str | None = None) -> str:
+    """Return ``README.md`` of an export.
+
+    Args:
+        loaded: The model.
+        dtype: The type of the weights in the file.
+        record: That of the run that it is a checkpoint of; a model from elsewhere gets a short card.
+        gguf: Name of the file of a GGUF export.
+
+    Raises:
+        DataError: The ledger's chain holds, and its records do not say what resmol's say.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=False,  # noqa: S701 - Markdown, not a page; text from outside goes through the filters below
+    )  # fmt: skip
+    environment.filters |= {"plain": plain, "code_span": code_span, "code_block": code_block}
+    try:
+        return environment.get_template("model_card.md.j2").render(
+            metadata=card_metadata(record, "transformers" if gguf is None else "gguf"),
+            gguf=gguf,
+            version=__version__,
+            commit=source_commit(),
+            config=loaded.config,
+            parameters=total_parameters(loaded.config),
+            dtype=dtype,
+            provenance=loaded.provenance,
+            run=run_facts(record) if record is not None else None,
+        )
+    except (TypeError, ValueError, KeyError, IndexError, StopIteration, jinja2.TemplateError) as error:
+        raise DataError(
+            f"the record of the run cannot be put into words ({type(error).__name__}: {error})",
+            fix="its ledger was not written by resmol; name a checkpoint outside of this run to export without it",
+        ) from error
+
+
+def card_metadata(record: RunRecord | None, library: str) -> str:
+    """Return the front matter as YAML. There is no ``base_model``: the weights are derived from no other model's."""
+    from huggingface_hub import ModelCardData
+
+    inputs = [] if record is None or record.data is None else [item.name for item in record.data.source.inputs]
+    fields: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["resmol", "llama"] if record is None else ["resmol", "llama", "from-scratch"],
+    }
+    if record is not None:
+        fields["license"] = "apache-2.0"  # that of LICENSE; about weights from elsewhere, only their source can tell
+    if inputs and all(name == SHAKESPEARE for name in inputs):
+        fields["language"] = "en"
+    return str(ModelCardData(**fields).to_yaml()).strip()
+
+
+def run_facts(record: RunRecord) -> dict[str, Any]:
+    """Return what the card says about the run, from its ledger, its configuration and the manifest of its data."""
+    steps, records = record.steps, record.ledger.records
+    start = next(select(records, "start"))
+    environments = [r["environment"] for r in records if r["kind"] in ("start", "resume")]
+    evaluations = record.newest("eval")
+    return {
+        "name": record.name,
+        "config": record.config,
+        "start": start,
+        "first": steps[0] if steps else None,
+        "last": steps[-1] if steps else None,
+        "share": steps[-1]["tokens_seen"] / SMOLLM2_TOKENS if steps else 0.0,
+        "seconds": sum(r["seconds"] for r in steps),
+        "stretches": record.stretches()[:SHOWN_STRETCHES],
+        "processes": len(record.stretches()),
+        "crashes": sum(1 for _ in select(records, "rewind")),
+        "evaluation": evaluations[0] if evaluations else None,
+        "samples": record.newest("sample")[:SHOWN_SAMPLES],
+        "machines": [facts for number, facts in enumerate(environments) if facts not in environments[:number]],
+        "head": record.ledger.head,
+        "lines": len(records),
+        "later": max((r["step"] for r in records if r["kind"] == "step"), default=0) > record.step,
+        "data": record.data,
+        "inputs": [] if record.data is None else [(i, licence_of(i.name)) for i in record.data.source.inputs],
+        "other_tokenizer": record.config.tokenizer.sha256 != SMOLLM2_TOKENIZER_SHA256,
+        "shakespeare": record.data is not None and {i.name for i in record.data.source.inputs} == {SHAKESPEARE},
+        "corpus": None if record.data is None else corpus_of([i.name for i in record.data.source.inputs]),
+        "certificate": record.certificate,
+        "curves": record.curves,
+    }
+
+
+def source_commit() -> str | None:
+    """Return the commit of resmol's own sources where they are a checkout, marked when they were changed since."""
+    package = Path(resmol.__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) / "src" / "resmol" != package:
+            return None  # an installed package inside of some other checkout
+        changed = git("status", "--porcelain", "--", str(package))
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,310 @@
+"""Publishing an export on the Hugging Face Hub: what was verified, nothing else, and checked again after it arrived.
+
+All files arrive in one commit, so a connection that breaks leaves the repository as it was, or as it is meant to be.
+The token is the Hub client's affair (environment or login): it is no argument here and in no message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from logging import ERROR
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, logging
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from resmol import __version__
+from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
+from resmol.interop.export.publish_errors import explained
+from resmol.interop.export.manifest import Seal, SealedFile, parse_seal, verified_seal
+from resmol.system.hub_download import require_answer, without_password
+from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
+
+CARD = "README.md"
+MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git
+UNTOUCHED = "the repository exists, and no file of it was changed"
+MADE_BY_THE_HUB = {CARD, ".gitattributes"}  # what a repository holds that was created in the browser
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be published where; nothing was sent yet.
+
+    Attributes:
+        folder: The export.
+        repo_id: ``owner/name``.
+        repo_type: ``model`` or ``space``.
+        seal: What was verified.
+        files: Everything that is sent: the sealed files and the seal.
+        blobs: The hash that git gives to those that are small enough to be kept in git itself.
+    """
+
+    folder: Path
+    repo_id: str
+    repo_type: str
+    seal: Seal
+    files: dict[str, SealedFile]
+    blobs: dict[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.bytes for file in self.files.values())
+
+    @property
+    def url(self) -> str:
+        """Where people will find it."""
+        prefix = "spaces/" if self.repo_type == "space" else ""
+        return f"{without_password(constants.ENDPOINT)}/{prefix}{self.repo_id}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "folder": str(self.folder),
+            "repo": self.repo_id,
+            "type": self.repo_type,
+            "url": self.url,
+            "bytes": self.bytes,
+            "files": {name: file.model_dump() for name, file in self.files.items()},
+            "checks": [check.model_dump() for check in self.seal.checks],
+            "card": (self.folder / CARD).read_text(encoding="utf-8") if CARD in self.files else None,
+        }
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was done.
+
+    Attributes:
+        url: The page of the repository.
+        commit: The commit that holds exactly what was verified.
+        sent: Files that were new or different; empty when there was nothing to do.
+        removed: Files of an earlier export that this one does not have.
+        foreign: Files there that no export wrote; they were left alone.
+        private: Whether only the owner sees it.
+    """
+
+    url: str
+    commit: str
+    sent: Sequence[str]
+    removed: Sequence[str]
+    foreign: Sequence[str]
+    private: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass
+class _Progress:
+    """What is known about the repository, for the message when something breaks."""
+
+    state: str = "nothing was sent"
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A repository as it is."""
+
+    commit: str
+    private: bool
+    files: dict[str, Any] = field(default_factory=dict)
+
+
+def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
+    """Check everything that can be checked without the network.
+
+    Args:
+        folder: What an export wrote.
+        repo_id: ``owner/name``.
+        space: It is to become a Space.
+
+    Raises:
+        UsageError: No valid repository id, or the folder is not of this kind.
+        CheckFailed: The folder is not a verified export, or was changed since; `DataError`: there is none.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is not the name of a repository: {error}", fix="e.g. --repo me/nano") from None
+    if repo_id.count("/") != 1:
+        raise UsageError(f"{repo_id!r} does not say whose repository it is", fix="name it OWNER/NAME, e.g. me/nano")
+    seal = verified_seal(folder)
+    if seal.kind == "space" and not space:
+        raise UsageError(f"{folder} is a Space", fix="add --space, so that it becomes one")
+    if space and seal.kind != "space":
+        raise UsageError(f"{folder} is no Space, and --space is given", fix="leave --space out, or export a Space")
+    content = (folder / MANIFEST).read_bytes()
+    own = SealedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    files = {**seal.files, MANIFEST: own}
+    blobs = {name: _git_blob(folder / name) for name, file in files.items() if file.bytes <= MAX_GIT_BYTES}
+    return Plan(folder, repo_id, "space" if space else "model", seal, files, blobs)
+
+
+def publish(
+    plan: Plan, *, private: bool = False, overwrite: bool = False, say: Callable[[str], None] = lambda _: None
+) -> Published:
+    """Create or update the repository, and compare what arrived with what was verified.
+
+    Args:
+        plan: From `plan_publication`.
+        private: A new repository is private; an existing public one is refused.
+        overwrite: Also replace files in a repository that resmol did not publish.
+        say: Receives a sentence before each slow part.
+
+    Raises:
+        UsageError: No token, or one that may not do this; a repository that is not ours or not private.
+        NetworkError: The Hub is out of reach or the connection broke; the message says what state the repository is in.
+        CheckFailed: What arrived is not what was sent.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise NetworkError("HF_HUB_OFFLINE is set, so nothing can be published", fix="unset it and repeat the command")
+    if get_token() is None:
+        raise UsageError(
+            "no token for the Hub was found", fix="run `hf auth login`, or set HF_TOKEN to a token with write access"
+        )
+    require_answer(
+        constants.ENDPOINT, constants.ENDPOINT, "check the connection and repeat the command: nothing was sent"
+    )
+    progress = _Progress()
+    with _quiet_client(), _explained(plan, progress):
+        return _publish(HfApi(), plan, progress, private=private, overwrite=overwrite, say=say)
+
+
+def _publish(
+    api: HfApi, plan: Plan, progress: _Progress, *, private: bool, overwrite: bool, say: Callable[[str], None]
+) -> Published:
+    say(f"publishing {plan.folder} as {api.whoami()['name']}: {plan.url}")
+    before = _look(api, plan)
+    if before is None:
+        progress.state = "it is not known whether the repository was created; it holds no file of this export"
+        sdk = "gradio" if plan.repo_type == "space" else None
+        api.create_repo(plan.repo_id, repo_type=plan.repo_type, private=private or None, exist_ok=True, space_sdk=sdk)
+        progress.state = UNTOUCHED
+        before = _look(api, plan) or _Remote("", private)
+    elif private and not before.private:
+        raise UsageError(
+            f"{plan.repo_id} exists and is public, and --private is given",
+            fix="make it private in its settings on the Hub first, or leave --private out",
+        )
+    different = _different(plan, before)
+    previous = _previous_seal(api, plan, before)
+    removed = sorted((previous.files.keys() if previous else set()) & before.files.keys() - plan.files.keys())
+    taken = [name for name in different if name in before.files and name not in MADE_BY_THE_HUB]
+    if previous is None and taken and not overwrite:
+        raise UsageError(
+            f"{plan.repo_id} holds files that resmol did not publish and would replace: {', '.join(taken[:5])}",
+            fix="choose another name; or add --overwrite (the Hub keeps the old commits)",
+        )
+    commit = before.commit
+    if different or removed:
+        commit = _commit(api, plan, progress, before, different, removed, say)
+    foreign = sorted(before.files.keys() - plan.files.keys() - set(removed) - MADE_BY_THE_HUB)
+    return Published(plan.url, commit, different, removed, foreign, before.private)
+
+
+def _commit(
+    api: HfApi,
+    plan: Plan,
+    progress: _Progress,
+    before: _Remote,
+    different: list[str],
+    removed: list[str],
+    say: Callable[[str], None],
+) -> str:
+    """Send files and make one commit of them; return it after it was compared with the seal."""
+    progress.state = UNTOUCHED
+    if find_spec("hf_xet") and not constants.HF_HUB_DISABLE_XET:
+        progress.advice = "; if a proxy or mirror is in the way of xet, HF_HUB_DISABLE_XET=1 may help"
+    size = sum(plan.files[name].bytes for name in different)
+    say(f"sending {len(different)} of {len(plan.files)} files, {size / 1e6:,.1f} MB")
+    add = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.folder / name) for name in different]
+    api.preupload_lfs_files(plan.repo_id, add, repo_type=plan.repo_type, free_memory=False)
+    progress.state = "it is not known whether the last commit arrived; if it did, it is whole"
+    progress.advice = ""
+    delete = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in removed]
+    done = api.create_commit(
+        plan.repo_id,
+        [*add, *delete],
+        repo_type=plan.repo_type,
+        commit_message=f"Publish export {plan.seal.sha256[:12]} (resmol {__version__})",
+        parent_commit=before.commit or None,
+    )
+    progress.state = f"commit {done.oid} was made, and not yet compared with what was verified"
+    say("comparing what arrived with what was verified")
+    arrived = _look(api, plan, revision=done.oid)
+    wrong = _different(plan, arrived) if arrived else ["it is gone"]
+    if wrong:
+        raise CheckFailed(
+            f"commit {done.oid} of {plan.repo_id} is not what was verified: {', '.join(wrong[:5])}",
+            fix="repeat the command; if it fails again, look for a .gitignore or .gitattributes in the repository",
+        )
+    return str(done.oid)
+
+
+def _look(api: HfApi, plan: Plan, revision: str | None = None) -> _Remote | None:
+    """Return the repository as it is, or None when there is none (or none that this token may see)."""
+    try:
+        info: Any = api.repo_info(plan.repo_id, repo_type=plan.repo_type, revision=revision, files_metadata=True)
+    except RepositoryNotFoundError:
+        return None
+    return _Remote(info.sha or "", bool(info.private), {file.rfilename: file for file in info.siblings or ()})
+
+
+def _different(plan: Plan, remote: _Remote) -> list[str]:
+    """Return the files that are not there as they were verified: by sha256, or by git's hash where git keeps them."""
+    return [name for name in plan.files if not _same(plan, name, remote.files.get(name))]
+
+
+def _same(plan: Plan, name: str, remote: Any) -> bool:
+    if remote is None:
+        return False
+    if remote.lfs is not None:
+        return (remote.lfs.size, remote.lfs.sha256) == (plan.files[name].bytes, plan.files[name].sha256)
+    return (remote.size, remote.blob_id) == (plan.files[name].bytes, plan.blobs.get(name))
+
+
+def _git_blob(path: Path) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _previous_seal(api: HfApi, plan: Plan, remote: _Remote) -> Seal | None:
+    """Return what resmol published there before."""
+    found = remote.files.get(MANIFEST)
+    if found is None or not found.size or found.size > MAX_JSON_BYTES:
+        return None
+    path = api.hf_hub_download(plan.repo_id, MANIFEST, repo_type=plan.repo_type, revision=remote.commit)
+    return parse_seal(Path(path).read_bytes())
+
+
+@contextmanager
+def _explained(plan: Plan, progress: _Progress) -> Iterator[None]:
+    try:
+        yield
+    except ResmolError:
+        raise
+    except Exception as error:  # the client's errors come from several libraries, and differ between its versions
+        raise explained(error, plan.repo_id, progress.state, progress.advice) from error
+
+
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Silence the client's log: it names addresses, which may carry a password or a signature."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

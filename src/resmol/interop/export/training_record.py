@@ -1,0 +1,114 @@
+"""What a run leaves to the readers of its export: ``training/`` with its ledger, curves, claims and certificate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resmol.audit.certificate import current_certificate
+from resmol.config.run_config import RunConfig
+from resmol.config.load import load_config, with_overrides
+from resmol.data.shards import Manifest, open_dataset
+from resmol.data.resolve import data_folder
+from resmol.errors import CheckFailed, DataError
+from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledger, select
+from resmol.run.checkpoint_manifest import checkpoint_name
+from resmol.audit.plots import curve_images
+from resmol.run.directory import RunDir
+from resmol.interop.resolve import Provenance
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is known about the run that an export is a checkpoint of.
+
+    Attributes:
+        name: Of its directory.
+        config: As it was resolved, without the place of the data.
+        ledger: As it was copied.
+        step: Of the checkpoint.
+        data: What its data was made from; None where it is not at hand, or not the one that was trained on.
+        certificate: That of the ledger as it was copied, if there is one.
+        curves: Title -> name of the picture.
+    """
+
+    name: str
+    config: RunConfig
+    ledger: LedgerContent
+    step: int
+    data: Manifest | None
+    certificate: dict[str, Any] | None
+    curves: dict[str, str]
+
+    @property
+    def steps(self) -> list[Record]:
+        """The steps that made these weights, without those that a crash took back."""
+        return [record for number, record in effective_steps(self.ledger.records).items() if number <= self.step]
+
+    def newest(self, kind: str) -> list[Record]:
+        """Return evaluations or samples of these steps, newest first, one for each step."""
+        by_step = {r["step"]: r for r in self.ledger.records if r["kind"] == kind and r["step"] <= self.step}
+        return [by_step[step] for step in sorted(by_step, reverse=True)]
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """Return the first and the last step of each process that made these weights."""
+        resumes = (record["next_step"] for record in select(self.ledger.records, "resume"))
+        firsts = sorted({1, *(step for step in resumes if step <= self.step)})
+        return list(zip(firsts, [*(first - 1 for first in firsts[1:]), self.step], strict=True))
+
+
+def write_record(run: RunDir, folder: Path, made_by: Provenance) -> RunRecord:
+    """Copy the record of a run into an existing, empty folder, and return it.
+
+    The configuration loses ``data.path``, a path of this machine; its digest in the ledger does not cover it. The
+    ledger is copied once, whole lines only, and all that is said about it comes from the copy: the run may go on.
+
+    Args:
+        run: The run.
+        folder: ``training/`` of the export.
+        made_by: The checkpoint whose weights are exported.
+
+    Raises:
+        LedgerTampered: The chain is broken; nothing may be said about such a run.
+        CheckFailed: The ledger recorded another checkpoint for this step: it is not the record of these weights.
+    """
+    stored = load_config(run.config)
+    config = with_overrides(stored, ['data.path=""'])
+    copy = RunDir(folder)
+    copy.config.write_text(config.to_toml(), encoding="utf-8")
+    copy.ledger.write_bytes(run.ledger.read_bytes())
+    content = read_ledger(copy.ledger)
+    with copy.ledger.open("r+b") as file:
+        file.truncate(content.length)
+    step = made_by.step or 0
+    recorded = {r["checkpoint"]: r["manifest_sha256"] for r in select(content.records, "save")}
+    if recorded.get(checkpoint_name(step), made_by.sha256) != made_by.sha256:
+        raise CheckFailed(
+            f"{made_by.path} is not the checkpoint that the ledger of {run.path} recorded for step {step}",
+            fix="export a checkpoint of this run, or move this one out of it to export it without a record",
+        )
+    certificate = current_certificate(run)
+    if certificate is not None and certificate["ledger"]["head"] == content.head:
+        copy.certificate.write_bytes(run.certificate.read_bytes())
+    else:
+        certificate = None
+    if claims := run.claims():
+        copy.evidence.mkdir()
+        copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8")
+    pictures = {}
+    for title, png in curve_images(content.records).items():
+        pictures[title] = f"{title.lower().replace(' ', '-')}.png"
+        (folder / pictures[title]).write_bytes(png)
+    start = next(select(content.records, "start"))
+    data = _data(data_folder(None, stored.data.path, run.data), str(start["data_fingerprint"]))
+    return RunRecord(run.path.resolve().name, config, content, step, data, certificate, pictures)
+
+
+def _data(folder: Path, fingerprint: str) -> Manifest | None:
+    try:
+        dataset = open_dataset(folder)
+    except (DataError, OSError):
+        return None
+    return dataset.manifest if dataset.fingerprint == fingerprint else None

