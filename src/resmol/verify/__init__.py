@@ -12,12 +12,12 @@ from resmol.checks import Check
 from resmol.errors import UsageError
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
-from resmol.verify.foreign import verify_foreign
-from resmol.verify.norms import norm_precision
+from resmol.verify.third_party.check import verify_foreign
+from resmol.verify.rmsnorm import norm_precision
 from resmol.verify.parity import SEQUENCE, parity
-from resmol.verify.rotation import rotation_checks
+from resmol.verify.rope import rotation_checks
 from resmol.verify.sanity import finite, sanity
-from resmol.verify.twins import FULL, STANDARD, shallow, twin_parity
+from resmol.verify.tiny_models import FULL, STANDARD, shallow, twin_parity
 
 __all__ = ["verify", "verify_foreign"]
 

@@ -22,7 +22,7 @@ from resmol.checks import Check
 from resmol.inference.generate import Sampling, generate
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
-from resmol.verify.observe import (
+from resmol.verify.capture import (
     Observation,
     logits_forward,
     observe,

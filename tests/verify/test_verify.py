@@ -19,7 +19,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
 from resmol.verify import verify
 from resmol.verify.parity import parity
-from resmol.verify.rotation import rotation_checks
+from resmol.verify.rope import rotation_checks
 from resmol.verify.sanity import finite
 from resmol.interop.hf_folder import tensor_shapes
 
@@ -98,7 +98,7 @@ def test_a_rotation_with_nan_at_some_positions_fails(config: ModelConfig, monkey
 
 
 def test_labels_shifted_twice(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    observe = importlib.import_module("resmol.verify.observe")  # the package has a function of that name
+    observe = importlib.import_module("resmol.verify.capture")  # the package has a function of that name
     genuine = observe.cross_entropy_sum
 
     def shifted(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
 from resmol.verify.parity import rms
-from resmol.verify.suspects import SUSPECTS, Parts, Suspect, Turn, forward, split_heads, turn_half_split
+from resmol.verify.third_party.known_bugs import SUSPECTS, Parts, Suspect, Turn, forward, split_heads, turn_half_split
 
 # Two float32 implementations of a small model differ by about 1e-6 of the size of the logits; mistakes by over 1e-4.
 SAME = 2e-5

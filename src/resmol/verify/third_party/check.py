@@ -14,12 +14,12 @@ from resmol.checks import Check
 from resmol.errors import CheckFailed
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
-from resmol.verify.adopt import Adopted, Factory, adopt
-from resmol.verify.diagnose import diagnose
-from resmol.verify.norms import check_norm, norm_weight
-from resmol.verify.observe import next_token_loss, observe
+from resmol.verify.third_party.weight_mapping import Adopted, Factory, adopt
+from resmol.verify.third_party.diagnose import diagnose
+from resmol.verify.rmsnorm import check_norm, norm_weight
+from resmol.verify.capture import next_token_loss, observe
 from resmol.verify.parity import GUARDS, Baseline, arithmetic, baseline, errors, greedy_check, ids_for
-from resmol.verify.twins import compare_late, fill, narrow, shallow, small
+from resmol.verify.tiny_models import compare_late, fill, narrow, shallow, small
 
 # Long enough for positions above 256 and 2048; attention that is written out needs T x T numbers for each head.
 LATE_LENGTH, LATE_LENGTH_AT_FULL_SIZE = 4096, 320

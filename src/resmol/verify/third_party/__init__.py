@@ -1,0 +1,1 @@
+"""Checks of somebody else's implementation."""
