@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from resmol.demo.gate import DATA, Gate
-from resmol.demo.limits import Limits
+from resmol.demo.asgi_allowlist import DATA, Gate
+from resmol.demo.request_limits import Limits
 from resmol.demo.sessions import Sessions
 
 

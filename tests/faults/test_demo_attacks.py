@@ -24,7 +24,7 @@ from campaign import Campaign
 from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages, slow_demo
 from trials import INTERVAL, Forks, Setting, train_run
 
-from resmol.demo.limits import FIELDS, Limits
+from resmol.demo.request_limits import FIELDS, Limits
 from resmol.interop.load import LoadedModel, load_model
 
 MIB = 1 << 20

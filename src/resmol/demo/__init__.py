@@ -6,7 +6,7 @@ a request may hold, `gate` which requests there are.
 
 from __future__ import annotations
 
-from resmol.demo.limits import Limits
-from resmol.demo.serving import build_app, serve, serve_space
+from resmol.demo.request_limits import Limits
+from resmol.demo.server import build_app, serve, serve_space
 
 __all__ = ["Limits", "build_app", "serve", "serve_space"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 
-from resmol.demo.identity import Identity
-from resmol.demo.limits import Limits, parse
+from resmol.demo.provenance import Identity
+from resmol.demo.request_limits import Limits, parse
 from resmol.errors import ResmolError
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger

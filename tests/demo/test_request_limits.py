@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmol.demo.limits import FIELDS, Limits, parse, problems
+from resmol.demo.request_limits import FIELDS, Limits, parse, problems
 from resmol.errors import UsageError
 
 LIMITS = Limits()

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resmol.demo.gate import Gate
-from resmol.demo.identity import Identity, identify
-from resmol.demo.limits import Limits
+from resmol.demo.asgi_allowlist import Gate
+from resmol.demo.provenance import Identity, identify
+from resmol.demo.request_limits import Limits
 from resmol.demo.page import build_page, style, theme
 from resmol.demo.sessions import Sessions
 from resmol.errors import DataError, UsageError

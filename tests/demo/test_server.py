@@ -12,7 +12,7 @@ import httpx
 import pytest
 from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages, until
 
-from resmol.demo.serving import listening_socket
+from resmol.demo.server import listening_socket
 from resmol.errors import UsageError
 from resmol.inference.generate import Sampling
 from resmol.interop.load import LoadedModel

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
-from resmol.demo.limits import FIELDS, Limits, problems
+from resmol.demo.request_limits import FIELDS, Limits, problems
 from resmol.demo.sessions import Sessions
 
 Scope = MutableMapping[str, Any]
