@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from resmol.bench import limits
-from resmol.bench.checkpoints import CheckpointBench, checkpoint_contest, saved
-from resmol.bench.contest import Contest
-from resmol.bench.generation import GenerateBench, equal_tokens, generation_contests
-from resmol.bench.preparation import PrepareBench, preparation_contest
+from resmol.bench.checkpoint import CheckpointBench, checkpoint_contest, saved
+from resmol.bench.comparison import Contest
+from resmol.bench.generate import GenerateBench, equal_tokens, generation_contests
+from resmol.bench.prepare import PrepareBench, preparation_contest
 from resmol.bench.scaling import Scaling, known_points, measure_point, scale
-from resmol.bench.starting import StartBench, command, starting_contests, time_to_first_step
-from resmol.bench.trace import trace_training
-from resmol.bench.training import TrainBench, parse_batch, training_contests
+from resmol.bench.startup import StartBench, command, starting_contests, time_to_first_step
+from resmol.bench.profile import trace_training
+from resmol.bench.train import TrainBench, parse_batch, training_contests
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset

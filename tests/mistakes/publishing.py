@@ -13,10 +13,10 @@ import torch
 from bench import Bench, Mistake, mistake
 from typer.testing import CliRunner
 
-from resmol import ablate as ablation
-from resmol import measurement
+from resmol.bench import ablate as ablation
+from resmol.bench import subprocess_runs as measurement
 from resmol.interop import load
-from resmol.ablate import Ablation, Measurement
+from resmol.bench.ablate import Ablation, Measurement
 from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
 from resmol.interop.export import export_hf, hf

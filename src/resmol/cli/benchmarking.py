@@ -67,8 +67,8 @@ def bench_train(
         if len(batch or ()) > 1:
             raise UsageError(f"--trace watches one --batch, and {len(batch or ())} are given", fix="give one of them")
         tune_allocator()  # it trains in this process, which must meet the same page faults as `train`
-    from resmol.bench.training import TrainBench, parse_batch, training_contests
-    from resmol.measurement import prepared_folder
+    from resmol.bench.train import TrainBench, parse_batch, training_contests
+    from resmol.bench.subprocess_runs import prepared_folder
 
     batches = tuple(parse_batch(text) for text in batch or ())
     wanted = TrainBench(chosen, tuple(set_ or ()), batches, precision, peer, repeats, steps, warmup)
@@ -99,7 +99,7 @@ def bench_generate(
 ) -> None:
     """Measure greedy decoding, and the time until the first token."""
     chosen = with_overrides(chosen_config(preset, config) or load_preset("smollm2-135m-cpu"), set_ or ())
-    from resmol.bench.generation import GenerateBench, generation_contests
+    from resmol.bench.generate import GenerateBench, generation_contests
 
     wanted = GenerateBench(chosen, tuple(batch or (1,)), prompt, new, peer, repeats)
     _hold(lambda folder: generation_contests(wanted, folder), repeats, json_, markdown)
@@ -118,7 +118,7 @@ def bench_prepare(
     markdown: Markdown = False,
 ) -> None:
     """Measure text to tokens against the bare tokenizers library, and the memory it takes."""
-    from resmol.bench.preparation import PrepareBench, preparation_contest
+    from resmol.bench.prepare import PrepareBench, preparation_contest
     from resmol.data.resolve import Text
     from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
@@ -140,8 +140,8 @@ def bench_checkpoint(
 ) -> None:
     """Measure saving and loading against torch.save, safetensors and the disk below TMPDIR."""
     chosen = chosen_config(preset, config) or load_preset("smollm2-135m-cpu")
-    from resmol.bench.checkpoints import CheckpointBench, checkpoint_contest
-    from resmol.measurement import prepared_folder
+    from resmol.bench.checkpoint import CheckpointBench, checkpoint_contest
+    from resmol.bench.subprocess_runs import prepared_folder
 
     wanted = CheckpointBench(chosen, tuple(set_ or ()), repeats)
 
@@ -163,8 +163,8 @@ def bench_start(
 ) -> None:
     """Measure how long the help page takes, and the first step of a new run."""
     chosen = with_overrides(chosen_config(preset, config) or load_preset("nano"), set_ or ())
-    from resmol.bench.starting import StartBench, starting_contests
-    from resmol.measurement import prepared_folder
+    from resmol.bench.startup import StartBench, starting_contests
+    from resmol.bench.subprocess_runs import prepared_folder
 
     wanted = StartBench(chosen, repeats)
 
@@ -190,7 +190,7 @@ def bench_scaling(
 ) -> None:
     """Measure training against length, batch and size; what was measured before is not measured again."""
     from resmol.bench.scaling import Scaling, scale, table
-    from resmol.measurement import prepared_folder
+    from resmol.bench.subprocess_runs import prepared_folder
 
     names = tuple(filter(None, presets.split(",")))
     sizes = (_numbers("--lengths", lengths), _numbers("--batches", batches))
@@ -213,8 +213,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _trace(config: RunConfig, data: str | None, file: Path, steps: int, warmup: int) -> None:
-    from resmol.bench.trace import trace_training
-    from resmol.measurement import prepared_folder
+    from resmol.bench.profile import trace_training
+    from resmol.bench.subprocess_runs import prepared_folder
 
     with tempfile.TemporaryDirectory(prefix="resmol-bench-") as folder:
         prepared = prepared_folder(data, config, Path(folder) / "data", say)

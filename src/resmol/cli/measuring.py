@@ -64,8 +64,8 @@ def ablate(
 ) -> None:
     """Compare settings: speed, memory and loss, with intervals and a control that shows the noise."""
     chosen = chosen_config(preset, config) or load_preset("nano")
-    from resmol.ablate import Ablation
-    from resmol.ablate import ablate as run_ablation
+    from resmol.bench.ablate import Ablation
+    from resmol.bench.ablate import ablate as run_ablation
 
     result = run_ablation(Ablation(chosen, tuple(set_ or ()), data, repeats, steps, warmup), say)
     if json_:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from resmol.bench.contest import Contender, Contest, Quantity
+from resmol.bench.comparison import Contender, Contest, Quantity
 from resmol.errors import CheckFailed
 
 SPEED = Quantity("tokens_per_second", "tokens/s")

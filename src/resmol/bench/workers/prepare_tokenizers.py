@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from resmol.bench.answering import Numbers, answer
+from resmol.bench.workers.main import Numbers, answer
 
 DOCUMENTS_AT_ONCE, TUNED_DOCUMENTS = 1000, 256  # the first is the batch that `datasets.map` takes by default
 

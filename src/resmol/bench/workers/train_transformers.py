@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resmol.bench.answering import Numbers, answer
+from resmol.bench.workers.main import Numbers, answer
 
 
 class Windows(Dataset[dict[str, Tensor]]):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resmol.bench.answering import Numbers, answer
+from resmol.bench.workers.main import Numbers, answer
 from resmol.data.resolve import Text, prepare_text
 from resmol.data.tokenizer import load_tokenizer
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from resmol.ablate import CONTROL, Ablation, AblationResult, ablate, variants_of
+from resmol.bench.ablate import CONTROL, Ablation, AblationResult, ablate, variants_of
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, ConfigError, UsageError
-from resmol.measurement import Measurement, measure_training
+from resmol.bench.subprocess_runs import Measurement, measure_training
 from resmol.data.tokenizer import Tokenizer
 
 FACTOR = ("runtime.attention=sdpa,eager",)

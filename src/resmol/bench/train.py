@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from resmol.train.autotune import resolve_auto
-from resmol.bench.answering import Numbers
-from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
+from resmol.bench.workers.main import Numbers
+from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
-from resmol.bench.worker import run_worker
+from resmol.bench.run_worker import run_worker
 from resmol.run.checkpoint import weight_tensors
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
@@ -25,7 +25,7 @@ from resmol.train.parallel import Runtime
 from resmol.errors import UsageError
 from resmol.model.flops import total_parameters, training_flops_per_token
 from resmol.train.start import make_loader, new_state
-from resmol.measurement import Say, measure_training
+from resmol.bench.subprocess_runs import Say, measure_training
 from resmol.system.host import allocator_environment
 
 # The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
@@ -131,7 +131,7 @@ def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> 
         return asdict(measure_training(config, folder, data, wanted.steps, wanted.warmup))
 
     def limit() -> Numbers:
-        return run_worker("resmol.bench.limits", limit_task(config), folder, allocator_environment({}))
+        return run_worker("resmol.bench.workers.roofline", limit_task(config), folder, allocator_environment({}))
 
     peers = {}
     if wanted.peer:
@@ -166,7 +166,7 @@ def trainers(
             "tuned": tuned,
         }
         environment = allocator_environment({}) if tuned else {}
-        return run_worker("resmol.bench.trainer_peer", task, folder, environment)
+        return run_worker("resmol.bench.workers.train_transformers", task, folder, environment)
 
     return {
         "transformers.Trainer": lambda: peer(tuned=False),

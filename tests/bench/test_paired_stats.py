@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from resmol.paired import Ratio, interleaved, is_too_noisy, paired_ratio, verdict
+from resmol.bench.paired_stats import Ratio, interleaved, is_too_noisy, paired_ratio, verdict
 
 
 def measured(draw: random.Random, rounds: int, *factors: float, noise: float = 0.03) -> list[list[float]]:

@@ -22,7 +22,7 @@ from resmol.config.load import with_overrides
 from resmol.data.resolve import Text, is_prepared, prepare_text
 from resmol.errors import CheckFailed
 from resmol.run.ledger import Record, effective_steps, read_ledger
-from resmol.paired import interleaved
+from resmol.bench.paired_stats import interleaved
 from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.run.directory import RunDir
 from resmol.data.tokenizer import load_tokenizer

@@ -11,16 +11,16 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.answering import Numbers
-from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
+from resmol.bench.workers.main import Numbers
+from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
-from resmol.bench.worker import run_worker
+from resmol.bench.run_worker import run_worker
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import Record, select
-from resmol.measurement import QUIET, run_training
+from resmol.bench.subprocess_runs import QUIET, run_training
 from resmol.run.directory import RunDir
 
 SAVE = Quantity("save_seconds", "save, s", ".2f")
@@ -65,7 +65,7 @@ def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Cont
     def other(who: str) -> Numbers:
         task = {"who": who, "config": str(file), "out": str(out), "bytes": size}
         try:
-            return run_worker("resmol.bench.saving", task, folder)
+            return run_worker("resmol.bench.workers.checkpoint", task, folder)
         finally:
             out.unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ def _save_and_load(config: RunConfig, folder: Path, file: Path, data: str) -> Nu
         raise CheckFailed(f"a measured process failed: {done.last_words}", fix="correct the configuration")
     newest = max(RunDir(folder / "run").checkpoints.glob("step-*"))
     task = {"who": "ours", "config": str(file), "checkpoint": str(newest)}
-    loaded = run_worker("resmol.bench.saving", task, folder)
+    loaded = run_worker("resmol.bench.workers.checkpoint", task, folder)
     return {**saved(records), "load_seconds": loaded["load_seconds"], "peak_bytes": done.peak_bytes}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resmol.measurement import run_process, take_turns
+from resmol.bench.subprocess_runs import run_process, take_turns
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resmol.bench import limits
-from resmol.bench.limits import Product, forward_products, product_seconds, training_products
+from resmol.bench.workers.roofline import Product, forward_products, product_seconds, training_products
 from resmol.config.load import load_preset
 from resmol.model.flops import forward_flops_per_token, training_flops_per_token
 from resmol.model.linear import has_onednn

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resmol.bench.answering import Numbers, answer
+from resmol.bench.workers.main import Numbers, answer
 from resmol.inference.generate import Continuation, Sampling, decode, decode_batch
 from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from resmol.system.atomic_io import fsync_path
-from resmol.bench.answering import Numbers, answer
+from resmol.bench.workers.main import Numbers, answer
 from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.config.load import load_config
 from resmol.train.parallel import Runtime

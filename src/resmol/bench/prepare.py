@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.answering import Numbers
-from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
+from resmol.bench.workers.main import Numbers
+from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
-from resmol.bench.worker import run_worker
+from resmol.bench.run_worker import run_worker
 from resmol.data.readers import Corpus
 from resmol.data.resolve import Text
 from resmol.data.chunking import ReadCounts
 from resmol.errors import DataError, UsageError
-from resmol.measurement import Say
+from resmol.bench.subprocess_runs import Say
 from resmol.data.tokenizer import Tokenizer
 
 DOCUMENT_CHARACTERS = 4000

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from resmol.bench.answering import Numbers
-from resmol.bench.contest import MEMORY, Contest, Quantity, line_up
+from resmol.bench.workers.main import Numbers
+from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
-from resmol.bench.worker import run_worker
+from resmol.bench.run_worker import run_worker
 from resmol.run.checkpoint import weight_tensors
 from resmol.config.run_config import RunConfig
 from resmol.train.parallel import find_device
@@ -80,16 +80,16 @@ def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Co
     tuned = allocator_environment({})  # `resmol generate` restarts itself with it
 
     def ours() -> Numbers:
-        return run_worker("resmol.bench.generate_ours", task, folder, tuned)
+        return run_worker("resmol.bench.workers.generate", task, folder, tuned)
 
     def peer(*, faster: bool) -> Numbers:
         wish = {**task, "tuned": faster}
-        return run_worker("resmol.bench.generate_peer", wish, folder, tuned if faster else {})
+        return run_worker("resmol.bench.workers.generate_transformers", wish, folder, tuned if faster else {})
 
     def limit() -> Numbers:
         sizes = {"of": "generation", "batch": batch, "prompt": wanted.prompt, "new": wanted.new}
         wish = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
-        return run_worker("resmol.bench.limits", wish, folder, tuned)
+        return run_worker("resmol.bench.workers.roofline", wish, folder, tuned)
 
     peers: dict[str, Callable[[], Numbers]] = {
         "transformers generate": lambda: peer(faster=False),

@@ -1,0 +1,1 @@
+"""The programs that `bench` measures, each in a process of its own."""
