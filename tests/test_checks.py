@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from resmol.checks import Check, all_passed, largest
-from resmol.printing import check_table
+from resmol.cli.terminal import check_table
 
 GOOD = Check("parameters", True, "134,515,008", "134,515,008", guards="an untied output layer", evidence="verify.json")
 BAD = dataclasses.replace(GOOD, passed=False)

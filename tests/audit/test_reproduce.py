@@ -18,7 +18,7 @@ from resmol.train import autotune as auto
 from resmol.audit import reproduce as module
 from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
-from resmol.console import console_views
+from resmol.cli.console import console_views
 from resmol.data.shards import Dataset
 from resmol.errors import CheckFailed, Interrupted
 from resmol.run.ledger import read_ledger

@@ -21,7 +21,8 @@ import torch
 import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
 import torch.distributed.fsdp  # the same
 
-from resmol import cli, console
+from resmol import cli
+from resmol.cli import console
 from resmol.run import log_writers as views  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
 from resmol.train.api import train_model

@@ -14,7 +14,7 @@ import pytest
 from test_report import step_record
 from tiny import TrainTiny
 
-from resmol.console import ConsoleView, console_views
+from resmol.cli.console import ConsoleView, console_views
 from resmol.run.ledger import Ledger, Record, read_ledger, select
 from resmol.run.directory import RunDir
 from resmol.run.log_writers import Journal, Lines, LogView, TensorBoardView, describe
@@ -159,7 +159,7 @@ def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
 
 SHOW = """
 import sys
-from resmol.console import ConsoleView
+from resmol.cli.console import ConsoleView
 from resmol.run.log_writers import Lines
 view = ConsoleView(Lines(2, 4))
 for step in range(1, 5):
@@ -231,7 +231,7 @@ def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
 
 def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
-    monkeypatch.setattr("resmol.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("resmol.cli.console.time.monotonic", lambda: now[0])
     with (tmp_path / "out").open("w+") as stream:
         view = ConsoleView(Lines(500, 1000), stream)
         for step in range(1, 101):

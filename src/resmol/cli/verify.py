@@ -19,7 +19,7 @@ from resmol.cli.app import (
 )
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
-from resmol.printing import print_json, report_checks, say
+from resmol.cli.terminal import print_json, report_checks, say
 from resmol.run.directory import RunDir
 
 

@@ -20,7 +20,7 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
-from resmol.printing import print_json, report_checks, say
+from resmol.cli.terminal import print_json, report_checks, say
 from resmol.run.directory import RunDir
 
 
@@ -72,7 +72,7 @@ def train(
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     tune_allocator()
     from resmol.train.api import train_model
-    from resmol.console import console_views
+    from resmol.cli.console import console_views
 
     state = train_model(
         wanted,

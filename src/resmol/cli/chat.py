@@ -12,8 +12,8 @@ from typing import Any
 from resmol.inference.completion import Completion, TextStream
 from resmol.errors import DataError, ResmolError
 from resmol.interop.load import LoadedModel
-from resmol.printing import say
-from resmol.prompts import MAX_BYTES, decoded, one_line
+from resmol.cli.terminal import say
+from resmol.cli.prompts import MAX_BYTES, decoded, one_line
 from resmol.inference.sampling_params import Sampling
 
 PROMPT = "> "

@@ -25,7 +25,7 @@ from resmol.cli.app import (
 from resmol.config.run_config import RunConfig
 from resmol.config.load import load_preset, with_overrides
 from resmol.errors import Interrupted, UsageError
-from resmol.printing import print_json, say
+from resmol.cli.terminal import print_json, say
 
 bench = typer.Typer(
     help="Speed and memory, against what one would use instead and what the machine allows.",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from resmol import speaking
+from resmol.cli import chat as speaking
 from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset

@@ -19,7 +19,7 @@ from resmol.cli.app import (
 )
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted
-from resmol.printing import print_json, say
+from resmol.cli.terminal import print_json, say
 
 
 @app.command()

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resmol import prompts as module
+from resmol.cli import prompts as module
 from resmol.errors import DataError
-from resmol.prompts import decoded, given_prompt, one_line, prompts_from
+from resmol.cli.prompts import decoded, given_prompt, one_line, prompts_from
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:

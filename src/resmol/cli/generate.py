@@ -9,8 +9,8 @@ import typer
 
 from resmol.cli.app import Json, app, tune_allocator
 from resmol.errors import UsageError
-from resmol.printing import print_json, say
-from resmol.prompts import Prompt, given_prompt, prompts_from
+from resmol.cli.terminal import print_json, say
+from resmol.cli.prompts import Prompt, given_prompt, prompts_from
 from resmol.inference.sampling_params import Sampling
 from resmol.inference.stop_strings import StopStrings
 
@@ -54,7 +54,7 @@ def generate(
     elif several is not None:
         _generate_several(loaded, several, sampling, stops, batch_size, facts if json_ else None)
     else:
-        from resmol.speaking import converse
+        from resmol.cli.chat import converse
 
         converse(loaded, sampling, stops)
 
@@ -62,7 +62,7 @@ def generate(
 def _generate_one(
     loaded: Any, prompt: str, sampling: Sampling, stop: tuple[str, ...], facts: dict[str, Any] | None
 ) -> None:
-    from resmol.speaking import stream, warn_untokenizable
+    from resmol.cli.chat import stream, warn_untokenizable
 
     if facts is None:
         stream(loaded, prompt, sampling, stop)
@@ -92,7 +92,7 @@ def _generate_several(
     facts: dict[str, Any] | None,
 ) -> None:
     from resmol.inference.completion import Timings, complete_batches
-    from resmol.speaking import print_batch, warn_untokenizable
+    from resmol.cli.chat import print_batch, warn_untokenizable
 
     texts, places = [prompt.text for prompt in prompts], [prompt.place for prompt in prompts]
     for text in texts:

@@ -13,7 +13,7 @@ from resmol.cli.app import (
     tune_allocator,
 )
 from resmol.errors import UsageError
-from resmol.printing import print_json, print_plan, print_published, report_checks, say
+from resmol.cli.terminal import print_json, print_plan, print_published, report_checks, say
 
 
 @app.command()
