@@ -11,16 +11,16 @@ import tokenizers
 from tiny import TrainTiny, synthetic_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from resmol.train.api import train_model
-from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
-from resmol.data.readers import from_texts
+from resmol.config.run_config import RunConfig
 from resmol.data.prepare import prepare
+from resmol.data.readers import from_texts
 from resmol.data.shards import Dataset
-from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.data.tokenizer_files import cache_path
+from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.train.loop import TrainState
+from resmol.train.start import train_model
 
 # A command that is called in this process would replace it by a new one otherwise, whose output nobody sees.
 os.environ.setdefault(ALLOCATOR_VARIABLE, "")

@@ -28,7 +28,9 @@ EMPTY_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"
 COMMANDS = {path.name for path in (PACKAGE / "cli").glob("*.py")}
 LAZY_BY_DESIGN = {"__init__.py", "__main__.py", *COMMANDS}  # they answer before PyTorch is imported
 HEAVY = ("torch", "transformers")
-PEER_WITH_PICKLES = PACKAGE / "bench" / "saving.py"  # measures torch.save on tensors that it made itself
+PEER_WITH_PICKLES = (
+    PACKAGE / "bench" / "workers" / "checkpoint.py"
+)  # measures torch.save on tensors that it made itself
 
 
 # --- no PyTorch in layer 0 ----------------------------------------------------------------------------------

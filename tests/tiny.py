@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from resmol.run.ledger import GENESIS, Record, canonical, read_ledger
 from resmol.run.directory import RunDir
+from resmol.run.ledger import GENESIS, Record, canonical, read_ledger
 from resmol.train.loop import TrainState
 
 

@@ -17,14 +17,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from resmol.train.api import evaluate_model, train_model
-    from resmol.config.run_config import RunConfig
-    from resmol.config.load import load_config, load_preset
-    from resmol.errors import ResmolError
-    from resmol.interop.load import LoadedModel, load_model
+from resmol.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from resmol.config.load import load_config, load_preset
+    from resmol.config.run_config import RunConfig
+    from resmol.errors import ResmolError
+    from resmol.interop.evaluate import evaluate_model
+    from resmol.interop.load import LoadedModel, load_model
+    from resmol.train.start import train_model
+
 __all__ = [
     "LoadedModel",
     "ResmolError",
@@ -41,11 +43,11 @@ _HOMES = {
     "LoadedModel": "resmol.interop.load",
     "ResmolError": "resmol.errors",
     "RunConfig": "resmol.config.run_config",
-    "evaluate_model": "resmol.train.api",
+    "evaluate_model": "resmol.interop.evaluate",
     "load_config": "resmol.config.load",
     "load_model": "resmol.interop.load",
     "load_preset": "resmol.config.load",
-    "train_model": "resmol.train.api",
+    "train_model": "resmol.train.start",
 }
 
 

@@ -13,8 +13,8 @@ from tiny import TrainTiny, rewrite
 from resmol.audit.audit import audit
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
-from resmol.run.ledger import Record
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Record
 
 
 @pytest.fixture(scope="module")

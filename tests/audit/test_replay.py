@@ -13,12 +13,12 @@ from tiny import TrainTiny, rewrite
 from resmol.audit import replay as module
 from resmol.audit.audit import audit
 from resmol.audit.certificate import current_certificate, write_certificate
-from resmol.checks import Check, all_passed
-from resmol.errors import CheckFailed
-from resmol.run.ledger import Record, read_ledger
 from resmol.audit.replay import Segment, Wish, segments
 from resmol.audit.report import write_report
+from resmol.checks import Check, all_passed
+from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Record, read_ledger
 
 ALL = Wish(count=100, limit=100, seed=1)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tiny import TrainTiny, rewrite
 
-from resmol.errors import DataError
-from resmol.run.ledger import Ledger, LedgerTampered, float_bits
 from resmol.audit.plots import smoothed, thin
 from resmol.audit.report import duration, headline_facts, write_report
+from resmol.errors import DataError
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Ledger, LedgerTampered, float_bits
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m"
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from tiny import TrainTiny
 
-from resmol.train import autotune as auto
 from resmol.audit import reproduce as module
-from resmol.config.run_config import RunConfig
-from resmol.config.load import with_overrides
-from resmol.cli.console import console_views
-from resmol.data.shards import Dataset
-from resmol.errors import CheckFailed, Interrupted
-from resmol.run.ledger import read_ledger
 from resmol.audit.reproduce import Protocol, claims, estimate_seconds, reproduce
-from resmol.run.directory import RunDir
+from resmol.cli.console import console_views
+from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import CheckFailed, Interrupted
+from resmol.run.directory import RunDir
+from resmol.run.ledger import read_ledger
+from resmol.train import autotune as auto
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from resmol.bench.ablate import CONTROL, Ablation, AblationResult, ablate, variants_of
-from resmol.config.run_config import RunConfig
-from resmol.config.load import with_overrides
-from resmol.data.shards import Dataset
-from resmol.errors import CheckFailed, ConfigError, UsageError
 from resmol.bench.subprocess_runs import Measurement, measure_training
+from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import CheckFailed, ConfigError, UsageError
 
 FACTOR = ("runtime.attention=sdpa,eager",)
 

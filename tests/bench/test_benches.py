@@ -14,19 +14,19 @@ from resmol.bench.checkpoint import CheckpointBench, checkpoint_contest, saved
 from resmol.bench.comparison import Contest
 from resmol.bench.generate import GenerateBench, equal_tokens, generation_contests
 from resmol.bench.prepare import PrepareBench, preparation_contest
+from resmol.bench.profile import trace_training
 from resmol.bench.scaling import Scaling, known_points, measure_point, scale
 from resmol.bench.startup import StartBench, command, starting_contests, time_to_first_step
-from resmol.bench.profile import trace_training
 from resmol.bench.train import TrainBench, parse_batch, training_contests
-from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
-from resmol.data.shards import Dataset
+from resmol.config.run_config import RunConfig
 from resmol.data.resolve import Text
-from resmol.errors import CheckFailed, ConfigError, DataError, UsageError
-from resmol.run.ledger import effective_steps, read_ledger
-from resmol.run.directory import RunDir
+from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.data.tokenizer_files import cache_path
+from resmol.errors import CheckFailed, ConfigError, DataError, UsageError
+from resmol.run.directory import RunDir
+from resmol.run.ledger import effective_steps, read_ledger
 
 
 def quiet(_: str) -> None:

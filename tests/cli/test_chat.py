@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from resmol.cli import chat as speaking
-from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.errors import DataError
-from resmol.interop.load import load_model
-from resmol.inference.sampling_params import Sampling
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError
+from resmol.inference.sampling_params import Sampling
+from resmol.interop.load import load_model
+from resmol.train.start import train_model
 
 SECONDS = 60  # the most that anything here may take; only a broken program comes near
 # The model is slowed down, so that there is an answer to interrupt; and Ctrl-C works also where the tests themselves

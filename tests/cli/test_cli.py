@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from tiny import TrainTiny
 
-from resmol.inference import generate
 from resmol.__main__ import exit_code, run
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.errors import CheckFailed, DiskFull, Interrupted
-from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import CheckFailed, DiskFull, Interrupted
+from resmol.inference import generate
+from resmol.run.directory import RunDir
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmol.cli import prompts as module
-from resmol.errors import DataError
 from resmol.cli.prompts import decoded, given_prompt, one_line, prompts_from
+from resmol.errors import DataError
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 import resmol.config.model_config
 from resmol.config.load import load_preset, preset_names
-from resmol.errors import ConfigError, DataError, NetworkError
 from resmol.config.model_config import ModelConfig, parse_hf_config, read_model_config
+from resmol.errors import ConfigError, DataError, NetworkError
 
 # The shape of a published config.json, at a size of our own.
 GENUINE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from resmol.config.run_config import RunConfig, describe, drift_classes, flatten
-from resmol.config.load import load_config, load_preset, preset_names, with_overrides
 from resmol.config.drift import reconcile
+from resmol.config.load import load_config, load_preset, preset_names, with_overrides
+from resmol.config.run_config import RunConfig, describe, drift_classes, flatten
 from resmol.errors import ConfigError, DataError
 from resmol.model.flops import total_parameters
 
@@ -159,7 +159,7 @@ def test_the_classes_are_those_of_the_fault_matrix(key: str, drift: str) -> None
 
 
 def test_the_page_of_the_documentation_is_current() -> None:
-    page = Path(__file__).parents[1] / "docs" / "configuration.md"
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == describe(), "python -m resmol.config.run_config > docs/configuration.md"
 
 
@@ -496,7 +496,7 @@ def test_an_architecture_that_is_not_there_is_a_data_error(tmp_path: Path) -> No
 
 
 def test_every_preset_states_its_sources_and_stands_on_the_same_base() -> None:
-    folder = Path(__file__).parents[1] / "src" / "resmol" / "presets"
+    folder = Path(__file__).parents[2] / "src" / "resmol" / "config" / "presets"
     for file in folder.glob("*.toml"):
         text = file.read_text(encoding="utf-8")
         assert tomllib.loads(text).get("base") == (None if file.stem == "smollm2-135m" else "smollm2-135m"), file.name

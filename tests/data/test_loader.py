@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmol.data.loader import IGNORE, Loader
-from resmol.data.shuffle import WindowOrder
 from resmol.data.shards import Shard, TokenStream
+from resmol.data.shuffle import WindowOrder
 from resmol.errors import ConfigError, DataError
 
 EOS = 0

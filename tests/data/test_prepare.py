@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import synthetic_texts
 
-from resmol.system.atomic_io import TEMPORARY_PREFIX
 from resmol.data import prepare as module
-from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.prepare import Progress, is_held_out, prepare
+from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.shard_writer import SplitWriter
 from resmol.errors import DataError, DiskFull, UsageError
+from resmol.system.atomic_io import TEMPORARY_PREFIX
 
 
 def tokens_of(stream) -> list[int]:

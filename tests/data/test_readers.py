@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from resmol.data import corpora, named, text
-from resmol.data.readers import Corpus, from_texts, read_inputs
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.chunking import ReadCounts, cut_into_pieces, decoded, repaired
+from resmol.data.readers import Corpus, from_texts, read_inputs
 from resmol.errors import DataError, UsageError
 
 

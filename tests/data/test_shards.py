@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmol.data.readers import from_texts
 from resmol.data.prepare import prepare
+from resmol.data.readers import from_texts
 from resmol.data.shards import open_dataset, token_dtype, token_width, verify_shards
 from resmol.errors import DataError
 

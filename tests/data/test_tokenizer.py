@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resmol.data import tokenizer as module
-from resmol.errors import DataError, NetworkError
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, StreamDecoder, Tokenizer, load_tokenizer
 from resmol.data.tokenizer_files import cache_path, tokenizer_json_from_gguf
+from resmol.errors import DataError, NetworkError
 
-SOURCE = str(Path(module.__file__).resolve().parents[1])
+SOURCE = str(Path(module.__file__).resolve().parents[2])
 # FACTS of the genuine file: these byte values have no token.
 UNTOKENIZABLE = bytes([0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)])
 

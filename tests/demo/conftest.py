@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from served import Served, slow_demo
 
-from resmol.train.api import train_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.interop.export import export_space
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.directory import RunDir
-from resmol.data.tokenizer import Tokenizer
+from resmol.train.start import train_model
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import pytest
 from tiny import rewrite
 
 from resmol.checks import Check
+from resmol.demo.page import answer, heading, record_page
 from resmol.demo.provenance import identify
 from resmol.demo.request_limits import Limits
-from resmol.demo.page import answer, heading, record_page
 from resmol.errors import CheckpointError, UsageError
 from resmol.interop.export import export_gguf
 from resmol.interop.load import LoadedModel, load_model

@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 from served import ask, demo_process, final_text
 
 import resmol
+from resmol.demo.space import export_space, requirements
 from resmol.errors import UsageError
-from resmol.interop.export.space import export_space, requirements
 from resmol.interop.load import load_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,11 +13,11 @@ import atheris
 
 with atheris.instrument_imports(include=["resmol"]):
     from resmol.config.load import load_config
-    from resmol.errors import ResmolError
     from resmol.config.model_config import read_model_config
+    from resmol.errors import ResmolError
+    from resmol.interop.gguf_header import read_gguf_header
     from resmol.run.ledger import read_ledger
     from resmol.system.safetensors_header import read_header
-    from resmol.interop.gguf_header import read_gguf_header
 
 READERS = {
     "safetensors": (read_header, "model.safetensors"),

@@ -30,16 +30,15 @@ import torch
 from safetensors.torch import load_file
 from trials import Setting
 
-import resmol.train.start
 import resmol.run.async_save
 import resmol.train.loop
-from resmol.run.checkpoint import Staged
-from resmol.config.run_config import RunConfig
+import resmol.train.start
 from resmol.config.load import load_config
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset, open_dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ResmolError, RunInUse
-from resmol.train.start import Launch, launch
-from resmol.run.ledger import read_ledger, select
+from resmol.run.checkpoint import Staged
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     WEIGHTS,
@@ -51,8 +50,9 @@ from resmol.run.checkpoint_manifest import (
     verify_checkpoint,
 )
 from resmol.run.directory import RunDir
-from resmol.data.tokenizer import Tokenizer
+from resmol.run.ledger import read_ledger, select
 from resmol.train.loop import Session, TrainState, record_step, save
+from resmol.train.start import Launch, launch
 
 Script = Callable[[TrainState, Session], None]
 SMALL = (

@@ -17,16 +17,16 @@ import numpy as np
 from campaign import Campaign
 from trials import Forks, Oracle, Setting, error_of, train_run
 
-from resmol.train.api import train_model
 from resmol.config.load import load_config
-from resmol.data.readers import read_inputs
 from resmol.data.loader import Loader
 from resmol.data.prepare import prepare
+from resmol.data.readers import read_inputs
 from resmol.data.shards import Dataset, token_dtype
-from resmol.errors import ResmolError
-from resmol.run.ledger import read_ledger, select
-from resmol.run.directory import RunDir
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import ResmolError
+from resmol.run.directory import RunDir
+from resmol.run.ledger import read_ledger, select
+from resmol.train.start import train_model
 
 TOO_LARGE = "token {place} is {token} of 512"
 

@@ -18,9 +18,8 @@ from campaign import Campaign
 from safetensors.torch import load_file, save_file
 from trials import STEPS, Forks, Oracle, Setting, error_of, train_run
 
-from resmol.run.checkpoint import digest_all
 from resmol.errors import CheckpointError
-from resmol.run.ledger import read_ledger, select
+from resmol.run.checkpoint import digest_all
 from resmol.run.checkpoint_manifest import (
     CONFIG,
     MANIFEST,
@@ -35,6 +34,7 @@ from resmol.run.checkpoint_manifest import (
     read_manifest,
 )
 from resmol.run.directory import RunDir
+from resmol.run.ledger import read_ledger, select
 
 NEWEST, BEFORE, STEPS_SO_FAR = checkpoint_name(50), checkpoint_name(45), 50
 FILES = (WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST)

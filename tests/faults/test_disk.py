@@ -26,9 +26,9 @@ from trials import INTERVAL, STEPS, Forks, Oracle, Setting, command, error_of, f
 import resmol.run.checkpoint
 import resmol.train.loop
 from resmol.errors import CheckpointError, DiskFull, ResmolError, RunInUse
-from resmol.run.ledger import read_ledger, select
 from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, read_manifest, step_of, verify_checkpoint
 from resmol.run.directory import RunDir
+from resmol.run.ledger import read_ledger, select
 
 DATA_OR_DISK = 3  # the exit code of an error that comes from the operating system
 # A save may fail in the background while later steps are executed, but the next save waits for it.
@@ -413,7 +413,10 @@ def take_away(what: str, run: Path, setting: Setting) -> int:
 
     resmol.train.loop.record_step = record
     if what == "moved in a save":
-        resmol.train.loop.record_step, resmol.run.checkpoint.file_entry = real, move_away(run, resmol.run.checkpoint.file_entry)
+        resmol.train.loop.record_step, resmol.run.checkpoint.file_entry = (
+            real,
+            move_away(run, resmol.run.checkpoint.file_entry),
+        )
     return command(run, setting)
 
 

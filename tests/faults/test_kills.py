@@ -17,14 +17,14 @@ import pytest
 from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, step_bits, train_run
 
-import resmol.run.checkpoint
 import resmol.run.async_save
+import resmol.run.checkpoint
 import resmol.train.loop
-from resmol.run.checkpoint import Staged
 from resmol.data.shards import Dataset
-from resmol.run.ledger import read_ledger, select
+from resmol.run.checkpoint import Staged
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
+from resmol.run.ledger import read_ledger, select
 
 
 def test_k1_killed_at_any_time(
@@ -77,7 +77,12 @@ IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
 def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting: Setting) -> int:
     """Train; be killed at a stage of the save of a step, by the thread that saves, ``ahead`` steps later."""
     module, saved_step = IN_THE_BACKGROUND[stage]
-    real, real_record, recorded, changed = getattr(module, stage), resmol.train.loop.record_step, [0], threading.Condition()
+    real, real_record, recorded, changed = (
+        getattr(module, stage),
+        resmol.train.loop.record_step,
+        [0],
+        threading.Condition(),
+    )
 
     def record(state: Any, *arguments: Any) -> None:
         real_record(state, *arguments)

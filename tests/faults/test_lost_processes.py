@@ -38,8 +38,8 @@ from trials import (
     train_run,
 )
 
-import resmol.train.start
 import resmol.train.loop
+import resmol.train.start
 from resmol.run.ledger import select
 from resmol.system.host import ALLOCATOR_VARIABLE
 

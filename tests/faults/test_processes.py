@@ -38,18 +38,18 @@ from trials import (
     step_bits,
 )
 
+import resmol.run.async_save
+import resmol.run.ledger
+import resmol.train.loop
 import resmol.train.parallel
 import resmol.train.start
-import resmol.run.ledger
-import resmol.run.async_save
-import resmol.train.loop
-from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.config.load import load_config, with_overrides
+from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError, RunInUse
-from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
-from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.system.host import ALLOCATOR_VARIABLE
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 

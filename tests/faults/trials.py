@@ -22,17 +22,17 @@ import torch._dynamo  # PyTorch imports it with the first model: two seconds tha
 import torch.distributed.fsdp  # the same
 
 from resmol import cli
-from resmol.cli import console
-from resmol.run import log_writers as views  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
-from resmol.train.api import train_model
+from resmol.cli import console
 from resmol.config.load import load_config
 from resmol.errors import ResmolError
-from resmol.run.ledger import effective_steps, read_ledger
+from resmol.run import log_writers as views  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
-from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.run.directory import RunDir
+from resmol.run.ledger import effective_steps, read_ledger
+from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.train.loop import REPRODUCIBLE_FIELDS
+from resmol.train.start import train_model
 
 STEPS, INTERVAL = 60, 5
 FAULT_RUN = f"""

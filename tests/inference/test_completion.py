@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
+from resmol.config.run_config import RunConfig
+from resmol.data.tokenizer import Tokenizer
+from resmol.errors import UsageError
 from resmol.inference import completion as module
 from resmol.inference.completion import TextStream, Timings, complete_batches
-from resmol.config.run_config import RunConfig
-from resmol.errors import UsageError
 from resmol.inference.generate import Continuation, decode_batch
-from resmol.interop.load import LoadedModel
-from resmol.model.llama import CausalLM
 from resmol.inference.sampling_params import Sampling
-from resmol.data.tokenizer import Tokenizer
+from resmol.interop.load import LoadedModel
 from resmol.interop.resolve import Provenance
+from resmol.model.llama import CausalLM
 
 PROMPTS = ["ka lo", "", "mi ner 42", "é", "shu ver ing the"]
 FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from resmol.errors import CheckpointError, ConfigError
 from resmol.config.model_config import ModelConfig
-from resmol.interop.gguf_names import BLOCK_NAMES, gguf_config, gguf_tensors
+from resmol.errors import CheckpointError, ConfigError
 from resmol.interop.gguf_header import read_gguf_header
+from resmol.interop.gguf_names import BLOCK_NAMES, gguf_config, gguf_tensors
 
 CONFIG = ModelConfig(
     vocab_size=96,

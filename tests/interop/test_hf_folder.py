@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from resmol.checks import Check
 from resmol.config.load import load_preset
-from resmol.errors import CheckpointError, ConfigError, DataError
-from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig, read_model_config
+from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.interop.hf_folder import cross_check, find_weights, tensor_shapes
+from resmol.model.flops import total_parameters
 
 
 def reference(**changes: Any) -> Any:

@@ -21,13 +21,13 @@ from test_hf_folder import reference
 from tiny import TrainTiny
 from tokenizers import Tokenizer as RustTokenizer
 
-from resmol.interop import load as load_module
-from resmol.run.checkpoint import weight_tensors
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
 from resmol.inference.generate import Sampling
-from resmol.interop.load import LoadedModel, load_model
-from resmol.data.tokenizer import Tokenizer
+from resmol.interop import load as load_module
 from resmol.interop import sources as model_sources
+from resmol.interop.load import LoadedModel, load_model
+from resmol.run.checkpoint import weight_tensors
 from resmol.system.pypi_download import file_sha256
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
@@ -178,7 +178,7 @@ def test_training_cannot_reach_these_weights() -> None:
     """Neither the loop nor what prepares it imports this module, directly or through another of ours."""
     import ast
 
-    package = Path(load_module.__file__).parent
+    package = Path(load_module.__file__).parents[1]
 
     def imported(name: str, seen: set[str]) -> set[str]:
         path = package / (name.replace(".", "/") + ".py")

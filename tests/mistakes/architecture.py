@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from bench import Bench, Mistake, mistake, replaced
 from torch import Tensor, nn
 
-from resmol.model import llama as module
 from resmol.config.load import load_preset
-from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
+from resmol.model import llama as module
+from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
 from resmol.verify import verify
 

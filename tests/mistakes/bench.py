@@ -12,9 +12,9 @@ import torch
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.train.parallel import Runtime
 from resmol.data.tokenizer import Tokenizer
 from resmol.train.loop import TrainState
+from resmol.train.parallel import Runtime
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
 

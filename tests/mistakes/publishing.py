@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from resmol.bench import ablate as ablation
 from resmol.bench import subprocess_runs as measurement
-from resmol.interop import load
 from resmol.bench.ablate import Ablation, Measurement
 from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
+from resmol.interop import load
 from resmol.interop.export import export_hf, hf
-from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints
-from resmol.model.llama import CausalLM
 from resmol.interop.resolve import find_source
+from resmol.model.llama import CausalLM
+from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints
 
 # --- what speaks ---------------------------------------------------------------------------------------------
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from bench import Bench, Mistake, mistake, replaced
 
-from resmol.train import start as launch
-from resmol.train import resume
-from resmol.run import checkpoint
-from resmol.run import checkpoint_manifest as manifest
-from resmol.system import atomic_io as atomic
 from resmol.data.loader import Batch, Loader
 from resmol.errors import CheckpointError, ResmolError
-from resmol.run.ledger import effective_steps, read_ledger, select
-from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
-from resmol.system.safetensors_header import read_header
-from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.interop.hf_folder import tensor_shapes
+from resmol.run import checkpoint
+from resmol.run import checkpoint_manifest as manifest
+from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint
+from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.system import atomic_io as atomic
+from resmol.system.safetensors_header import read_header
+from resmol.train import resume
+from resmol.train import start as launch
+from resmol.train.loop import REPRODUCIBLE_FIELDS
 
 # --- going on ------------------------------------------------------------------------------------------------
 

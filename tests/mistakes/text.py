@@ -11,9 +11,9 @@ from bench import Bench, Mistake, mistake
 from tiny import synthetic_texts
 
 from resmol.data import shard_writer
-from resmol.data.readers import from_texts
 from resmol.data.loader import IGNORE, Loader
 from resmol.data.prepare import prepare
+from resmol.data.readers import from_texts
 from resmol.data.shards import Dataset, TokenStream
 from resmol.train.start import make_loader
 

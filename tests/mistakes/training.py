@@ -12,18 +12,18 @@ from bench import RUNTIME, Bench, Mistake, mistake, replaced
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol.train import parallel as distributed
-from resmol.train import start as launch
-from resmol.train import loop as train
 from resmol.config.load import with_overrides
 from resmol.data.loader import IGNORE, Batch, Loader
-from resmol.train.parallel import Runtime
 from resmol.errors import ConfigError
 from resmol.inference.generate import Sampling
-from resmol.train.start import make_loader, new_state
-from resmol.run.ledger import effective_steps, read_ledger, select
-from resmol.run.checkpoint_manifest import load_state
 from resmol.model.llama import CausalLM, Decoder
+from resmol.run.checkpoint_manifest import load_state
+from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.train import loop as train
+from resmol.train import parallel as distributed
+from resmol.train import start as launch
+from resmol.train.parallel import Runtime
+from resmol.train.start import make_loader, new_state
 
 # --- what a step computes ------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.load import load_preset, preset_names
+from resmol.config.model_config import ModelConfig
+from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.flops import (
     forward_flops_per_token,
     inference_memory,
@@ -20,9 +22,7 @@ from resmol.model.flops import (
     training_flops_per_token,
     training_memory,
 )
-from resmol.config.model_config import ModelConfig
 from resmol.model.kv_cache import KVCache
-from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.llama import Attention, CausalLM
 
 TINY = ModelConfig(
@@ -191,7 +191,7 @@ def test_training_memory_is_four_copies_of_the_weights_and_what_the_batch_needs(
 
 # --- the page that explains it ------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def numbers_after(label: str) -> list[int]:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resmol.model import linear as module
 from resmol.config.run_config import RunConfig
 from resmol.inference.generate import generate
-from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
-from resmol.model.llama import CausalLM
-from resmol.model.linear import Linear, Products, multiply, use_products
 from resmol.inference.sampling_params import Sampling
+from resmol.model import linear as module
+from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
+from resmol.model.linear import Linear, Products, multiply, use_products
+from resmol.model.llama import CausalLM
 
 EPS = torch.finfo(torch.float32).eps
 needs_onednn = pytest.mark.skipif(not module.has_onednn(), reason="this PyTorch has no oneDNN")

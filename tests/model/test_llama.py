@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol.config.run_config import RunConfig
 from resmol.config.model_config import ModelConfig
+from resmol.config.run_config import RunConfig
 from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM, RMSNorm, attend, attention_mask, rotate, rotation_tables
 

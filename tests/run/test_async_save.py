@@ -14,23 +14,31 @@ import torch
 from safetensors.torch import load_file
 from tiny import TrainTiny
 
-from resmol.run import async_save as saving
 from resmol.audit.audit import audit
 from resmol.audit.certificate import write_certificate
-from resmol.run.checkpoint import Contents, Staged
-from resmol.checks import all_passed
-from resmol.config.run_config import RunConfig
-from resmol.train.parallel import Runtime
-from resmol.errors import CheckpointError, DiskFull
-from resmol.train.start import new_state
-from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
-from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, SavedState, list_checkpoints, load_state, read_manifest
 from resmol.audit.replay import Wish
 from resmol.audit.report import write_report
-from resmol.run.directory import RunDir
+from resmol.checks import all_passed
+from resmol.config.run_config import RunConfig
+from resmol.errors import CheckpointError, DiskFull
+from resmol.run import async_save as saving
 from resmol.run.async_save import Saver
-from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState
+from resmol.run.checkpoint import Contents, Staged
+from resmol.run.checkpoint_manifest import (
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    SavedState,
+    list_checkpoints,
+    load_state,
+    read_manifest,
+)
+from resmol.run.directory import RunDir
+from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import Journal
+from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState
+from resmol.train.parallel import Runtime
+from resmol.train.start import new_state
 
 NAMES = ("stage_checkpoint", "commit_checkpoint")
 PATIENCE = 20.0  # seconds after which a test that hangs gives up

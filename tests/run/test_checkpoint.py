@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TrainTiny
 
-from resmol.run import checkpoint as module
-from resmol.run.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError
+from resmol.model.llama import CausalLM
+from resmol.run import checkpoint as module
+from resmol.run.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
 from resmol.run.checkpoint_manifest import (
     Manifest,
     SavedState,
@@ -26,9 +27,8 @@ from resmol.run.checkpoint_manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from resmol.model.llama import CausalLM
-from resmol.train.optimizer import build_optimizer
 from resmol.train.loop import TrainState
+from resmol.train.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from test_report import step_record
 from tiny import TrainTiny
 
 from resmol.cli.console import ConsoleView, console_views
-from resmol.run.ledger import Ledger, Record, read_ledger, select
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Ledger, Record, read_ledger, select
 from resmol.run.log_writers import Journal, Lines, LogView, TensorBoardView, describe
 
 

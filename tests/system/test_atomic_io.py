@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from resmol.errors import DiskFull
 from resmol.system.atomic_io import (
     commit_directory,
     fsync_path,
@@ -20,7 +21,6 @@ from resmol.system.atomic_io import (
     remove_leftovers,
     write_durable,
 )
-from resmol.errors import DiskFull
 
 EFFECTS = ("mkdir", "open", "fsync", "rename", "replace", "rmdir", "unlink")
 PAYLOAD = {"model.safetensors": b"m" * 10_000, "state.json": b"{}"}

@@ -14,10 +14,10 @@ from hub_server import Files, Hub, Repo, hub_with_client
 from test_gguf import CONFIG, hf_weights, write_gguf
 from test_hf_folder import reference
 
-from resmol.system import hub_download as module
 from resmol.errors import DataError, NetworkError
-from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.interop.load import load_model
+from resmol.system import hub_download as module
+from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.pypi_download import file_sha256
 
 FIX = "try again"

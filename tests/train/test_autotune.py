@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.errors import ConfigError
 from resmol.train import autotune as auto
 from resmol.train.autotune import resolve_auto
-from resmol.config.run_config import RunConfig
-from resmol.config.load import with_overrides
-from resmol.errors import ConfigError
 
 DECIDED = ("device", "precision", "products", "compile", "activation_checkpointing")
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.train.parallel import Runtime
-from resmol.errors import DataError
-from resmol.train.evaluate import evaluate
-from resmol.train.start import make_loader
-from resmol.model.llama import CausalLM
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError
+from resmol.model.llama import CausalLM
+from resmol.train.evaluate import evaluate
+from resmol.train.parallel import Runtime
+from resmol.train.start import make_loader
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
 

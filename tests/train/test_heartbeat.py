@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from resmol.train import heartbeat as module
 from resmol.errors import ConfigError, ProcessLost
+from resmol.train import heartbeat as module
 from resmol.train.heartbeat import Siblings, describe_slowest
 
 

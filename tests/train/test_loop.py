@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from tiny import TrainTiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from resmol.run import async_save as saving
-from resmol.train import loop as module
-from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.data.loader import IGNORE, Batch, Loader
 from resmol.data.shards import Dataset
-from resmol.train.parallel import Runtime, open_runtime
 from resmol.errors import DataError, DiskFull, NonFiniteError
-from resmol.train.start import make_loader, new_state
-from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.run import async_save as saving
 from resmol.run.checkpoint_manifest import load_state
-from resmol.train.lr_schedule import lr_at
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.train import loop as module
 from resmol.train.loop import TrainState, accumulate_gradients, is_due, train_step
+from resmol.train.lr_schedule import lr_at
+from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.start import make_loader, new_state
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
-GOLDEN = Path(__file__).parent / "golden" / "three_steps.json"
+GOLDEN = Path(__file__).with_name("three_steps.json")
 
 
 def batches_of(loader: Loader, step: int) -> list[Batch]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tiny import TrainTiny
 
-from resmol.train import loop as module
 from resmol.errors import CheckFailed
 from resmol.run.ledger import read_ledger, select
+from resmol.train import loop as module
 from resmol.train.loss_spikes import ENOUGH, MEMORY, is_spike, remembered
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
-from resmol.config.run_config import ScheduleConfig
 from resmol.config.load import load_preset
+from resmol.config.run_config import ScheduleConfig
 from resmol.train.lr_schedule import lr_at
 
 PEAK = 3e-3

@@ -11,13 +11,13 @@ import pytest
 from test_resume import assert_equal_runs
 from tiny import TrainTiny
 
-from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.train.parallel import Runtime, open_runtime
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import ConfigError
 from resmol.run.ledger import read_ledger, select
-from resmol.data.tokenizer import Tokenizer
+from resmol.train.parallel import Runtime, open_runtime
 
 
 def torchrun_words(processes: int) -> list[str]:

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from tiny import TrainTiny
 
-from resmol.train import loop as module
 from resmol.audit.audit import audit
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
-from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import read_manifest
 from resmol.run.directory import RunDir
-from resmol.data.tokenizer import Tokenizer
+from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.train import loop as module
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 
 

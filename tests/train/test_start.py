@@ -8,11 +8,13 @@ import pytest
 from tiny import TrainTiny
 
 import resmol
-from resmol.train.api import evaluate_model, import_factory, verify_model
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
-from resmol.errors import UsageError
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import UsageError
+from resmol.interop.evaluate import evaluate_model
+from resmol.verify import verify_model
+from resmol.verify.third_party.check import import_factory
 
 
 @pytest.fixture

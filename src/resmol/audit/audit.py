@@ -9,14 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from resmol.audit.replay import Wish, replay
 from resmol.checks import Check
-from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config
+from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.shards import open_dataset
 from resmol.data.resolve import data_folder
+from resmol.data.shards import open_dataset
 from resmol.errors import CheckpointError, ResmolError
-from resmol.train.start import make_loader
+from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest, verify_checkpoint
+from resmol.run.directory import RunDir
 from resmol.run.ledger import (
     LedgerTampered,
     Record,
@@ -27,11 +29,9 @@ from resmol.run.ledger import (
     read_ledger,
     select,
 )
-from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest, verify_checkpoint
-from resmol.audit.replay import Wish, replay
-from resmol.run.directory import RunDir
-from resmol.train.lr_schedule import lr_at
 from resmol.train.loop import REPRODUCIBLE_FIELDS
+from resmol.train.lr_schedule import lr_at
+from resmol.train.start import make_loader
 
 FIELDS = {  # that are read here, of each kind
     "start": ("data_fingerprint", "config_sha256", "environment"),

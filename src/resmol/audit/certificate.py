@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from resmol import __version__
-from resmol.system.atomic_io import write_durable
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
-from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.run.directory import RunDir
+from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.system.atomic_io import write_durable
+from resmol.version import __version__
 
 LIMITS = (
     "The chain proves that the record was not changed after its head was known; keep the head somewhere else.",

@@ -13,22 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.checks import Check
-from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.shards import open_dataset, verify_shards
 from resmol.data.resolve import data_folder
-from resmol.train.parallel import Runtime, find_device, open_runtime
+from resmol.data.shards import open_dataset, verify_shards
 from resmol.errors import ConfigError, ResmolError
-from resmol.train.start import compile_blocks, make_loader, new_state
-from resmol.run.ledger import Record, effective_steps, float_bits, last_fact, select
+from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
-from resmol.train.resume import bitwise_facts, restore
 from resmol.run.directory import RunDir
-from resmol.train.lr_schedule import lr_at
+from resmol.run.ledger import Record, effective_steps, float_bits, last_fact, select
 from resmol.train.loop import TrainState, train_step
+from resmol.train.lr_schedule import lr_at
+from resmol.train.parallel import Runtime, find_device, open_runtime
+from resmol.train.resume import bitwise_facts, restore
+from resmol.train.start import compile_blocks, make_loader, new_state
 
 GUARDS = "A ledger that was made up, a machine that computes wrongly, data or code that is not what was trained with."
 EXPECTED = "the recorded loss, gradient norm, learning rate, tokens and windows of every step, bit for bit"

@@ -9,15 +9,15 @@ from typing import Any
 
 import jinja2
 
-from resmol import __version__
-from resmol.system.atomic_io import write_durable
 from resmol.audit.certificate import current_certificate
+from resmol.audit.plots import curves
 from resmol.config.load import load_config
 from resmol.errors import DataError
-from resmol.run.ledger import Record, effective_steps, read_ledger, select
-from resmol.audit.plots import curves
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import describe
+from resmol.system.atomic_io import write_durable
+from resmol.version import __version__
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
 SMOOTHED_STEPS = 50
@@ -39,7 +39,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     run.require()
     content = read_ledger(run.ledger)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol"),
+        loader=jinja2.PackageLoader("resmol.audit"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

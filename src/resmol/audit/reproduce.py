@@ -21,24 +21,24 @@ from typing import Any
 
 import torch
 
-from resmol.system.atomic_io import write_durable
-from resmol.train.autotune import check_memory, resolve_auto
+from resmol.audit.report import write_report
 from resmol.checks import Check
-from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config, load_preset
+from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch
 from resmol.data.resolve import is_prepared
-from resmol.train.parallel import open_runtime
 from resmol.errors import CheckFailed, Interrupted
 from resmol.model.flops import total_parameters
-from resmol.train.start import new_state
-from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, step_of
-from resmol.system.host import StopSignal, release_freed_memory
-from resmol.audit.report import write_report
 from resmol.run.directory import RunDir
-from resmol.train.lr_schedule import lr_at
+from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.system.atomic_io import write_durable
+from resmol.system.host import StopSignal, release_freed_memory
+from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.loop import train_step
+from resmol.train.lr_schedule import lr_at
+from resmol.train.parallel import open_runtime
+from resmol.train.start import new_state
 
 Say = Callable[[str], None]
 ESTIMATE_STEPS = 4

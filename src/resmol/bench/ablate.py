@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resmol.train.autotune import resolve_auto
-from resmol.config.run_config import RunConfig
-from resmol.config.load import with_overrides
-from resmol.errors import ConfigError, UsageError
-from resmol.bench.subprocess_runs import Measurement, Say, measure_training, prepared_folder, take_turns
 from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
+from resmol.bench.subprocess_runs import Measurement, Say, measure_training, prepared_folder, take_turns
+from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.errors import ConfigError, UsageError
+from resmol.train.autotune import resolve_auto
 
 MAX_VARIANTS = 32
 CONTROL = "control: the first row again"

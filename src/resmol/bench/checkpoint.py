@@ -11,17 +11,17 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.workers.main import Numbers
 from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
 from resmol.bench.run_worker import run_worker
-from resmol.config.run_config import RunConfig
+from resmol.bench.subprocess_runs import QUIET, run_training
+from resmol.bench.workers.main import Numbers
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.ledger import Record, select
-from resmol.bench.subprocess_runs import QUIET, run_training
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Record, select
 
 SAVE = Quantity("save_seconds", "save, s", ".2f")
 STALLED = Quantity("stalled_seconds", "training stands still, s", ".2f")

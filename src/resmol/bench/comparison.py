@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
+from resmol.bench.subprocess_runs import Say, take_turns
 from resmol.bench.workers.main import Numbers
 from resmol.errors import CheckFailed
-from resmol.bench.subprocess_runs import Say, take_turns
-from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
 
 OURS, CONTROL = "resmol", "control: resmol again"
 FAR = 100.0  # an interval that reaches this far says nothing

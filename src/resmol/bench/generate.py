@@ -11,18 +11,18 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from resmol.bench.workers.main import Numbers
 from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.run_worker import run_worker
-from resmol.run.checkpoint import weight_tensors
+from resmol.bench.workers.main import Numbers
+from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
-from resmol.train.parallel import find_device
 from resmol.errors import UsageError
 from resmol.model.flops import total_parameters
-from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import weight_tensors
 from resmol.system.host import allocator_environment
+from resmol.train.parallel import find_device
 
 PEERS = ("transformers",)
 DECODING = Quantity("tokens_per_second", "tokens/s", ",.1f")

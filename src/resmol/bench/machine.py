@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from resmol.train.parallel import Runtime
 from resmol.errors import DataError, UsageError
+from resmol.train.parallel import Runtime
 
 PEER_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
 

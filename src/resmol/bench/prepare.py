@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.workers.main import Numbers
 from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
 from resmol.bench.run_worker import run_worker
+from resmol.bench.subprocess_runs import Say
+from resmol.bench.workers.main import Numbers
+from resmol.data.chunking import ReadCounts
 from resmol.data.readers import Corpus
 from resmol.data.resolve import Text
-from resmol.data.chunking import ReadCounts
-from resmol.errors import DataError, UsageError
-from resmol.bench.subprocess_runs import Say
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError, UsageError
 
 DOCUMENT_CHARACTERS = 4000
 SPEED = Quantity("megabytes_per_second", "MB/s", ".2f")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
 
-from resmol.train.autotune import check_memory, resolve_auto
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
+from resmol.train.autotune import check_memory, resolve_auto
+from resmol.train.loop import train_step
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.start import compile_blocks, make_loader, new_state
-from resmol.train.loop import train_step
 
 OPERATORS = 25
 

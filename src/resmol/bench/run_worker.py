@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from resmol.bench.subprocess_runs import Finished, run_process
 from resmol.bench.workers.main import Numbers
 from resmol.errors import CheckFailed
-from resmol.bench.subprocess_runs import Finished, run_process
 
 
 def run_worker(

@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resmol.train.autotune import needed_memory, resolve_auto
+from resmol.audit.plots import scaling_plot
 from resmol.bench.comparison import markdown_table
 from resmol.bench.machine import machine_facts
-from resmol.config.run_config import RunConfig
+from resmol.bench.subprocess_runs import QUIET, Say, run_training, training_measurement
 from resmol.config.load import load_preset, with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, UsageError
 from resmol.model.flops import training_flops_per_token
-from resmol.bench.subprocess_runs import QUIET, Say, run_training, training_measurement
-from resmol.audit.plots import scaling_plot
 from resmol.system.host import free_memory
+from resmol.train.autotune import needed_memory, resolve_auto
 
 OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from resmol.bench.workers.main import Numbers
 from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts
-from resmol.config.run_config import RunConfig
+from resmol.bench.subprocess_runs import QUIET, Finished, run_process, run_training
+from resmol.bench.workers.main import Numbers
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.run.ledger import effective_steps
-from resmol.bench.subprocess_runs import QUIET, Finished, run_process, run_training
 
 SECONDS = Quantity("seconds", "seconds", ".2f")
 

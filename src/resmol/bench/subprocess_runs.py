@@ -17,18 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.config.run_config import RunConfig
-from resmol.config.load import with_overrides
-from resmol.data.resolve import Text, is_prepared, prepare_text
-from resmol.errors import CheckFailed
-from resmol.run.ledger import Record, effective_steps, read_ledger
 from resmol.bench.paired_stats import interleaved
-from resmol.system.host import ALLOCATOR_VARIABLE
-from resmol.run.directory import RunDir
+from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.data.resolve import Text, is_prepared, prepare_text
 from resmol.data.tokenizer import load_tokenizer
+from resmol.errors import CheckFailed
+from resmol.run.directory import RunDir
+from resmol.run.ledger import Record, effective_steps, read_ledger
+from resmol.system.host import ALLOCATOR_VARIABLE
 
 QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
-LAUNCHER = Path(__file__).with_name("launcher.py")
+LAUNCHER = Path(__file__).with_name("workers") / "rusage_launcher.py"
 Say = Callable[[str], None]
 
 

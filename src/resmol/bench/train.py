@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from resmol.train.autotune import resolve_auto
-from resmol.bench.workers.main import Numbers
 from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.run_worker import run_worker
-from resmol.run.checkpoint import weight_tensors
-from resmol.config.run_config import RunConfig
+from resmol.bench.subprocess_runs import Say, measure_training
+from resmol.bench.workers.main import Numbers
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
-from resmol.train.parallel import Runtime
 from resmol.errors import UsageError
 from resmol.model.flops import total_parameters, training_flops_per_token
-from resmol.train.start import make_loader, new_state
-from resmol.bench.subprocess_runs import Say, measure_training
+from resmol.run.checkpoint import weight_tensors
 from resmol.system.host import allocator_environment
+from resmol.train.autotune import resolve_auto
+from resmol.train.parallel import Runtime
+from resmol.train.start import make_loader, new_state
 
 # The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
 COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")

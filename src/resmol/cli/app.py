@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from resmol import __version__
-from resmol.config.run_config import RunConfig
 from resmol.config.load import load_config, load_preset
+from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
+from resmol.version import __version__
 
 app = typer.Typer(
     name="resmol",

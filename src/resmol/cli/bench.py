@@ -22,10 +22,10 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
-from resmol.config.run_config import RunConfig
-from resmol.config.load import load_preset, with_overrides
-from resmol.errors import Interrupted, UsageError
 from resmol.cli.terminal import print_json, say
+from resmol.config.load import load_preset, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.errors import Interrupted, UsageError
 
 bench = typer.Typer(
     help="Speed and memory, against what one would use instead and what the machine allows.",
@@ -67,8 +67,8 @@ def bench_train(
         if len(batch or ()) > 1:
             raise UsageError(f"--trace watches one --batch, and {len(batch or ())} are given", fix="give one of them")
         tune_allocator()  # it trains in this process, which must meet the same page faults as `train`
-    from resmol.bench.train import TrainBench, parse_batch, training_contests
     from resmol.bench.subprocess_runs import prepared_folder
+    from resmol.bench.train import TrainBench, parse_batch, training_contests
 
     batches = tuple(parse_batch(text) for text in batch or ())
     wanted = TrainBench(chosen, tuple(set_ or ()), batches, precision, peer, repeats, steps, warmup)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from resmol.inference.completion import Completion, TextStream
-from resmol.errors import DataError, ResmolError
-from resmol.interop.load import LoadedModel
-from resmol.cli.terminal import say
 from resmol.cli.prompts import MAX_BYTES, decoded, one_line
+from resmol.cli.terminal import say
+from resmol.errors import DataError, ResmolError
+from resmol.inference.completion import Completion, TextStream
 from resmol.inference.sampling_params import Sampling
+from resmol.interop.load import LoadedModel
 
 PROMPT = "> "
 ENDS = {

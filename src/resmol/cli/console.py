@@ -21,8 +21,8 @@ from rich.progress import (
 )
 
 from resmol.config.run_config import RunConfig
-from resmol.run.ledger import Record
 from resmol.run.directory import RunDir
+from resmol.run.ledger import Record
 from resmol.run.log_writers import Lines, LogView, TensorBoardView, View
 
 REFRESH_SECONDS = 0.2  # of the live line

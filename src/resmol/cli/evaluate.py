@@ -17,9 +17,9 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
+from resmol.cli.terminal import print_json, say
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted
-from resmol.cli.terminal import print_json, say
 
 
 @app.command()
@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte."""
     tune_allocator()
-    from resmol.train.api import evaluate_model
+    from resmol.interop.evaluate import evaluate_model
 
     result = evaluate_model(model, data, windows=windows, seq_len=seq_len, say=say)
     if json_:

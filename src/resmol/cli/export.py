@@ -12,8 +12,8 @@ from resmol.cli.app import (
     app,
     tune_allocator,
 )
-from resmol.errors import UsageError
 from resmol.cli.terminal import print_json, print_plan, print_published, report_checks, say
+from resmol.errors import UsageError
 
 
 @app.command()

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from resmol.cli.app import Json, app, tune_allocator
-from resmol.errors import UsageError
-from resmol.cli.terminal import print_json, say
 from resmol.cli.prompts import Prompt, given_prompt, prompts_from
+from resmol.cli.terminal import print_json, say
+from resmol.errors import UsageError
 from resmol.inference.sampling_params import Sampling
 from resmol.inference.stop_strings import StopStrings
 
@@ -91,8 +91,8 @@ def _generate_several(
     batch_size: int,
     facts: dict[str, Any] | None,
 ) -> None:
-    from resmol.inference.completion import Timings, complete_batches
     from resmol.cli.chat import print_batch, warn_untokenizable
+    from resmol.inference.completion import Timings, complete_batches
 
     texts, places = [prompt.text for prompt in prompts], [prompt.place for prompt in prompts]
     for text in texts:

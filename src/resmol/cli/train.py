@@ -71,8 +71,8 @@ def train(
     wanted = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     tune_allocator()
-    from resmol.train.api import train_model
     from resmol.cli.console import console_views
+    from resmol.train.start import train_model
 
     state = train_model(
         wanted,

@@ -17,9 +17,9 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
+from resmol.cli.terminal import print_json, report_checks, say
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
-from resmol.cli.terminal import print_json, report_checks, say
 from resmol.run.directory import RunDir
 
 
@@ -57,7 +57,7 @@ def verify(
     if weights != "random" and (chosen or model):
         raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
     tune_allocator()
-    from resmol.train.api import verify_model
+    from resmol.verify import verify_model
 
     checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names, say=say)
     report_checks("verify", checks, json_, explain)

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.config.load import with_overrides
+from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError
 
 

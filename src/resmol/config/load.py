@@ -13,14 +13,14 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from resmol.config.model_config import read_model_config
 from resmol.config.run_config import RunConfig, drift_classes
 from resmol.errors import ConfigError, DataError
-from resmol.config.model_config import read_model_config
 
 
 def preset_names() -> list[str]:
     """Return the names of the presets that come with the package."""
-    files = resources.files("resmol").joinpath("presets").iterdir()
+    files = resources.files("resmol.config").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
@@ -111,7 +111,7 @@ def _preset_table(name: str) -> dict[str, Any]:
             f"there is no preset {name!r}" + (f"; did you mean {nearest[0]}?" if nearest else ""),
             fix=f"choose one of: {', '.join(preset_names())}",
         )
-    text = resources.files("resmol").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
+    text = resources.files("resmol.config").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
     return _over_base(tomllib.loads(text), folder=None)
 
 

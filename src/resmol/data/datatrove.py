@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from resmol import __version__
-from resmol.system.atomic_io import full_disk_is_an_error, write_durable
 from resmol.data.shard_writer import describe_shard, write_index
 from resmol.data.shards import (
     MANIFEST,
@@ -26,8 +24,10 @@ from resmol.data.shards import (
     token_dtype,
     token_width,
 )
-from resmol.errors import DataError, UsageError
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError, UsageError
+from resmol.system.atomic_io import full_disk_is_an_error, write_durable
+from resmol.version import __version__
 
 _SCAN_TOKENS = 1 << 22
 

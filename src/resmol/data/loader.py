@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from resmol.data.shuffle import WindowOrder
 from resmol.data.shards import TokenStream
+from resmol.data.shuffle import WindowOrder
 from resmol.errors import ConfigError, DataError
 from resmol.model.cross_entropy import IGNORE
 

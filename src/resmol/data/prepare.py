@@ -15,8 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from resmol import __version__
-from resmol.system.atomic_io import commit_directory
+from resmol.data.chunking import ReadCounts
 from resmol.data.readers import Corpus, Document
 from resmol.data.shard_writer import SplitWriter, tokenizer_name
 from resmol.data.shards import (
@@ -31,9 +30,10 @@ from resmol.data.shards import (
     open_dataset,
     token_width,
 )
-from resmol.data.chunking import ReadCounts
-from resmol.errors import DataError, UsageError
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError, UsageError
+from resmol.system.atomic_io import commit_directory
+from resmol.version import __version__
 
 # An encoding takes about 150 bytes a token in Rust: this bounds the memory, whatever the input.
 BATCH_BYTES = 1 << 20

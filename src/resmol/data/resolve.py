@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.data.datatrove import adopt, is_token_folder
-from resmol.data.readers import Corpus, read_inputs
 from resmol.data.builtin_corpora import named_corpus
+from resmol.data.datatrove import adopt, is_token_folder
 from resmol.data.prepare import Progress, prepare
+from resmol.data.readers import Corpus, read_inputs
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.progress import byte_progress
-from resmol.data.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 

@@ -10,10 +10,10 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int64
 
-from resmol.system.atomic_io import fsync_path
 from resmol.data.shards import Shard, shard_file_sha256, token_dtype
 from resmol.data.tokenizer import Tokenizer
 from resmol.data.tokenizer_files import SMOLLM2_HUB_ID, SMOLLM2_TOKENIZER_SHA256
+from resmol.system.atomic_io import fsync_path
 
 
 class SplitWriter:

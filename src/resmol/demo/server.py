@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from resmol.demo.asgi_allowlist import Gate
+from resmol.demo.page import build_page, style, theme
 from resmol.demo.provenance import Identity, identify
 from resmol.demo.request_limits import Limits
-from resmol.demo.page import build_page, style, theme
 from resmol.demo.sessions import Sessions
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import jinja2
 
-from resmol import __version__
-from resmol.system.atomic_io import commit_directory
+from resmol.config.model_config import read_model_config
 from resmol.errors import UsageError
 from resmol.interop.export.hf import Export, export_hf
 from resmol.interop.export.manifest import Seal, make_seal
 from resmol.model.flops import total_parameters
-from resmol.config.model_config import read_model_config
-from resmol.system.hub_download import is_hub_id
 from resmol.run.checkpoint_manifest import WEIGHTS
+from resmol.system.atomic_io import commit_directory
+from resmol.system.hub_download import is_hub_id
+from resmol.version import __version__
 
 PYTHON = "3.11"
 SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the package ends with
@@ -77,14 +77,14 @@ def export_space(
 
 def requirements() -> dict[str, str]:
     """Return name -> version of everything that a Space installs."""
-    text = files("resmol").joinpath("templates/space_requirements.txt").read_text(encoding="utf-8")
+    text = files("resmol.demo").joinpath("templates/space_requirements.txt").read_text(encoding="utf-8")
     return dict(line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
 
 
 def _files(model: Path, model_repo: str | None) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of every file of the Space besides the model."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("resmol.demo"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,  # noqa: S701 - a program and Markdown, made of checked values
     )  # fmt: skip
     pins = requirements()

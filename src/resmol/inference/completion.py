@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
+from resmol.data.tokenizer import StreamDecoder, Tokenizer
 from resmol.errors import UsageError
 from resmol.inference.generate import Continuation, FinishReason, check_prompt, decode, decode_batch
-from resmol.model.llama import CausalLM
 from resmol.inference.sampling_params import Sampling
 from resmol.inference.stop_strings import StopStrings
-from resmol.data.tokenizer import StreamDecoder, Tokenizer
+from resmol.model.llama import CausalLM
 
 _CHECKED_TOGETHER = 1024  # prompts whose tokens exist at the same time while all are checked
 

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.errors import NonFiniteError, UsageError
 from resmol.config.model_config import ModelConfig
+from resmol.errors import NonFiniteError, UsageError
+from resmol.inference.sampling_params import Sampling
 from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM
-from resmol.inference.sampling_params import Sampling
 
 __all__ = [
     "Continuation",

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from resmol.errors import CheckpointError, ConfigError
 from resmol.config.model_config import ModelConfig
+from resmol.errors import CheckpointError, ConfigError
 from resmol.interop.gguf_header import GGUFHeader, GGUFTensor
 from resmol.interop.hf_folder import tensor_shapes
 

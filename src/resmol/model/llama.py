@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resmol.model.attention_backward import attention_in_blocks, blocks_are_faster
 from resmol.config.model_config import ModelConfig
+from resmol.model.attention_backward import attention_in_blocks, blocks_are_faster
 from resmol.model.kv_cache import KVCache, LayerCache
 from resmol.model.linear import Linear
 

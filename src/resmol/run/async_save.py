@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from resmol.run.checkpoint import Contents, Staged, commit_checkpoint, prune, stage_checkpoint
 from resmol.errors import DiskFull
+from resmol.run.checkpoint import Contents, Staged, commit_checkpoint, prune, stage_checkpoint
 from resmol.run.checkpoint_manifest import Manifest, SavedState, checkpoint_name
 from resmol.run.log_writers import Journal
 

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
-from resmol.errors import CheckpointError, DiskFull
 from resmol.config.model_config import ModelConfig
+from resmol.errors import CheckpointError, DiskFull
+from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import (
     CONFIG,
     OPTIMIZER,
@@ -46,7 +46,7 @@ from resmol.run.checkpoint_manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from resmol.model.llama import CausalLM
+from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.system.safetensors_header import read_header
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from resmol.system.atomic_io import full_disk_is_an_error, make_directory
 from resmol.errors import DataError, RunInUse
+from resmol.system.atomic_io import full_disk_is_an_error, make_directory
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from resmol.system.atomic_io import fsync_path, full_disk_is_an_error, write_durable
 from resmol.errors import CheckFailed, DataError
+from resmol.system.atomic_io import fsync_path, full_disk_is_an_error, write_durable
 
 Kind = Literal["start", "step", "eval", "sample", "save", "resume", "rewind", "drift", "warn", "stop"]
 Record = dict[str, Any]

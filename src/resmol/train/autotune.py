@@ -14,16 +14,16 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from resmol.config.run_config import RunConfig
 from resmol.config.load import with_overrides
-from resmol.train.parallel import Runtime, find_device
-from resmol.errors import ConfigError
-from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.config.model_config import ModelConfig
+from resmol.config.run_config import RunConfig
+from resmol.errors import ConfigError
 from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.flops import training_flops_per_token, training_memory
+from resmol.model.linear import Products, has_onednn, use_products
 from resmol.model.llama import CausalLM
 from resmol.system.host import free_memory
-from resmol.model.linear import Products, has_onednn, use_products
+from resmol.train.parallel import Runtime, find_device
 
 Arithmetic: TypeAlias = Literal["blas", "onednn", "bfloat16"]
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Int
 
 from resmol.data.loader import Batch
-from resmol.train.parallel import Runtime
 from resmol.errors import DataError
 from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
 from resmol.model.llama import CausalLM
+from resmol.train.parallel import Runtime
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from resmol.run.checkpoint import Contents
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, Loader
-from resmol.train.parallel import Runtime
-from resmol.errors import CheckFailed, Interrupted, NonFiniteError
-from resmol.train.evaluate import evaluate
-from resmol.inference.generate import Sampling, generate
-from resmol.run.ledger import Record, float_bits
-from resmol.model.cross_entropy import cross_entropy_sum
-from resmol.run.checkpoint_manifest import SavedState
-from resmol.model.llama import CausalLM
-from resmol.train.optimizer import apply_update, gradient_norm
-from resmol.system.host import StopSignal
-from resmol.run.directory import RunDir
-from resmol.run.async_save import Saver
-from resmol.train.lr_schedule import lr_at
-from resmol.train.loss_spikes import is_spike, remembered
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import CheckFailed, Interrupted, NonFiniteError
+from resmol.inference.generate import Sampling, generate
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.llama import CausalLM
+from resmol.run.async_save import Saver
+from resmol.run.checkpoint import Contents
+from resmol.run.checkpoint_manifest import SavedState
+from resmol.run.directory import RunDir
+from resmol.run.ledger import Record, float_bits
 from resmol.run.log_writers import Journal
+from resmol.system.host import StopSignal
+from resmol.train.evaluate import evaluate
+from resmol.train.loss_spikes import is_spike, remembered
+from resmol.train.lr_schedule import lr_at
+from resmol.train.optimizer import apply_update, gradient_norm
+from resmol.train.parallel import Runtime
 
 # A re-executed step must give these again, bit for bit.
 REPRODUCIBLE_FIELDS = ("loss_bits", "grad_norm_bits", "lr", "tokens", "windows")

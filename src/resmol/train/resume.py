@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from resmol import __version__
-from resmol.run.checkpoint import MOMENTS, load_optimizer, load_weights, set_aside
 from resmol.config.run_config import RunConfig
-from resmol.train.parallel import Runtime
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
+from resmol.run.checkpoint import MOMENTS, load_optimizer, load_weights, set_aside
 from resmol.run.checkpoint_manifest import STATE, damaged, list_checkpoints, load_state, newest_valid
 from resmol.run.directory import RunDir
-from resmol.train.loss_spikes import MEMORY
-from resmol.train.loop import TrainState
+from resmol.run.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
 from resmol.run.log_writers import Journal
+from resmol.train.loop import TrainState
+from resmol.train.loss_spikes import MEMORY
+from resmol.train.parallel import Runtime
+from resmol.version import __version__
 
 BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "threads", "device")
 

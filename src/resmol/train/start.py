@@ -13,36 +13,110 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch._functorch.config
 
-from resmol import __version__
-from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
-from resmol.train.autotune import check_memory, resolve_auto
-from resmol.run.checkpoint import digest_all, weight_tensors
-from resmol.config.run_config import RunConfig
-from resmol.config.load import load_config, with_overrides
-from resmol.data.loader import Loader
-from resmol.data.shards import Dataset, TokenStream
-from resmol.train.parallel import Runtime, is_main_process, open_runtime
 from resmol.config.drift import reconcile
+from resmol.config.load import load_config, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.data.loader import Loader
+from resmol.data.resolve import data_folder, open_or_prepare
+from resmol.data.shards import Dataset, TokenStream, verify_shards
+from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.ledger import Ledger, UnkeptLedger
-from resmol.model.llama import CausalLM
-from resmol.train.optimizer import build_optimizer
-from resmol.system.host import StopSignal, return_freed_memory
 from resmol.model.linear import use_products
-from resmol.train.resume import Beginning, begin, share_state
-from resmol.run.directory import RunDir
+from resmol.model.llama import CausalLM
 from resmol.run.async_save import Saver
-from resmol.data.tokenizer import Tokenizer
-from resmol.train.loop import Session, TrainState, train
+from resmol.run.checkpoint import digest_all, weight_tensors
+from resmol.run.directory import RunDir
+from resmol.run.ledger import Ledger, UnkeptLedger
 from resmol.run.log_writers import Journal, View
+from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
+from resmol.system.host import StopSignal, return_freed_memory
+from resmol.train.autotune import check_memory, resolve_auto
+from resmol.train.loop import Session, TrainState, train
+from resmol.train.optimizer import build_optimizer
+from resmol.train.parallel import Runtime, is_main_process, open_runtime
+from resmol.train.resume import Beginning, begin, share_state
+from resmol.version import __version__
 
 ACTIVATION_MEMORY_BUDGET = 0.9  # the share of what the compiler would keep for the backward pass by itself
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
+
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def train_model(
+    config: RunConfig | None,
+    run: str | Path,
+    *,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    tokenizer: str | Path | None = None,
+    accept_drift: Sequence[str] = (),
+    allow_fresh: bool = False,
+    strict: bool = False,
+    views: Callable[[RunConfig], Sequence[View]] = lambda _: (),
+    say: Say = _silent,
+) -> TrainState:
+    """Start a run, or resume it bit for bit, and train it to ``train.steps``.
+
+    Args:
+        config: The configuration; None resumes with the stored one.
+        run: The run directory.
+        data: A prepared folder, or text to prepare on the fly; None reads what the run read before.
+        overrides: ``section.key=value``, laid over the configuration.
+        tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
+        accept_drift: Class B fields that may differ from the stored configuration.
+        allow_fresh: Begin again when every checkpoint is damaged.
+        strict: Refuse an environment in which bitwise equality is not promised.
+        views: Makes what shows the ledger while it grows.
+        say: Receives sentences for the user.
+
+    Returns:
+        The state after the last step: ``model``, ``optimizer``, ``step``, ``tokens_seen``.
+
+    Raises:
+        ResmolError: Every failure is one of these, with a sentence on what to do.
+    """
+    directory = RunDir(Path(run))
+    if data is not None:
+        folder = data_folder(data, "", directory.data)
+        own = folder == directory.data
+        overrides = [*overrides, f"data.path={directory.data.name if own else folder.resolve()}"]
+
+    def open_data(settled: RunConfig) -> tuple[Dataset, Tokenizer]:
+        found = run_tokenizer(directory, settled, tokenizer, say)
+        dataset = open_or_prepare(data_folder(None, settled.data.path, directory.data), data, found, say)
+        verify_shards(dataset, say)
+        return dataset, found
+
+    return launch(
+        Launch(
+            run=directory,
+            config=config,
+            overrides=overrides,
+            dataset=open_data,
+            views=views,
+            say=say,
+            accept_drift=accept_drift,
+            allow_fresh=allow_fresh,
+            strict=strict,
+        )
+    )
+
+
+def run_tokenizer(run: RunDir, config: RunConfig, source: str | Path | None, say: Say = _silent) -> Tokenizer:
+    """Return the tokenizer of a run: the copy in its directory if there is one."""
+    own = run.tokenizer if run.tokenizer.is_file() and source is None else source
+    return load_tokenizer(own, sha256=config.tokenizer.sha256, say=say)
 
 
 @dataclass(frozen=True)

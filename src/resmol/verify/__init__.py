@@ -6,20 +6,22 @@ What is compared, and where the tolerances come from, is said in docs/verificati
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from resmol.checks import Check
-from resmol.errors import UsageError
 from resmol.config.model_config import ModelConfig
+from resmol.errors import UsageError
+from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.verify.third_party.check import verify_foreign
-from resmol.verify.rmsnorm import norm_precision
 from resmol.verify.parity import SEQUENCE, parity
+from resmol.verify.rmsnorm import norm_precision
 from resmol.verify.rope import rotation_checks
 from resmol.verify.sanity import finite, sanity
+from resmol.verify.third_party.check import import_factory, read_name_map, verify_foreign
 from resmol.verify.tiny_models import FULL, STANDARD, shallow, twin_parity
 
-__all__ = ["verify", "verify_foreign"]
+__all__ = ["verify", "verify_foreign", "verify_model"]
 
 Depth = Literal["standard", "full"]
 
@@ -76,3 +78,31 @@ def _random_model(config: ModelConfig, depth: Depth) -> CausalLM:
     model = CausalLM.empty(shallow(config) if depth == "standard" else config)
     model.initialise(seed=8)
     return model
+
+
+def verify_model(
+    config: ModelConfig,
+    weights: str = "random",
+    model: str | None = None,
+    names: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Check]:
+    """Verify our implementation, with random or given weights, or somebody else's.
+
+    Args:
+        config: The architecture, for random weights and for other implementations.
+        weights: ``random``, or whatever `load_model` takes; the architecture is then theirs.
+        model: Another implementation as ``module:callable``: called with ``config``, it returns a module that takes ids
+            and returns logits. Naming it runs its code.
+        names: A JSON file that maps its parameter names to Hugging Face's.
+        say: Receives sentences for the user.
+
+    Raises:
+        UsageError: ``model`` cannot be imported, or ``names`` is not a map of names.
+    """
+    if model is not None:
+        return verify_foreign(import_factory(model), config, read_name_map(names), say=say)
+    if weights == "random":
+        return verify(config, say=say)
+    loaded = load_model(weights, device="cpu", say=say)
+    return verify(loaded.config, weights=loaded.model, say=say)

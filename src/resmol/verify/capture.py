@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from resmol.model.kv_cache import KVCache
 from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM
 
 Observation: TypeAlias = dict[str, Tensor]

@@ -19,8 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from resmol.checks import Check
-from resmol.inference.generate import Sampling, generate
 from resmol.config.model_config import ModelConfig
+from resmol.inference.generate import Sampling, generate
 from resmol.model.llama import CausalLM
 from resmol.verify.capture import (
     Observation,

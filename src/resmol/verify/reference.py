@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resmol.errors import DataError
 from resmol.config.model_config import ModelConfig
+from resmol.errors import DataError
 
 
 def reference_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:

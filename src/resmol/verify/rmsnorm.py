@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from resmol.model import llama as architecture
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
+from resmol.model import llama as architecture
 from resmol.verify.parity import errors
 
 ROWS = 256

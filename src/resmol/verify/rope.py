@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from resmol.model import llama as architecture
 from resmol.checks import Check, largest
 from resmol.config.model_config import ModelConfig
+from resmol.model import llama as architecture
 
 DISTANCE = 7
 FLOAT32_ROUNDING = 2.0**-24

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.run.checkpoint import weight_tensors
 from resmol.checks import Check, largest
-from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.model.cross_entropy import cross_entropy_sum
-from resmol.model.llama import CausalLM
 from resmol.interop.hf_folder import tensor_shapes
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.flops import total_parameters
+from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import weight_tensors
 
 LOSS_TOKENS = 256
 # The published sizes bind our closed form to the outside. By D, F, layers, H, K of a tied model with V = 49,152.

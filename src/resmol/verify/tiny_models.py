@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resmol.checks import Check
-from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
+from resmol.model.flops import total_parameters
 from resmol.model.llama import Attention, CausalLM
 from resmol.verify.parity import Precision, errors, ids_for, parity, rms, tolerance
 from resmol.verify.reference import exact_model, reference_model

@@ -24,19 +24,19 @@ from transformers import AutoTokenizer
 from resmol.__main__ import run as resmol
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError, UsageError
 from resmol.interop.export import comparison, export_gguf, gguf_comparison, gguf_file, readback, verified_seal
 from resmol.interop.export import gguf as gguf_export
-from resmol.interop.export.parity import HARD_TEXTS, TRANSFORMERS
 from resmol.interop.export.gguf_parity import compare_gguf
-from resmol.interop.export.gguf_writer import as_kind, write_gguf
 from resmol.interop.export.gguf_vocab import gguf_vocabulary
+from resmol.interop.export.gguf_writer import as_kind, write_gguf
+from resmol.interop.export.parity import HARD_TEXTS, TRANSFORMERS
 from resmol.interop.export.publish import plan_publication
+from resmol.interop.gguf_header import read_gguf_header
+from resmol.interop.gguf_names import gguf_config, gguf_tensors
 from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.data.tokenizer import Tokenizer
-from resmol.interop.gguf_names import gguf_config, gguf_tensors
-from resmol.interop.gguf_header import read_gguf_header
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 WIDE = "model.hidden_size=96"  # whose rows Q8_0 can cut into blocks of 32

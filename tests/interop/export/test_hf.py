@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, UsageError
 from resmol.interop.export import export_hf, hf
 from resmol.interop.export.parity import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check
-from resmol.interop.load import LoadedModel, load_model
-from resmol.model.llama import CausalLM
-from resmol.data.tokenizer import Tokenizer
 from resmol.interop.hf_folder import tensor_shapes
+from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.resolve import Provenance
+from resmol.model.llama import CausalLM
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from resmol.system.atomic_io import commit_directory
 from resmol.checks import Check
 from resmol.errors import CheckFailed, DataError
 from resmol.interop.export.manifest import make_seal, parse_seal, verified_seal
+from resmol.system.atomic_io import commit_directory
 
 PASSED = Check("logits", True, "equal", "equal")
 FAILED = Check("token ids", False, "4 here, 5 there", "equal")

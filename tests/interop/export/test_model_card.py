@@ -24,17 +24,17 @@ from resmol.checks import Check
 from resmol.config.load import load_config
 from resmol.data.builtin_corpora import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
 from resmol.data.shards import open_dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
 from resmol.interop.export import hf
-from resmol.interop.export.model_card import model_card
 from resmol.interop.export.markdown import clean, code_block, code_span, plain
+from resmol.interop.export.model_card import model_card
 from resmol.interop.export.training_record import write_record
-from resmol.run.ledger import Record, read_ledger
 from resmol.interop.load import load_model
 from resmol.run.directory import RunDir
-from resmol.data.tokenizer import Tokenizer
+from resmol.run.ledger import Record, read_ledger
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CURVES = ["training/loss.png", "training/learning-rate.png", "training/gradient-norm.png", "training/speed.png"]
 HEADINGS = ["Architecture", "Use", "Data", "Curves", "Samples", "How to reproduce it", "The record", "Limits"]
 

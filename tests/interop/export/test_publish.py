@@ -18,12 +18,12 @@ from huggingface_hub import constants
 from tiny import TrainTiny
 
 from resmol.__main__ import run as resmol
-from resmol.train.api import evaluate_model
-from resmol.system.atomic_io import commit_directory
 from resmol.checks import Check
+from resmol.interop.evaluate import evaluate_model
 from resmol.interop.export import Kind, export_hf, make_seal
 from resmol.interop.load import load_model
 from resmol.run.checkpoint_manifest import WEIGHTS
+from resmol.system.atomic_io import commit_directory
 
 # The client's upload of large files calls its HTTP library in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

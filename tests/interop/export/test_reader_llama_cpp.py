@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed
 from resmol.interop.export import export_gguf, gguf_file, verified_seal
 from resmol.interop.export import gguf as gguf_export
-from resmol.interop.export.parity import HARD_TEXTS, TRANSFORMERS
 from resmol.interop.export.gguf_parity import LLAMA_CPP, compare_gguf
 from resmol.interop.export.gguf_writer import write_gguf
+from resmol.interop.export.parity import HARD_TEXTS, TRANSFORMERS
 from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.data.tokenizer import Tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.interop

@@ -19,14 +19,14 @@ from test_gguf import hf_weights, write_gguf
 from test_hf_folder import reference
 from tiny import TrainTiny
 
-from resmol.config.run_config import RuntimeConfig
 from resmol.config.load import load_preset, preset_names
-from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
-from resmol.model.flops import training_memory
 from resmol.config.model_config import ModelConfig
+from resmol.config.run_config import RuntimeConfig
+from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
 from resmol.interop.inspect import inspect as module
 from resmol.interop.inspect import inspect_model
 from resmol.interop.inspect.diagram import mermaid
+from resmol.model.flops import training_memory
 from resmol.model.llama import CausalLM
 from resmol.system.safetensors_header import parse_header
 

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resmol.system.atomic_io import fsync_path
 from resmol.bench.workers.main import Numbers, answer
-from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.config.load import load_config
+from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
+from resmol.run.checkpoint_manifest import verify_checkpoint
+from resmol.system.atomic_io import fsync_path
+from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
 from resmol.train.start import new_state
-from resmol.run.checkpoint_manifest import verify_checkpoint
-from resmol.train.loop import TrainState
 
 PIECE = 1 << 24
 

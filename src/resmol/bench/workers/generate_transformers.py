@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import transformers
 
-from resmol.bench.workers.main import Numbers, answer
 from resmol.bench.workers.generate import generation_numbers
+from resmol.bench.workers.main import Numbers, answer
 
 
 class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers is met without types

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 
 from resmol.bench.workers.main import Numbers, answer
-from resmol.model.flops import forward_flops_per_token, inference_memory, total_parameters
 from resmol.config.model_config import ModelConfig
+from resmol.model.flops import forward_flops_per_token, inference_memory, total_parameters
 from resmol.model.linear import has_onednn, onednn_product
 
 STREAM_BYTES = 1 << 29  # far beyond any cache

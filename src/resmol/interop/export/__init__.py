@@ -9,6 +9,5 @@ from __future__ import annotations
 from resmol.interop.export.gguf import export_gguf
 from resmol.interop.export.hf import Export, export_hf
 from resmol.interop.export.manifest import Kind, Seal, make_seal, verified_seal
-from resmol.interop.export.space import export_space
 
-__all__ = ["Export", "Kind", "Seal", "export_gguf", "export_hf", "export_space", "make_seal", "verified_seal"]
+__all__ = ["Export", "Kind", "Seal", "export_gguf", "export_hf", "make_seal", "verified_seal"]

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from resmol.checks import Check, largest
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
+from resmol.interop.export.gguf_vocab import gguf_vocabulary
+from resmol.interop.export.gguf_writer import KINDS, as_kind, as_stored, stored_kind, type_error
 from resmol.interop.export.parity import (
     TOLERANCE,
     TRANSFORMERS,
@@ -31,10 +34,7 @@ from resmol.interop.export.parity import (
     read_back,
     token_ids_check,
 )
-from resmol.interop.export.gguf_writer import KINDS, as_kind, as_stored, stored_kind, type_error
-from resmol.interop.export.gguf_vocab import gguf_vocabulary
 from resmol.model.llama import CausalLM
-from resmol.data.tokenizer import Tokenizer
 
 LLAMA_CPP = Reader("llama.cpp", "resmol.interop.export.reader_llama_cpp", "llama_cpp", "interop")
 SLACK = 4.0

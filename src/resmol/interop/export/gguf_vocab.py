@@ -12,8 +12,8 @@ from typing import Any
 
 from gguf import TokenType
 
-from resmol.errors import DataError
 from resmol.data.tokenizer import Tokenizer
+from resmol.errors import DataError
 
 # What of a ByteLevel step changes the ids; GPT-2's regular expression is part of it.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}

@@ -12,13 +12,13 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 from jaxtyping import Float
 from torch import Tensor
 
-from resmol.run.checkpoint import weight_tensors
 from resmol.checks import largest
-from resmol.interop.export.gguf_vocab import gguf_vocabulary
 from resmol.config.model_config import ModelConfig
-from resmol.model.llama import CausalLM
 from resmol.data.tokenizer import Tokenizer
+from resmol.interop.export.gguf_vocab import gguf_vocabulary
 from resmol.interop.gguf_names import gguf_metadata, gguf_name, permuted, rotated_heads
+from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import weight_tensors
 
 # --dtype -> name in GGUF; its enumerations of tensor types and of whole files spell them alike.
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}

@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from resmol.system.atomic_io import commit_directory
-from resmol.run.checkpoint import weight_tensors
 from resmol.checks import Check
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
+from resmol.interop.export.manifest import Kind, Seal, make_seal
 from resmol.interop.export.model_card import model_card
 from resmol.interop.export.parity import cast_check, compare_with_transformers
 from resmol.interop.export.training_record import write_record
-from resmol.interop.export.manifest import Kind, Seal, make_seal
 from resmol.interop.load import LoadedModel, load_model
-from resmol.model.llama import CausalLM
-from resmol.run.directory import RunDir
-from resmol.data.tokenizer import Tokenizer
 from resmol.interop.resolve import Provenance
+from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import weight_tensors
+from resmol.run.directory import RunDir
+from resmol.system.atomic_io import commit_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -136,7 +136,7 @@ def write_papers(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | No
     if run is not None:
         (folder / "training").mkdir()
         record = write_record(run, folder / "training", loaded.provenance)
-        (folder / "LICENSE").write_bytes((files("resmol") / "templates" / "apache-2.0.txt").read_bytes())
+        (folder / "LICENSE").write_bytes((files("resmol.interop.export") / "templates" / "apache-2.0.txt").read_bytes())
     (folder / "README.md").write_text(model_card(loaded, dtype, record, gguf), encoding="utf-8")
 
 

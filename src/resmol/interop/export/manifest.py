@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from resmol import __version__
-from resmol.system.atomic_io import fsync_path
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES, Strict, file_entry
+from resmol.system.atomic_io import fsync_path
+from resmol.version import __version__
 
 Kind = Literal["model", "space", "gguf"]
 

@@ -9,15 +9,15 @@ from typing import Any
 import jinja2
 
 import resmol
-from resmol import __version__
 from resmol.data.builtin_corpora import SHAKESPEARE, corpus_of, licence_of
+from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
 from resmol.errors import DataError
 from resmol.interop.export.markdown import code_block, code_span, plain
 from resmol.interop.export.training_record import RunRecord
+from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import select
-from resmol.interop.load import LoadedModel
-from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
+from resmol.version import __version__
 
 SMOLLM2_TOKENS = 2_000_000_000_000  # what the published model saw (its model card)
 SHOWN_SAMPLES = 3
@@ -37,7 +37,7 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: 
         DataError: The ledger's chain holds, and its records do not say what resmol's say.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("resmol.interop.export"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=False,  # noqa: S701 - Markdown, not a page; text from outside goes through the filters below
     )  # fmt: skip
     environment.filters |= {"plain": plain, "code_span": code_span, "code_block": code_block}

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from resmol.checks import Check, largest
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
 from resmol.inference.generate import Sampling, generate
 from resmol.model.llama import CausalLM
-from resmol.data.tokenizer import Tokenizer
 
 NEW_TOKENS = 16
 VOCABULARY_TEXTS = 100

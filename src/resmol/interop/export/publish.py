@@ -19,12 +19,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from resmol import __version__
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
-from resmol.interop.export.publish_errors import explained
 from resmol.interop.export.manifest import Seal, SealedFile, parse_seal, verified_seal
-from resmol.system.hub_download import require_answer, without_password
+from resmol.interop.export.publish_errors import explained
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
+from resmol.system.hub_download import require_answer, without_password
+from resmol.version import __version__
 
 CARD = "README.md"
 MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from resmol.audit.certificate import current_certificate
-from resmol.config.run_config import RunConfig
-from resmol.config.load import load_config, with_overrides
-from resmol.data.shards import Manifest, open_dataset
-from resmol.data.resolve import data_folder
-from resmol.errors import CheckFailed, DataError
-from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledger, select
-from resmol.run.checkpoint_manifest import checkpoint_name
 from resmol.audit.plots import curve_images
-from resmol.run.directory import RunDir
+from resmol.config.load import load_config, with_overrides
+from resmol.config.run_config import RunConfig
+from resmol.data.resolve import data_folder
+from resmol.data.shards import Manifest, open_dataset
+from resmol.errors import CheckFailed, DataError
 from resmol.interop.resolve import Provenance
+from resmol.run.checkpoint_manifest import checkpoint_name
+from resmol.run.directory import RunDir
+from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledger, select
 
 
 @dataclass(frozen=True)

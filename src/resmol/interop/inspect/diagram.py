@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from resmol.model.flops import parameter_counts
 from resmol.config.model_config import ModelConfig
+from resmol.model.flops import parameter_counts
 
 
 def mermaid(config: ModelConfig) -> str:

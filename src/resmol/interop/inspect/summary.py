@@ -16,9 +16,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check
-from resmol.config.run_config import RunConfig, RuntimeConfig
 from resmol.config.load import load_config, load_preset, preset_names
+from resmol.config.model_config import ModelConfig, read_model_config
+from resmol.config.run_config import RunConfig, RuntimeConfig
 from resmol.errors import DataError, NetworkError, UsageError
+from resmol.interop.gguf_header import is_gguf, only_gguf, read_gguf_header
+from resmol.interop.gguf_names import gguf_config
+from resmol.interop.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
+from resmol.interop.inspect.diagram import mermaid
+from resmol.interop.inspect.open_questions import (
+    LEFT_OPEN,
+    OpenQuestion,
+    derive,
+    left_open_by_weights,
+    parameters_by_part,
+)
 from resmol.model.flops import (
     forward_flops_per_token,
     inference_memory,
@@ -26,16 +38,10 @@ from resmol.model.flops import (
     training_flops_per_token,
     training_memory,
 )
-from resmol.config.model_config import ModelConfig, read_model_config
-from resmol.system.hub_download import is_hub_id
-from resmol.interop.inspect.diagram import mermaid
-from resmol.interop.inspect.open_questions import LEFT_OPEN, OpenQuestion, derive, left_open_by_weights, parameters_by_part
 from resmol.run.checkpoint_manifest import list_checkpoints
 from resmol.run.directory import RunDir
+from resmol.system.hub_download import is_hub_id
 from resmol.system.safetensors_header import TensorInfo, read_header, read_remote_header
-from resmol.interop.gguf_names import gguf_config
-from resmol.interop.gguf_header import is_gguf, only_gguf, read_gguf_header
-from resmol.interop.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
 
 DEFAULT_SEQ_LEN = 2048
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import json
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from resmol.checks import Check
-from resmol.errors import CheckFailed
 from resmol.config.model_config import ModelConfig
+from resmol.errors import CheckFailed, UsageError
 from resmol.model.llama import CausalLM
-from resmol.verify.third_party.weight_mapping import Adopted, Factory, adopt
-from resmol.verify.third_party.diagnose import diagnose
-from resmol.verify.rmsnorm import check_norm, norm_weight
 from resmol.verify.capture import next_token_loss, observe
 from resmol.verify.parity import GUARDS, Baseline, arithmetic, baseline, errors, greedy_check, ids_for
+from resmol.verify.rmsnorm import check_norm, norm_weight
+from resmol.verify.third_party.diagnose import diagnose
+from resmol.verify.third_party.weight_mapping import Adopted, Factory, adopt
 from resmol.verify.tiny_models import compare_late, fill, narrow, shallow, small
 
 # Long enough for positions above 256 and 2048; attention that is written out needs T x T numbers for each head.
@@ -26,6 +31,7 @@ LATE_LENGTH, LATE_LENGTH_AT_FULL_SIZE = 4096, 320
 DIAGNOSIS_TOKENS, DIAGNOSIS_TOKENS_AT_FULL_SIZE = 320, 48
 
 NameMap = Mapping[str, str]
+NAME_MAP_FIX = "give a JSON object: their name -> Hugging Face's"
 
 
 def verify_foreign(
@@ -211,3 +217,30 @@ def _diagnosis(factory: Factory, name_map: NameMap | None, adopted: Adopted, wei
     found = diagnose(run, of.state_dict(), of.config, ids, pairs=pairs)
     guards = "The logits are compared with those of deliberately wrong variants of the architecture, one mistake each."
     return Check("diagnosis", False, str(found), "nothing to diagnose", guards)
+
+
+def import_factory(name: str) -> Callable[[ModelConfig], nn.Module]:
+    """Import ``module:callable``, looking into the current directory as well (`UsageError` when it is not there)."""
+    module_name, colon, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"--model {name}: {error}", fix="name an importable module and a callable in it") from None
+    if not callable(found):
+        raise UsageError(f"--model {name} is not module:callable", fix="write e.g. --model my_model:build")
+    return cast("Callable[[ModelConfig], nn.Module]", found)
+
+
+def read_name_map(path: Path | None) -> dict[str, str] | None:
+    """Return a map of parameter names read from a JSON file (`UsageError` when it is none)."""
+    if path is None:
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}", fix=NAME_MAP_FIX) from None
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise UsageError(f"{path} is not a map of names", fix=NAME_MAP_FIX)
+    return table

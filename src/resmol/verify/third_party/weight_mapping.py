@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from resmol.checks import Check
-from resmol.errors import CheckFailed
-from resmol.model.flops import total_parameters
 from resmol.config.model_config import ModelConfig
-from resmol.model.llama import CausalLM
+from resmol.errors import CheckFailed
 from resmol.interop.hf_folder import tensor_shapes
+from resmol.model.flops import total_parameters
+from resmol.model.llama import CausalLM
 
 Factory = Callable[[ModelConfig], nn.Module]
 

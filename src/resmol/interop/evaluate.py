@@ -1,0 +1,83 @@
+"""The loss of any model on any text, with the settings of its run where it has one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resmol.config.load import load_config
+from resmol.config.run_config import RunConfig
+from resmol.data.loader import Loader
+from resmol.data.resolve import Text, data_folder, is_prepared, prepare_text
+from resmol.data.shards import Dataset, open_dataset
+from resmol.errors import UsageError
+from resmol.interop.load import LoadedModel, load_model
+from resmol.run.directory import RunDir
+from resmol.train.evaluate import evaluate
+from resmol.train.parallel import Runtime
+
+Say = Callable[[str], None]
+DEFAULT_EVALUATION_LENGTH = 512
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def evaluate_model(
+    model: str | Path, data: str | None = None, *, windows: int = 0, seq_len: int = 0, say: Say = _silent
+) -> dict[str, Any]:
+    """Measure the loss of a model on held-out text.
+
+    Args:
+        model: A run, a checkpoint, a Hugging Face folder or a Hub id.
+        data: A prepared folder (its held-out part, or all where it has none) or text; None takes the run's own.
+        windows: How many windows to use; 0 takes all.
+        seq_len: Tokens in a window; 0 takes the run's, or 512.
+        say: Receives sentences for the user.
+
+    Returns:
+        ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``, and what was measured.
+
+    Raises:
+        UsageError: ``windows`` or ``seq_len`` is negative.
+        DataError: There is no text to evaluate on.
+    """
+    if windows < 0 or seq_len < 0:
+        raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
+    loaded = load_model(model, say=say)
+    run = RunDir(Path(model))
+    config = load_config(run.config) if run.exists() else None
+    with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
+        dataset = _evaluation_data(data, config, run, loaded, Path(scratch), say)
+        stream = dataset.val if len(dataset.val) > 1 else dataset.train
+        length = seq_len or (config.data.seq_len if config else DEFAULT_EVALUATION_LENGTH)
+        length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
+        loader = Loader(
+            stream, seq_len=length, micro_batch_size=1, micro_batches_per_step=1, seed=0,
+            eos_id=dataset.eos_id, document_mask=config.data.document_mask if config else True, allow_short=True,
+        )  # fmt: skip
+        runtime = Runtime(0, 1, loaded.model.lm_head.weight.device, None)
+        batches = loader.sequential(max(1, 2048 // length), windows or None)
+        result = evaluate(loaded.model, batches, loaded.tokenizer.byte_lengths(), runtime)
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "seq_len": length,
+        "split": "val" if stream is dataset.val else "all",
+        "data_fingerprint": dataset.fingerprint,
+        "model": loaded.provenance.to_dict(),
+    }
+
+
+def _evaluation_data(
+    data: str | None, config: RunConfig | None, run: RunDir, loaded: LoadedModel, scratch: Path, say: Say
+) -> Dataset:
+    if data is not None and not is_prepared(Path(data)):
+        return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer, say)
+    return open_dataset(data_folder(data, config.data.path if config else "", run.data))
