@@ -21,12 +21,11 @@ import torch
 import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
 import torch.distributed.fsdp  # the same
 
-from resmol import cli
+from resmol import cli  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
-from resmol.cli import console
 from resmol.config.load import load_config
 from resmol.errors import ResmolError
-from resmol.run import log_writers as views  # noqa: F401 - what `command` needs, for the server to import once
+from resmol.run import log_writers  # noqa: F401 - the same
 from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_steps, read_ledger

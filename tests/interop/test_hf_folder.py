@@ -15,8 +15,9 @@ from resmol.checks import Check
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.errors import CheckpointError, ConfigError, DataError
-from resmol.interop.hf_folder import cross_check, find_weights, tensor_shapes
+from resmol.interop.hf_folder import cross_check, find_weights
 from resmol.model.flops import total_parameters
+from resmol.model.shapes import tensor_shapes
 
 
 def reference(**changes: Any) -> Any:

@@ -28,7 +28,7 @@ from resmol.interop import load as load_module
 from resmol.interop import sources as model_sources
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.checkpoint import weight_tensors
-from resmol.system.pypi_download import file_sha256
+from resmol.system.atomic_io import file_sha256
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
 

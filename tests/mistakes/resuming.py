@@ -13,7 +13,7 @@ from bench import Bench, Mistake, mistake, replaced
 
 from resmol.data.loader import Batch, Loader
 from resmol.errors import CheckpointError, ResmolError
-from resmol.interop.hf_folder import tensor_shapes
+from resmol.model.shapes import tensor_shapes
 from resmol.run import checkpoint
 from resmol.run import checkpoint_manifest as manifest
 from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints, read_manifest, verify_checkpoint

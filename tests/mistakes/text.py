@@ -15,7 +15,7 @@ from resmol.data.loader import IGNORE, Loader
 from resmol.data.prepare import prepare
 from resmol.data.readers import from_texts
 from resmol.data.shards import Dataset, TokenStream
-from resmol.train.start import make_loader
+from resmol.train.build import make_loader
 
 Writer = shard_writer.SplitWriter
 

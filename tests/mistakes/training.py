@@ -22,8 +22,8 @@ from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.train import loop as train
 from resmol.train import parallel as distributed
 from resmol.train import start as launch
+from resmol.train.build import make_loader, new_state
 from resmol.train.parallel import Runtime
-from resmol.train.start import make_loader, new_state
 
 # --- what a step computes ------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from resmol.system.host import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, StopSignal, allocator_environment, free_memory
+from resmol.system.host import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, allocator_environment, free_memory
+from resmol.system.signals import StopSignal
 
 
 def test_only_glibc_and_only_when_unset() -> None:

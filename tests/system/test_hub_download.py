@@ -17,8 +17,8 @@ from test_hf_folder import reference
 from resmol.errors import DataError, NetworkError
 from resmol.interop.load import load_model
 from resmol.system import hub_download as module
+from resmol.system.atomic_io import file_sha256
 from resmol.system.hub_download import hub_file, is_hub_id
-from resmol.system.pypi_download import file_sha256
 
 FIX = "try again"
 

@@ -13,9 +13,9 @@ from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
 from resmol.model.llama import CausalLM
+from resmol.train.build import make_loader
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
-from resmol.train.start import make_loader
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
 

@@ -22,10 +22,10 @@ from resmol.run import async_save as saving
 from resmol.run.checkpoint_manifest import load_state
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.train import loop as module
+from resmol.train.build import make_loader, new_state
 from resmol.train.loop import TrainState, accumulate_gradients, is_due, train_step
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, open_runtime
-from resmol.train.start import make_loader, new_state
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
 GOLDEN = Path(__file__).with_name("three_steps.json")

@@ -15,9 +15,9 @@ from resmol.checks import Check, all_passed
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
-from resmol.interop.hf_folder import tensor_shapes
 from resmol.model import llama as module
 from resmol.model.llama import CausalLM
+from resmol.model.shapes import tensor_shapes
 from resmol.verify import verify
 from resmol.verify.parity import parity
 from resmol.verify.rope import rotation_checks

@@ -29,9 +29,9 @@ from resmol.run.ledger import (
     read_ledger,
     select,
 )
+from resmol.train.build import make_loader
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.train.lr_schedule import lr_at
-from resmol.train.start import make_loader
 
 FIELDS = {  # that are read here, of each kind
     "start": ("data_fingerprint", "config_sha256", "environment"),

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.backends.backendsvg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from resmol.run.ledger import Record, effective_steps, select
 
 MAX_POINTS = 1200
 BLUE, ORANGE, GREY, RED = "#2b6cb0", "#c05621", "#a0aec0", "#c53030"
-_STYLE = {
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -37,7 +37,7 @@ PNG_DOTS_PER_INCH = 150
 
 def curves(records: Sequence[Record]) -> dict[str, str]:
     """Return title -> SVG for the loss, the learning rate, the gradient norm and the speed."""
-    return {title: _draw(records, paint, size, _svg) for title, (paint, size) in _panels(records).items()}
+    return {title: _draw(records, paint, size, svg) for title, (paint, size) in _panels(records).items()}
 
 
 def curve_images(records: Sequence[Record]) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def _panels(records: Sequence[Record]) -> dict[str, tuple[Painter, tuple[float, 
 def _draw(
     records: Sequence[Record], paint: Painter, size: tuple[float, float], save: Callable[[Figure], Drawing]
 ) -> Drawing:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -70,7 +70,7 @@ def _draw(
         return save(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = out.getvalue()
@@ -150,32 +150,3 @@ def _speed(axes: Any, steps: list[Record], _records: Sequence[Record]) -> None:
     axes.plot([group[-1]["step"] for group in groups], rates, color=BLUE, linewidth=1.2)
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0, top=1.15 * max(rates))
-
-
-def scaling_plot(points: Sequence[dict[str, Any]]) -> str:
-    """Return an SVG of speed and memory against the length of a window: a line for each preset and batch.
-
-    Args:
-        points: As `resmol bench scaling` keeps them; those that were not measured are left out.
-    """
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for point in (point for point in points if point["outcome"] == "measured"):
-        lines.setdefault(f"{point['key']['preset']}, {point['key']['rows']} a step", []).append(point)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=WIDE, layout="constrained")
-        FigureCanvasSVG(figure)
-        speed, memory = figure.subplots(1, 2)
-        for label, line in lines.items():
-            line.sort(key=lambda point: point["key"]["seq_len"])
-            lengths = [point["key"]["seq_len"] for point in line]
-            speed.plot(lengths, [point["tokens_per_second"] for point in line], "o-", markersize=4, label=label)
-            memory.plot(lengths, [point["peak_bytes"] / 2**30 for point in line], "o-", markersize=4)
-        for axes, label in ((speed, "tokens per second"), (memory, "peak memory, GiB")):
-            axes.set_xscale("log", base=2)
-            axes.set_xlabel("tokens of a window")
-            axes.set_ylabel(label)
-        speed.set_yscale("log")  # models of other sizes lie far apart
-        memory.set_ylim(bottom=0)
-        if lines:
-            memory.legend(*speed.get_legend_handles_labels(), frameon=False, fontsize=8)
-        return _svg(figure)

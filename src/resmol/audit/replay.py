@@ -24,11 +24,11 @@ from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, float_bits, last_fact, select
+from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.loop import TrainState, train_step
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import bitwise_facts, restore
-from resmol.train.start import compile_blocks, make_loader, new_state
 
 GUARDS = "A ledger that was made up, a machine that computes wrongly, data or code that is not what was trained with."
 EXPECTED = "the recorded loss, gradient norm, learning rate, tokens and windows of every step, bit for bit"

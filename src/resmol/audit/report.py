@@ -17,6 +17,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import describe
 from resmol.system.atomic_io import write_durable
+from resmol.system.templates import template_environment
 from resmol.version import __version__
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
@@ -38,13 +39,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     """
     run.require()
     content = read_ledger(run.ledger)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol.audit"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("resmol.audit", autoescape=True)
     try:
         page = environment.get_template("report.html.j2").render(
             version=__version__,

@@ -33,12 +33,13 @@ from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, st
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.system.atomic_io import write_durable
-from resmol.system.host import StopSignal, release_freed_memory
+from resmol.system.host import release_freed_memory
+from resmol.system.signals import StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
+from resmol.train.build import new_state
 from resmol.train.loop import train_step
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import open_runtime
-from resmol.train.start import new_state
 
 Say = Callable[[str], None]
 ESTIMATE_STEPS = 4

@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.train.autotune import check_memory, resolve_auto
+from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.loop import train_step
 from resmol.train.parallel import Runtime, open_runtime
-from resmol.train.start import compile_blocks, make_loader, new_state
 
 OPERATORS = 25
 

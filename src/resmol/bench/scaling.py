@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resmol.audit.plots import scaling_plot
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from resmol.audit.plots import STYLE, WIDE, svg
 from resmol.bench.comparison import markdown_table
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import QUIET, Say, run_training, training_measurement
@@ -196,3 +200,32 @@ def row(point: dict[str, Any]) -> list[str]:
 def table(points: list[dict[str, Any]]) -> str:
     """Return the table of points, as Markdown; GFLOP/s are counted operations by measured time."""
     return "\n".join([*markdown_table(TITLES, [row(point) for point in points]), ""])
+
+
+def scaling_plot(points: Sequence[dict[str, Any]]) -> str:
+    """Return an SVG of speed and memory against the length of a window: a line for each preset and batch.
+
+    Args:
+        points: As `resmol bench scaling` keeps them; those that were not measured are left out.
+    """
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for point in (point for point in points if point["outcome"] == "measured"):
+        lines.setdefault(f"{point['key']['preset']}, {point['key']['rows']} a step", []).append(point)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=WIDE, layout="constrained")
+        FigureCanvasSVG(figure)
+        speed, memory = figure.subplots(1, 2)
+        for label, line in lines.items():
+            line.sort(key=lambda point: point["key"]["seq_len"])
+            lengths = [point["key"]["seq_len"] for point in line]
+            speed.plot(lengths, [point["tokens_per_second"] for point in line], "o-", markersize=4, label=label)
+            memory.plot(lengths, [point["peak_bytes"] / 2**30 for point in line], "o-", markersize=4)
+        for axes, label in ((speed, "tokens per second"), (memory, "peak memory, GiB")):
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("tokens of a window")
+            axes.set_ylabel(label)
+        speed.set_yscale("log")  # models of other sizes lie far apart
+        memory.set_ylim(bottom=0)
+        if lines:
+            memory.legend(*speed.get_legend_handles_labels(), frameon=False, fontsize=8)
+        return svg(figure)

@@ -25,8 +25,8 @@ from resmol.model.flops import total_parameters, training_flops_per_token
 from resmol.run.checkpoint import weight_tensors
 from resmol.system.host import allocator_environment
 from resmol.train.autotune import resolve_auto
+from resmol.train.build import make_loader, new_state
 from resmol.train.parallel import Runtime
-from resmol.train.start import make_loader, new_state
 
 # The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
 COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")

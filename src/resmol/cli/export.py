@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from resmol.cli.app import (
     app,
     tune_allocator,
 )
-from resmol.cli.terminal import print_json, print_plan, print_published, report_checks, say
+from resmol.cli.terminal import print_json, say
 from resmol.errors import UsageError
 
 
@@ -81,3 +81,29 @@ def demo(
     from resmol.demo import serve
 
     serve(model, host, port, say=say)
+
+
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """Print what would be published: files, sizes, checks and the card."""
+    if as_json:
+        print_json({"dry_run": True, **plan})
+        return
+    if plan["card"]:
+        typer.echo(f"{plan['card'].rstrip()}\n\n{'-' * 40}")
+    for name, file in plan["files"].items():
+        typer.echo(f"{file['bytes']:>15,}  {file['sha256'][:16]}  {name}")
+    typer.echo(f"{plan['bytes']:>15,}  bytes in {len(plan['files'])} files; verified: "
+               + ", ".join(check["name"] for check in plan["checks"]))  # fmt: skip
+    say(f"dry run: nothing was sent. With --yes this becomes the {plan['type']} {plan['url']}")
+
+
+def print_published(done: dict[str, Any]) -> None:
+    """Print what was published, and what was found there."""
+    seen = "private" if done["private"] else "public"
+    removed = f", {len(done['removed'])} of an earlier export removed" if done["removed"] else ""
+    sent = (
+        f"{len(done['sent'])} files sent{removed}" if done["sent"] or removed else "nothing to do: all files are there"
+    )
+    typer.echo(f"{done['url']} ({seen})\ncommit {done['commit']}: {sent}; every file there is as it was verified")
+    if done["foreign"]:
+        say(f"left alone, since no export wrote them: {', '.join(done['foreign'][:10])}")

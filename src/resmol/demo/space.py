@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import jinja2
-
 from resmol.config.model_config import read_model_config
 from resmol.errors import UsageError
 from resmol.interop.export.hf import Export, export_hf
@@ -21,6 +19,7 @@ from resmol.model.flops import total_parameters
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
 from resmol.system.hub_download import is_hub_id
+from resmol.system.templates import template_environment
 from resmol.version import __version__
 
 PYTHON = "3.11"
@@ -83,10 +82,7 @@ def requirements() -> dict[str, str]:
 
 def _files(model: Path, model_repo: str | None) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of every file of the Space besides the model."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol.demo"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,  # noqa: S701 - a program and Markdown, made of checked values
-    )  # fmt: skip
+    environment = template_environment("resmol.demo", autoescape=False, keep_trailing_newline=True)
     pins = requirements()
     values = {
         "model_repo": model_repo,

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckpointError, ConfigError
 from resmol.interop.gguf_header import GGUFHeader, GGUFTensor
-from resmol.interop.hf_folder import tensor_shapes
+from resmol.model.shapes import tensor_shapes
 
 # GGUF name of a part of a block -> Hugging Face's.
 BLOCK_NAMES = {

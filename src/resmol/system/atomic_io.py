@@ -15,6 +15,7 @@ retried on the same file: the temporary directory is abandoned and the caller st
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -163,3 +164,9 @@ def full_disk_is_an_error(path: Path) -> Iterator[None]:
             f"{_NO_ROOM[error.errno]}: {path} was not written; earlier files are untouched",
             fix="free some space (or move the run to another disk) and run the same command again",
         ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

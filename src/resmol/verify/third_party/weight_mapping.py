@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckFailed
-from resmol.interop.hf_folder import tensor_shapes
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
+from resmol.model.shapes import tensor_shapes
 
 Factory = Callable[[ModelConfig], nn.Module]
 

@@ -1,0 +1,23 @@
+"""Templates that a package of resmol ships: strict about names, quiet about the lines of their tags."""
+
+from __future__ import annotations
+
+import jinja2
+
+
+def template_environment(package: str, *, autoescape: bool, **options: bool) -> jinja2.Environment:
+    """Return an environment of the templates in ``package`` (its folder ``templates``).
+
+    Args:
+        package: A package such as ``resmol.audit``.
+        autoescape: Escape values for HTML; off for Markdown and programs, which escape with filters of their own.
+        options: More of jinja's switches, such as ``keep_trailing_newline``.
+    """
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
