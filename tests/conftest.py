@@ -111,7 +111,7 @@ warmup_steps = 10
 [runtime]
 device = "cpu"
 precision = "float32"
-products = "blas"
+matmul_backend = "mkl"
 compile = "off"
 threads = 1
 loss_chunk_tokens = 8

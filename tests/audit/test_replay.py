@@ -13,14 +13,14 @@ from tiny import TrainTiny, rewrite
 from resmol.audit import replay as module
 from resmol.audit.audit import audit
 from resmol.audit.certificate import current_certificate, write_certificate
-from resmol.audit.replay import Segment, Wish, segments
+from resmol.audit.replay import ReplayOptions, Segment, segments
 from resmol.audit.report import write_report
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, read_ledger
 
-ALL = Wish(count=100, limit=100, seed=1)
+ALL = ReplayOptions(count=100, limit=100, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def run(finished: Path, train_tiny: TrainTiny, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def replayed(run: RunDir, wish: Wish = ALL) -> list[Check]:
+def replayed(run: RunDir, wish: ReplayOptions = ALL) -> list[Check]:
     return [check for check in audit(run, wish=wish) if check.name.startswith("replay")]
 
 
@@ -61,14 +61,14 @@ def test_segments_are_what_the_checkpoints_allow(run: RunDir) -> None:
 
 
 def test_the_draw_is_the_auditors(run: RunDir) -> None:
-    drawn = {tuple(check.name for check in replayed(run, Wish(2, 2, seed))) for seed in range(4)}
+    drawn = {tuple(check.name for check in replayed(run, ReplayOptions(2, 2, seed))) for seed in range(4)}
     assert len(drawn) > 1
     assert all(len(names) == 3 for names in drawn)
 
 
 def test_the_bound_is_the_closed_form(run: RunDir) -> None:
     """Two of six: with a share f wrong, both are right with (1 - f)^2, which is 5 % at f = 1 - 0.05^(1/2) = 0.78."""
-    assert "if over 78 % of those were wrong" in replayed(run, Wish(2, 2, 0))[-1].measured
+    assert "if over 78 % of those were wrong" in replayed(run, ReplayOptions(2, 2, 0))[-1].measured
 
 
 @pytest.mark.parametrize("field", ["loss_bits", "grad_norm_bits"])
@@ -97,10 +97,10 @@ def test_weights_that_were_not_trained_so_are_found(run: RunDir, train_tiny: Tra
 
 def test_another_machine_is_no_failure_unless_strict(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_differences", lambda *_: "processor A -> B")
-    checks = replayed(run, Wish(2))
+    checks = replayed(run, ReplayOptions(2))
     assert all(check.passed for check in checks)
     assert checks[0].measured.startswith("UNSUPPORTED: another machine or library: processor A -> B")
-    assert not any(check.passed for check in replayed(run, Wish(2, strict=True)))
+    assert not any(check.passed for check in replayed(run, ReplayOptions(2, strict=True)))
 
 
 def test_without_the_tokens_nothing_is_claimed(run: RunDir) -> None:

@@ -1,4 +1,4 @@
-"""The protocol: separate processes, an exact boundary, claims that can fail."""
+"""The spec: separate processes, an exact boundary, claims that can fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from tiny import TrainTiny
 
 from resmol.audit import reproduce as module
-from resmol.audit.reproduce import Protocol, claims, estimate_seconds, reproduce
+from resmol.audit.reproduce import ReproduceSpec, claims, estimate_seconds, reproduce
 from resmol.cli.console import console_views
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
@@ -28,27 +28,27 @@ from resmol.train import autotune as auto
 
 
 @pytest.fixture
-def protocol(
+def spec(
     tmp_path: Path,
     tiny_config: RunConfig,
     tiny_dataset: Dataset,
     tiny_tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
-) -> Protocol:
-    """A protocol of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
+) -> ReproduceSpec:
+    """A spec of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
     monkeypatch.setattr(module, "load_preset", lambda _name, _overrides=(): tiny_config)
-    return Protocol(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ("checkpoint.permanent=[20]",))
+    return ReproduceSpec(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ("checkpoint.permanent=[20]",))
 
 
 def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
     from resmol.__main__ import run as resmol
 
-    def part(protocol: Protocol, name: str, arguments: list[str], _say: Any) -> None:
+    def part(spec: ReproduceSpec, name: str, arguments: list[str], _say: Any) -> None:
         calls.append(list(arguments))
-        path = protocol.run.evidence / f"{name}.json"
+        path = spec.run.evidence / f"{name}.json"
         if name in ("train", "resume"):
             steps = int(arguments[arguments.index("--steps") + 1])
-            train_tiny(protocol.run.path, steps, "checkpoint.permanent=[20]", views=console_views(protocol.run))
+            train_tiny(spec.run.path, steps, "checkpoint.permanent=[20]", views=console_views(spec.run))
         elif name == "verify":
             path.write_text(json.dumps({"checks": [{"passed": True}]}))
         elif name != "prepare":
@@ -63,13 +63,13 @@ def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
 
 
 def test_the_sequence_and_the_claims(
-    protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+    spec: ReproduceSpec, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
     calls: list[list[str]] = []
     monkeypatch.setattr(module, "_part", in_this_process(calls, train_tiny))
     said: list[str] = []
-    checks = {check.name: check for check in reproduce(protocol, said.append)}
+    checks = {check.name: check for check in reproduce(spec, said.append)}
     assert [call[0] for call in calls] == [
         "verify",
         "prepare",
@@ -84,24 +84,24 @@ def test_the_sequence_and_the_claims(
     assert failed <= {"it learned: held-out text"}, checks
     assert checks["a new process resumed at step 21"].measured == "resumed from step-00000020, next step 21"
     assert all(Path(check.evidence).exists() for check in checks.values())
-    assert protocol.run.report.exists()
+    assert spec.run.report.exists()
 
     calls.clear()
-    reproduce(protocol, said.append)
+    reproduce(spec, said.append)
     assert "train" not in [call[0] for call in calls], "what is done is not done again"
 
 
 def test_claims_fail_when_the_evidence_does(
-    protocol: Protocol, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+    spec: ReproduceSpec, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_tiny(protocol.run.path, 25)
-    protocol.run.evidence.mkdir()
-    checks = {check.name: check.passed for check in claims(protocol)}
+    train_tiny(spec.run.path, 25)
+    spec.run.evidence.mkdir()
+    checks = {check.name: check.passed for check in claims(spec)}
     assert not checks["architecture and parity with transformers"]
     assert not checks["a new process resumed at step 21"], "one process went through"
     assert not checks["it speaks"]
     assert checks["one continuous run"]
-    steps = [r for r in read_ledger(protocol.run.ledger).records if r["kind"] == "step"]
+    steps = [r for r in read_ledger(spec.run.ledger).records if r["kind"] == "step"]
     assert len(steps) == 25
 
 
@@ -114,22 +114,22 @@ def test_the_estimate_times_the_precision_that_auto_will_choose(
     gain: float, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"blas": 1.0, "onednn": 1.0, "bfloat16": 1 / gain})
+    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"mkl": 1.0, "onednn": 1.0, "bfloat16": 1 / gain})
     monkeypatch.setattr(module, "train_step", lambda *args: seen.append(args[-1].autocast_dtype))
     estimate_seconds(with_overrides(tiny_config, ["runtime.precision=auto"]), 100)
     assert set(seen) == {torch.bfloat16 if gain == 2.0 else None}
 
 
-def test_evidence_of_an_earlier_time_proves_nothing(protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_of_an_earlier_time_proves_nothing(spec: ReproduceSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, ends = module.subprocess.Popen, "import os; os.kill(os.getpid(), 9)"
     monkeypatch.setattr(
         module.subprocess, "Popen", lambda *_, **options: genuine([sys.executable, "-c", ends], **options)
     )
-    protocol.run.evidence.mkdir(parents=True)
-    evidence = protocol.run.evidence / "audit.json"
+    spec.run.evidence.mkdir(parents=True)
+    evidence = spec.run.evidence / "audit.json"
     evidence.write_text('{"checks": []}')
     with pytest.raises(CheckFailed, match="was ended by SIGKILL") as failed:
-        module._part(protocol, "audit", ["audit", "x"], lambda _: None)
+        module._part(spec, "audit", ["audit", "x"], lambda _: None)
     assert (failed.value.exit_code, evidence.exists()) == (137, False)
 
 
@@ -146,16 +146,16 @@ sys.exit(143)
 """
 
 
-def test_a_stop_signal_reaches_the_part_that_runs(protocol: Protocol, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_signal_reaches_the_part_that_runs(spec: ReproduceSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only this process gets the signal, as from a job scheduler; the child must save and leave first."""
     genuine = module.subprocess.Popen
     monkeypatch.setattr(
         module.subprocess, "Popen", lambda *_, **options: genuine([sys.executable, "-c", CHILD], **options)
     )
-    protocol.run.evidence.mkdir(parents=True)
+    spec.run.evidence.mkdir(parents=True)
     timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.start()
     with pytest.raises(Interrupted) as stopped:
-        module._part(protocol, "train", ["train", "x"], lambda _: None)
+        module._part(spec, "train", ["train", "x"], lambda _: None)
     assert stopped.value.signal_number == signal.SIGTERM
-    assert json.loads((protocol.run.evidence / "train.json").read_text()) == {"signals": 1}
+    assert json.loads((spec.run.evidence / "train.json").read_text()) == {"signals": 1}

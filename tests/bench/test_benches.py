@@ -11,7 +11,7 @@ import pytest
 
 from resmol.bench import limits
 from resmol.bench.checkpoint import CheckpointBench, checkpoint_contest, saved
-from resmol.bench.comparison import Contest
+from resmol.bench.comparison import Comparison
 from resmol.bench.generate import GenerateBench, equal_tokens, generation_contests
 from resmol.bench.prepare import PrepareBench, preparation_contest
 from resmol.bench.profile import trace_training
@@ -41,7 +41,7 @@ def tokenizer_in_cache(tiny_tokenizer: Tokenizer, own_cache: Path) -> Tokenizer:
     return tiny_tokenizer
 
 
-def without_limit(contest: Contest) -> Contest:
+def without_limit(contest: Comparison) -> Comparison:
     """Leave out the slow limit and the control, whose processes are those of others."""
     contest.contenders = [one for one in contest.contenders if one.kind in ("ours", "peer")]
     return contest

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from resmol.bench.comparison import Contender, Contest, Quantity
+from resmol.bench.comparison import Comparison, Quantity, Variant
 from resmol.errors import CheckFailed
 
 SPEED = Quantity("tokens_per_second", "tokens/s")
@@ -19,17 +19,17 @@ def quiet(_: str) -> None:
     pass
 
 
-def contender(name: str, kind: Any, *values: float) -> Contender:
+def contender(name: str, kind: Any, *values: float) -> Variant:
     left = list(values)
-    return Contender(name, kind, lambda: {"tokens_per_second": left.pop(0), "peak_bytes": 3 << 20})
+    return Variant(name, kind, lambda: {"tokens_per_second": left.pop(0), "peak_bytes": 3 << 20})
 
 
-def contest(*contenders: Contender, more_is_better: bool = True) -> Contest:
+def contest(*contenders: Variant, more_is_better: bool = True) -> Comparison:
     memory = Quantity("peak_bytes", "MiB", unit=2.0**20)
-    return Contest("a title", SPEED, (memory,), list(contenders), {"threads": 2}, more_is_better)
+    return Comparison("a title", SPEED, (memory,), list(contenders), {"threads": 2}, more_is_better)
 
 
-def usual(**options: Any) -> Contest:
+def usual(**options: Any) -> Comparison:
     held = contest(
         contender("ours", "ours", 200.0, 202.0, 198.0),
         contender("again", "control", 201.0, 201.0, 199.0),
@@ -87,7 +87,7 @@ def test_a_peer_that_fails_is_shown_and_not_tried_again() -> None:
         tried.append(1)
         raise CheckFailed("no compiler", fix="none")
 
-    held = contest(contender("ours", "ours", 1.0, 1.0), Contender("broken", "peer", fail))
+    held = contest(contender("ours", "ours", 1.0, 1.0), Variant("broken", "peer", fail))
     held.run(2, 0, quiet)
     assert held.complete
     assert held.rounds == 2
@@ -100,7 +100,7 @@ def test_ours_must_not_fail() -> None:
         raise CheckFailed("broken", fix="none")
 
     with pytest.raises(CheckFailed, match="broken"):
-        contest(Contender("ours", "ours", fail)).run(1, 0, quiet)
+        contest(Variant("ours", "ours", fail)).run(1, 0, quiet)
 
 
 def test_what_an_interruption_left_is_shown() -> None:
@@ -109,7 +109,7 @@ def test_what_an_interruption_left_is_shown() -> None:
             raise KeyboardInterrupt
         return {"tokens_per_second": 5.0}
 
-    one = Contender("ours", "ours", interrupted)
+    one = Variant("ours", "ours", interrupted)
     held = contest(one)
     held.run(5, 0, quiet)
     assert not held.complete

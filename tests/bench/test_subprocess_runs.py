@@ -27,10 +27,10 @@ def test_peak_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
 def test_a_failure_keeps_its_code_and_its_last_words() -> None:
     done = run_process([*PYTHON, "import sys; print('first', file=sys.stderr); sys.exit('no such thing')"])
     assert done.code == 1
-    assert done.last_words == "first no such thing"
+    assert done.error_tail == "first no such thing"
     killed = run_process([*PYTHON, "import os; os.kill(os.getpid(), 9)"])
     assert killed.code == -signal.SIGKILL
-    assert killed.last_words == "it ended with code -9"
+    assert killed.error_tail == "it ended with code -9"
 
 
 def test_a_process_is_ended_with_its_time(tmp_path: Path) -> None:
@@ -57,9 +57,9 @@ def test_memory_beyond_the_limit_is_refused_inside_the_process() -> None:
 def test_an_allocator_of_this_process_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.top_pad=1")
     code = "import os, sys; sys.exit(os.environ.get('GLIBC_TUNABLES', 'none'))"
-    assert run_process([*PYTHON, code]).last_words == "none"
+    assert run_process([*PYTHON, code]).error_tail == "none"
     given = run_process([*PYTHON, code], environment={"GLIBC_TUNABLES": "glibc.malloc.top_pad=2"})
-    assert given.last_words == "glibc.malloc.top_pad=2"
+    assert given.error_tail == "glibc.malloc.top_pad=2"
 
 
 def test_everything_is_measured_once_a_round_in_changing_order() -> None:

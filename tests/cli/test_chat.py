@@ -22,7 +22,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import load_model
 from resmol.train.start import train_model
 
@@ -164,7 +164,7 @@ def test_an_impatient_second_interrupt_does_not_take_the_line_about_the_answer(
     monkeypatch.setattr(speaking, "show", show)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        speaking._answer(load_model(run), "ka lo", Sampling(temperature=0.0), ())
+        speaking._answer(load_model(run), "ka lo", SamplingParams(temperature=0.0), ())
     except KeyboardInterrupt:
         pytest.fail("the second interrupt was not ignored")
     finally:
@@ -187,7 +187,7 @@ def test_an_impatient_second_interrupt_at_the_prompt_does_not_leave(run: Path, m
     monkeypatch.setattr(speaking, "say", lambda _line: signal.raise_signal(signal.SIGINT) if asked else None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        speaking.converse(load_model(run), Sampling(), ())
+        speaking.repl(load_model(run), SamplingParams(), ())
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     except KeyboardInterrupt:
         pytest.fail("the second interrupt was not ignored")
@@ -224,7 +224,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(
     content = io.BytesIO(b"ka\n" + b"x" * (10 << 20) + b"\nlo\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
     with pytest.raises(DataError, match="1 of 2 prompts could not be answered"):
-        speaking.converse(load_model(run), Sampling(), ())
+        speaking.repl(load_model(run), SamplingParams(), ())
     assert asked == ["ka"]
     assert "error: the line is larger than 4 MiB\n  fix: " in capsys.readouterr().err
     assert content.tell() < 5 << 20

@@ -72,7 +72,7 @@ def base_config() -> RunConfig:
         "data": {"seq_len": 64},
         "batch": {"global_batch_tokens": 4096, "micro_batch_size": 4},
         "schedule": {"warmup_steps": 10, "decay_start": 100, "decay_steps": 50, "horizon": 500},
-        "runtime": {"device": "cpu", "precision": "float32", "products": "blas", "compile": "off"},
+        "runtime": {"device": "cpu", "precision": "float32", "matmul_backend": "mkl", "compile": "off"},
     }
     return RunConfig.model_validate_json(json.dumps(table))
 
@@ -255,7 +255,7 @@ def test_nano_keeps_the_proportions_of_the_model() -> None:
 @pytest.mark.parametrize("name", [*PUBLISHED, "nano"])
 def test_every_step_is_a_whole_number_of_micro_batches(name: str) -> None:
     config = load_preset(name)
-    tokens = config.micro_batches_per_step * config.batch.micro_batch_size * config.data.seq_len
+    tokens = config.grad_accum_steps * config.batch.micro_batch_size * config.data.seq_len
     assert tokens == config.batch.global_batch_tokens
 
 

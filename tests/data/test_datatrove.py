@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import synthetic_texts
 
-from resmol.data.datatrove import adopt, is_token_folder
+from resmol.data.datatrove import import_datatrove, is_token_folder
 from resmol.data.shards import verify_shards
 from resmol.errors import DataError, UsageError
 
@@ -40,7 +40,7 @@ def test_a_datatrove_folder_is_taken_over_in_place(tiny_tokenizer, tmp_path, doc
     write_ds(tmp_path / "00000_00000_shuffled.ds", documents[:40], width=width, index=index)
     write_ds(tmp_path / "00000_00001_shuffled.ds", documents[40:], width=width, index=index)
     assert is_token_folder(tmp_path)
-    dataset = adopt(tmp_path, tiny_tokenizer, val_fraction=0.1)
+    dataset = import_datatrove(tmp_path, tiny_tokenizer, val_fraction=0.1)
     assert not is_token_folder(tmp_path)
     verify_shards(dataset)
     assert everything(dataset) == [token for document in documents for token in document]
@@ -56,14 +56,14 @@ def test_a_datatrove_folder_is_taken_over_in_place(tiny_tokenizer, tmp_path, doc
 def test_train_and_val_folders_are_the_splits(tiny_tokenizer, tmp_path, documents):
     write_ds(tmp_path / "train" / "00000.ds", documents[:50], metadata=False)
     write_ds(tmp_path / "val" / "00000.ds", documents[50:], metadata=False)
-    dataset = adopt(tmp_path, tiny_tokenizer)
+    dataset = import_datatrove(tmp_path, tiny_tokenizer)
     assert (dataset.manifest.train.documents, dataset.manifest.val.documents) == (50, 10)
     assert everything(dataset) == [token for document in documents for token in document]
 
 
 def test_a_single_document_is_divided_by_position(tiny_tokenizer, tmp_path, documents):
     write_ds(tmp_path / "00000.ds", documents[:1])
-    dataset = adopt(tmp_path, tiny_tokenizer, val_fraction=0.25)
+    dataset = import_datatrove(tmp_path, tiny_tokenizer, val_fraction=0.25)
     assert everything(dataset) == documents[0]
     assert len(dataset.val) == round(0.25 * len(documents[0]))
     assert dataset.manifest.source.held_out == "position"
@@ -72,7 +72,7 @@ def test_a_single_document_is_divided_by_position(tiny_tokenizer, tmp_path, docu
 def test_documents_without_their_end_token_are_said(tiny_tokenizer, tmp_path, documents):
     write_ds(tmp_path / "00000.ds", [document[:-1] for document in documents[:10]] + documents[10:])
     said = []
-    adopt(tmp_path, tiny_tokenizer, say=said.append)
+    import_datatrove(tmp_path, tiny_tokenizer, say=said.append)
     assert any(line.startswith("data: 10 documents do not end") for line in said)
 
 
@@ -90,7 +90,7 @@ def test_files_that_do_not_fit_are_refused_and_nothing_is_written(tiny_tokenizer
     write_ds(tmp_path / "00000.ds", documents)
     damage(tmp_path / "00000.ds")
     with pytest.raises(DataError, match=message):
-        adopt(tmp_path, tiny_tokenizer)
+        import_datatrove(tmp_path, tiny_tokenizer)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -98,8 +98,8 @@ def test_only_folders_of_tokens_without_manifest(tiny_tokenizer, tiny_dataset, t
     assert not is_token_folder(tmp_path)
     assert not is_token_folder(tiny_dataset.root)
     with pytest.raises(DataError, match=r"no \.ds files"):
-        adopt(tmp_path, tiny_tokenizer)
+        import_datatrove(tmp_path, tiny_tokenizer)
     with pytest.raises(UsageError, match="already"):
-        adopt(tiny_dataset.root, tiny_tokenizer)
+        import_datatrove(tiny_dataset.root, tiny_tokenizer)
     with pytest.raises(UsageError, match="val-fraction"):
-        adopt(tmp_path, tiny_tokenizer, val_fraction=1.5)
+        import_datatrove(tmp_path, tiny_tokenizer, val_fraction=1.5)

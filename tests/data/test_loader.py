@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmol.data.loader import IGNORE, Loader
+from resmol.data.loader import IGNORE_INDEX, Loader
 from resmol.data.shards import Shard, TokenStream
-from resmol.data.shuffle import WindowOrder
+from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
 
 EOS = 0
@@ -37,7 +37,7 @@ def stream_of(folder, tokens, *, shards=1) -> TokenStream:
 
 
 def loader_of(stream, **changes) -> Loader:
-    options = {"seq_len": 8, "micro_batch_size": 2, "micro_batches_per_step": 4, "seed": 1, "eos_id": EOS}
+    options = {"seq_len": 8, "micro_batch_size": 2, "grad_accum_steps": 4, "seed": 1, "eos_id": EOS}
     return Loader(stream, **(options | changes))
 
 
@@ -59,7 +59,7 @@ def test_the_last_window_is_padded_and_the_padding_is_no_target(tmp_path):
     (batch,) = loader.sequential(10)
     assert loader.n_windows == 2
     assert batch.input_ids[1].tolist() == [108, 109, 110, EOS, EOS, EOS, EOS, EOS]
-    assert batch.targets[1].tolist() == [109, 110, 111, *[IGNORE] * 5]
+    assert batch.targets[1].tolist() == [109, 110, 111, *[IGNORE_INDEX] * 5]
     assert batch.tokens == 11
 
 
@@ -75,7 +75,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
     tmp_path_factory, length, seq_len, size, micro_batches, seed
 ):
     stream = stream_of(tmp_path_factory.mktemp("s"), range(1, length + 1), shards=2)
-    loader = loader_of(stream, seq_len=seq_len, micro_batch_size=size, micro_batches_per_step=micro_batches, seed=seed)
+    loader = loader_of(stream, seq_len=seq_len, micro_batch_size=size, grad_accum_steps=micro_batches, seed=seed)
     per_step = size * micro_batches
     windows: list[int] = []
     targets: list[int] = []
@@ -87,7 +87,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
         assert loader.step_tokens(step) == sum(batch.tokens for batch in batches)
         for batch in batches:
             windows += batch.window_ids
-            targets += [tuple(row[row != IGNORE].tolist()) for row in batch.targets]
+            targets += [tuple(row[row != IGNORE_INDEX].tolist()) for row in batch.targets]
         assert loader.epoch_of(step) == step * per_step / loader.n_windows
     for epoch in range(2):
         part = slice(epoch * loader.n_windows, (epoch + 1) * loader.n_windows)
@@ -96,8 +96,8 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
 
 
 def test_steps_continue_across_the_border_of_an_epoch(tmp_path):
-    loader = loader_of(stream_of(tmp_path, range(1, 90)), micro_batches_per_step=2)  # 11 windows, 4 a step
-    straight = WindowOrder(11, 1).windows(np.arange(40, dtype=np.int64)).tolist()
+    loader = loader_of(stream_of(tmp_path, range(1, 90)), grad_accum_steps=2)  # 11 windows, 4 a step
+    straight = WindowShuffle(11, 1).windows(np.arange(40, dtype=np.int64)).tolist()
     assert [int(window) for step in range(1, 11) for window in loader.step_windows(step)] == straight
 
 
@@ -123,8 +123,8 @@ def test_processes_that_cannot_share_are_refused(tmp_path, rank, world_size):
 
 def test_the_order_does_not_depend_on_how_a_step_is_cut(tmp_path):
     stream = stream_of(tmp_path, range(1, 500))
-    one = loader_of(stream, micro_batch_size=8, micro_batches_per_step=1)
-    other = loader_of(stream, micro_batch_size=1, micro_batches_per_step=8)
+    one = loader_of(stream, micro_batch_size=8, grad_accum_steps=1)
+    other = loader_of(stream, micro_batch_size=1, grad_accum_steps=8)
     for step in (1, 5, 50):
         assert one.window_digest(step) == other.window_digest(step)
 
@@ -190,7 +190,7 @@ def test_one_token_is_never_enough(tmp_path):
         loader_of(stream_of(tmp_path, [1]), allow_short=True)
 
 
-@pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "micro_batches_per_step"])
+@pytest.mark.parametrize("name", ["seq_len", "micro_batch_size", "grad_accum_steps"])
 def test_sizes_below_one_are_refused(tmp_path, name):
     with pytest.raises(ConfigError):
         loader_of(stream_of(tmp_path, range(1, 500)), **{name: 0})

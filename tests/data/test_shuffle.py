@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resmol.data.shuffle import WindowOrder
+from resmol.data.shuffle import WindowShuffle
 
 
 def epochs(n: int, seed: int, count: int) -> list[list[int]]:
-    return WindowOrder(n, seed).windows(np.arange(count * n, dtype=np.int64)).reshape(count, n).tolist()
+    return WindowShuffle(n, seed).windows(np.arange(count * n, dtype=np.int64)).reshape(count, n).tolist()
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 255, 256, 257, 1000, 4097])
@@ -31,8 +31,8 @@ def test_epochs_and_seeds_differ():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**63), st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
 def test_a_position_has_one_window_whoever_asks_and_however(n, seed, positions):
-    together = WindowOrder(n, seed).windows(np.array(positions, dtype=np.int64)).tolist()
-    one_by_one = [int(WindowOrder(n, seed).windows(np.array([position]))[0]) for position in positions]
+    together = WindowShuffle(n, seed).windows(np.array(positions, dtype=np.int64)).tolist()
+    one_by_one = [int(WindowShuffle(n, seed).windows(np.array([position]))[0]) for position in positions]
     assert together == one_by_one
     assert all(0 <= window < n for window in together)
 
@@ -40,8 +40,8 @@ def test_a_position_has_one_window_whoever_asks_and_however(n, seed, positions):
 def test_the_order_is_fixed_for_ever():
     # A run of today must resume with the windows of today: a change here is a change of the data format.
     positions = np.array([0, 1, 2, 999, 1000, 123_456_789])
-    assert WindowOrder(1000, 0).windows(positions).tolist() == GOLDEN_SEED_0
-    assert WindowOrder(1_000_003, 42).windows(positions).tolist() == GOLDEN_SEED_42
+    assert WindowShuffle(1000, 0).windows(positions).tolist() == GOLDEN_SEED_0
+    assert WindowShuffle(1_000_003, 42).windows(positions).tolist() == GOLDEN_SEED_42
 
 
 GOLDEN_SEED_0 = [676, 129, 532, 851, 626, 780]
@@ -64,10 +64,10 @@ def test_neighbours_are_not_neighbours_any_more():
 
 
 def test_a_million_positions_take_a_moment():
-    windows = WindowOrder(1_000_000, 3).windows(np.arange(1_000_000, dtype=np.int64))
+    windows = WindowShuffle(1_000_000, 3).windows(np.arange(1_000_000, dtype=np.int64))
     assert np.bincount(windows).max() == 1
 
 
 def test_no_windows_are_no_order():
     with pytest.raises(ValueError, match="at least one"):
-        WindowOrder(0, 1)
+        WindowShuffle(0, 1)

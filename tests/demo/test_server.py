@@ -14,7 +14,7 @@ from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages
 
 from resmol.demo.server import listening_socket
 from resmol.errors import UsageError
-from resmol.inference.generate import Sampling
+from resmol.inference.generate import SamplingParams
 from resmol.interop.load import LoadedModel
 
 LONG = ["ka", 500, 0.0, 1, 0, 0]
@@ -23,7 +23,7 @@ LONG = ["ka", 500, 0.0, 1, 0, 0]
 def test_the_long_answer_is_long(demo_model: LoadedModel) -> None:
     """What the tests of stopping rely on."""
     tokens: list[int] = []
-    list(demo_model.stream("ka", Sampling(500, 0.0), on_token=tokens.append))
+    list(demo_model.stream("ka", SamplingParams(500, 0.0), on_token=tokens.append))
     assert len(tokens) == 500
 
 

@@ -38,7 +38,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ResmolError, RunInUse
-from resmol.run.checkpoint import Staged
+from resmol.run.checkpoint import StagedCheckpoint
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     WEIGHTS,
@@ -189,7 +189,7 @@ def note_acknowledged(note: Callable[[int], None]) -> None:
     """Call ``note`` with the step whenever a checkpoint is committed."""
     real = resmol.run.async_save.commit_checkpoint
 
-    def noting(staged: Staged) -> Manifest:
+    def noting(staged: StagedCheckpoint) -> Manifest:
         manifest = real(staged)
         note(manifest.step)
         return manifest

@@ -65,7 +65,7 @@ def first_use(dataset: Dataset, setting: Setting, place: int, steps: int) -> int
     config = load_config(setting.config)
     length = config.data.seq_len
     loader = Loader(
-        dataset.train, seq_len=length, micro_batch_size=1, micro_batches_per_step=2, seed=config.data.seed, eos_id=0
+        dataset.train, seq_len=length, micro_batch_size=1, grad_accum_steps=2, seed=config.data.seed, eos_id=0
     )
     return next(
         step
@@ -89,7 +89,7 @@ def test_d3_ids_outside_the_vocabulary(
     """An id of 512 or more, or -1, in a shard whose hashes fit."""
     draw, count, problems = campaign.draw("D3"), campaign.count(6, 60), []
     steps, length = 20, load_config(setting.config).data.seq_len
-    loader = Loader(tiny_dataset.train, seq_len=length, micro_batch_size=1, micro_batches_per_step=2, seed=8, eos_id=0)
+    loader = Loader(tiny_dataset.train, seq_len=length, micro_batch_size=1, grad_accum_steps=2, seed=8, eos_id=0)
     for trial in range(count):
         width = (2, 4)[trial % 2]
         folder = copy_of_data(tiny_dataset, tmp_path / f"data-{trial}", width)

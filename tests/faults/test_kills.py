@@ -21,7 +21,7 @@ import resmol.run.async_save
 import resmol.run.checkpoint
 import resmol.train.loop
 from resmol.data.shards import Dataset
-from resmol.run.checkpoint import Staged
+from resmol.run.checkpoint import StagedCheckpoint
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
@@ -205,7 +205,7 @@ def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) ->
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
     real, real_save = resmol.run.async_save.commit_checkpoint, resmol.train.loop.save
 
-    def commit_and_die(staged: Staged) -> Any:
+    def commit_and_die(staged: StagedCheckpoint) -> Any:
         manifest = real(staged)
         if manifest.step == step:
             os.kill(os.getpid(), signal.SIGKILL)

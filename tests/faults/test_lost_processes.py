@@ -43,7 +43,7 @@ import resmol.train.start
 from resmol.run.ledger import select
 from resmol.system.host import ALLOCATOR_VARIABLE
 
-PATIENCE = 60  # runtime.peer_timeout, where nothing needs to wait for it
+PATIENCE = 60  # runtime.collective_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
 LOST = r"process (\d) is gone or frozen \(last at (.*)\)"
 
@@ -176,7 +176,7 @@ def lose(
     how: signal.Signals, forks: Forks, run: Path, setting: Setting, rank: int, step: int, timeout: int, limit: float
 ) -> tuple[list[str], float] | None:
     """Send a signal to one of two processes after a step; None where the run came to its end before."""
-    with processes(forks, run, setting, *set_all(f"runtime.peer_timeout={timeout}")) as started:
+    with processes(forks, run, setting, *set_all(f"runtime.collective_timeout={timeout}")) as started:
         wait_for_step(run, step, started)
         os.kill(started[rank].pid or 0, how)
         at = time.monotonic()
@@ -314,7 +314,7 @@ def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracl
         "--steps",
         "100000",
     ]
-    words += set_all("runtime.peer_timeout=10")
+    words += set_all("runtime.collective_timeout=10")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", ALLOCATOR_VARIABLE: ""}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
         try:

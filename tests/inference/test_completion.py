@@ -14,9 +14,9 @@ from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
 from resmol.inference import completion as module
-from resmol.inference.completion import TextStream, Timings, complete_batches
-from resmol.inference.generate import Continuation, decode_batch
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.completion import TextStreamer, Timings, complete_batches
+from resmol.inference.generate import DecodingState, decode_batch
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import LoadedModel
 from resmol.interop.resolve import Provenance
 from resmol.model.llama import CausalLM
@@ -28,13 +28,13 @@ FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
 @pytest.fixture(scope="module")
 def loaded(tiny_config: RunConfig, tiny_tokenizer: Tokenizer) -> LoadedModel:
     model = CausalLM(tiny_config.model).eval().requires_grad_(requires_grad=False)
-    model.initialise(3)
+    model.init_weights(3)
     return LoadedModel(model, Provenance("huggingface", Path("model"), "0"), lambda: tiny_tokenizer)
 
 
 def test_what_streams_is_the_text_of_the_tokens(loaded: LoadedModel) -> None:
     for seed in range(5):
-        stream = loaded.stream("ka", Sampling(24, 1.0, 0, 1.0, seed))
+        stream = loaded.stream("ka", SamplingParams(24, 1.0, 0, 1.0, seed))
         text = "".join(stream)
         done = stream.completion()
         assert text == done.text == loaded.tokenizer.decode(done.token_ids)
@@ -51,7 +51,7 @@ def test_a_stop_string_that_spans_tokens_is_never_shown(loaded: LoadedModel) -> 
         if "\ufffd" in stop or len(stop) < 2:
             continue
         spans += 1
-        stream = loaded.stream("ka", Sampling(24, 1.0, 0, 1.0, 2), stop=[stop])
+        stream = loaded.stream("ka", SamplingParams(24, 1.0, 0, 1.0, 2), stop=[stop])
         shown = "".join(stream)
         assert shown == whole.text[: whole.text.index(stop)]
         done = stream.completion()
@@ -75,7 +75,7 @@ def test_a_batch_says_what_each_says_alone(loaded: LoadedModel) -> None:
 
 def test_a_prompt_that_is_too_long_is_named_before_any_work(loaded: LoadedModel) -> None:
     batches = complete_batches(
-        loaded.model, loaded.tokenizer, ["ka", "9" * 80], Sampling(), batch_size=1, names=["line 1", "line 4"]
+        loaded.model, loaded.tokenizer, ["ka", "9" * 80], SamplingParams(), batch_size=1, names=["line 1", "line 4"]
     )
     with pytest.raises(UsageError, match="line 4: the prompt has 80 tokens; the model's context is 64"):
         next(batches)
@@ -89,13 +89,13 @@ def test_rows_are_made_for_one_batch_only(loaded: LoadedModel, monkeypatch: pyte
     """Each holds a random generator and a buffer: of a hundred thousand prompts that would be gigabytes."""
     made: list[int] = []
 
-    class Counted(module.Continuation):
+    class Counted(module.DecodingState):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             made.append(len(self.prompt))
 
-    monkeypatch.setattr(module, "Continuation", Counted)
-    batches = complete_batches(loaded.model, loaded.tokenizer, PROMPTS, Sampling(4, 0.0), batch_size=2)
+    monkeypatch.setattr(module, "DecodingState", Counted)
+    batches = complete_batches(loaded.model, loaded.tokenizer, PROMPTS, SamplingParams(4, 0.0), batch_size=2)
     assert made == []
     for expected in (2, 4, 5):
         next(batches)
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_what_there_is_of_a_batch(loaded: LoadedModel, monkeypatch
     whole = loaded.complete_batch(PROMPTS, batch_size=2, max_new_tokens=12, temperature=0.0)
     passes = itertools.count()
 
-    def interrupted(model: CausalLM, rows: Sequence[Continuation]) -> Iterator[list[Continuation]]:
+    def interrupted(model: CausalLM, rows: Sequence[DecodingState]) -> Iterator[list[DecodingState]]:
         for grown in decode_batch(model, rows):
             if next(passes) == 17:  # the second batch: two passes over prompts, and some over single tokens
                 raise KeyboardInterrupt
@@ -115,7 +115,7 @@ def test_ctrl_c_leaves_what_there_is_of_a_batch(loaded: LoadedModel, monkeypatch
 
     monkeypatch.setattr(module, "decode_batch", interrupted)
     batches = complete_batches(
-        loaded.model, loaded.tokenizer, PROMPTS, Sampling(12, 0.0), batch_size=2, with_logprobs=True
+        loaded.model, loaded.tokenizer, PROMPTS, SamplingParams(12, 0.0), batch_size=2, with_logprobs=True
     )
     first, second = next(batches), next(batches)
     assert [one.text for one in first] == [one.text for one in whole[:2]]
@@ -128,7 +128,7 @@ def test_ctrl_c_leaves_what_there_is_of_a_batch(loaded: LoadedModel, monkeypatch
 
 
 def test_ctrl_c_between_a_token_and_its_logprob(loaded: LoadedModel) -> None:
-    stream = loaded.stream("ka", Sampling(24, 0.0), with_logprobs=True)
+    stream = loaded.stream("ka", SamplingParams(24, 0.0), with_logprobs=True)
     next(iter(stream))
     stream._tokens.logprobs.append(-1.0)  # what an interrupt leaves there
     done = stream.completion()
@@ -137,13 +137,13 @@ def test_ctrl_c_between_a_token_and_its_logprob(loaded: LoadedModel) -> None:
 
 def test_who_stops_reading_gets_what_there_is(loaded: LoadedModel) -> None:
     seen: list[int] = []
-    stream = loaded.stream("ka", Sampling(24, 0.0), on_token=seen.append, with_logprobs=True)
+    stream = loaded.stream("ka", SamplingParams(24, 0.0), on_token=seen.append, with_logprobs=True)
     next(iter(stream))
     done = stream.completion()
     assert done.finish_reason == "interrupted"
     assert done.token_ids == seen
     assert len(done.logprobs) == len(seen)
-    assert loaded.stream("ka", Sampling(2, 0.0)).completion().logprobs == []
+    assert loaded.stream("ka", SamplingParams(2, 0.0)).completion().logprobs == []
 
 
 def test_prefill_and_decoding_are_timed_apart_and_the_reader_is_not(
@@ -152,7 +152,7 @@ def test_prefill_and_decoding_are_timed_apart_and_the_reader_is_not(
     """A clock that goes a second further whenever somebody looks: each pass takes one, whatever the reader does."""
     ticks = itertools.count()
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
-    stream = loaded.stream("ka lo", Sampling(6, 0.0))
+    stream = loaded.stream("ka lo", SamplingParams(6, 0.0))
     for _ in stream:
         for _ in range(1000):
             next(ticks)
@@ -175,4 +175,4 @@ def test_timings_add_up_and_nothing_divides_by_zero() -> None:
 
 def test_an_empty_stop_string_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match="stop string is empty"):
-        TextStream(loaded.model, loaded.tokenizer, "ka", Sampling(), stop=[""])
+        TextStreamer(loaded.model, loaded.tokenizer, "ka", SamplingParams(), stop=[""])

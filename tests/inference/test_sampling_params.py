@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resmol.errors import UsageError
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ from resmol.inference.sampling_params import Sampling
     ],
 )
 def test_senseless_options(name: str, value: Any) -> None:
-    options = object.__new__(Sampling)  # the shape checker of the tests would refuse wrong types before we do
-    for field, default in (asdict(Sampling()) | {name: value}).items():
+    options = object.__new__(SamplingParams)  # the shape checker of the tests would refuse wrong types before we do
+    for field, default in (asdict(SamplingParams()) | {name: value}).items():
         object.__setattr__(options, field, default)
     with pytest.raises(UsageError, match=rf"^{name} is .*; it must") as caught:
         options.__post_init__()
@@ -34,9 +34,9 @@ def test_senseless_options(name: str, value: Any) -> None:
 
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(UsageError, match=r"temperature is nan.*top_k is -1.*top_p is 0"):
-        Sampling(temperature=math.nan, top_k=-1, top_p=0.0)
+        SamplingParams(temperature=math.nan, top_k=-1, top_p=0.0)
 
 
 def test_the_borders_are_allowed() -> None:
-    Sampling(1, 0.0, 0, 1.0, 2**64 - 1, 1.0)
-    Sampling(temperature=1e-5, top_p=1e-300, repetition_penalty=1e5)
+    SamplingParams(1, 0.0, 0, 1.0, 2**64 - 1, 1.0)
+    SamplingParams(temperature=1e-5, top_p=1e-300, repetition_penalty=1e5)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
-from resmol.inference.generate import Sampling
+from resmol.inference.generate import SamplingParams
 from resmol.interop import load as load_module
 from resmol.interop import sources as model_sources
 from resmol.interop.load import LoadedModel, load_model
@@ -208,7 +208,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path, tiny_tokenizer: Token
     loaded = load_model(folder, device="cpu")
     assert loaded.tokenizer.sha256 == tiny_tokenizer.sha256
     assert loaded.generate("ka lo 12", **GREEDY) == tiny_tokenizer.decode(theirs.tolist())
-    assert "".join(loaded.stream("ka lo 12", Sampling(8, 0.0))) == loaded.generate("ka lo 12", **GREEDY)
+    assert "".join(loaded.stream("ka lo 12", SamplingParams(8, 0.0))) == loaded.generate("ka lo 12", **GREEDY)
 
 
 def test_the_same_seed_gives_the_same_text(folder: Path) -> None:

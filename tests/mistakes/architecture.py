@@ -91,12 +91,12 @@ def dropout_in_evaluation(self: Any, x: Tensor) -> Tensor:
 
 def drawn_with(std: float) -> Any:
     @torch.no_grad()
-    def initialise(self: CausalLM, seed: int) -> None:
+    def init_weights(self: CausalLM, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, std, generator=generator)
 
-    return initialise
+    return init_weights
 
 
 def pytorch_default(self: CausalLM, seed: int) -> None:
@@ -137,7 +137,7 @@ def never_tied(patch: Any) -> None:
 
 
 ROTATE, TABLES, ATTEND = "resmol.model.llama.rotate", "resmol.model.llama.rotation_tables", "resmol.model.llama.attend"
-NORM, INITIALISE = "resmol.model.llama.RMSNorm.forward", "resmol.model.llama.CausalLM.initialise"
+NORM, INITIALISE = "resmol.model.llama.RMSNorm.forward", "resmol.model.llama.CausalLM.init_weights"
 V = verify_guard
 MISTAKES: list[Mistake] = [
     mistake(

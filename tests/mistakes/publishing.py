@@ -136,7 +136,7 @@ def other_weights(patch: pytest.MonkeyPatch) -> None:
 
     def initial(model: CausalLM) -> dict[str, torch.Tensor]:
         other = CausalLM.empty(model.config)
-        other.initialise(0)
+        other.init_weights(0)
         return genuine(other)
 
     patch.setattr(hf, "weight_tensors", initial)

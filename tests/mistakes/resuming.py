@@ -76,7 +76,7 @@ def _skip_a_step(state: Any) -> None:
 
 
 def _draw_again(state: Any) -> None:
-    state.model.initialise(1)
+    state.model.init_weights(1)
 
 
 def windows_from(position: Any) -> Any:
@@ -207,7 +207,7 @@ def killed_save_guard(bench: Bench) -> set[str]:
             saved = manifest.load_state(run / "checkpoints" / "step-00000005")[0].model_copy(update={"step": 6})
             state = _state_of(bench)
             patch.setattr(atomic.os, "fsync", fsync)
-            contents = checkpoint.Contents.of(state.model, state.optimizer)
+            contents = checkpoint.CheckpointTensors.of(state.model, state.optimizer)
             staged = checkpoint.stage_checkpoint(run / "checkpoints", saved, contents, parent=None)
             checkpoint.commit_checkpoint(staged)
         for path in list_checkpoints(run / "checkpoints"):
@@ -294,7 +294,8 @@ def deletes_the_corrupt(patch: pytest.MonkeyPatch) -> None:
 
 R, F = resume_guard, files_guard
 MISTAKES: list[Mistake] = [
-    mistake(9, "resume: weights only", replaced("resmol.train.resume.load_optimizer", lambda *_: None), R, "weights and"),
+    mistake(9, "resume: weights only",
+            replaced("resmol.train.resume.load_optimizer", lambda *_: None), R, "weights and"),
     mistake(9, "resume: reseeded", reseeded, R, "windows"),
     mistake(9, "resume: fresh weights", after_a_resume(_draw_again), R, "loss_bits"),
     mistake(9, "resume: a step skipped", after_a_resume(_skip_a_step), R, "steps 1 to 24"),
@@ -310,7 +311,8 @@ MISTAKES: list[Mistake] = [
     mistake(12, "checkpoint written in place", replaced("resmol.run.checkpoint.stage_directory", in_place),
             killed_save_guard, "a killed save"),
     mistake(12, "checkpoint pickled", replaced("resmol.run.checkpoint._save_tensors", pickled), F, "no pickle"),
-    mistake(12, "old checkpoints never removed", replaced("resmol.run.async_save.prune", lambda *_, **__: []), F, "retention"),
+    mistake(12, "old checkpoints never removed",
+            replaced("resmol.run.async_save.prune", lambda *_, **__: []), F, "retention"),
     mistake(13, "weights saved in half precision", saved_in_half, F, "weights are saved in float32"),
     mistake(13, "weights rounded to half precision by a save", half_precision, R, "weights and moments"),
     mistake(14, "names prefixed with _orig_mod.", prefixed("_orig_mod."), F, "names"),

@@ -11,7 +11,7 @@ from bench import Bench, Mistake, mistake
 from tiny import synthetic_texts
 
 from resmol.data import shard_writer
-from resmol.data.loader import IGNORE, Loader
+from resmol.data.loader import IGNORE_INDEX, Loader
 from resmol.data.prepare import prepare
 from resmol.data.readers import from_texts
 from resmol.data.shards import Dataset, TokenStream
@@ -55,7 +55,7 @@ def _coverage(bench: Bench, data: Dataset) -> set[str]:
     windows = [w for step in range(1, 200) for w in loader.step_windows(step).tolist()]
     for window in windows[: -(-(len(data.train) - 1) // bench.config.data.seq_len)]:
         seen.update(loader._batch([window]).targets[0].tolist())
-    del seen[IGNORE]
+    del seen[IGNORE_INDEX]
     everything = Counter(data.train.read(1, len(data.train)).tolist())
     return set() if seen == everything else {"every token in an epoch"}
 

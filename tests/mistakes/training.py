@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.load import with_overrides
-from resmol.data.loader import IGNORE, Batch, Loader
+from resmol.data.loader import IGNORE_INDEX, Batch, Loader
 from resmol.errors import ConfigError
-from resmol.inference.generate import Sampling
+from resmol.inference.generate import SamplingParams
 from resmol.model.llama import CausalLM, Decoder
 from resmol.run.checkpoint_manifest import load_state
 from resmol.run.ledger import effective_steps, read_ledger, select
@@ -92,7 +92,7 @@ GENUINE_BATCH, GENUINE_ACCUMULATE = Loader._batch, train.accumulate_gradients
 
 def shifted_twice(self: Loader, windows: Any) -> Batch:
     batch = GENUINE_BATCH(self, windows)
-    targets = torch.full_like(batch.targets, IGNORE)
+    targets = torch.full_like(batch.targets, IGNORE_INDEX)
     targets[:, :-1] = batch.targets[:, 1:]
     return Batch(batch.input_ids, targets, batch.document_ids, batch.window_ids, batch.tokens)
 
@@ -113,10 +113,10 @@ def mean_of_means(model: CausalLM, batches: Any, config: Any, runtime: Runtime) 
     for batch in batches:
         hidden = model.hidden(batch.input_ids, batch.document_ids)
         logits = model.lm_head(hidden).flatten(0, 1)
-        mean = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE) / len(batches)
+        mean = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE_INDEX) / len(batches)
         (mean * tokens).backward()
         total += mean.detach() * tokens
-    runtime.sum_over_processes([total, *(p.grad for p in model.parameters())])
+    runtime.all_reduce_sum([total, *(p.grad for p in model.parameters())])
     return total
 
 
@@ -223,7 +223,7 @@ def zero_guard(bench: Bench) -> set[str]:
         found.add("documents that end with token 0")
     model = _AlwaysZero(bench.config.model)
     model.lm_head.weight.data.zero_()[0] = 1.0
-    if list(train.generate(model, [5], Sampling(max_new_tokens=4, temperature=0.0), eos_id=0)):
+    if list(train.generate(model, [5], SamplingParams(max_new_tokens=4, temperature=0.0), eos_id=0)):
         found.add("generation stops at token 0")
     return found
 
@@ -254,7 +254,7 @@ def figures_guard(bench: Bench) -> set[str]:
     model, losses = new_state(bench.config, RUNTIME).model, []
     for batch in make_loader(bench.config, bench.data.train).micro_batches(1):
         logits = model(batch.input_ids, batch.document_ids).flatten(0, 1).detach()
-        losses.append(F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE, reduction="none"))
+        losses.append(F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"))
     mean = float(torch.cat(losses).sum()) / sum(int((loss != 0).sum()) for loss in losses)
     return found | (set() if math.isclose(records[1]["loss"], mean, rel_tol=1e-5) else {"loss of the step"})
 
@@ -333,7 +333,7 @@ MISTAKES: list[Mistake] = [
             "gradients of the step over micro-batches"),
     mistake(6, "micro-batches: a mean of means", replaced(ACCUMULATE, mean_of_means), step_guard,
             "loss of the step over micro-batches", "gradients of the step over micro-batches"),
-    mistake(6, "processes: averaged", replaced("resmol.train.parallel.Runtime.sum_over_processes",
+    mistake(6, "processes: averaged", replaced("resmol.train.parallel.Runtime.all_reduce_sum",
             averaged_over_processes), step_guard, "gradients of the step over processes"),
     mistake(7, "learning rate: the horizon is the stop step", horizon_is_the_stop, schedule_guard, "learning rate"),
     mistake(8, "learning rate: multiplied twice", multiplied_twice, schedule_guard, "learning rate"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from resmol.model.attention_backward import BLOCK_QUERIES, MOST_BLOCKS, attention_in_blocks, blocks_are_faster
+from resmol.model.attention_backward import BLOCK_QUERIES, MOST_BLOCKS, blockwise_attention, use_blockwise_backward
 
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 LENGTHS = [1, 100, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300]
@@ -69,7 +69,7 @@ def assert_near(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype, fl
 @pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
 def test_value_and_gradients(dtype: torch.dtype, heads: int, shared: int, length: int, masked: bool) -> None:
     tensors, mask = case(length, heads, shared, dtype), documents(length) if masked else None
-    mixed = attention_in_blocks(*tensors, mask)
+    mixed = blockwise_attention(*tensors, mask)
     upstream = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = [mixed.detach(), *torch.autograd.grad(mixed, tensors, upstream)]
     # at T = 1 the gradients of query and key are a difference that is zero, of numbers as large as the upstream ones
@@ -78,7 +78,7 @@ def test_value_and_gradients(dtype: torch.dtype, heads: int, shared: int, length
 
 def test_one_mask_for_the_whole_batch() -> None:
     tensors, mask = case(140, 4, 2, torch.float32), documents(140, batch=1)
-    mixed = attention_in_blocks(*tensors, mask)
+    mixed = blockwise_attention(*tensors, mask)
     upstream = torch.ones_like(mixed)
     ours = [mixed.detach(), *torch.autograd.grad(mixed, tensors, upstream)]
     assert_near(ours, exact(tensors, mask, upstream), torch.float32)
@@ -89,7 +89,7 @@ def test_a_hidden_key_with_a_huge_score_leaves_no_trace() -> None:
     query, key, value = case(130, 2, 1, torch.float32)
     with torch.no_grad():
         query[:], key[:, :, -1] = 10.0, 100.0
-    mixed = attention_in_blocks(query, key, value, None)
+    mixed = blockwise_attention(query, key, value, None)
     gradients = torch.autograd.grad(mixed[:, :, :-1].sum(), (query, key, value))
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
     assert all(not gradient[:, :, -1].any() for gradient in gradients)
@@ -99,8 +99,8 @@ def test_computing_it_again_gives_the_same_bits() -> None:
     """As activation checkpointing does, with and without a mask."""
     tensors = case(150, 9, 3, torch.float32)
     for mask in (None, documents(150)):
-        kept = attention_in_blocks(*tensors, mask)
-        again = checkpoint(attention_in_blocks, *tensors, mask, use_reentrant=False)
+        kept = blockwise_attention(*tensors, mask)
+        again = checkpoint(blockwise_attention, *tensors, mask, use_reentrant=False)
         assert isinstance(again, Tensor)
         gradients = [torch.autograd.grad(mixed.square().sum(), tensors) for mixed in (kept, again)]
         assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
@@ -109,7 +109,7 @@ def test_computing_it_again_gives_the_same_bits() -> None:
 def test_a_second_derivative_is_refused() -> None:
     """The formulas take the log-sum-exp for a constant, so differentiating them once more would be wrong."""
     query, key, value = case(5, 2, 1, torch.float64)
-    mixed = attention_in_blocks(query, key, value, None)
+    mixed = blockwise_attention(query, key, value, None)
     (gradient,) = torch.autograd.grad(mixed.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -117,15 +117,15 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_it_is_for_compiled_training_on_a_cpu_with_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, _ = case(BLOCK_QUERIES + 1, 2, 1, torch.float32)
-    assert not blocks_are_faster(query, key)
+    assert not use_blockwise_backward(query, key)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert blocks_are_faster(query, key)
-    assert not blocks_are_faster(query.detach(), key)
-    assert not blocks_are_faster(query[:, :, 1:], key[:, :, 1:]), "a single block"
-    assert not blocks_are_faster(query[:, :, :1], key), "one new token, the others from a cache"
-    assert not blocks_are_faster(query.to("meta"), key.to("meta"))
+    assert use_blockwise_backward(query, key)
+    assert not use_blockwise_backward(query.detach(), key)
+    assert not use_blockwise_backward(query[:, :, 1:], key[:, :, 1:]), "a single block"
+    assert not use_blockwise_backward(query[:, :, :1], key), "one new token, the others from a cache"
+    assert not use_blockwise_backward(query.to("meta"), key.to("meta"))
     long = torch.empty(1, 2, BLOCK_QUERIES * MOST_BLOCKS + 1, 4, requires_grad=True)
-    assert not blocks_are_faster(long, long)
+    assert not use_blockwise_backward(long, long)
 
 
 COMPILED = """
@@ -152,7 +152,7 @@ for bfloat16, documents, recompute in ((False, apart, True), (True, None, False)
         torch.compiler.reset()
         calls.clear()
         model = CausalLM(config)
-        model.initialise(2)
+        model.init_weights(2)
         model.model.recompute_blocks = recompute
         if compiled:
             for layer in model.model.layers:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
+from resmol.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 
 
 def case(
@@ -22,14 +22,16 @@ def case(
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 14, 1000])
 @pytest.mark.parametrize("ignored", [[], [0], [0, 6, 13], list(range(14))])
 def test_equals_pytorch_in_float64(chunk: int, ignored: list[int]) -> None:
     hidden, weight, targets = case()
-    targets.view(-1)[ignored] = IGNORE
+    targets.view(-1)[ignored] = IGNORE_INDEX
     ours = cross_entropy_sum(hidden, weight, targets, chunk)
     theirs = reference(hidden, weight, targets)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -41,7 +43,7 @@ def test_equals_pytorch_in_float64(chunk: int, ignored: list[int]) -> None:
 
 def test_gradients_by_finite_differences() -> None:
     hidden, weight, targets = case(1, 3, 4, 6)
-    targets[0, 1] = IGNORE
+    targets[0, 1] = IGNORE_INDEX
     assert torch.autograd.gradcheck(lambda h, w: cross_entropy_sum(h, w, targets, 2), (hidden, weight))
 
 

@@ -27,7 +27,7 @@ def test_extend_returns_everything_so_far(tiny_config: RunConfig) -> None:
 @pytest.fixture(scope="module")
 def model(tiny_config: RunConfig) -> CausalLM:
     model = CausalLM(tiny_config.model)
-    model.initialise(2)
+    model.init_weights(2)
     return model
 
 

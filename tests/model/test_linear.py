@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from resmol.config.run_config import RunConfig
 from resmol.inference.generate import generate
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model import linear as module
-from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
-from resmol.model.linear import Linear, Products, multiply, use_products
+from resmol.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum
+from resmol.model.linear import Linear, MatmulBackend, multiply, set_matmul_backend
 from resmol.model.llama import CausalLM
 
 EPS = torch.finfo(torch.float32).eps
 needs_onednn = pytest.mark.skipif(not module.has_onednn(), reason="this PyTorch has no oneDNN")
-BOTH: list[Products] = ["blas", "onednn"]
+BOTH: list[MatmulBackend] = ["mkl", "onednn"]
 SHAPES = [((2, 5, 48), 80), ((7, 48), 80), ((1, 48), 80), ((1, 1, 48), 80), ((48,), 80), ((1, 7), 13), ((3, 1), 1)]
 
 
@@ -37,13 +37,15 @@ def assert_rounded(computed: Tensor, exact: Tensor, magnitudes: Tensor, terms: i
 
 
 @needs_onednn
-@pytest.mark.parametrize("products", BOTH)
+@pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("grads", [True, False])
 @pytest.mark.parametrize(("shape", "outputs"), SHAPES)
-def test_products_and_their_gradients(shape: tuple[int, ...], outputs: int, grads: bool, products: Products) -> None:
+def test_products_and_their_gradients(
+    shape: tuple[int, ...], outputs: int, grads: bool, backend: MatmulBackend
+) -> None:
     x, weight = case(shape, outputs)
     with torch.set_grad_enabled(grads):
-        y = multiply(x, weight, products)
+        y = multiply(x, weight, backend)
     wide, wide_weight = x.detach().double(), weight.detach().double()
     assert_rounded(y, wide @ wide_weight.T, wide.abs() @ wide_weight.abs().T, shape[-1])
     if not grads:
@@ -63,7 +65,7 @@ def test_the_choice_reaches_the_library(monkeypatch: pytest.MonkeyPatch) -> None
     genuine, rows = module.onednn_product, []
     monkeypatch.setattr(module, "onednn_product", lambda x, weight: rows.append(len(x)) or genuine(x, weight))
     x, weight = case((3, 48), 80)
-    multiply(x, weight, "blas").sum().backward()
+    multiply(x, weight, "mkl").sum().backward()
     assert rows == []
     multiply(x, weight, "onednn").sum().backward()
     assert rows == [3, 3]  # the product, and the gradient of its input
@@ -92,13 +94,16 @@ def test_the_loss_by_either_library(chunk: int) -> None:
     hidden = torch.randn(2, 7, 24, generator=generator, requires_grad=True)
     weight = torch.randn(40, 24, generator=generator, requires_grad=True)
     targets = torch.randint(40, (2, 7), generator=generator)
-    targets[0, 4] = IGNORE
+    targets[0, 4] = IGNORE_INDEX
     exact = F.cross_entropy(
-        (hidden.double() @ weight.double().T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        (hidden.double() @ weight.double().T).flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
     )
     wanted = torch.autograd.grad(exact, (hidden, weight))
-    for products in BOTH:
-        loss = cross_entropy_sum(hidden, weight, targets, chunk, products)
+    for backend in BOTH:
+        loss = cross_entropy_sum(hidden, weight, targets, chunk, backend)
         torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
         for mine, other in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
@@ -107,35 +112,35 @@ def test_the_loss_by_either_library(chunk: int) -> None:
 @needs_onednn
 def test_a_whole_model_uses_one_library(tiny_config: RunConfig) -> None:
     model = CausalLM(tiny_config.model)
-    model.initialise(3)
-    use_products(model, "onednn")
+    model.init_weights(3)
+    set_matmul_backend(model, "onednn")
     linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
     assert {type(part) for part in linear} == {Linear}
-    assert {part.products for part in linear if isinstance(part, Linear)} == {"onednn"}
+    assert {part.backend for part in linear if isinstance(part, Linear)} == {"onednn"}
     ids = torch.arange(24).reshape(2, 12) % 50
     by_onednn = model(ids)
-    use_products(model, "blas")
+    set_matmul_backend(model, "mkl")
     torch.testing.assert_close(by_onednn, model(ids), rtol=1e-4, atol=1e-5)
 
 
 @needs_onednn
 def test_greedy_tokens_do_not_depend_on_the_library(tiny_config: RunConfig) -> None:
     model = CausalLM(tiny_config.model)
-    model.initialise(3)
+    model.init_weights(3)
     texts = []
-    for products in BOTH:
-        use_products(model, products)
-        texts.append(list(generate(model, [1, 2, 3], Sampling(max_new_tokens=8, temperature=0.0), eos_id=None)))
+    for backend in BOTH:
+        set_matmul_backend(model, backend)
+        texts.append(list(generate(model, [1, 2, 3], SamplingParams(max_new_tokens=8, temperature=0.0), eos_id=None)))
     assert texts[0] == texts[1]
 
 
 def test_reading_follows_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = tmp_path / "cpuinfo"
-    for vendor, expected in (("AuthenticAMD", "onednn"), ("GenuineIntel", "blas"), ("", "blas")):
+    for vendor, expected in (("AuthenticAMD", "onednn"), ("GenuineIntel", "mkl"), ("", "mkl")):
         facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: one\n")
         monkeypatch.setattr(module, "has_onednn", lambda: True)
-        assert module.products_for_reading(facts) == expected
+        assert module.default_inference_backend(facts) == expected
         monkeypatch.setattr(module, "has_onednn", lambda: False)
-        assert module.products_for_reading(facts) == "blas"
+        assert module.default_inference_backend(facts) == "mkl"
     monkeypatch.setattr(module, "has_onednn", lambda: True)
-    assert module.products_for_reading(tmp_path / "absent") == "blas"
+    assert module.default_inference_backend(tmp_path / "absent") == "mkl"

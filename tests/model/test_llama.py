@@ -46,7 +46,7 @@ SHAPES = st.builds(
 @given(config=SHAPES, attention=st.sampled_from(["sdpa", "eager"]))
 def test_equals_transformers_on_any_shape(config: ModelConfig, attention: str) -> None:
     model = CausalLM(config, attention=attention)  # type: ignore[arg-type]
-    model.initialise(1)
+    model.init_weights(1)
     reference = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
     reference.load_state_dict(model.state_dict(), strict=True)
     ids = (torch.arange(40).reshape(2, 20) * 13) % 101
@@ -107,7 +107,7 @@ def test_masks() -> None:
 
 def test_one_document_is_plain_causal_attention(tiny_config: RunConfig) -> None:
     model = CausalLM(tiny_config.model)
-    model.initialise(4)
+    model.init_weights(4)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(model(ids, torch.zeros_like(ids)), model(ids), rtol=1e-4, atol=1e-5)
@@ -122,10 +122,10 @@ def test_tied_is_one_tensor_and_untied_is_two(tiny_config: RunConfig) -> None:
 
 def test_initial_weights_are_a_function_of_the_seed_alone(tiny_config: RunConfig) -> None:
     first, second, other = (CausalLM.empty(tiny_config.model) for _ in range(3))
-    first.initialise(5)
+    first.init_weights(5)
     torch.manual_seed(123)
-    second.initialise(5)
-    other.initialise(6)
+    second.init_weights(5)
+    other.init_weights(6)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
@@ -140,7 +140,7 @@ def test_building_an_empty_model_draws_no_random_number(tiny_config: RunConfig) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 def test_a_gpu_gives_the_same_logits(tiny_config: RunConfig) -> None:
     model = CausalLM(tiny_config.model)
-    model.initialise(5)
+    model.init_weights(5)
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = model(ids)
@@ -155,7 +155,7 @@ def test_both_uses_of_a_tied_matrix_add_up_to_its_gradient(tiny_config: RunConfi
     gradients = []
     for pair in (True, False):
         model = CausalLM(config)
-        model.initialise(3)
+        model.init_weights(3)
         hidden, weight = model.hidden_and_output_weight(ids) if pair else (model.hidden(ids), model.lm_head.weight)
         F.cross_entropy((hidden @ weight.T).flatten(0, 1), ids.flatten()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -170,7 +170,7 @@ def test_computing_blocks_again_gives_the_same_bits_and_keeps_less(tiny_config: 
     gradients, kept = [], []
     for recompute in (False, True):
         model = CausalLM(tiny_config.model, attention=attention)  # type: ignore[arg-type]
-        model.initialise(3)
+        model.init_weights(3)
         model.model.recompute_blocks = recompute
         sizes: dict[int, int] = {}
 
@@ -189,7 +189,7 @@ def test_computing_blocks_again_gives_the_same_bits_and_keeps_less(tiny_config: 
 
 def test_generation_with_a_cache_never_recomputes(tiny_config: RunConfig) -> None:
     model = CausalLM(tiny_config.model)
-    model.initialise(3)
+    model.init_weights(3)
     model.model.recompute_blocks = True
     cache = KVCache(tiny_config.model, 1, 8)
     with torch.no_grad():

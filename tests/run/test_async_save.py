@@ -16,14 +16,14 @@ from tiny import TrainTiny
 
 from resmol.audit.audit import audit
 from resmol.audit.certificate import write_certificate
-from resmol.audit.replay import Wish
+from resmol.audit.replay import ReplayOptions
 from resmol.audit.report import write_report
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError, DiskFull
 from resmol.run import async_save as saving
-from resmol.run.async_save import Saver
-from resmol.run.checkpoint import Contents, Staged
+from resmol.run.async_save import AsyncCheckpointer
+from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     STATE,
@@ -35,7 +35,7 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
-from resmol.run.log_writers import Journal
+from resmol.run.log_writers import RunLog
 from resmol.train.build import new_state
 from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState
 from resmol.train.parallel import Runtime
@@ -50,30 +50,30 @@ class Bench:
 
     state: TrainState
     folder: Path
-    journal: Journal
+    journal: RunLog
     gate: threading.Event
     threads: list[tuple[str, threading.Thread]]  # who wrote, and who committed
 
-    def saver(self, keep_last: int = 10) -> Saver:
-        saver = Saver(self.folder, keep_last, self.journal, None)
+    def saver(self, keep_last: int = 10) -> AsyncCheckpointer:
+        saver = AsyncCheckpointer(self.folder, keep_last, self.journal, None)
         saver._thread.submit(self.gate.wait, PATIENCE)
         return saver
 
     def fill(self, value: float) -> None:
-        for tensors in Contents.of(self.state.model, self.state.optimizer).files.values():
+        for tensors in CheckpointTensors.of(self.state.model, self.state.optimizer).files.values():
             for tensor in tensors.values():
                 tensor.fill_(value)
 
-    def save(self, saver: Saver, step: int, *, wait: bool = False, permanent: bool = False) -> None:
+    def save(self, saver: AsyncCheckpointer, step: int, *, wait: bool = False, permanent: bool = False) -> None:
         """Fill everything with the step, and save that."""
         self.fill(float(step))
         saved = SavedState(
             step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.journal.head,
             random_state="", permanent=permanent,
         )  # fmt: skip
-        saver.save(saved, Contents.of(self.state.model, self.state.optimizer), wait=wait)
+        saver.save(saved, CheckpointTensors.of(self.state.model, self.state.optimizer), wait=wait)
 
-    def save_and(self, then: Callable[[Saver], object]) -> None:
+    def save_and(self, then: Callable[[AsyncCheckpointer], object]) -> None:
         """Save step 5, do something, and leave."""
         with self.saver() as saver:
             self.save(saver, 5)
@@ -94,7 +94,7 @@ def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    made = Bench(state, folder, Journal(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])
+    made = Bench(state, folder, RunLog(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])
     for name in NAMES:
         monkeypatch.setattr(saving, name, noting(made.threads, name, getattr(saving, name)))
     yield made
@@ -182,14 +182,14 @@ def broken(error: Exception) -> Callable[..., Any]:
 
 
 def test_errors_surface_in_the_training_thread(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_the_next_step(saver: Saver) -> None:
+    def at_the_next_step(saver: AsyncCheckpointer) -> None:
         while True:
             saver.settle(wait=False)
 
-    def at_the_next_save(saver: Saver) -> None:
+    def at_the_next_save(saver: AsyncCheckpointer) -> None:
         bench.save(saver, 6)
 
-    def at_the_end(_: Saver) -> None:
+    def at_the_end(_: AsyncCheckpointer) -> None:
         pass
 
     bench.gate.set()
@@ -219,7 +219,7 @@ def full(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let the disk be full when the checkpoints of these steps are synced."""
     genuine = saving.commit_checkpoint
 
-    def commit(staged: Staged) -> Any:
+    def commit(staged: StagedCheckpoint) -> Any:
         if staged.manifest.step in steps:
             shutil.rmtree(staged.temporary)
             raise FULL
@@ -248,11 +248,11 @@ def test_a_disk_that_is_full_only_in_the_background_owes_a_checkpoint(
 
 
 def test_a_full_disk_is_an_error_when_the_checkpoint_stays_owed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_again(saver: Saver) -> None:
+    def full_again(saver: AsyncCheckpointer) -> None:
         bench.save(saver, 6)
         saver.settle(wait=True)
 
-    def no_further_save(_: Saver) -> None:
+    def no_further_save(_: AsyncCheckpointer) -> None:
         pass
 
     bench.gate.set()
@@ -280,7 +280,7 @@ def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
     bench.gate.set()
     genuine, left = saving.commit_checkpoint, [FULL]
 
-    def full_once(staged: Staged) -> Any:
+    def full_once(staged: StagedCheckpoint) -> Any:
         if left:
             raise left.pop()
         return genuine(staged)
@@ -347,7 +347,7 @@ class Watch:
         self.step, self.changed, self.threads = 0, threading.Condition(), set[threading.Thread]()
         genuine = saving.commit_checkpoint
 
-        def late(staged: Staged) -> Any:
+        def late(staged: StagedCheckpoint) -> Any:
             with self.changed:
                 assert self.changed.wait_for(lambda: self.step >= min(staged.manifest.step + 2, last), PATIENCE)
             return genuine(staged)
@@ -402,7 +402,7 @@ def test_whoever_reads_the_record_copes_with_late_saves(
     }
     assert all(before[step] >= min(step + 2, 13 if step <= 13 else 20) for step in before), before
     assert set(before) == {5, 7, 10, 13, 15, 20}
-    checks = audit(run, strict=True, wish=Wish(count=3))
+    checks = audit(run, strict=True, wish=ReplayOptions(count=3))
     assert all_passed(checks), [check for check in checks if not check.passed]
     assert "restarts" in Path(write_certificate(run, checks)).read_text(encoding="utf-8")
     assert "step-00000007" in write_report(run).read_text(encoding="utf-8")

@@ -16,7 +16,14 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError
 from resmol.model.llama import CausalLM
 from resmol.run import checkpoint as module
-from resmol.run.checkpoint import Contents, commit_checkpoint, load_optimizer, load_weights, prune, stage_checkpoint
+from resmol.run.checkpoint import (
+    CheckpointTensors,
+    commit_checkpoint,
+    load_optimizer,
+    load_weights,
+    prune,
+    stage_checkpoint,
+)
 from resmol.run.checkpoint_manifest import (
     Manifest,
     SavedState,
@@ -80,7 +87,7 @@ def test_round_trip_is_bitwise(good: Path, tiny_config: RunConfig, tmp_path: Pat
     state = restore(good / "step-00000010", tiny_config)
     saved, _ = load_state(good / "step-00000010")
     manifest = commit_checkpoint(
-        stage_checkpoint(tmp_path, saved, Contents.of(state.model, state.optimizer), parent=None)
+        stage_checkpoint(tmp_path, saved, CheckpointTensors.of(state.model, state.optimizer), parent=None)
     )
     original = read_manifest(good / "step-00000010")
     assert manifest.files == original.files
@@ -237,6 +244,6 @@ def test_saving_over_a_damaged_one_sets_it_aside(good: Path, tiny_config: RunCon
         random_state="",
         permanent=False,
     )
-    commit_checkpoint(stage_checkpoint(good, saved, Contents.of(state.model, state.optimizer), parent=None))
+    commit_checkpoint(stage_checkpoint(good, saved, CheckpointTensors.of(state.model, state.optimizer), parent=None))
     assert (good / "damaged-step-00000010-1" / "manifest.json").exists()
     verify_checkpoint(good / "step-00000010")

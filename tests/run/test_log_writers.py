@@ -14,23 +14,23 @@ import pytest
 from test_report import step_record
 from tiny import TrainTiny
 
-from resmol.cli.console import ConsoleView, console_views
+from resmol.cli.console import ConsoleWriter, console_views
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, read_ledger, select
-from resmol.run.log_writers import Journal, Lines, LogView, TensorBoardView, describe
+from resmol.run.log_writers import RunLog, StepFormatter, TensorBoardWriter, TextLogWriter, describe
 
 
-def steps_shown(lines: Lines, first: int, last: int) -> list[int]:
+def steps_shown(lines: StepFormatter, first: int, last: int) -> list[int]:
     return [step for step in range(first, last + 1) if lines.line({"kind": "step", **step_record(step)})]
 
 
 def test_which_steps_get_a_line() -> None:
-    assert steps_shown(Lines(500, 5000), 1, 5000) == [1, *range(500, 5001, 500)]
-    assert steps_shown(Lines(500, 5050), 5001, 5050) == [5001, 5050]
+    assert steps_shown(StepFormatter(500, 5000), 1, 5000) == [1, *range(500, 5001, 500)]
+    assert steps_shown(StepFormatter(500, 5050), 5001, 5050) == [5001, 5050]
 
 
 def test_speed_is_that_of_all_steps_since_the_last_line() -> None:
-    lines = Lines(10, 20)
+    lines = StepFormatter(10, 20)
     lines.line({"kind": "step", **step_record(1)})
     for step in range(2, 10):
         lines.line({"kind": "step", **step_record(step), "seconds": 0.02})
@@ -40,7 +40,7 @@ def test_speed_is_that_of_all_steps_since_the_last_line() -> None:
 
 
 def test_lines_align() -> None:
-    lines = Lines(1, 5050)
+    lines = StepFormatter(1, 5050)
     texts = [lines.line({"kind": "step", **step_record(step)}) or "" for step in (1, 20, 5000)]
     assert len({text.index("| loss") for text in texts}) == 1
     assert len({text.index("tok/s") for text in texts}) == 1
@@ -82,7 +82,7 @@ class Broken:
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("I/O operation on closed file")])
 def test_a_broken_view_falls_silent_once(tmp_path: Path, error: Exception) -> None:
     view, ledger = Broken(error), Ledger(tmp_path / "ledger.jsonl")
-    journal = Journal(ledger, [view])
+    journal = RunLog(ledger, [view])
     for step in (1, 2, 3):
         journal.write("step", **step_record(step))
     journal.close()
@@ -97,7 +97,7 @@ def test_a_full_or_closed_stream(tmp_path: Path, train_tiny: TrainTiny, target: 
     stream = path.open("w")
     if target == "closed":
         stream.close()
-    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
+    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
     assert state.step == 3
     warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))
     assert len(warnings) == 1
@@ -110,7 +110,7 @@ def test_a_broken_pipe_does_not_end_training(tmp_path: Path, train_tiny: TrainTi
     reading, writing = os.pipe()
     os.close(reading)
     stream = os.fdopen(writing, "w", buffering=1)
-    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
+    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
     with suppress(OSError):
         stream.close()
     assert state.step == 3
@@ -127,7 +127,7 @@ def test_a_full_pipe_is_not_waited_for(tmp_path: Path, train_tiny: TrainTiny) ->
         while True:
             os.write(writing, bytes(4096))
     os.set_blocking(writing, True)
-    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleView(Lines(1, 3), stream)])
+    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
     assert state.step == 3
     os.set_blocking(reading, False)
     assert set(os.read(reading, 1 << 20)) == {0}
@@ -139,7 +139,7 @@ def test_a_full_pipe_is_not_waited_for(tmp_path: Path, train_tiny: TrainTiny) ->
 def test_a_slow_reader_loses_lines_and_no_halves(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w", buffering=1) as stream:
-        view = ConsoleView(Lines(1, 10_000), stream)
+        view = ConsoleWriter(StepFormatter(1, 10_000), stream)
         for step in range(1, 3000):
             view.show({"kind": "step", **step_record(step)})
         os.set_blocking(reading, False)
@@ -150,7 +150,7 @@ def test_a_slow_reader_loses_lines_and_no_halves(tmp_path: Path) -> None:
 
 
 def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
-    journal = Journal(Ledger(tmp_path / "ledger.jsonl"), [LogView(Path("/dev/full"), Lines(1, 2))])
+    journal = RunLog(Ledger(tmp_path / "ledger.jsonl"), [TextLogWriter(Path("/dev/full"), StepFormatter(1, 2))])
     journal.write("step", **step_record(1))
     journal.write("step", **step_record(2))
     journal.close()
@@ -159,9 +159,9 @@ def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
 
 SHOW = """
 import sys
-from resmol.cli.console import ConsoleView
-from resmol.run.log_writers import Lines
-view = ConsoleView(Lines(2, 4))
+from resmol.cli.console import ConsoleWriter
+from resmol.run.log_writers import StepFormatter
+view = ConsoleWriter(StepFormatter(2, 4))
 for step in range(1, 5):
     numbers = {"loss": 1.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64, "tokens_seen": 64, "epoch": 0.0, "seconds": 0.1}
     view.show({"kind": "step", "step": step, **numbers})
@@ -215,7 +215,7 @@ def test_tensorboard(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.
 
     monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
     for steps in (20, 22):
-        train_tiny(tmp_path / "run", steps, views=lambda _: [TensorBoardView(tmp_path / "tb")])
+        train_tiny(tmp_path / "run", steps, views=lambda _: [TensorBoardWriter(tmp_path / "tb")])
     tags = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bpb", "perf/tokens_per_sec"}
     assert {tag for tag, _ in written} == tags
     assert [step for tag, step in written if tag == "train/loss"] == list(range(1, 23))
@@ -223,7 +223,7 @@ def test_tensorboard(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.
 
 
 def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
-    view: Any = TensorBoardView(tmp_path / "tb")
+    view: Any = TensorBoardWriter(tmp_path / "tb")
     view.show({"kind": "step", **step_record(1)})
     view.close()
     assert next((tmp_path / "tb").glob("events.*")).stat().st_size > 100
@@ -233,7 +233,7 @@ def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.Monkey
     now = [0.0]
     monkeypatch.setattr("resmol.cli.console.time.monotonic", lambda: now[0])
     with (tmp_path / "out").open("w+") as stream:
-        view = ConsoleView(Lines(500, 1000), stream)
+        view = ConsoleWriter(StepFormatter(500, 1000), stream)
         for step in range(1, 101):
             now[0] += 1.0
             view.show({"kind": "step", **step_record(step)})

@@ -10,7 +10,7 @@ from resmol.errors import ConfigError
 from resmol.train import autotune as auto
 from resmol.train.autotune import resolve_auto
 
-DECIDED = ("device", "precision", "products", "compile", "activation_checkpointing")
+DECIDED = ("device", "precision", "matmul_backend", "compile", "activation_checkpointing")
 
 
 def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
@@ -39,10 +39,10 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, m
 @pytest.mark.parametrize(
     ("onednn", "bfloat16", "expected"),
     [
-        (1.0, 2.5, ("blas", "float32")),
-        (1.0, 0.9, ("blas", "float32")),
-        (1.0, 0.6, ("blas", "bfloat16")),
-        (0.97, 1.0, ("blas", "float32")),
+        (1.0, 2.5, ("mkl", "float32")),
+        (1.0, 0.9, ("mkl", "float32")),
+        (1.0, 0.6, ("mkl", "bfloat16")),
+        (0.97, 1.0, ("mkl", "float32")),
         (0.7, 0.65, ("onednn", "float32")),
         (0.7, 0.5, ("onednn", "bfloat16")),
     ],
@@ -56,10 +56,12 @@ def test_another_arithmetic_must_be_clearly_faster(
 ) -> None:
     """bfloat16 is compared with the faster of the two ways to compute in float32."""
     monkeypatch.setattr(auto, "has_onednn", lambda: True)
-    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"blas": 1.0, "onednn": onednn, "bfloat16": bfloat16})
-    decided, reasons = resolve_auto(with_overrides(tiny_config, ["runtime.precision=auto", "runtime.products=auto"]))
-    assert (decided.runtime.products, decided.runtime.precision) == expected
-    assert f"products: {expected[0]}" in reasons[0]
+    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"mkl": 1.0, "onednn": onednn, "bfloat16": bfloat16})
+    decided, reasons = resolve_auto(
+        with_overrides(tiny_config, ["runtime.precision=auto", "runtime.matmul_backend=auto"])
+    )
+    assert (decided.runtime.matmul_backend, decided.runtime.precision) == expected
+    assert f"matmul_backend: {expected[0]}" in reasons[0]
     assert f"{1 / onednn:.2f}x" in reasons[0]
     assert f"precision: {expected[1]}" in reasons[1]
     assert f"{min(1.0, onednn if expected[0] == 'onednn' else 1.0) / bfloat16:.2f}x" in reasons[1]
@@ -71,17 +73,17 @@ def test_only_what_is_undecided_is_measured(tiny_config: RunConfig, monkeypatch:
     monkeypatch.setattr(
         auto, "measured_seconds", lambda _config, names: asked.append(list(names)) or dict.fromkeys(names, 1.0)
     )
-    for settings in ("auto blas", "auto onednn", "float32 auto", "bfloat16 auto"):
-        precision, products = settings.split()
-        changes = [f"runtime.precision={precision}", f"runtime.products={products}"]
+    for settings in ("auto mkl", "auto onednn", "float32 auto", "bfloat16 auto"):
+        precision, backend = settings.split()
+        changes = [f"runtime.precision={precision}", f"runtime.matmul_backend={backend}"]
         decided, _ = resolve_auto(with_overrides(tiny_config, changes))
-        assert "auto" not in (decided.runtime.precision, decided.runtime.products)
-    assert asked == [["blas", "bfloat16"], ["onednn", "bfloat16"], ["blas", "onednn"]]
+        assert "auto" not in (decided.runtime.precision, decided.runtime.matmul_backend)
+    assert asked == [["mkl", "bfloat16"], ["onednn", "bfloat16"], ["mkl", "onednn"]]
 
 
 def test_the_measurement_measures(tiny_config: RunConfig) -> None:
-    seconds = auto.measured_seconds(tiny_config, ["blas", "bfloat16"])
-    assert set(seconds) == {"blas", "bfloat16"}
+    seconds = auto.measured_seconds(tiny_config, ["mkl", "bfloat16"])
+    assert set(seconds) == {"mkl", "bfloat16"}
     assert all(0 < value < 60 for value in seconds.values())
 
 

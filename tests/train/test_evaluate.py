@@ -22,7 +22,7 @@ RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
 
 def test_loss_and_bits_per_byte(tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer) -> None:
     model = CausalLM(tiny_config.model)
-    model.initialise(1)
+    model.init_weights(1)
     loader = make_loader(tiny_config, tiny_dataset.val)
     result = evaluate(model, loader.sequential(3), tiny_tokenizer.byte_lengths(), RUNTIME, chunk_tokens=5)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from resmol.errors import ConfigError, ProcessLost
 from resmol.train import heartbeat as module
-from resmol.train.heartbeat import Siblings, describe_slowest
+from resmol.train.heartbeat import RankMonitor, describe_slowest
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def in_each(stores: Callable[[], dist.Store], facts: list[dict[str, str]]) -> li
     """Let each process compare its facts with the others'; the errors, or None."""
 
     def compare(rank: int) -> Exception | None:
-        with Siblings(stores(), rank, len(facts)) as siblings:
+        with RankMonitor(stores(), rank, len(facts)) as siblings:
             try:
                 siblings.agree(facts[rank])
             except ConfigError as error:
@@ -50,7 +50,7 @@ def test_who_is_silent_and_who_does_not_come_is_named(
     stores: Callable[[], dist.Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.5)
-    with Siblings(stores(), 0, 4) as alone, Siblings(stores(), 1, 4) as busy, Siblings(stores(), 2, 4) as gone:
+    with RankMonitor(stores(), 0, 4) as alone, RankMonitor(stores(), 1, 4) as busy, RankMonitor(stores(), 2, 4) as gone:
         alone.begin("step 8")
         busy.begin("the sample after step 7")
         gone.begin("step 8")
@@ -65,7 +65,7 @@ def test_who_is_silent_and_who_does_not_come_is_named(
 
 
 def test_work_is_what_was_not_spent_waiting(stores: Callable[[], dist.Store]) -> None:
-    with Siblings(stores(), 0, 2) as siblings:
+    with RankMonitor(stores(), 0, 2) as siblings:
         with siblings.together():
             time.sleep(0.2)  # before the step: not part of it
         siblings.begin("step 1")

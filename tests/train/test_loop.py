@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import IGNORE, Batch, Loader
+from resmol.data.loader import IGNORE_INDEX, Batch, Loader
 from resmol.data.shards import Dataset
 from resmol.errors import DataError, DiskFull, NonFiniteError
 from resmol.run import async_save as saving
@@ -79,14 +79,16 @@ def test_unequal_micro_batches_are_weighted_by_tokens(tiny_config: RunConfig, ti
     """Against transformers: one mean over all tokens of the step, not a mean of the micro-batches' means."""
     batches = batches_of(make_loader(tiny_config, tiny_dataset.train), 1)
     targets = batches[0].targets.clone()
-    targets[:, 3:] = IGNORE
-    short = Batch(batches[0].input_ids, targets, None, batches[0].window_ids, int((targets != IGNORE).sum()))
+    targets[:, 3:] = IGNORE_INDEX
+    short = Batch(batches[0].input_ids, targets, None, batches[0].window_ids, int((targets != IGNORE_INDEX).sum()))
     full = Batch(batches[1].input_ids, batches[1].targets, None, batches[1].window_ids, batches[1].tokens)
     state = new_state(tiny_config, RUNTIME)
     reference = LlamaForCausalLM(LlamaConfig(**tiny_config.model.to_hf()))
     reference.load_state_dict(state.model.state_dict(), strict=True)
     logits = reference(torch.cat([short.input_ids, full.input_ids])).logits
-    wanted = F.cross_entropy(logits.flatten(0, 1), torch.cat([targets, full.targets]).flatten(), ignore_index=IGNORE)
+    wanted = F.cross_entropy(
+        logits.flatten(0, 1), torch.cat([targets, full.targets]).flatten(), ignore_index=IGNORE_INDEX
+    )
     wanted.backward()
     tokens = short.tokens + full.tokens
     total = accumulate_gradients(state.model, [short, full], tiny_config, RUNTIME)
@@ -145,9 +147,11 @@ def test_loss_of_the_step_is_the_mean_over_its_tokens(
     total = tokens = 0.0
     for batch in batches_of(make_loader(tiny_config, tiny_dataset.train), 1):
         logits = model(batch.input_ids, batch.document_ids)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
         total += float(loss.detach())
-        tokens += int((batch.targets != IGNORE).sum())
+        tokens += int((batch.targets != IGNORE_INDEX).sum())
     assert record["loss"] == pytest.approx(total / tokens, rel=1e-6)
     assert record["tokens"] == tokens
 

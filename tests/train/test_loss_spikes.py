@@ -12,7 +12,7 @@ from tiny import TrainTiny
 from resmol.errors import CheckFailed
 from resmol.run.ledger import read_ledger, select
 from resmol.train import loop as module
-from resmol.train.loss_spikes import ENOUGH, MEMORY, is_spike, remembered
+from resmol.train.loss_spikes import HISTORY, MIN_HISTORY, append_loss, is_spike
 
 
 def test_a_normal_course_is_no_spike() -> None:
@@ -20,12 +20,12 @@ def test_a_normal_course_is_no_spike() -> None:
     for step in range(2000):
         loss = 3 + 7 * 0.99**step + draw.gauss(0, 0.05)
         assert not is_spike(loss, recent)
-        recent = remembered(loss, recent)
-    assert len(recent) == MEMORY
+        recent = append_loss(loss, recent)
+    assert len(recent) == HISTORY
 
 
 def test_a_jump_is_one_and_few_losses_are_no_opinion() -> None:
-    recent = tuple(3 + 0.01 * (n % 7) for n in range(ENOUGH))
+    recent = tuple(3 + 0.01 * (n % 7) for n in range(MIN_HISTORY))
     assert is_spike(4.5, recent)
     assert not is_spike(1.0, recent), "falling is no alarm"
     assert not is_spike(4.5, recent[1:])
@@ -64,7 +64,7 @@ def test_the_decision_is_the_same_with_and_without_a_resume(
     train_tiny(tmp_path / "straight", 30)
     for steps in (step - 1, step, step + 1, 30):
         train_tiny(tmp_path / "resumed", steps)
-    assert spikes(tmp_path / "straight") == spikes(tmp_path / "resumed") == ([] if step < ENOUGH else [step])
+    assert spikes(tmp_path / "straight") == spikes(tmp_path / "resumed") == ([] if step < MIN_HISTORY else [step])
 
 
 def test_a_run_that_is_to_stop_stops_and_can_go_on(tmp_path: Path, train_tiny: TrainTiny, a_bad_batch: Any) -> None:

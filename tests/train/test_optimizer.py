@@ -14,7 +14,7 @@ from resmol.train.optimizer import apply_update, build_optimizer, gradient_norm
 
 def with_gradients(config: RunConfig, seed: int, scale: float) -> CausalLM:
     model = CausalLM(config.model)
-    model.initialise(1)
+    model.init_weights(1)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
@@ -26,7 +26,7 @@ def with_gradients(config: RunConfig, seed: int, scale: float) -> CausalLM:
 def test_equals_the_plain_sequence_of_operations(tiny_config: RunConfig, decay: str, clip_norm: float) -> None:
     config = OptimizerConfig(weight_decay=0.1, decay=decay, clip_norm=clip_norm)
     ours, theirs = CausalLM(tiny_config.model), CausalLM(tiny_config.model)
-    ours.initialise(1)
+    ours.init_weights(1)
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     matrices = [p for p in theirs.parameters() if p.dim() > 1 or decay == "all"]
     norms = [p for p in theirs.parameters() if not (p.dim() > 1 or decay == "all")]

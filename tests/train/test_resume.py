@@ -71,7 +71,7 @@ def test_two_resumes_in_a_row(sixty: Path, tmp_path: Path, train_tiny: TrainTiny
 
 
 @pytest.mark.parametrize(
-    "arithmetic", ["runtime.precision=bfloat16", "runtime.attention=eager", "runtime.products=onednn"]
+    "arithmetic", ["runtime.precision=bfloat16", "runtime.attention=eager", "runtime.matmul_backend=onednn"]
 )
 def test_in_other_arithmetic(tmp_path: Path, train_tiny: TrainTiny, arithmetic: str) -> None:
     train_tiny(tmp_path / "straight", 12, arithmetic)
@@ -105,11 +105,11 @@ def train_in_another_process(
 @pytest.mark.parametrize(
     "settings",
     [
-        ("runtime.products=blas",),
-        ("runtime.products=onednn",),
+        ("runtime.matmul_backend=mkl",),
+        ("runtime.matmul_backend=onednn",),
         ("data.seq_len=160", "model.max_position_embeddings=160", "batch.global_batch_tokens=320"),
     ],
-    ids=["blas", "onednn", "two blocks of attention"],
+    ids=["mkl", "onednn", "two blocks of attention"],
 )
 def test_compiled(
     tmp_path: Path,

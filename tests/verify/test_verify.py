@@ -32,7 +32,7 @@ def config(tiny_config: RunConfig) -> ModelConfig:
 
 def fresh(config: ModelConfig) -> CausalLM:
     model = CausalLM.empty(config)
-    model.initialise(8)
+    model.init_weights(8)
     return model
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from resmol.audit.replay import Wish, replay
+from resmol.audit.replay import ReplayOptions, replay
 from resmol.checks import Check
 from resmol.config.load import load_config
 from resmol.config.run_config import RunConfig
@@ -43,7 +43,7 @@ FIELDS = {  # that are read here, of each kind
 
 
 def audit(
-    run: RunDir, say: Callable[[str], None] = lambda _: None, *, strict: bool = False, wish: Wish | None = None
+    run: RunDir, say: Callable[[str], None] = lambda _: None, *, strict: bool = False, wish: ReplayOptions | None = None
 ) -> list[Check]:
     """Check a run directory.
 

@@ -71,6 +71,7 @@ def _draw(
 
 
 def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element for a page."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = out.getvalue()

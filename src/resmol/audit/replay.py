@@ -43,7 +43,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ReplayOptions:
     """What to replay.
 
     Attributes:
@@ -68,7 +68,11 @@ def segments(run: RunDir, records: list[Record], limit: int) -> list[Segment]:
 
 
 def replay(
-    run: RunDir, config: RunConfig, records: list[Record], wish: Wish, say: Callable[[str], None] = lambda _: None
+    run: RunDir,
+    config: RunConfig,
+    records: list[Record],
+    wish: ReplayOptions,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Execute drawn segments again.
 
@@ -102,7 +106,7 @@ def replay(
 
 
 def _replay_segment(
-    run: RunDir, config: RunConfig, records: list[Record], segment: Segment, loader: Loader, wish: Wish
+    run: RunDir, config: RunConfig, records: list[Record], segment: Segment, loader: Loader, wish: ReplayOptions
 ) -> Check:
     name = f"replay of steps {segment.start + 1} to {segment.end}"
     steps = effective_steps(records)
@@ -177,13 +181,13 @@ def _differences(recorded: dict[str, Any], runtime: Runtime, config: RunConfig) 
     return ", ".join(f"{n} {recorded.get(n)} -> {here[n]}" for n in facts if recorded.get(n) != here[n])
 
 
-def _unsupported(name: str, why: str, wish: Wish) -> Check:
+def _unsupported(name: str, why: str, wish: ReplayOptions) -> Check:
     return Check(name, not wish.strict, f"UNSUPPORTED: {why}", EXPECTED, GUARDS)
 
 
 def _summary(
     records: list[Record], possible: list[Segment], drawn: list[Segment], checks: list[Check], seconds: float,
-    wish: Wish,
+    wish: ReplayOptions,
 ) -> Check:  # fmt: skip
     """Say what was executed again, what it cost, and which share of wrong segments it would have missed.
 

@@ -2,7 +2,7 @@
 
     verify -> prepare -> train to N -> (a new process) train to N + M -> evaluate -> audit -> generate -> report
 
-Every part can be repeated: what is done is found done, and training resumes, so an interrupted protocol goes on
+Every part can be repeated: what is done is found done, and training resumes, so an interrupted spec goes on
 where it was when the same command is given again.
 """
 
@@ -48,7 +48,7 @@ EVALUATION_TOKENS = 16_384  # a minute or less for the real model on two cores
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ReproduceSpec:
     """What to reproduce.
 
     Attributes:
@@ -79,7 +79,7 @@ class Protocol:
         steps: int,
         then: int,
         overrides: tuple[str, ...],
-    ) -> Protocol:
+    ) -> ReproduceSpec:
         """Fill in what the user left open; the preset depends on whether there is a GPU."""
         chosen = preset or ("smollm2-135m" if torch.cuda.is_available() else "smollm2-135m-cpu")
         directory = run or Path("runs") / chosen
@@ -96,38 +96,38 @@ class Protocol:
         return load_preset(self.preset, [*self.overrides, f"train.steps={self.steps}"])
 
 
-def reproduce(protocol: Protocol, say: Say) -> list[Check]:
-    """Run the protocol and return its claims.
+def reproduce(spec: ReproduceSpec, say: Say) -> list[Check]:
+    """Run the spec and return its claims.
 
     Raises:
         ResmolError: A part failed; what was done so far is kept, and the same command goes on from there.
     """
-    run, config = protocol.run, protocol.config()
+    run, config = spec.run, spec.config()
     run.evidence.mkdir(parents=True, exist_ok=True)
-    say(_headline(protocol, config))
-    options = [option for override in protocol.overrides for option in ("--set", override)]
-    preset = ["--preset", protocol.preset]
+    say(_headline(spec, config))
+    options = [option for override in spec.overrides for option in ("--set", override)]
+    preset = ["--preset", spec.preset]
 
-    _part(protocol, "verify", ["verify", *preset, "--json"], say)
+    _part(spec, "verify", ["verify", *preset, "--json"], say)
     if not is_prepared(run.data):
-        source = [part for path in protocol.inputs for part in ("--input", path)] or [
+        source = [part for path in spec.inputs for part in ("--input", path)] or [
             "--corpus",
-            protocol.corpus,
+            spec.corpus,
         ]
-        _part(protocol, "prepare", ["prepare", str(run.data), *source, "--json"], say)
-    if _reached(run) < protocol.steps:
-        first = ["train", str(run.path), *preset, *options, "--steps", str(protocol.steps)]
-        _part(protocol, "train", [*first, "--json"], say)
-    if _reached(run) < protocol.last_step:
-        second = ["train", str(run.path), "--steps", str(protocol.last_step)]
-        _part(protocol, "resume", [*second, "--json"], say)
+        _part(spec, "prepare", ["prepare", str(run.data), *source, "--json"], say)
+    if _reached(run) < spec.steps:
+        first = ["train", str(run.path), *preset, *options, "--steps", str(spec.steps)]
+        _part(spec, "train", [*first, "--json"], say)
+    if _reached(run) < spec.last_step:
+        second = ["train", str(run.path), "--steps", str(spec.last_step)]
+        _part(spec, "resume", [*second, "--json"], say)
     windows = str(max(1, EVALUATION_TOKENS // config.data.seq_len))
-    _part(protocol, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"], say)
-    _part(protocol, "audit", ["audit", str(run.path), "--json"], say)
+    _part(spec, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"], say)
+    _part(spec, "audit", ["audit", str(run.path), "--json"], say)
     prompt = config.sampling.prompt
-    _part(protocol, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"], say)
+    _part(spec, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"], say)
 
-    checks = claims(protocol)
+    checks = claims(spec)
     evidence = {
         "passed": all(check.passed for check in checks),
         "checks": [check.to_dict() for check in checks],
@@ -158,20 +158,18 @@ def estimate_seconds(config: RunConfig, steps: int) -> float:
         state = new_state(settled, runtime)
         for _ in range(ESTIMATE_STEPS):
             started = time.perf_counter()
-            train_step(
-                state, [batch] * config.micro_batches_per_step, config.batch.global_batch_tokens, settled, runtime
-            )
+            train_step(state, [batch] * config.grad_accum_steps, config.batch.global_batch_tokens, settled, runtime)
             times.append(time.perf_counter() - started)
     return min(times) * steps
 
 
-def _headline(protocol: Protocol, config: RunConfig) -> str:
-    todo = max(0, protocol.last_step - _reached(protocol.run))
+def _headline(spec: ReproduceSpec, config: RunConfig) -> str:
+    todo = max(0, spec.last_step - _reached(spec.run))
     seconds = estimate_seconds(config, todo)
     release_freed_memory()  # a model, its gradients and moments, which the parts need themselves
-    begun = f", {protocol.last_step - todo} of them done already" if todo < protocol.last_step else ""
+    begun = f", {spec.last_step - todo} of them done already" if todo < spec.last_step else ""
     return (
-        f"reproduce: {protocol.preset}, {total_parameters(config.model):,} parameters, {protocol.last_step} steps of "
+        f"reproduce: {spec.preset}, {total_parameters(config.model):,} parameters, {spec.last_step} steps of "
         f"{config.batch.global_batch_tokens:,} tokens{begun}\n"
         f"estimate: about {_duration(seconds)} of training on this machine, measured on {ESTIMATE_STEPS} steps just now"
     )
@@ -186,10 +184,10 @@ def _reached(run: RunDir) -> int:
     return next((step_of(path) for path in list_checkpoints(run.checkpoints)), 0)
 
 
-def _part(protocol: Protocol, name: str, arguments: Sequence[str], say: Say) -> None:
+def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str], say: Say) -> None:
     """Run one command in a process of its own and keep what it printed as ``evidence/NAME.json``."""
     say(f"--- resmol {' '.join(arguments)}")
-    evidence = protocol.run.evidence / f"{name}.json"
+    evidence = spec.run.evidence / f"{name}.json"
     evidence.unlink(missing_ok=True)  # that of an earlier time says nothing about this one
     with StopSignal() as stop:
         # A session of its own: Ctrl-C at a terminal reaches this process alone, which passes it on exactly once.
@@ -224,7 +222,7 @@ def _wait(process: subprocess.Popen[bytes], stop: StopSignal) -> bytes:
 
 
 class _PartFailed(CheckFailed):
-    """A part of the protocol failed; the exit code is that of the part."""
+    """A part of the spec failed; the exit code is that of the part."""
 
     def __init__(self, what: str, code: int) -> None:
         super().__init__(what, fix="see its message above; after that, the same command goes on from here")
@@ -234,9 +232,9 @@ class _PartFailed(CheckFailed):
 # --- the claims ----------------------------------------------------------------------------------------------
 
 
-def claims(protocol: Protocol) -> list[Check]:
+def claims(spec: ReproduceSpec) -> list[Check]:
     """Read the evidence and state what it shows; every claim names the file to look into."""
-    run = protocol.run
+    run = spec.run
     records = read_ledger(run.ledger).records
     steps = effective_steps(records)
     return [
@@ -246,12 +244,12 @@ def claims(protocol: Protocol) -> list[Check]:
             "architecture and parity with transformers",
             "the reverse-engineered model is wrong",
         ),
-        _parameters(protocol, run),
-        _scratch(steps, protocol.config(), run),
-        _saved_exactly(protocol, records),
-        _resumed(protocol, records),
-        _continuous(protocol, steps),
-        _log(protocol, run),
+        _parameters(spec, run),
+        _scratch(steps, spec.config(), run),
+        _saved_exactly(spec, records),
+        _resumed(spec, records),
+        _continuous(spec, steps),
+        _log(spec, run),
         _learned(records, run),
         _evidence_claim(run, "audit", "the record holds together", "a record that was edited or does not add up"),
         _sample(run),
@@ -275,8 +273,8 @@ def _evidence_claim(run: RunDir, name: str, title: str, guards: str) -> Check:
     return Check(title, bool(found) and passed == len(found), measured, "all of them", guards, path)
 
 
-def _parameters(protocol: Protocol, run: RunDir) -> Check:
-    counted = total_parameters(protocol.config().model)
+def _parameters(spec: ReproduceSpec, run: RunDir) -> Check:
+    counted = total_parameters(spec.config().model)
     recorded = next(select(read_ledger(run.ledger).records, "start"))["parameters"]
     name, expected = "parameters", f"{counted:,} by the closed form"
     return Check(
@@ -296,43 +294,43 @@ def _scratch(steps: dict[int, Record], config: RunConfig, run: RunDir) -> Check:
     return Check("from scratch", abs(first - uniform) < 1.5, measured, expected, "pretrained weights", str(run.ledger))
 
 
-def _saved_exactly(protocol: Protocol, records: list[Record]) -> Check:
-    name = checkpoint_name(protocol.steps)
-    path = protocol.run.checkpoints / name / "manifest.json"
+def _saved_exactly(spec: ReproduceSpec, records: list[Record]) -> Check:
+    name = checkpoint_name(spec.steps)
+    path = spec.run.checkpoints / name / "manifest.json"
     # A crash between the checkpoint and its record leaves the resumption from it as the only witness.
     saved = [record for record in records if record["kind"] in ("save", "resume") and record["checkpoint"] == name]
     measured = f"manifest {saved[-1]['manifest_sha256'][:16]}" if saved else "not in the ledger"
-    title = f"checkpoint at exactly step {protocol.steps}"
+    title = f"checkpoint at exactly step {spec.steps}"
     return Check(title, bool(saved) and path.is_file(), measured, "saved, recorded and still there", evidence=str(path))
 
 
-def _resumed(protocol: Protocol, records: list[Record]) -> Check:
-    wanted = protocol.steps + 1
+def _resumed(spec: ReproduceSpec, records: list[Record]) -> Check:
+    wanted = spec.steps + 1
     resumes = [record for record in select(records, "resume") if record["next_step"] == wanted]
     follows = [r["step"] for r in records if resumes and r["kind"] == "step" and r["seq"] > resumes[-1]["seq"]][:1]
     measured = f"resumed from {resumes[-1]['checkpoint']}, next step {follows[0]}" if follows else "no such resume"
     title = f"a new process resumed at step {wanted}"
-    ledger = str(protocol.run.ledger)
+    ledger = str(spec.run.ledger)
     return Check(title, follows == [wanted], measured, f"step {wanted} follows", "training that starts over", ledger)
 
 
-def _continuous(protocol: Protocol, steps: dict[int, Record]) -> Check:
-    config, last = load_config(protocol.run.config), protocol.last_step
+def _continuous(spec: ReproduceSpec, steps: dict[int, Record]) -> Check:
+    config, last = load_config(spec.run.config), spec.last_step
     whole = sorted(steps) == list(range(1, last + 1))
     jumps = [s for s, r in steps.items() if r["lr"] != lr_at(s, config.schedule, config.optimizer.lr)]
     measured = f"steps 1 to {max(steps)}, learning rate at {last}: {steps[max(steps)]['lr']:.3g}"
     guards = "a horizon that moves with the last step"
     expected = f"every step to {last} once, each at the schedule's learning rate"
-    return Check("one continuous run", whole and not jumps, measured, expected, guards, str(protocol.run.ledger))
+    return Check("one continuous run", whole and not jumps, measured, expected, guards, str(spec.run.ledger))
 
 
-def _log(protocol: Protocol, run: RunDir) -> Check:
+def _log(spec: ReproduceSpec, run: RunDir) -> Check:
     text = run.log.read_text(encoding="utf-8") if run.log.exists() else ""
-    wanted = [1, *range(500, protocol.steps + 1, 500), protocol.steps, protocol.steps + 1, protocol.last_step]
+    wanted = [1, *range(500, spec.steps + 1, 500), spec.steps, spec.steps + 1, spec.last_step]
     logged = {int(line.split()[1].partition("/")[0]) for line in text.splitlines() if line.startswith("step ")}
     missing = sorted(set(wanted) - logged)
     measured = f"missing: {missing}" if missing else f"lines for {len(logged)} steps"
-    expected = f"steps 1, every 500, {protocol.steps}, {protocol.steps + 1} and {protocol.last_step}"
+    expected = f"steps 1, every 500, {spec.steps}, {spec.steps + 1} and {spec.last_step}"
     return Check("the log is kept", not missing, measured, expected, evidence=str(run.log))
 
 

@@ -11,11 +11,11 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts
 from resmol.bench.run_worker import run_worker
 from resmol.bench.subprocess_runs import QUIET, run_training
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
@@ -49,32 +49,32 @@ class CheckpointBench:
         return with_overrides(self.config, [*SHORT, *self.overrides])
 
 
-def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Contest:
-    """Return the contest, ready to run; all its files are below ``folder``, on whose disk it is held."""
+def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Comparison:
+    """Return the comparison, ready to run; all its files are below ``folder``, on whose disk it is held."""
     config = wanted.settled
     file, out = folder / "wanted.toml", folder / "peer"
     file.write_text(config.to_toml(), encoding="utf-8")
     size = 3 * 4 * total_parameters(config.model)
 
-    def ours() -> Numbers:
+    def ours() -> Metrics:
         try:
             return _save_and_load(config, folder, file, data)
         finally:
             shutil.rmtree(folder / "run", ignore_errors=True)
 
-    def other(who: str) -> Numbers:
+    def other(who: str) -> Metrics:
         task = {"who": who, "config": str(file), "out": str(out), "bytes": size}
         try:
             return run_worker("resmol.bench.workers.checkpoint", task, folder)
         finally:
             out.unlink(missing_ok=True)
 
-    return Contest(
+    return Comparison(
         title=f"a checkpoint of {config.name}, {size / 1e6:,.0f} MB of weights and moments",
-        headline=SAVE,
+        metric=SAVE,
         columns=(STALLED, LOAD, MEMORY),
         more_is_better=False,
-        contenders=line_up(
+        variants_=variants(
             ours,
             {
                 "torch.save, fsync; torch.load": lambda: other("torch"),
@@ -87,17 +87,17 @@ def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Cont
     )
 
 
-def _save_and_load(config: RunConfig, folder: Path, file: Path, data: str) -> Numbers:
+def _save_and_load(config: RunConfig, folder: Path, file: Path, data: str) -> Metrics:
     done, records = run_training(config, folder, data, steps=2)
     if done.code:
-        raise CheckFailed(f"a measured process failed: {done.last_words}", fix="correct the configuration")
+        raise CheckFailed(f"a measured process failed: {done.error_tail}", fix="correct the configuration")
     newest = max(RunDir(folder / "run").checkpoints.glob("step-*"))
     task = {"who": "ours", "config": str(file), "checkpoint": str(newest)}
     loaded = run_worker("resmol.bench.workers.checkpoint", task, folder)
     return {**saved(records), "load_seconds": loaded["load_seconds"], "peak_bytes": done.peak_bytes}
 
 
-def saved(records: list[Record]) -> Numbers:
+def saved(records: list[Record]) -> Metrics:
     """Return the times of the first save of a ledger; a save in the background says for how long training stood still.
 
     Raises:
@@ -114,9 +114,9 @@ def saved(records: list[Record]) -> Numbers:
     }
 
 
-def checkpoint_notes(contest: Contest) -> list[str]:
+def checkpoint_notes(comparison: Comparison) -> list[str]:
     """Say what the disk and the hash can do."""
-    limit = contest.of_kind("limit")
+    limit = comparison.of_kind("limit")
     if limit is None:
         return []
     write, sha = (statistics.median(limit.values(f"{key}_bytes_per_second")) for key in ("write", "sha256"))

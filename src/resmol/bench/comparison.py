@@ -18,7 +18,7 @@ from rich.table import Table
 
 from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
 from resmol.bench.subprocess_runs import Say, take_turns
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.errors import CheckFailed
 
 OURS, CONTROL = "resmol", "control: resmol again"
@@ -47,13 +47,13 @@ MEMORY = Quantity("peak_bytes", "peak memory, MiB", unit=2.0**20)
 
 
 @dataclass
-class Contender:
+class Variant:
     """A row: a name, what measures it once in a process of its own, and what came out of each round."""
 
     name: str
     kind: Kind
-    measure: Callable[[], Numbers]
-    measurements: list[Numbers] = field(default_factory=list)
+    measure: Callable[[], Metrics]
+    measurements: list[Metrics] = field(default_factory=list)
     failure: str = ""
 
     def values(self, key: str, rounds: int | None = None) -> list[float]:
@@ -61,107 +61,107 @@ class Contender:
         return [float(numbers[key]) for numbers in self.measurements[:rounds] if numbers.get(key) is not None]
 
 
-def line_up(
-    ours: Callable[[], Numbers],
-    peers: Mapping[str, Callable[[], Numbers]],
-    limit: tuple[str, Callable[[], Numbers]] | None = None,
-) -> list[Contender]:
-    """Return the rows of a contest: ours, ours again as a control, the peers, and the limit.
+def variants(
+    ours: Callable[[], Metrics],
+    peers: Mapping[str, Callable[[], Metrics]],
+    limit: tuple[str, Callable[[], Metrics]] | None = None,
+) -> list[Variant]:
+    """Return the rows of a comparison: ours, ours again as a control, the peers, and the limit.
 
     Args:
         ours: Measures ours once.
         peers: The same for each peer, by name.
         limit: Name and measurement of what the machine allows; its memory says nothing about the work, and is left out.
     """
-    rows = [Contender(OURS, "ours", ours), Contender(CONTROL, "control", ours)]
-    rows += [Contender(name, "peer", measure) for name, measure in peers.items()]
+    rows = [Variant(OURS, "ours", ours), Variant(CONTROL, "control", ours)]
+    rows += [Variant(name, "peer", measure) for name, measure in peers.items()]
     if limit is not None:
         name, measure = limit
-        rows.append(Contender(name, "limit", lambda: {**measure(), "peak_bytes": None}))
+        rows.append(Variant(name, "limit", lambda: {**measure(), "peak_bytes": None}))
     return rows
 
 
 @dataclass
-class Contest:
+class Comparison:
     """What is compared.
 
     Attributes:
         title: What all of them do.
-        headline: The quantity that is compared.
+        metric: The quantity that is compared.
         more_is_better: Whether it is a speed, and not a time.
         columns: The other quantities to show.
-        contenders: Ours first.
+        variants_: Ours first.
         facts: The machine, the versions, the sizes.
-        notes: Sentences below the table, made of the finished contest.
+        notes: Sentences below the table, made of the finished comparison.
         complete: Whether all rounds were measured.
     """
 
     title: str
-    headline: Quantity
+    metric: Quantity
     columns: tuple[Quantity, ...]
-    contenders: list[Contender]
+    variants_: list[Variant]
     facts: dict[str, Any]
     more_is_better: bool = True
-    notes: Callable[[Contest], list[str]] = lambda _contest: []
+    notes: Callable[[Comparison], list[str]] = lambda _contest: []
     complete: bool = False
 
     def run(self, rounds: int, seed: int, say: Say) -> None:
-        """Measure every contender once a round; a peer that fails is not tried again, anything else that does ends it.
+        """Measure every variant once a round; a peer that fails is not tried again, anything else that does ends it.
 
         Raises:
             CheckFailed: Ours, or the measurement of a limit, failed.
         """
 
         def once(index: int) -> str:
-            contender = self.contenders[index]
-            if contender.failure:
-                return f"{contender.name}: left out, since it failed"
+            variant = self.variants_[index]
+            if variant.failure:
+                return f"{variant.name}: left out, since it failed"
             try:
-                contender.measurements.append(contender.measure())
+                variant.measurements.append(variant.measure())
             except CheckFailed as error:
-                if contender.kind != "peer":
+                if variant.kind != "peer":
                     raise
-                contender.failure = error.what
-                return f"{contender.name}: {error.what}"
-            latest = contender.values(self.headline.key)[-1:]
-            return f"{contender.name}: {self.headline.show(latest)} {self.headline.title}" if latest else contender.name
+                variant.failure = error.what
+                return f"{variant.name}: {error.what}"
+            latest = variant.values(self.metric.key)[-1:]
+            return f"{variant.name}: {self.metric.show(latest)} {self.metric.title}" if latest else variant.name
 
-        self.complete = take_turns(len(self.contenders), rounds, seed, once, say)
+        self.complete = take_turns(len(self.variants_), rounds, seed, once, say)
 
     @property
     def rounds(self) -> int:
-        """Rounds in which every contender that works was measured."""
-        return min((len(one.measurements) for one in self.contenders if not one.failure), default=0)
+        """Rounds in which every variant that works was measured."""
+        return min((len(one.measurements) for one in self.variants_ if not one.failure), default=0)
 
-    def of_kind(self, kind: Kind) -> Contender | None:
-        """Return the first contender of a kind."""
-        return next((one for one in self.contenders if one.kind == kind), None)
+    def of_kind(self, kind: Kind) -> Variant | None:
+        """Return the first variant of a kind."""
+        return next((one for one in self.variants_ if one.kind == kind), None)
 
-    def ratio(self, other: Contender) -> Ratio | None:
+    def ratio(self, other: Variant) -> Ratio | None:
         """Return how many times as fast ours is, with its interval; None where there is nothing to compare."""
-        ours = self.contenders[0].values(self.headline.key, self.rounds)
-        theirs = other.values(self.headline.key, self.rounds)
+        ours = self.variants_[0].values(self.metric.key, self.rounds)
+        theirs = other.values(self.metric.key, self.rounds)
         if not ours or len(ours) != len(theirs) or min(*ours, *theirs) <= 0:
             return None
         return paired_ratio(ours, theirs) if self.more_is_better else paired_ratio(theirs, ours)
 
-    def share(self, contender: Contender) -> list[float]:
+    def share(self, variant: Variant) -> list[float]:
         """Return the share of the limit that was reached, in each round."""
         limit = self.of_kind("limit")
-        if limit is None or contender is limit:
+        if limit is None or variant is limit:
             return []
         pairs = zip(
-            contender.values(self.headline.key, self.rounds), limit.values(self.headline.key, self.rounds), strict=False
+            variant.values(self.metric.key, self.rounds), limit.values(self.metric.key, self.rounds), strict=False
         )
         return [value / most if self.more_is_better else most / value for value, most in pairs]
 
-    def verdict(self, contender: Contender) -> str:
+    def verdict(self, variant: Variant) -> str:
         """Say in words how ours compares."""
-        ratio, again = self.ratio(contender), self.of_kind("control")
+        ratio, again = self.ratio(variant), self.of_kind("control")
         control = self.ratio(again) if again else None
-        if ratio is None or contender is self.contenders[0] or contender.kind == "limit":
+        if ratio is None or variant is self.variants_[0] or variant.kind == "limit":
             return ""
-        if contender.kind == "control":
+        if variant.kind == "control":
             known = ratio.reach < math.log(FAR)
             return f"noise: up to {100 * math.expm1(ratio.reach):.0f} %" if known else "noise: without bound"
         high = f"{ratio.high:.2f}" if ratio.high < FAR else "any"
@@ -171,19 +171,19 @@ class Contest:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles and the rows of the table."""
         limit = self.of_kind("limit")
-        titles = ["", self.headline.title, *(column.title for column in self.columns)]
+        titles = ["", self.metric.title, *(column.title for column in self.columns)]
         titles += (["share of the limit"] if limit else []) + ["resmol against it"]
-        return titles, [self._row(contender, with_share=limit is not None) for contender in self.contenders]
+        return titles, [self._row(variant, with_share=limit is not None) for variant in self.variants_]
 
-    def _row(self, contender: Contender, *, with_share: bool) -> list[str]:
-        row = [contender.name]
-        for column in (self.headline, *self.columns):
-            values = contender.values(column.key, self.rounds)
+    def _row(self, variant: Variant, *, with_share: bool) -> list[str]:
+        row = [variant.name]
+        for column in (self.metric, *self.columns):
+            values = variant.values(column.key, self.rounds)
             row.append(column.show(values) if values else "")
         if with_share:
-            shares = self.share(contender)
+            shares = self.share(variant)
             row.append(f"{100 * statistics.median(shares):.0f} %" if shares else "")
-        return [*row, f"failed: {contender.failure}" if contender.failure else self.verdict(contender)]
+        return [*row, f"failed: {variant.failure}" if variant.failure else self.verdict(variant)]
 
     def remarks(self) -> list[str]:
         """Return the sentences below the table."""
@@ -221,7 +221,7 @@ class Contest:
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object with every single measurement."""
         rows = []
-        for one in self.contenders:
+        for one in self.variants_:
             ratio = self.ratio(one)
             rows.append(
                 {
@@ -238,7 +238,7 @@ class Contest:
             "title": self.title,
             "complete": self.complete,
             "rounds": self.rounds,
-            "headline": self.headline.key,
+            "metric": self.metric.key,
             "rows": rows,
             "remarks": self.remarks(),
             "facts": self.facts,

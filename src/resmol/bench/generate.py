@@ -11,10 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.run_worker import run_worker
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
@@ -35,7 +35,7 @@ class GenerateBench:
 
     Attributes:
         config: Its model and runtime are used.
-        batches: Sequences at once; each is a contest of its own.
+        batches: Sequences at once; each is a comparison of its own.
         prompt: Tokens of the prompt.
         new: Tokens to add.
         peer: ``transformers``, or None to measure only ours.
@@ -61,14 +61,14 @@ class GenerateBench:
         require_peer(self.peer, PEERS, ("transformers",))
 
 
-def generation_contests(wanted: GenerateBench, folder: Path) -> list[Contest]:
-    """Return a contest for each batch, ready to run; the model is written to ``folder`` once, and all read it there."""
+def generation_contests(wanted: GenerateBench, folder: Path) -> list[Comparison]:
+    """Return a comparison for each batch, ready to run; all read the model that is written to ``folder`` once."""
     model = folder / "model"
     write_model(wanted.config, model)
     return [_contest(wanted, batch, model, folder) for batch in wanted.batches]
 
 
-def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Contest:
+def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Comparison:
     config = wanted.config
     task = {
         "folder": str(model),
@@ -79,27 +79,27 @@ def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Co
     }
     tuned = allocator_environment({})  # `resmol generate` restarts itself with it
 
-    def ours() -> Numbers:
+    def ours() -> Metrics:
         return run_worker("resmol.bench.workers.generate", task, folder, tuned)
 
-    def peer(*, faster: bool) -> Numbers:
+    def peer(*, faster: bool) -> Metrics:
         wish = {**task, "tuned": faster}
         return run_worker("resmol.bench.workers.generate_transformers", wish, folder, tuned if faster else {})
 
-    def limit() -> Numbers:
+    def limit() -> Metrics:
         sizes = {"of": "generation", "batch": batch, "prompt": wanted.prompt, "new": wanted.new}
         wish = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
         return run_worker("resmol.bench.workers.roofline", wish, folder, tuned)
 
-    peers: dict[str, Callable[[], Numbers]] = {
+    peers: dict[str, Callable[[], Metrics]] = {
         "transformers generate": lambda: peer(faster=False),
         "transformers generate, tuned": lambda: peer(faster=True),
     }
-    return Contest(
+    return Comparison(
         title=f"greedy decoding with {config.name}, {batch} x ({wanted.prompt} + {wanted.new}) tokens, float32",
-        headline=DECODING,
+        metric=DECODING,
         columns=(PREFILL, MEMORY),
-        contenders=line_up(ours, peers if wanted.peer else {}, ("limit: reading the weights", limit)),
+        variants_=variants(ours, peers if wanted.peer else {}, ("limit: reading the weights", limit)),
         facts={**machine_facts(config.runtime.threads), "parameters": total_parameters(config.model)},
         notes=generation_notes,
     )
@@ -108,7 +108,7 @@ def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Co
 def write_model(config: RunConfig, folder: Path) -> None:
     """Write a model with random weights as a Hugging Face folder, which ours and the peer's loader both read."""
     model = CausalLM.empty(config.model)
-    model.initialise(config.train.seed)
+    model.init_weights(config.train.seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.model.to_hf()), encoding="utf-8")
     tensors = {name: tensor.detach().contiguous() for name, tensor in weight_tensors(model).items()}
@@ -123,19 +123,19 @@ def prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
     return [draw.choices(ordinary, k=length) for _ in range(batch)]
 
 
-def generation_notes(contest: Contest) -> list[str]:
+def generation_notes(comparison: Comparison) -> list[str]:
     """Say what the limits are, and how many of the tokens are the same."""
     notes = []
-    ours = contest.contenders[0].measurements[0]["tokens"]
-    if limit := contest.of_kind("limit"):
+    ours = comparison.variants_[0].measurements[0]["tokens"]
+    if limit := comparison.of_kind("limit"):
         read = statistics.median(limit.values("read_bytes_per_second"))
         prompt = statistics.median(limit.values(PREFILL.key))
-        reached = 100 * statistics.median(contest.contenders[0].values(PREFILL.key)) / prompt
+        reached = 100 * statistics.median(comparison.variants_[0].values(PREFILL.key)) / prompt
         notes.append(
             f"Memory is read at {read / 1e9:.1f} GB/s. The products of the prompt alone would take it at "
             f"{prompt:,.0f} tokens/s, of which resmol has {reached:.0f} %."
         )
-    for one in contest.contenders:
+    for one in comparison.variants_:
         if one.kind == "peer" and one.measurements:
             same, total = equal_tokens(ours, one.measurements[0]["tokens"])
             notes.append(f"{one.name} gave the same {same} of {total} tokens, counted up to the first difference.")

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts
 from resmol.bench.run_worker import run_worker
 from resmol.bench.subprocess_runs import Say
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.data.chunking import ReadCounts
 from resmol.data.readers import Corpus
 from resmol.data.resolve import Text
@@ -49,8 +49,8 @@ class PrepareBench:
                 raise UsageError(f"--{name} is {value}", fix=f"give at least {least}")
 
 
-def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path, say: Say) -> Contest:
-    """Write the text to ``folder`` and return the contest, ready to run."""
+def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path, say: Say) -> Comparison:
+    """Write the text to ``folder`` and return the comparison, ready to run."""
     text, out = folder / "text.jsonl", folder / "out"
     size, documents = write_text(wanted.text.open(say), text, wanted.megabytes * 1_000_000)
     saved = folder / "tokenizer.json"
@@ -58,17 +58,17 @@ def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path
     environment = {"RAYON_NUM_THREADS": str(wanted.threads)} if wanted.threads else {}
     task = {"text": str(text), "text_bytes": size, "tokenizer": str(saved), "sha256": tokenizer.sha256, "out": str(out)}
 
-    def once(who: str, *, tuned: bool = False) -> Numbers:
+    def once(who: str, *, tuned: bool = False) -> Metrics:
         try:
             return run_worker(f"resmol.bench.{who}", {**task, "tuned": tuned}, folder, environment)
         finally:
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
 
-    return Contest(
+    return Comparison(
         title=f"preparing {size / 1e6:,.0f} MB in {documents:,} documents",
-        headline=SPEED,
+        metric=SPEED,
         columns=(MEMORY, TOKENS),
-        contenders=line_up(
+        variants_=variants(
             lambda: once("prepare_ours"),
             {
                 "tokenizers": lambda: once("tokenizers_peer"),
@@ -83,7 +83,7 @@ def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path
 
 
 def write_text(corpus: Corpus, path: Path, size: int) -> tuple[int, int]:
-    """Write a corpus again and again as JSON Lines until ``size`` bytes of text are reached; memory holds one piece.
+    """Write a corpus again and again as JSON lines until ``size`` bytes of text are reached, a piece at a time.
 
     Returns:
         The bytes of text and the documents that were written.

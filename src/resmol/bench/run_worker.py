@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from resmol.bench.subprocess_runs import Finished, run_process
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.errors import CheckFailed
 
 
 def run_worker(
     module: str, task: Mapping[str, Any], folder: Path, environment: Mapping[str, str] | None = None
-) -> Numbers:
+) -> Metrics:
     """Run ``python -m module`` on a task.
 
     Args:
@@ -38,10 +38,10 @@ def run_worker(
     return _read_answer(module, done, answered)
 
 
-def _read_answer(module: str, done: Finished, answered: Path) -> Numbers:
+def _read_answer(module: str, done: Finished, answered: Path) -> Metrics:
     if done.code or not answered.is_file():
         raise CheckFailed(
-            f"{module} failed: {done.last_words}", fix="see its message; a peer can be left out of the comparison"
+            f"{module} failed: {done.error_tail}", fix="see its message; a peer can be left out of the comparison"
         )
     numbers = json.loads(answered.read_text(encoding="utf-8"))
     whole = {"process_seconds": done.seconds, "processor_seconds": done.processor_seconds}

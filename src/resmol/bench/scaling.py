@@ -175,8 +175,8 @@ def measure_point(wanted: Scaling, config: RunConfig, folder: Path, data: str) -
     if done.timed_out:
         return {**point, "outcome": f"took more than {wanted.seconds:.0f} s"}
     if done.code:
-        out_of_memory = done.code == -9 or any(sign in done.last_words.lower() for sign in OUT_OF_MEMORY)
-        return {**point, "outcome": "did not fit in memory" if out_of_memory else f"failed: {done.last_words}"}
+        out_of_memory = done.code == -9 or any(sign in done.error_tail.lower() for sign in OUT_OF_MEMORY)
+        return {**point, "outcome": "did not fit in memory" if out_of_memory else f"failed: {done.error_tail}"}
     return {**point, "outcome": "measured", **asdict(training_measurement(done, records, wanted.warmup))}
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import QUIET, Finished, run_process, run_training
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
@@ -33,51 +33,51 @@ class StartBench:
             raise UsageError(f"--repeats is {self.repeats}", fix="give at least 1")
 
 
-def starting_contests(wanted: StartBench, folder: Path, data: str) -> list[Contest]:
+def starting_contests(wanted: StartBench, folder: Path, data: str) -> list[Comparison]:
     """Return the contests of the help page and of the first step of a run on prepared ``data``, ready to run."""
     config = with_overrides(wanted.config, QUIET)
     facts = machine_facts(config.runtime.threads)
 
-    def help_page() -> Numbers:
+    def help_page() -> Metrics:
         return command(["-m", "resmol", "--help"])
 
-    def interpreter() -> Numbers:
+    def interpreter() -> Metrics:
         return command(["-c", "pass"])
 
-    def first_step() -> Numbers:
+    def first_step() -> Metrics:
         return time_to_first_step(config, folder, data)
 
-    def library() -> Numbers:
+    def library() -> Metrics:
         return command(["-c", "import torch"])
 
     return [
-        Contest(
+        Comparison(
             title="resmol --help",
-            headline=SECONDS,
+            metric=SECONDS,
             columns=(MEMORY,),
             more_is_better=False,
-            contenders=line_up(help_page, {}, ("limit: an interpreter that does nothing", interpreter)),
+            variants_=variants(help_page, {}, ("limit: an interpreter that does nothing", interpreter)),
             facts=facts,
         ),
-        Contest(
+        Comparison(
             title=f"from the start of the process to the end of the first step of {config.name}",
-            headline=SECONDS,
+            metric=SECONDS,
             columns=(MEMORY,),
             more_is_better=False,
-            contenders=line_up(first_step, {}, ("limit: importing PyTorch", library)),
+            variants_=variants(first_step, {}, ("limit: importing PyTorch", library)),
             facts=facts,
         ),
     ]
 
 
-def command(arguments: Sequence[str]) -> Numbers:
+def command(arguments: Sequence[str]) -> Metrics:
     """Run the interpreter and return its time and memory (`CheckFailed` when it fails)."""
     done = run_process([sys.executable, *arguments])
     _require_success(done)
     return {"seconds": done.seconds, "peak_bytes": done.peak_bytes}
 
 
-def time_to_first_step(config: RunConfig, folder: Path, data: str) -> Numbers:
+def time_to_first_step(config: RunConfig, folder: Path, data: str) -> Metrics:
     """Train one step as `resmol train` does; the ledger says when it was done (`CheckFailed` when it was not)."""
     started = time.time()  # the ledger has the time of day
     done, records = run_training(config, folder, data, steps=1)
@@ -88,4 +88,4 @@ def time_to_first_step(config: RunConfig, folder: Path, data: str) -> Numbers:
 
 def _require_success(done: Finished) -> None:
     if done.code:
-        raise CheckFailed(f"a measured process failed: {done.last_words}", fix="correct the configuration")
+        raise CheckFailed(f"a measured process failed: {done.error_tail}", fix="correct the configuration")

@@ -53,7 +53,7 @@ class Finished:
     processor_seconds: float = float("nan")
 
     @property
-    def last_words(self) -> str:
+    def error_tail(self) -> str:
         """The last lines that it wrote, to say why it failed."""
         return " ".join(self.said.strip().splitlines()[-2:])[-500:] or f"it ended with code {self.code}"
 
@@ -160,7 +160,7 @@ def measure_training(config: RunConfig, folder: Path, data: str, steps: int, war
     """
     done, records = run_training(with_overrides(config, QUIET), folder, data, warmup + steps)
     if done.code:
-        raise CheckFailed(f"a measured process failed: {done.last_words}", fix="correct the variant")
+        raise CheckFailed(f"a measured process failed: {done.error_tail}", fix="correct the variant")
     return training_measurement(done, records, warmup)
 
 

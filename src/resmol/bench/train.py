@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from resmol.bench.comparison import MEMORY, Contest, Quantity, line_up
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.run_worker import run_worker
 from resmol.bench.subprocess_runs import Say, measure_training
-from resmol.bench.workers.main import Numbers
+from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
@@ -42,7 +42,7 @@ class TrainBench:
     Attributes:
         config: The configuration, before the batch and `COMPARABLE` are laid over it.
         overrides: ``key=value`` of the user, laid over everything.
-        batches: (windows, tokens in each) of a step; each is a contest of its own.
+        batches: (windows, tokens in each) of a step; each is a comparison of its own.
         precision: ``float32`` or ``bfloat16``.
         peer: ``transformers``, or None to measure only ours.
         repeats: Rounds.
@@ -104,8 +104,8 @@ def parse_batch(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def training_contests(wanted: TrainBench, folder: Path, data: str, say: Say) -> list[Contest]:
-    """Return a contest for each batch, ready to run.
+def training_contests(wanted: TrainBench, folder: Path, data: str, say: Say) -> list[Comparison]:
+    """Return a comparison for each batch, ready to run.
 
     Args:
         wanted: What to compare.
@@ -124,23 +124,23 @@ def training_contests(wanted: TrainBench, folder: Path, data: str, say: Say) -> 
     return contests
 
 
-def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> Contest:
+def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> Comparison:
     rows, length = config.batch.micro_batch_size, config.data.seq_len
 
-    def ours() -> Numbers:
+    def ours() -> Metrics:
         return asdict(measure_training(config, folder, data, wanted.steps, wanted.warmup))
 
-    def limit() -> Numbers:
+    def limit() -> Metrics:
         return run_worker("resmol.bench.workers.roofline", limit_task(config), folder, allocator_environment({}))
 
     peers = {}
     if wanted.peer:
         peers = trainers(wanted, config, folder, shared_inputs(config, folder, data, wanted.warmup + wanted.steps))
-    return Contest(
+    return Comparison(
         title=f"training {config.name}, {rows} x {length} tokens a step, {config.runtime.precision}",
-        headline=SPEED,
+        metric=SPEED,
         columns=(MEMORY, LOSS),
-        contenders=line_up(ours, peers, ("limit: matrix products only", limit)),
+        variants_=variants(ours, peers, ("limit: matrix products only", limit)),
         facts=training_facts(config, wanted),
         notes=training_notes,
     )
@@ -148,10 +148,10 @@ def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> 
 
 def trainers(
     wanted: TrainBench, config: RunConfig, folder: Path, files: dict[str, str]
-) -> dict[str, Callable[[], Numbers]]:
+) -> dict[str, Callable[[], Metrics]]:
     """Return what measures transformers.Trainer as it is, and tuned as well as we know how."""
 
-    def peer(*, tuned: bool) -> Numbers:
+    def peer(*, tuned: bool) -> Metrics:
         task = {
             **files,
             "model": config.model.to_hf(),
@@ -214,18 +214,18 @@ def training_facts(config: RunConfig, wanted: TrainBench) -> dict[str, Any]:
     }
 
 
-def training_notes(contest: Contest) -> list[str]:
+def training_notes(comparison: Comparison) -> list[str]:
     """Say what the limit is made of, and whether the losses agree."""
     notes = []
-    if limit := contest.of_kind("limit"):
+    if limit := comparison.of_kind("limit"):
         rate, both = (statistics.median(limit.values(key)) for key in ("flops_per_second", "with_update"))
         update = statistics.median(limit.values("update_bytes_per_second"))
-        ours = statistics.median(contest.contenders[0].values(SPEED.key))
+        ours = statistics.median(comparison.variants_[0].values(SPEED.key))
         notes.append(
             f"The products alone run at {rate / 1e9:,.0f} GFLOP/s. With AdamW's traffic at {update / 1e9:.1f} GB/s an "
             f"ideal step would reach {both:,.0f} tokens/s, of which resmol has {100 * ours / both:.0f} %."
         )
-    losses = {one.name: one.values(LOSS.key)[0] for one in contest.contenders if one.values(LOSS.key)}
+    losses = {one.name: one.values(LOSS.key)[0] for one in comparison.variants_ if one.values(LOSS.key)}
     if len(losses) > 1:
         spread = max(losses.values()) - min(losses.values())
         notes.append(f"From the same weights on the same windows, the mean losses differ by {spread:.1e} at most.")

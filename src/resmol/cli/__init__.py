@@ -5,13 +5,13 @@ answer at once.
 """
 
 from resmol.cli import (  # each registers its commands
-    benchmarking,
-    checking,
-    generating,
-    measuring,
-    publishing,
-    training,
+    bench,
+    evaluate,
+    export,
+    generate,
+    train,
+    verify,
 )
 from resmol.cli.app import app
 
-__all__ = ["app", "benchmarking", "checking", "generating", "measuring", "publishing", "training"]
+__all__ = ["app", "bench", "evaluate", "export", "generate", "train", "verify"]

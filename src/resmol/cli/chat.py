@@ -12,8 +12,8 @@ from typing import Any
 from resmol.cli.prompts import MAX_BYTES, decoded, one_line
 from resmol.cli.terminal import say
 from resmol.errors import DataError, ResmolError
-from resmol.inference.completion import Completion, TextStream
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.completion import Completion, TextStreamer
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import LoadedModel
 
 PROMPT = "> "
@@ -44,7 +44,7 @@ def describe(done: Completion) -> str:
     return f"[{tokens}, {ENDS[done.finish_reason]}; {done.timings.describe()}]"
 
 
-def stream(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence[str]) -> None:
+def stream(loaded: LoadedModel, prompt: str, sampling: SamplingParams, stop: Sequence[str]) -> None:
     """Write the continuation of a prompt as it comes, then a line about it on standard error.
 
     Raises:
@@ -68,7 +68,7 @@ def print_batch(done: Sequence[Completion], places: Sequence[str]) -> None:
         show(f"=== {place}: {completion.prompt}\n{completion.text}\n")
 
 
-def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> None:
+def repl(loaded: LoadedModel, sampling: SamplingParams, stop: Sequence[str]) -> None:
     """Read prompts from standard input, one a line, and answer each by itself until the input ends.
 
     A line that is empty is passed over. A prompt that cannot be answered is reported, and the next one is read; only a
@@ -88,7 +88,7 @@ def converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str]) -> No
         _converse(loaded, sampling, stop, at_terminal=True)
 
 
-def _converse(loaded: LoadedModel, sampling: Sampling, stop: Sequence[str], *, at_terminal: bool) -> None:
+def _converse(loaded: LoadedModel, sampling: SamplingParams, stop: Sequence[str], *, at_terminal: bool) -> None:
     answered = failed = 0
     while True:
         try:
@@ -150,7 +150,7 @@ def _typed() -> str:
     return input()
 
 
-def _answer(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence[str]) -> None:
+def _answer(loaded: LoadedModel, prompt: str, sampling: SamplingParams, stop: Sequence[str]) -> None:
     """Stream one answer; the first Ctrl-C ends it, and not the program, nor the line that tells about it."""
     warn_untokenizable(loaded, prompt)
     pieces = loaded.stream(prompt, sampling, stop=stop)
@@ -160,13 +160,13 @@ def _answer(loaded: LoadedModel, prompt: str, sampling: Sampling, stop: Sequence
         _end(pieces)
 
 
-def _end(pieces: TextStream) -> None:
+def _end(pieces: TextStreamer) -> None:
     """End the line that the text stands in, and tell about it."""
     show("\n")
     say(describe(pieces.completion()))
 
 
-def _show_all(pieces: TextStream) -> None:
+def _show_all(pieces: TextStreamer) -> None:
     for piece in pieces:
         show(piece)
 

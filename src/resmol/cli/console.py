@@ -23,7 +23,7 @@ from rich.progress import (
 from resmol.config.run_config import RunConfig
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
-from resmol.run.log_writers import Lines, LogView, TensorBoardView, View
+from resmol.run.log_writers import StepFormatter, TensorBoardWriter, TextLogWriter, View
 
 REFRESH_SECONDS = 0.2  # of the live line
 PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
@@ -69,10 +69,10 @@ class _LossyStream(io.TextIOBase):
         return getattr(self._stream, "encoding", None) or "utf-8"
 
 
-class ConsoleView:
+class ConsoleWriter:
     """Prints the lines on standard error; on a terminal, with a live progress line below them."""
 
-    def __init__(self, lines: Lines, stream: IO[str] | None = None) -> None:
+    def __init__(self, lines: StepFormatter, stream: IO[str] | None = None) -> None:
         lossy: Any = _LossyStream(stream or sys.stderr)
         self._console = _PatientConsole(file=lossy, highlight=False, soft_wrap=True)
         self._lines = lines
@@ -136,7 +136,10 @@ def console_views(run: RunDir) -> Callable[[RunConfig], Sequence[View]]:
 
     def make(config: RunConfig) -> list[View]:
         every, last = config.logging.every, config.train.steps
-        views: list[View] = [LogView(run.log, Lines(every, last)), ConsoleView(Lines(every, last))]
-        return [*views, TensorBoardView(run.path / "tensorboard")] if config.logging.tensorboard else views
+        views: list[View] = [
+            TextLogWriter(run.log, StepFormatter(every, last)),
+            ConsoleWriter(StepFormatter(every, last)),
+        ]
+        return [*views, TensorBoardWriter(run.path / "tensorboard")] if config.logging.tensorboard else views
 
     return make

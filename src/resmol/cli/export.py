@@ -12,7 +12,7 @@ from resmol.cli.app import (
     app,
     tune_allocator,
 )
-from resmol.cli.terminal import print_json, say
+from resmol.cli.terminal import print_json, report_checks, say
 from resmol.errors import UsageError
 
 

@@ -11,7 +11,7 @@ from resmol.cli.app import Json, app, tune_allocator
 from resmol.cli.prompts import Prompt, given_prompt, prompts_from
 from resmol.cli.terminal import print_json, say
 from resmol.errors import UsageError
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.sampling_params import SamplingParams
 from resmol.inference.stop_strings import StopStrings
 
 
@@ -38,7 +38,7 @@ def generate(
         raise UsageError("say what to continue", fix="give one of --prompt TEXT, --prompts FILE, --interactive")
     if interactive and json_:
         raise UsageError("--interactive and --json exclude each other", fix="use --prompts - with --json")
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
+    sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
     stops = StopStrings(stop or ()).strings
     tune_allocator()
     from resmol.interop.load import load_model
@@ -54,13 +54,13 @@ def generate(
     elif several is not None:
         _generate_several(loaded, several, sampling, stops, batch_size, facts if json_ else None)
     else:
-        from resmol.cli.chat import converse
+        from resmol.cli.chat import repl
 
-        converse(loaded, sampling, stops)
+        repl(loaded, sampling, stops)
 
 
 def _generate_one(
-    loaded: Any, prompt: str, sampling: Sampling, stop: tuple[str, ...], facts: dict[str, Any] | None
+    loaded: Any, prompt: str, sampling: SamplingParams, stop: tuple[str, ...], facts: dict[str, Any] | None
 ) -> None:
     from resmol.cli.chat import stream, warn_untokenizable
 
@@ -86,7 +86,7 @@ def _generate_one(
 def _generate_several(
     loaded: Any,
     prompts: list[Prompt],
-    sampling: Sampling,
+    sampling: SamplingParams,
     stop: tuple[str, ...],
     batch_size: int,
     facts: dict[str, Any] | None,

@@ -112,8 +112,8 @@ def reproduce(
 ) -> None:
     """Do the whole job in separate processes and print the claims, each with its evidence."""
     tune_allocator()  # the estimate trains in this process, as fast as `train` will
-    from resmol.audit.reproduce import Protocol
+    from resmol.audit.reproduce import ReproduceSpec
     from resmol.audit.reproduce import reproduce as run_protocol
 
-    protocol = Protocol.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
-    report_checks("claims", run_protocol(protocol, say), json_)
+    spec = ReproduceSpec.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
+    report_checks("claims", run_protocol(spec, say), json_)

@@ -76,9 +76,13 @@ def audit(
     """Check a run's record: hash chain, continuity, learning rate, data order, checkpoints; replay parts of it."""
     from resmol.audit.audit import audit as run_audit
     from resmol.audit.certificate import write_certificate
-    from resmol.audit.replay import Wish
+    from resmol.audit.replay import ReplayOptions
 
-    wish = Wish(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict) if replay else None
+    wish = (
+        ReplayOptions(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict)
+        if replay
+        else None
+    )
     checks = run_audit(RunDir(run), say, strict=strict, wish=wish)
     report_checks(f"audit of {run}", checks, json_)
     if certify:

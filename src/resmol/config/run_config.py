@@ -124,7 +124,7 @@ class RuntimeConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = param("auto", "B", "where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matrix products")
-    products: Literal["auto", "blas", "onednn"] = param(
+    matmul_backend: Literal["auto", "mkl", "onednn"] = param(
         "auto", "B", "library of the matrix products in float32 on a CPU: PyTorch's BLAS, or oneDNN"
     )
     compile: Literal["auto", "on", "off"] = param("auto", "B", "torch.compile of the transformer block")
@@ -134,7 +134,7 @@ class RuntimeConfig(Section):
     )
     loss_chunk_tokens: int = param(512, "B", "tokens whose logits exist at the same time", ge=1)
     threads: int = param(0, "B", "CPU threads; 0 takes what PyTorch takes", ge=0)
-    peer_timeout: int = param(
+    collective_timeout: int = param(
         600, "C", "seconds that the processes of a run wait for one of them before they end", ge=1
     )
 
@@ -209,7 +209,7 @@ class RunConfig(Section):
         return self
 
     @property
-    def micro_batches_per_step(self) -> int:
+    def grad_accum_steps(self) -> int:
         """Forward passes in an optimizer step, over all processes."""
         return self.batch.global_batch_tokens // (self.batch.micro_batch_size * self.data.seq_len)
 

@@ -37,7 +37,7 @@ def is_token_folder(folder: Path) -> bool:
     return folder.is_dir() and not (folder / MANIFEST).exists() and bool(_token_files(folder))
 
 
-def adopt(
+def import_datatrove(
     folder: Path,
     tokenizer: Tokenizer,
     *,

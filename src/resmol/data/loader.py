@@ -18,9 +18,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resmol.data.shards import TokenStream
-from resmol.data.shuffle import WindowOrder
+from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
-from resmol.model.cross_entropy import IGNORE
+from resmol.model.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Batch:
 
     Attributes:
         input_ids: Token ids.
-        targets: The token after each input; IGNORE where there is none.
+        targets: The token after each input; IGNORE_INDEX where there is none.
         document_ids: The number of the document in its row, from 0; the end token belongs to the document it
             ends. None when masks are off, or when no row has a border, so that plain causal attention is the
             same.
@@ -58,7 +58,7 @@ class Loader:
         *,
         seq_len: int,
         micro_batch_size: int,
-        micro_batches_per_step: int,
+        grad_accum_steps: int,
         seed: int,
         eos_id: int,
         document_mask: bool = True,
@@ -70,7 +70,7 @@ class Loader:
             stream: The tokens.
             seq_len: T.
             micro_batch_size: B.
-            micro_batches_per_step: Micro-batches of one optimizer step, over all processes.
+            grad_accum_steps: Micro-batches of one optimizer step, over all processes.
             seed: Seed of the order.
             eos_id: The token that ends a document; also the padding of the last window's inputs.
             document_mask: Whether batches carry document ids.
@@ -84,7 +84,7 @@ class Loader:
         sizes = {
             "seq_len": seq_len,
             "micro_batch_size": micro_batch_size,
-            "grad_accum_steps": micro_batches_per_step,
+            "grad_accum_steps": grad_accum_steps,
         }
         for name, value in sizes.items():
             if value < 1:
@@ -96,14 +96,14 @@ class Loader:
                 fix="give more text, or a smaller seq_len, or (for held-out data) a larger --val-fraction",
             )
         self.n_windows = -(-(len(stream) - 1) // seq_len)
-        self.windows_per_step = micro_batch_size * micro_batches_per_step
+        self.windows_per_step = micro_batch_size * grad_accum_steps
         self._stream = stream
         self._seq_len = seq_len
         self._micro_batch_size = micro_batch_size
-        self._micro_batches = micro_batches_per_step
+        self._micro_batches = grad_accum_steps
         self._eos_id = eos_id
         self._document_mask = document_mask
-        self._order = WindowOrder(self.n_windows, seed)
+        self._order = WindowShuffle(self.n_windows, seed)
 
     def step_windows(self, step: int) -> Int64[np.ndarray, " G"]:
         """Return the windows of step ``step`` (from 1): positions (step - 1) * G to step * G of the order."""
@@ -159,7 +159,7 @@ class Loader:
     def _batch(self, windows: Sequence[int]) -> Batch:
         shape = (len(windows), self._seq_len)
         inputs = np.full(shape, self._eos_id, dtype=np.int64)
-        targets = np.full(shape, IGNORE, dtype=np.int64)
+        targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         for row, window in enumerate(windows):
             start = window * self._seq_len
             tokens = self._stream.read(start, min(start + self._seq_len + 1, len(self._stream)))
@@ -171,7 +171,7 @@ class Loader:
             targets=torch.from_numpy(targets),
             document_ids=_document_ids(ends) if self._document_mask else None,
             window_ids=tuple(windows),
-            tokens=int(np.count_nonzero(targets != IGNORE)),
+            tokens=int(np.count_nonzero(targets != IGNORE_INDEX)),
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.data.builtin_corpora import named_corpus
-from resmol.data.datatrove import adopt, is_token_folder
+from resmol.data.datatrove import import_datatrove, is_token_folder
 from resmol.data.prepare import Progress, prepare
 from resmol.data.readers import Corpus, read_inputs
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
@@ -68,7 +68,7 @@ def _adopt(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
             f"{text.inputs[0]} holds token files, which are used where they are",
             fix=f"give the same folder twice: resmol prepare {text.inputs[0]} --input {text.inputs[0]}",
         )
-    return adopt(out, tokenizer, val_fraction=text.val_fraction, say=say)
+    return import_datatrove(out, tokenizer, val_fraction=text.val_fraction, say=say)
 
 
 def is_prepared(folder: Path) -> bool:

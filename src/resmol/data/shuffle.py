@@ -24,7 +24,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: a product spre
 _HALF_WORD = np.uint64(32)
 
 
-class WindowOrder:
+class WindowShuffle:
     """The order of ``n_windows`` windows over all epochs.
 
     Attributes:

@@ -41,7 +41,7 @@ _POLICY = (
 
 
 @dataclass(frozen=True)
-class Refusal(Exception):
+class Rejected(Exception):
     """A request that does not get through: its status, and the JSON that says why."""
 
     status: int
@@ -91,28 +91,28 @@ class Gate:
                     await self._inner(scope, receive, self._with_headers(send))
             else:
                 await self._inner(scope, receive, self._with_headers(send))
-        except Refusal as refusal:
+        except Rejected as refusal:
             await self._refuse(refusal, send)
 
     def _check_target(self, scope: Scope) -> None:
         method, path = scope["method"], scope["path"]
         host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
         if self._hosts and re.sub(r":\d+$", "", host) not in self._hosts:
-            raise Refusal(403, "this demo is not served under that name")
+            raise Rejected(403, "this demo is not served under that name")
         if len(scope["query_string"]) > _MAX_QUERY:
-            raise Refusal(414, "the address is too long")
+            raise Rejected(414, "the address is too long")
         allowed = ("POST",) if path in (JOIN, CANCEL, RESET) else ("GET", "HEAD") if _READ.fullmatch(path) else ()
         if not allowed:
-            raise Refusal(404, "there is no such page")
+            raise Rejected(404, "there is no such page")
         if method not in allowed:
-            raise Refusal(405, f"{method} is not possible here")
+            raise Rejected(405, f"{method} is not possible here")
 
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._body(scope, receive)
         if scope["path"] == JOIN:
             session = check_join(body, self._generate, self._limits)
             if not await self._sessions.join(session):
-                raise Refusal(503, "too many requests wait for a listener; try again in a few seconds")
+                raise Rejected(503, "too many requests wait for a listener; try again in a few seconds")
         else:
             check_cancel(body)
         await self._inner(scope, _replay(body, receive), self._with_headers(send))
@@ -122,7 +122,7 @@ class Gate:
         limit = self._limits.body_bytes
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or len(announced) > 12 or int(announced) > limit:
-            raise Refusal(413, f"a request may have {limit:,} bytes")
+            raise Rejected(413, f"a request may have {limit:,} bytes")
         body = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
@@ -130,11 +130,11 @@ class Gate:
                     message = await receive()
                     body += message.get("body", b"")
                     if len(body) > limit:
-                        raise Refusal(413, f"a request may have {limit:,} bytes")
+                        raise Rejected(413, f"a request may have {limit:,} bytes")
                     if message["type"] == "http.disconnect" or not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise Refusal(408, "the request did not arrive in time") from None
+            raise Rejected(408, "the request did not arrive in time") from None
 
     def _with_headers(self, send: Send) -> Send:
         async def sending(message: MutableMapping[str, Any]) -> None:
@@ -144,7 +144,7 @@ class Gate:
 
         return sending
 
-    async def _refuse(self, refusal: Refusal, send: Send) -> None:
+    async def _refuse(self, refusal: Rejected, send: Send) -> None:
         body = json.dumps({"detail": refusal.detail}).encode()
         headers = [
             (b"content-type", b"application/json"),
@@ -159,32 +159,32 @@ def check_join(body: bytes, generate: int, limits: Limits) -> str:
     """Return the session that asks for a continuation.
 
     Raises:
-        Refusal: 400 when it is not what the page sends; 422 with one verdict for each field, which the page shows
+        Rejected: 400 when it is not what the page sends; 422 with one verdict for each field, which the page shows
             beside the field, when a value is outside the limits.
     """
     request = _object(body)
     if unknown := request.keys() - {"data", "fn_index", "session_hash", "trigger_id", "event_data"}:
-        raise Refusal(400, f"a request has no {min(unknown)[:40]!r}")
+        raise Rejected(400, f"a request has no {min(unknown)[:40]!r}")
     _require_function(request, generate)
     for name in ("trigger_id", "event_data"):
         if not isinstance(request.get(name), int | None):
-            raise Refusal(400, f"{name} must be a number or null")
+            raise Rejected(400, f"{name} must be a number or null")
     session, values = _session(request.get("session_hash")), request.get("data")
     if not isinstance(values, list) or len(values) != len(FIELDS):
-        raise Refusal(400, f"data must be a list of {len(FIELDS)}: {', '.join(FIELDS)}")
+        raise Rejected(400, f"data must be a list of {len(FIELDS)}: {', '.join(FIELDS)}")
     found = problems(values, limits)
     if any(found):
-        raise Refusal(422, [{"is_valid": not problem, "message": problem} for problem in found])
+        raise Rejected(422, [{"is_valid": not problem, "message": problem} for problem in found])
     return session
 
 
 def check_cancel(body: bytes) -> None:
-    """Raise `Refusal` when this is not how the page cancels."""
+    """Raise `Rejected` when this is not how the page cancels."""
     request = _object(body)
     if unknown := request.keys() - {"session_hash", "fn_index", "event_id"}:
-        raise Refusal(400, f"a request has no {min(unknown)[:40]!r}")
+        raise Rejected(400, f"a request has no {min(unknown)[:40]!r}")
     if not isinstance(request.get("event_id"), str | None) or not isinstance(request.get("fn_index"), int | None):
-        raise Refusal(400, "event_id must be text, and fn_index a number")
+        raise Rejected(400, "event_id must be text, and fn_index a number")
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -193,27 +193,27 @@ def _object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # a nesting of thousands of brackets included
         found = None
     if not isinstance(found, dict):
-        raise Refusal(400, "the request is not a JSON object")
+        raise Rejected(400, "the request is not a JSON object")
     return found
 
 
 def _require_function(request: dict[str, Any], generate: int) -> None:
     number = request.get("fn_index")
     if isinstance(number, bool) or number != generate or not isinstance(number, int):
-        raise Refusal(400, "there is no such function")
+        raise Rejected(400, "there is no such function")
 
 
 def _listened_session(query: bytes) -> str:
     """Return the session of a query string; of several, Gradio would take the last, so only one is let through."""
     given = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("session_hash", [])
     if len(given) > 1:
-        raise Refusal(400, "session_hash is given more than once")
+        raise Rejected(400, "session_hash is given more than once")
     return _session(given[0] if given else None)
 
 
 def _session(given: object) -> str:
     if not isinstance(given, str) or not _SESSION.fullmatch(given):
-        raise Refusal(400, "session_hash must be up to 32 letters and digits")
+        raise Rejected(400, "session_hash must be up to 32 letters and digits")
     return given
 
 

@@ -28,14 +28,14 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
-def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, is_heard: Callable[[str], bool]) -> Any:
+def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, has_listener: Callable[[str], bool]) -> Any:
     """Return the page as Gradio's blocks, and the number of the function that it calls.
 
     Args:
         loaded: The model that answers.
         identity: Which weights these are.
         limits: What a request may hold.
-        is_heard: Tells whether somebody listens to a session; it ends the computation when nobody does.
+        has_listener: Tells whether somebody listens to a session; it ends the computation when nobody does.
     """
     import gradio as gr
 
@@ -64,7 +64,7 @@ def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, is_heard
             with gr.Tab("Training run"):
                 gr.HTML(record_page(identity), padding=False)
         event = run.click(
-            _answering(loaded, limits, is_heard), [prompt, *options], [output, status],
+            _answering(loaded, limits, has_listener), [prompt, *options], [output, status],
             show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate",
             trigger_mode="once",
         )  # fmt: skip
@@ -115,7 +115,7 @@ def style() -> str:
 
 
 def _answering(
-    loaded: LoadedModel, limits: Limits, is_heard: Callable[[str], bool]
+    loaded: LoadedModel, limits: Limits, has_listener: Callable[[str], bool]
 ) -> Callable[..., Iterator[tuple[str, str]]]:
     import gradio as gr
 
@@ -124,7 +124,7 @@ def _answering(
     ) -> Iterator[tuple[str, str]]:
         values = (prompt, max_new_tokens, temperature, top_p, top_k, seed)
         try:
-            yield from answer(loaded, values, limits, lambda: is_heard(str(request.session_hash)))
+            yield from answer(loaded, values, limits, lambda: has_listener(str(request.session_hash)))
         except ResmolError as error:
             raise gr.Error(f"{error.what}. Please {error.fix}.", duration=10, print_exception=False) from None
 

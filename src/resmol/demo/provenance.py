@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.errors import CheckpointError
-from resmol.interop.export.manifest import Seal, parse_seal
+from resmol.interop.export.manifest import ExportManifest, parse_seal
 from resmol.interop.load import LoadedModel
 from resmol.run.checkpoint_manifest import MANIFEST, WEIGHTS
 from resmol.run.directory import RunDir
@@ -72,7 +72,7 @@ def _with_ledger(run: RunDir) -> RunDir | None:
     return run if run.exists() and run.ledger.is_file() else None
 
 
-def _seal(folder: Path) -> Seal | None:
+def _seal(folder: Path) -> ExportManifest | None:
     """Return the seal of an export of ours; a folder from elsewhere has none."""
     try:
         return parse_seal((folder / MANIFEST).read_bytes())

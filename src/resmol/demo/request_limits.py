@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resmol.errors import UsageError
-from resmol.inference.generate import Sampling
+from resmol.inference.generate import SamplingParams
 
 FIELDS = ("prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # in the order of the page
 
@@ -51,7 +51,7 @@ class Request:
     """A request that keeps to the limits."""
 
     prompt: str
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 def problems(values: Sequence[object], limits: Limits) -> list[str]:
@@ -79,7 +79,7 @@ def parse(values: Sequence[object], limits: Limits) -> Request:
         raise UsageError("; ".join(found), fix="correct the values")
     prompt, new_tokens, temperature, top_p, top_k, seed = values
     assert isinstance(prompt, str)
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=_whole(new_tokens), temperature=_number(temperature), top_k=_whole(top_k), top_p=_number(top_p),
         seed=_whole(seed),
     )  # fmt: skip

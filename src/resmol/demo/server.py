@@ -74,7 +74,7 @@ def build_app(
     from fastapi import FastAPI
 
     loaded.tokenizer  # noqa: B018 - a missing one must be an error now, not an answer later
-    heard: Callable[[str], bool] = lambda session: sessions.is_heard(session)  # noqa: E731
+    heard: Callable[[str], bool] = lambda session: sessions.has_listener(session)  # noqa: E731
     blocks, generate = build_page(loaded, identity, limits, heard)
     sessions = Sessions(blocks._queue, limits.listener_seconds, limits.connections)
     app = gr.mount_gradio_app(

@@ -66,7 +66,7 @@ class Sessions:
                 if session in self._asked:
                     self._silent_since[session] = time.monotonic()
 
-    def is_heard(self, session: str) -> bool:
+    def has_listener(self, session: str) -> bool:
         """Tell whether somebody listens to a session, or may still begin to."""
         since = self._silent_since.get(session)
         return session in self._listeners or (since is not None and time.monotonic() - since < self._patience)

@@ -14,7 +14,7 @@ from pathlib import Path
 from resmol.config.model_config import read_model_config
 from resmol.errors import UsageError
 from resmol.interop.export.hf import Export, export_hf
-from resmol.interop.export.manifest import Seal, make_seal
+from resmol.interop.export.manifest import ExportManifest, write_manifest
 from resmol.model.flops import total_parameters
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
@@ -63,10 +63,10 @@ def export_space(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
-    seals: list[Seal] = []
+    seals: list[ExportManifest] = []
 
     def seal(folder: Path) -> bytes:
-        seals.append(make_seal(folder, "space", made[0].checks, {"model_repo": model_repo}))
+        seals.append(write_manifest(folder, "space", made[0].checks, {"model_repo": model_repo}))
         return seals[0].to_bytes()
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from resmol.data.tokenizer import StreamDecoder, Tokenizer
 from resmol.errors import UsageError
-from resmol.inference.generate import Continuation, FinishReason, check_prompt, decode, decode_batch
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.generate import DecodingState, FinishReason, check_prompt, decode, decode_batch
+from resmol.inference.sampling_params import SamplingParams
 from resmol.inference.stop_strings import StopStrings
 from resmol.model.llama import CausalLM
 
@@ -78,7 +78,7 @@ class Completion:
         prompt_ids: What the model read; of an empty prompt the end-of-document token.
         token_ids: What it added: also the tokens that a stop string cut off, but not the end-of-document token.
         logprobs: Of these tokens, in nats: log-softmax of the raw logits, before penalty, temperature and filters.
-        finish_reason: ``eos``, ``length``, ``context``, ``stop`` or ``interrupted``, as in `generate.Continuation`.
+        finish_reason: ``eos``, ``length``, ``context``, ``stop`` or ``interrupted``, as in `generate.DecodingState`.
         timings: Of this text, or of the whole batch that it was part of.
     """
 
@@ -98,9 +98,9 @@ class Completion:
 
 
 class _Writer:
-    """The text of one `Continuation`, as far as it is certain."""
+    """The text of one `DecodingState`, as far as it is certain."""
 
-    def __init__(self, tokens: Continuation, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokens: DecodingState, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.tokens = tokens
         self.text = ""
         self._decoder = StreamDecoder(tokenizer)
@@ -108,15 +108,15 @@ class _Writer:
 
     def take(self, token: int) -> str:
         """Return the text that a token adds; end the continuation at a stop string."""
-        return self._let_through(self._decoder.push(token))
+        return self._emit(self._decoder.push(token))
 
     def finish(self) -> str:
         """Return what was held back till the end: half a character, the beginning of a stop string."""
-        rest, held = self._let_through(self._decoder.flush()), self._stop.flush()
+        rest, held = self._emit(self._decoder.flush()), self._stop.flush()
         self.text += held
         return rest + held
 
-    def _let_through(self, text: str) -> str:
+    def _emit(self, text: str) -> str:
         certain = self._stop.push(text)
         self.text += certain
         if self._stop.found:
@@ -146,7 +146,7 @@ class _Clock(Generic[Step]):
                 self._seconds.append(time.perf_counter() - started)
             yield step
 
-    def timings(self, rows: Sequence[Continuation]) -> Timings:
+    def timings(self, rows: Sequence[DecodingState]) -> Timings:
         """Return what was measured so far; a text that ended with eos took a pass more than it has tokens."""
         passes = [len(row.tokens) + (row.finish_reason == "eos") for row in rows]
         return Timings(
@@ -165,7 +165,7 @@ def _completion(prompt: str, writer: _Writer, timings: Timings) -> Completion:
     return Completion(prompt, writer.text, row.prompt, row.tokens, logprobs, reason, timings)
 
 
-class TextStream:
+class TextStreamer:
     """One text, piece by piece: iterate over it, once; `completion` then says what there is to know.
 
     Whoever stops iterating calls `completion` all the same and gets what was written so far, as ``interrupted``.
@@ -188,7 +188,7 @@ class TextStream:
         model: CausalLM,
         tokenizer: Tokenizer,
         prompt: str,
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         stop: Sequence[str] = (),
         on_token: Callable[[int], None] = lambda _token: None,
@@ -196,7 +196,7 @@ class TextStream:
     ) -> None:
         eos = model.config.eos_token_id
         ids = tokenizer.encode(prompt)
-        self._tokens = Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
+        self._tokens = DecodingState(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
         self._writer = _Writer(self._tokens, tokenizer, stop)
         self._clock = _Clock(decode(model, self._tokens))
         self._prompt = prompt
@@ -221,7 +221,7 @@ def complete_batches(
     model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     stop: Sequence[str] = (),
     batch_size: int = 8,
@@ -253,7 +253,7 @@ def complete_batches(
     eos = model.config.eos_token_id
     for part in _slices(len(prompts), batch_size):  # a row holds a random generator and a buffer: no more than a batch
         rows = [
-            Continuation(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
+            DecodingState(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
             for ids in tokenizer.encode_batch(prompts[part])
         ]
         yield from _complete_together(model, prompts[part], [_Writer(row, tokenizer, stop) for row in rows])

@@ -19,28 +19,28 @@ from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
 from resmol.errors import NonFiniteError, UsageError
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM
 
 __all__ = [
-    "Continuation",
+    "DecodingState",
     "FinishReason",
-    "Sampling",
+    "SamplingParams",
+    "apply_repetition_penalty",
     "check_prompt",
     "choose",
     "decode",
     "decode_batch",
-    "filtered_probabilities",
     "generate",
     "generate_batch",
-    "penalised",
+    "top_k_top_p",
 ]
 
 FinishReason = Literal["eos", "length", "context", "stop", "interrupted"]
 
 
-class Continuation:
+class DecodingState:
     """A prompt and the tokens that were added to it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Continuation:
         self,
         config: ModelConfig,
         prompt: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         eos_id: int | None,
         with_logprobs: bool = False,
@@ -113,7 +113,7 @@ def check_prompt(config: ModelConfig, ids: Sequence[int]) -> None:
         )
 
 
-def generate(model: CausalLM, prompt: Sequence[int], sampling: Sampling, *, eos_id: int | None) -> Iterator[int]:
+def generate(model: CausalLM, prompt: Sequence[int], sampling: SamplingParams, *, eos_id: int | None) -> Iterator[int]:
     """Yield new token ids until ``eos_id`` (which is not yielded), the limit, or the end of the context.
 
     An empty prompt starts a new document: the model sees its end-of-document token first.
@@ -122,11 +122,11 @@ def generate(model: CausalLM, prompt: Sequence[int], sampling: Sampling, *, eos_
         UsageError: The prompt fills the model's context, or holds an id outside the vocabulary.
         NonFiniteError: The model's logits are not finite.
     """
-    return decode(model, Continuation(model.config, prompt, sampling, eos_id=eos_id))
+    return decode(model, DecodingState(model.config, prompt, sampling, eos_id=eos_id))
 
 
 def generate_batch(
-    model: CausalLM, prompts: Sequence[Sequence[int]], sampling: Sampling, *, eos_id: int | None
+    model: CausalLM, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, eos_id: int | None
 ) -> list[list[int]]:
     """Return the new token ids for each prompt, decoded together.
 
@@ -139,13 +139,13 @@ def generate_batch(
         UsageError: A prompt fills the model's context, or holds an id outside the vocabulary.
         NonFiniteError: The model's logits are not finite.
     """
-    rows = [Continuation(model.config, prompt, sampling, eos_id=eos_id) for prompt in prompts]
+    rows = [DecodingState(model.config, prompt, sampling, eos_id=eos_id) for prompt in prompts]
     for _ in decode_batch(model, rows):
         pass
     return [row.tokens for row in rows]
 
 
-def decode(model: CausalLM, text: Continuation) -> Iterator[int]:
+def decode(model: CausalLM, text: DecodingState) -> Iterator[int]:
     """Continue one text; yield each token as it is added to it."""
     weight = model.lm_head.weight
     cache = KVCache(model.config, 1, len(text.prompt) + text.limit, weight.dtype, weight.device)
@@ -155,7 +155,7 @@ def decode(model: CausalLM, text: Continuation) -> Iterator[int]:
         new = text.tokens[-1:]
 
 
-def decode_batch(model: CausalLM, rows: Sequence[Continuation]) -> Iterator[list[Continuation]]:
+def decode_batch(model: CausalLM, rows: Sequence[DecodingState]) -> Iterator[list[DecodingState]]:
     """Continue several texts together; yield after each pass those that got a token in it.
 
     The first passes, one for each text, are those over the prompts.
@@ -182,7 +182,9 @@ def decode_batch(model: CausalLM, rows: Sequence[Continuation]) -> Iterator[list
         yield [row for row, behind in zip(active, logits, strict=True) if row.add(behind)]
 
 
-def penalised(logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], penalty: float) -> Float[Tensor, " V"]:
+def apply_repetition_penalty(
+    logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], penalty: float
+) -> Float[Tensor, " V"]:
     """Return the logits with those of the ``seen`` tokens made less likely (Keskar et al. 2019, section 4.1).
 
     A token counts once, however often it was seen. A penalty of 1 returns the logits as they are.
@@ -194,7 +196,7 @@ def penalised(logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], penalty: flo
     return logits.scatter(0, index, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
-def filtered_probabilities(logits: Float[Tensor, " V"], sampling: Sampling) -> Float[Tensor, " V"]:
+def top_k_top_p(logits: Float[Tensor, " V"], sampling: SamplingParams) -> Float[Tensor, " V"]:
     """Return the distribution to draw from: temperature, then top-k, then top-p.
 
     The most probable token is always kept. Ties at the border of top-k are all kept, as in transformers. Of ties at
@@ -213,7 +215,9 @@ def filtered_probabilities(logits: Float[Tensor, " V"], sampling: Sampling) -> F
     return probabilities / probabilities.sum()
 
 
-def choose(logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: Sampling, generator: torch.Generator) -> int:
+def choose(
+    logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: SamplingParams, generator: torch.Generator
+) -> int:
     """Return the id of the next token.
 
     Args:
@@ -225,12 +229,12 @@ def choose(logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: Sampl
     Raises:
         NonFiniteError: The model gave NaN or infinity; nothing can be chosen then.
     """
-    scores = penalised(logits.float(), seen, sampling.repetition_penalty)
+    scores = apply_repetition_penalty(logits.float(), seen, sampling.repetition_penalty)
     if not all(map(math.isfinite, torch.stack(scores.aminmax()).tolist())):  # NaN is passed on by both
         raise NonFiniteError("the model's logits hold NaN or infinity", fix="check the weights; training diverged")
     if sampling.temperature == 0:
         return int(scores.argmax())
-    return int(torch.multinomial(filtered_probabilities(scores, sampling).cpu(), 1, generator=generator))
+    return int(torch.multinomial(top_k_top_p(scores, sampling).cpu(), 1, generator=generator))
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ LARGEST_SEED = 2**64 - 1  # what PyTorch's generator takes
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to choose the next token.
 
     Attributes:

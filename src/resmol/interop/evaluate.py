@@ -56,7 +56,7 @@ def evaluate_model(
         length = seq_len or (config.data.seq_len if config else DEFAULT_EVALUATION_LENGTH)
         length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
         loader = Loader(
-            stream, seq_len=length, micro_batch_size=1, micro_batches_per_step=1, seed=0,
+            stream, seq_len=length, micro_batch_size=1, grad_accum_steps=1, seed=0,
             eos_id=dataset.eos_id, document_mask=config.data.document_mask if config else True, allow_short=True,
         )  # fmt: skip
         runtime = Runtime(0, 1, loaded.model.lm_head.weight.device, None)

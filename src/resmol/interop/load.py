@@ -17,10 +17,10 @@ import torch
 from resmol.config.model_config import ModelConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
-from resmol.inference.completion import Completion, TextStream, complete_batches
-from resmol.inference.sampling_params import Sampling
+from resmol.inference.completion import Completion, TextStreamer, complete_batches
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.resolve import Provenance, Say, find_source, named_tokenizer
-from resmol.model.linear import products_for_reading, use_products
+from resmol.model.linear import default_inference_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
 
 
@@ -62,15 +62,15 @@ class LoadedModel:
     def stream(
         self,
         prompt: str,
-        sampling: Sampling,
+        sampling: SamplingParams,
         *,
         stop: Sequence[str] = (),
         on_token: Callable[[int], None] = lambda _token: None,
         with_logprobs: bool = False,
-    ) -> TextStream:
+    ) -> TextStreamer:
         """Return the continuation of ``prompt`` as an iterator over pieces of text, never half a character.
 
-        Its `TextStream.completion` has the token ids, why it ended, and the times of prefill and decoding.
+        Its `TextStreamer.completion` has the token ids, why it ended, and the times of prefill and decoding.
 
         Args:
             prompt: The text to go on from; an empty one begins a document.
@@ -82,7 +82,7 @@ class LoadedModel:
         Raises:
             UsageError: The prompt fills the context, or a stop string is empty.
         """
-        return TextStream(
+        return TextStreamer(
             self.model, self.tokenizer, prompt, sampling, stop=stop, on_token=on_token, with_logprobs=with_logprobs
         )
 
@@ -92,7 +92,7 @@ class LoadedModel:
         Args:
             prompt: The text to go on from; an empty one begins a document.
             stop: The text ends before the first of these strings.
-            sampling: Fields of `Sampling`: max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty.
+            sampling: Fields of `SamplingParams`: max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty.
 
         Raises:
             UsageError: An unknown or impossible option, or a prompt that fills the context.
@@ -127,11 +127,11 @@ class LoadedModel:
         return [completion for batch in batches for completion in batch]
 
 
-def _options(sampling: dict[str, Any]) -> Sampling:
-    if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
-        known = ", ".join(Sampling.__dataclass_fields__)
+def _options(sampling: dict[str, Any]) -> SamplingParams:
+    if unknown := sampling.keys() - SamplingParams.__dataclass_fields__.keys():
+        known = ", ".join(SamplingParams.__dataclass_fields__)
         raise UsageError(f"{min(unknown)} is not a sampling option", fix=f"choose from: {known}")
-    return Sampling(**sampling)
+    return SamplingParams(**sampling)
 
 
 def load_model(
@@ -160,7 +160,7 @@ def load_model(
     model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found.fill(model)
     model.eval().requires_grad_(requires_grad=False)
-    use_products(model, products_for_reading())
+    set_matmul_backend(model, default_inference_backend())
     return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
 
 

@@ -28,8 +28,8 @@ Keys: TypeAlias = Float[Tensor, "B K T Dh"]
 SquareMask: TypeAlias = Bool[Tensor, "#B 1 T T"] | None
 
 
-def blocks_are_faster(query: Float[Tensor, "B H T Dh"], key: Float[Tensor, "B K S Dh"]) -> bool:
-    """Tell whether `attention_in_blocks` is the faster way to attention that needs a gradient.
+def use_blockwise_backward(query: Float[Tensor, "B H T Dh"], key: Float[Tensor, "B K S Dh"]) -> bool:
+    """Tell whether `blockwise_attention` is the faster way to attention that needs a gradient.
 
     Uncompiled it is not: each operation then reads and writes the scores once more. Nor is it for a single block.
     """
@@ -42,7 +42,7 @@ def blocks_are_faster(query: Float[Tensor, "B H T Dh"], key: Float[Tensor, "B K 
     )
 
 
-def attention_in_blocks(query: Queries, key: Keys, value: Keys, mask: SquareMask) -> Queries:
+def blockwise_attention(query: Queries, key: Keys, value: Keys, mask: SquareMask) -> Queries:
     """Return ``softmax(scale x Q K^T) V``, causal, with ``scale = 1 / sqrt(Dh)``.
 
     Args:

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from resmol.model.linear import Products, multiply
+from resmol.model.linear import MatmulBackend, multiply
 
-IGNORE = -100  # the target that does not count, as in PyTorch
+IGNORE_INDEX = -100  # the target that does not count, as in PyTorch
 
 
 def cross_entropy_sum(
@@ -24,21 +24,21 @@ def cross_entropy_sum(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "B T"],
     chunk_tokens: int = 256,
-    products: Products = "blas",
+    backend: MatmulBackend = "mkl",
 ) -> Float[Tensor, ""]:
-    """Return ``sum(-log softmax(hidden @ weight^T)[target])`` over the tokens whose target is not `IGNORE`.
+    """Return ``sum(-log softmax(hidden @ weight^T)[target])`` over the tokens whose target is not `IGNORE_INDEX`.
 
     Args:
         hidden: What the output layer is applied to.
         weight: The output layer.
         targets: The next token at every position.
         chunk_tokens: How many tokens have their logits in memory at the same time.
-        products: The library of the products in float32; see products.py.
+        backend: The library of the matrix products in float32; see `linear`.
 
     Returns:
         The loss in nats, summed, in float32.
     """
-    result = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, products)  # type: ignore[no-untyped-call]
+    result = _ChunkedCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens, backend)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
     return result
 
@@ -53,22 +53,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Float[Tensor, "V D"],
         targets: Int[Tensor, " N"],
         chunk: int,
-        products: Products,
+        backend: MatmulBackend,
     ) -> Float[Tensor, ""]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        matrix_type = _matrix_type(hidden)
-        inputs, matrix = hidden.to(matrix_type), weight.to(matrix_type)
+        compute_dtype = _matrix_type(hidden)
+        inputs, matrix = hidden.to(compute_dtype), weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = _SumOfProducts(weight, matrix_type) if needs_weight else None
-        scratch = _Scratch(min(chunk, len(hidden)), weight, matrix_type, products)
-        total = torch.zeros((), dtype=torch.promote_types(matrix_type, torch.float32), device=hidden.device)
+        grad_weight = _SumOfProducts(weight, compute_dtype) if needs_weight else None
+        scratch = _Scratch(min(chunk, len(hidden)), weight, compute_dtype, backend)
+        total = torch.zeros((), dtype=torch.promote_types(compute_dtype, torch.float32), device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = scratch.product(inputs[rows], matrix)
             total += _loss_and_logit_gradient(logits, targets[rows])
             delta = scratch.narrowed(logits)
             if grad_hidden is not None:
-                grad_hidden[rows] = multiply(delta, matrix.T, products)
+                grad_hidden[rows] = multiply(delta, matrix.T, backend)
             if grad_weight is not None:
                 grad_weight.add(delta.T, inputs[rows])
             del logits, delta  # before the next ones exist
@@ -88,22 +88,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _Scratch:
     """The logits of a chunk, in memory that all chunks share: fresh memory would cost more than what is done with it.
 
-    Products of a narrow type (bfloat16) are widened for the softmax, and its result narrowed for the next products.
+    Matrix products of a low-precision type (bfloat16) are converted to float32 for the softmax, and its
+    result back for the next products.
     oneDNN's float32 products bring memory of their own, which the allocator hands out again for the next chunk.
     """
 
-    def __init__(self, rows: int, weight: Float[Tensor, "V D"], matrix_type: torch.dtype, products: Products) -> None:
-        self._products = products
-        self._is_owner = products == "blas" or matrix_type != torch.float32
+    def __init__(
+        self, rows: int, weight: Float[Tensor, "V D"], compute_dtype: torch.dtype, backend: MatmulBackend
+    ) -> None:
+        self._backend = backend
+        self._is_owner = backend == "mkl" or compute_dtype != torch.float32
         shape = (rows if self._is_owner else 0, len(weight))
-        wide_type = torch.promote_types(matrix_type, torch.float32)
+        wide_type = torch.promote_types(compute_dtype, torch.float32)
         self._wide = torch.empty(shape, dtype=wide_type, device=weight.device)
-        self._narrow = self._wide if wide_type == matrix_type else torch.empty_like(self._wide, dtype=matrix_type)
+        self._narrow = self._wide if wide_type == compute_dtype else torch.empty_like(self._wide, dtype=compute_dtype)
 
     def product(self, x: Float[Tensor, "N D"], matrix: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
         """Return the logits of a chunk, wide."""
         if not self._is_owner:
-            return multiply(x, matrix, self._products)
+            return multiply(x, matrix, self._backend)
         wide, narrow = self._wide[: len(x)], self._narrow[: len(x)]
         torch.mm(x, matrix.T, out=narrow)
         return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
@@ -116,9 +119,9 @@ class _Scratch:
 class _SumOfProducts:
     """A sum of ``left @ right`` in the type of the weights, which no pass sets to zero first."""
 
-    def __init__(self, weight: Float[Tensor, "V D"], matrix_type: torch.dtype) -> None:
+    def __init__(self, weight: Float[Tensor, "V D"], compute_dtype: torch.dtype) -> None:
         self.total = torch.empty_like(weight)
-        self._product = None if weight.dtype == matrix_type else torch.empty_like(weight, dtype=matrix_type)
+        self._product = None if weight.dtype == compute_dtype else torch.empty_like(weight, dtype=compute_dtype)
         self._is_empty = True
 
     def add(self, left: Float[Tensor, "V N"], right: Float[Tensor, "N D"]) -> None:
@@ -143,7 +146,7 @@ def _loss_and_logit_gradient(logits: Float[Tensor, "N V"], targets: Int[Tensor, 
     The softmax kernel reads and writes the logits once, where log-sum-exp would pass over them four times. Its
     largest probability is at least 1/V, so ``max(logits) - log(max(softmax))`` is the log-sum-exp to full precision.
     """
-    counts = targets != IGNORE
+    counts = targets != IGNORE_INDEX
     index = targets.clamp(min=0)[:, None]
     largest, wanted = logits.amax(dim=-1), logits.gather(1, index)[:, 0]
     delta = torch.softmax(logits, dim=-1, out=logits)

@@ -1,11 +1,11 @@
-"""Products with a weight matrix, by the library that is the faster one on this processor.
+"""Matrix products with a weight, by the library that is the faster one on this processor.
 
 PyTorch multiplies float32 matrices with the BLAS that it was built with, MKL, which is written for Intel's processors.
 It carries a second library for the same products, oneDNN. On an AMD processor oneDNN forms outputs and gradients of
 inputs 1.25 to 1.8 times as fast; on an Intel one MKL wins. Both sum in float32, in another order, so the last bits of
 the results differ: the choice belongs to a run like its precision does.
 
-Products in bfloat16 are oneDNN's in any case, and those of a CUDA device are CUDA's.
+MatmulBackend in bfloat16 are oneDNN's in any case, and those of a CUDA device are CUDA's.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from torch import Tensor, nn
 
 from resmol.system.host import CPU_FACTS, processor_field
 
-Products: TypeAlias = Literal["blas", "onednn"]
+MatmulBackend: TypeAlias = Literal["mkl", "onednn"]
 
 PARTS = 8  # of a weight that multiplies a single row: what cores can share
 
 
 class Linear(nn.Linear):
-    """``x W^T`` without a bias. ``products`` says by which library; `use_products` sets it for a whole model."""
+    """``x W^T`` without a bias. ``products`` says by which library; `set_matmul_backend` sets it for a whole model."""
 
-    products: Products = "blas"
+    backend: MatmulBackend = "mkl"
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
         """Multiply."""
-        return multiply(x, self.weight, self.products)
+        return multiply(x, self.weight, self.backend)
 
 
-def use_products(model: nn.Module, products: Products) -> None:
-    """Let all products with a weight in a model be formed by one library."""
+def set_matmul_backend(model: nn.Module, backend: MatmulBackend) -> None:
+    """Let all matrix products with a weight of a model be formed by one library."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.products = products
+            module.backend = backend
 
 
 def has_onednn() -> bool:
@@ -50,19 +50,19 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def products_for_reading(cpu_facts: Path = CPU_FACTS) -> Products:
+def default_inference_backend(cpu_facts: Path = CPU_FACTS) -> MatmulBackend:
     """Return the library for a model that is only read: oneDNN on AMD's processors, the BLAS on all others.
 
     A rule, where training measures: the last bits of logits depend on it, and the same prompt and seed must give the
     same text also while other programs disturb a measurement.
     """
     is_amd = processor_field("vendor_id", cpu_facts) == "AuthenticAMD"
-    return "onednn" if is_amd and has_onednn() else "blas"
+    return "onednn" if is_amd and has_onednn() else "mkl"
 
 
-def multiply(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], products: Products) -> Float[Tensor, "*B O"]:
+def multiply(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], backend: MatmulBackend) -> Float[Tensor, "*B O"]:
     """Return ``x W^T``. Only plain float32 products on a CPU have a choice; autocast's have not."""
-    if products == "blas" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
+    if backend == "mkl" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
         return F.linear(x, weight)
     if torch.is_grad_enabled():
         return cast("Tensor", _linear(x, weight))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resmol.config.model_config import ModelConfig
-from resmol.model.attention_backward import attention_in_blocks, blocks_are_faster
+from resmol.model.attention_backward import blockwise_attention, use_blockwise_backward
 from resmol.model.kv_cache import KVCache, LayerCache
 from resmol.model.linear import Linear
 
@@ -77,8 +77,8 @@ def attend(
     Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal, and there is no past (T = S) or a
     single new token, which sees all S positions; `attention_mask` makes the mask that all other cases need.
     """
-    if kind == "sdpa" and blocks_are_faster(query, key):  # the same with another backward pass
-        return attention_in_blocks(query, key, value, mask)
+    if kind == "sdpa" and use_blockwise_backward(query, key):  # the same with another backward pass
+        return blockwise_attention(query, key, value, mask)
     if kind == "sdpa":
         return F.scaled_dot_product_attention(
             query,
@@ -299,7 +299,7 @@ class CausalLM(nn.Module):
         return model
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def init_weights(self, seed: int) -> None:
         """Draw the initial weights; the same seed gives the same weights on every device and thread count.
 
         ==========================  =====================================================================

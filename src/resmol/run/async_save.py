@@ -5,7 +5,7 @@ and needs the tensors. What waits for the disk is done by a thread while trainin
 after it, reading back and removing older checkpoints. No tensor is copied for that. The ledger learns of a checkpoint
 when all of it is on the disk; a crash before that leaves what a crash during any save leaves: the checkpoint before.
 
-Only the training thread touches the ledger: `Saver.settle` picks up there what the other thread has done.
+Only the training thread touches the ledger: `AsyncCheckpointer.settle` picks up there what the other thread has done.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 
 from resmol.errors import DiskFull
-from resmol.run.checkpoint import Contents, Staged, commit_checkpoint, prune, stage_checkpoint
+from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, commit_checkpoint, prune, stage_checkpoint
 from resmol.run.checkpoint_manifest import Manifest, SavedState, checkpoint_name
-from resmol.run.log_writers import Journal
+from resmol.run.log_writers import RunLog
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _OnItsWay:
     stood_still: float
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes checkpoints, records them, and prunes older ones; at most one is on its way at any time.
 
     Leaving the context waits for it. Only the process that holds the run's lock has anything to save.
@@ -50,7 +50,7 @@ class Saver:
             room was made, and the state after the next step must be saved.
     """
 
-    def __init__(self, folder: Path, keep_last: int, journal: Journal, parent: str | None) -> None:
+    def __init__(self, folder: Path, keep_last: int, journal: RunLog, parent: str | None) -> None:
         """Make ready to save.
 
         Args:
@@ -65,7 +65,7 @@ class Saver:
         self._saving: _OnItsWay | None = None
         self._pruning: Future[list[str]] | None = None
 
-    def save(self, saved: SavedState, contents: Contents, *, wait: bool = False) -> None:
+    def save(self, saved: SavedState, contents: CheckpointTensors, *, wait: bool = False) -> None:
         """Write a checkpoint, and let it become durable in the background.
 
         Args:
@@ -112,7 +112,7 @@ class Saver:
             pruning, self._pruning = self._pruning, None
             pruning.result()
 
-    def _start(self, saved: SavedState, contents: Contents) -> None:
+    def _start(self, saved: SavedState, contents: CheckpointTensors) -> None:
         started = time.perf_counter()
         self.journal.sync()  # the checkpoint refers to the ledger's head, which must not be lost if it is kept
         with self._knows_when_the_run_was_moved():
@@ -120,7 +120,7 @@ class Saver:
         seconds = self._thread.submit(self._commit, staged, started)
         self._saving = _OnItsWay(staged.manifest, seconds, time.perf_counter() - started)
 
-    def _stage(self, saved: SavedState, contents: Contents) -> Staged:
+    def _stage(self, saved: SavedState, contents: CheckpointTensors) -> StagedCheckpoint:
         try:
             return stage_checkpoint(self.folder, saved, contents, parent=self.parent)
         except DiskFull:
@@ -131,7 +131,7 @@ class Saver:
         removed = prune(self.folder, keep_last=1)
         self.journal.write("warn", what="disk full: older checkpoints pruned", removed=removed)
 
-    def _commit(self, staged: Staged, started: float) -> float:
+    def _commit(self, staged: StagedCheckpoint, started: float) -> float:
         commit_checkpoint(staged)
         return time.perf_counter() - started
 
@@ -157,7 +157,7 @@ class Saver:
         )
         self.journal.sync()
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> AsyncCheckpointer:
         return self
 
     def __exit__(

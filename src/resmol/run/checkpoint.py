@@ -56,14 +56,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Contents:
+class CheckpointTensors:
     """The tensors of a checkpoint, file by file, and the architecture that they belong to."""
 
     config: ModelConfig
     files: Mapping[str, Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, model: CausalLM, optimizer: torch.optim.AdamW) -> Contents:
+    def of(cls, model: CausalLM, optimizer: torch.optim.AdamW) -> CheckpointTensors:
         """Return the weights and moments themselves: they change with the next step."""
         return cls(model.config, {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)})
 
@@ -74,7 +74,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedCheckpoint:
     """A checkpoint whose files are written and hashed; none of it is durable, and it has no name yet."""
 
     temporary: Path
@@ -82,7 +82,9 @@ class Staged:
     manifest: Manifest
 
 
-def stage_checkpoint(folder: Path, state: SavedState, contents: Contents, *, parent: str | None) -> Staged:
+def stage_checkpoint(
+    folder: Path, state: SavedState, contents: CheckpointTensors, *, parent: str | None
+) -> StagedCheckpoint:
     """Write the files of a checkpoint, and read them back: all of a save that needs the tensors, or a processor.
 
     Args:
@@ -109,14 +111,14 @@ def stage_checkpoint(folder: Path, state: SavedState, contents: Contents, *, par
             entries.update(zip(names, found, strict=True))
 
     final = folder / checkpoint_name(state.step)
-    set_aside(final)
+    quarantine(final)
     with _full_disk_says_the_size(contents.bytes):
         temporary = stage_directory(final, write_files)
     manifest = Manifest(format=1, step=state.step, parent=parent, permanent=state.permanent, files=entries)
-    return Staged(temporary, final, manifest)
+    return StagedCheckpoint(temporary, final, manifest)
 
 
-def commit_checkpoint(staged: Staged) -> Manifest:
+def commit_checkpoint(staged: StagedCheckpoint) -> Manifest:
     """Make a checkpoint durable: all of a save that waits for the disk. Raises what `stage_checkpoint` raises.
 
     A crash at any instant leaves all of it or nothing.
@@ -173,7 +175,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
-def set_aside(final: Path) -> None:
+def quarantine(final: Path) -> None:
     """Move a damaged checkpoint out of the way; nothing is ever deleted to repair something."""
     if final.exists():
         number = 1

@@ -85,7 +85,7 @@ class Manifest(Strict):
 
 
 @dataclass(frozen=True)
-class Rejected:
+class SkippedCheckpoint:
     """A checkpoint that was passed over, and why."""
 
     path: Path
@@ -163,7 +163,7 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def newest_valid(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, Manifest, list[Rejected]]:
+def newest_valid(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, Manifest, list[SkippedCheckpoint]]:
     """Find the newest checkpoint that is whole.
 
     Args:
@@ -174,16 +174,16 @@ def newest_valid(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, Manif
     Raises:
         CheckpointError: There is none; the message lists why each was passed over.
     """
-    rejected: list[Rejected] = []
+    rejected: list[SkippedCheckpoint] = []
     for path in list_checkpoints(folder):
         try:
             manifest = verify_checkpoint(path)
         except CheckpointError as error:
-            rejected.append(Rejected(path, error.what))
+            rejected.append(SkippedCheckpoint(path, error.what))
             continue
         if recorded.get(path.name, manifest.sha256) == manifest.sha256:
             return path, manifest, rejected
-        rejected.append(Rejected(path, "its manifest is not the one that the ledger recorded"))
+        rejected.append(SkippedCheckpoint(path, "its manifest is not the one that the ledger recorded"))
     reasons = "".join(f"\n  - {item.path.name}: {item.reason}" for item in rejected)
     raise CheckpointError(
         f"{folder} holds no valid checkpoint{':' if reasons else ''}{reasons}",

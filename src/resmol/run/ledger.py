@@ -197,7 +197,7 @@ class Ledger:
             os.fsync(self._file.fileno())
 
 
-class UnkeptLedger(Ledger):
+class NullLedger(Ledger):
     """The ledger of a process that is not the main one: it makes records and keeps none."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class View(Protocol):
         """Finish."""
 
 
-class Journal:
+class RunLog:
     """The ledger together with its views: what is written is recorded first, then shown."""
 
     def __init__(self, ledger: Ledger, views: Sequence[View]) -> None:
@@ -71,7 +71,7 @@ def _close_quietly(view: View) -> None:
         view.close()
 
 
-class Lines:
+class StepFormatter:
     """Turns records into lines; it decides which steps get one.
 
     Args:
@@ -164,10 +164,10 @@ _DESCRIPTIONS: dict[str, Callable[[Record], str]] = {
 }
 
 
-class LogView:
+class TextLogWriter:
     """Appends the lines to ``train.log``."""
 
-    def __init__(self, path: Path, lines: Lines) -> None:
+    def __init__(self, path: Path, lines: StepFormatter) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._lines = lines
 
@@ -182,7 +182,7 @@ class LogView:
         self._file.close()
 
 
-class TensorBoardView:
+class TensorBoardWriter:
     """Writes TensorBoard events; the x axis is the optimizer step.
 
     Raises:

@@ -15,7 +15,7 @@ def template_environment(package: str, *, autoescape: bool, **options: bool) -> 
     """
     return jinja2.Environment(
         loader=jinja2.PackageLoader(package),
-        autoescape=autoescape,
+        autoescape=autoescape,  # noqa: S701 - Markdown and programs are not HTML; what goes in there is escaped by filters
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

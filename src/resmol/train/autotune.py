@@ -20,12 +20,12 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
 from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.flops import training_flops_per_token, training_memory
-from resmol.model.linear import Products, has_onednn, use_products
+from resmol.model.linear import MatmulBackend, has_onednn, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.system.host import free_memory
 from resmol.train.parallel import Runtime, find_device
 
-Arithmetic: TypeAlias = Literal["blas", "onednn", "bfloat16"]
+Arithmetic: TypeAlias = Literal["mkl", "onednn", "bfloat16"]
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
 COMPILE_SECONDS = 30.0
@@ -50,7 +50,7 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
     device = find_device(config.runtime.device)
     if config.runtime.device == "auto":
         decisions["device"] = device.type
-    if "auto" in (config.runtime.precision, config.runtime.products):
+    if "auto" in (config.runtime.precision, config.runtime.matmul_backend):
         arithmetic, why = _choose_arithmetic(config, device)
         decisions |= arithmetic
         config = with_overrides(config, [f"runtime.{key}={value}" for key, value in arithmetic.items()])  # for memory
@@ -114,29 +114,31 @@ def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[st
     """Decide precision and library of the products, which are measured against each other."""
     if device.type == "cuda" or _several_processes():
         return _arithmetic_by_rule(config, device)
-    precision, products = config.runtime.precision, config.runtime.products
-    plain = "blas" if products == "auto" else products
-    libraries: list[Arithmetic] = ["blas", "onednn"] if products == "auto" and has_onednn() else [plain]
+    precision, backend = config.runtime.precision, config.runtime.matmul_backend
+    plain = "mkl" if backend == "auto" else backend
+    libraries: list[Arithmetic] = ["mkl", "onednn"] if backend == "auto" and has_onednn() else [plain]
     narrow: list[Arithmetic] = [] if precision == "float32" else ["bfloat16"]
     candidates = narrow if precision == "bfloat16" else libraries + narrow
     if len(candidates) == 1:  # then there is nothing to choose
-        return {"precision": precision, "products": plain}, []
+        return {"precision": precision, "matmul_backend": plain}, []
     seconds = measured_seconds(config, candidates)
     reasons = []
     if len(libraries) > 1:
-        gain = seconds["blas"] / seconds["onednn"]
-        plain = "onednn" if gain >= ONEDNN_MUST_GAIN else "blas"
-        reasons.append(f"products: {plain} (float32 products of oneDNN measured {gain:.2f}x as fast as the BLAS here)")
+        gain = seconds["mkl"] / seconds["onednn"]
+        plain = "onednn" if gain >= ONEDNN_MUST_GAIN else "mkl"
+        reasons.append(
+            f"matmul_backend: {plain} (float32 products of oneDNN measured {gain:.2f}x as fast as the BLAS here)"
+        )
     if precision == "auto":
         gain = seconds[plain] / seconds["bfloat16"]
         precision = "bfloat16" if gain >= BFLOAT16_MUST_GAIN else "float32"
         reasons.append(f"precision: {precision} (a step in bfloat16 measured {gain:.2f}x as fast as in float32 here)")
-    return {"precision": precision, "products": plain}, reasons
+    return {"precision": precision, "matmul_backend": plain}, reasons
 
 
 def _arithmetic_by_rule(config: RunConfig, device: torch.device) -> tuple[dict[str, str], list[str]]:
     """Decide where there is nothing to measure (CUDA), or each process would measure something else."""
-    precision, products = config.runtime.precision, config.runtime.products
+    precision, backend = config.runtime.precision, config.runtime.matmul_backend
     reasons = []
     if precision == "auto" and device.type == "cuda":
         precision = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
@@ -144,7 +146,7 @@ def _arithmetic_by_rule(config: RunConfig, device: torch.device) -> tuple[dict[s
     elif precision == "auto":
         precision = "float32"
         reasons.append("precision: float32 (not measured, since there are several processes)")
-    return {"precision": precision, "products": "blas" if products == "auto" else products}, reasons
+    return {"precision": precision, "matmul_backend": "mkl" if backend == "auto" else backend}, reasons
 
 
 def _several_processes() -> bool:
@@ -168,13 +170,13 @@ def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dic
     for _ in range(MEASUREMENTS):
         for candidate in candidates:
             narrow = candidate == "bfloat16"
-            products: Products = "onednn" if candidate == "onednn" else "blas"
-            use_products(model, products)
+            backend: MatmulBackend = "onednn" if candidate == "onednn" else "mkl"
+            set_matmul_backend(model, backend)
             started = time.perf_counter()
             with Runtime(0, 1, torch.device("cpu"), torch.bfloat16 if narrow else None).autocast():
                 hidden = model.hidden(ids)
                 chunk = config.runtime.loss_chunk_tokens
-                loss = cross_entropy_sum(hidden, model.lm_head.weight, ids, chunk, products)
+                loss = cross_entropy_sum(hidden, model.lm_head.weight, ids, chunk, backend)
             loss.backward()
             seconds[candidate] = min(seconds[candidate], time.perf_counter() - started)
     return seconds

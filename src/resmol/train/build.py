@@ -7,7 +7,7 @@ import torch._functorch.config
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.shards import TokenStream
-from resmol.model.linear import use_products
+from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
@@ -19,8 +19,8 @@ ACTIVATION_MEMORY_BUDGET = 0.9  # the share of what the compiler would keep for 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     """Return a model with its initial weights, and an optimizer that has seen nothing."""
     model = CausalLM.empty(config.model, attention=config.runtime.attention)
-    model.initialise(config.train.seed)
-    use_products(model, "onednn" if config.runtime.products == "onednn" else "blas")
+    model.init_weights(config.train.seed)
+    set_matmul_backend(model, "onednn" if config.runtime.matmul_backend == "onednn" else "mkl")
     model.model.recompute_blocks = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
     return TrainState(model, build_optimizer(model, config.optimizer))
@@ -32,7 +32,7 @@ def make_loader(config: RunConfig, stream: TokenStream) -> Loader:
         stream,
         seq_len=config.data.seq_len,
         micro_batch_size=config.batch.micro_batch_size,
-        micro_batches_per_step=config.micro_batches_per_step,
+        grad_accum_steps=config.grad_accum_steps,
         seed=config.data.seed,
         eos_id=config.model.eos_token_id,
         document_mask=config.data.document_mask,

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from resmol.data.loader import Batch
 from resmol.errors import DataError
-from resmol.model.cross_entropy import IGNORE, cross_entropy_sum
+from resmol.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum
 from resmol.model.llama import CausalLM
 from resmol.train.parallel import Runtime
 
@@ -68,10 +68,10 @@ def evaluate(
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
             hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
-            weight, products = model.lm_head.weight, model.lm_head.products
-            total += float(cross_entropy_sum(hidden, weight, targets, chunk_tokens, products))
+            weight, backend = model.lm_head.weight, model.lm_head.backend
+            total += float(cross_entropy_sum(hidden, weight, targets, chunk_tokens, backend))
         tokens += batch.tokens
-        counted = batch.targets[batch.targets != IGNORE].numpy()
+        counted = batch.targets[batch.targets != IGNORE_INDEX].numpy()
         covered += int(byte_lengths[counted].sum())
     if not tokens:
         raise DataError(

@@ -31,7 +31,7 @@ SLOW_SECONDS = 1.0  # but not when all that is compared takes less: a busy machi
 GOING_ON = "run the same command again: it goes on from the last checkpoint"
 
 
-class Siblings:
+class RankMonitor:
     """All processes of a run, as one of them sees them; a context in which this one gives signs of life.
 
     Args:
@@ -50,7 +50,7 @@ class Siblings:
             target=self._beat, args=(self._store.clone(),), name="signs of life", daemon=True
         )
 
-    def __enter__(self) -> Siblings:
+    def __enter__(self) -> RankMonitor:
         self._thread.start()
         return self
 

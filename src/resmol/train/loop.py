@@ -19,18 +19,18 @@ from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, Loader
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
-from resmol.inference.generate import Sampling, generate
+from resmol.inference.generate import SamplingParams, generate
 from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.llama import CausalLM
-from resmol.run.async_save import Saver
-from resmol.run.checkpoint import Contents
+from resmol.run.async_save import AsyncCheckpointer
+from resmol.run.checkpoint import CheckpointTensors
 from resmol.run.checkpoint_manifest import SavedState
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, float_bits
-from resmol.run.log_writers import Journal
+from resmol.run.log_writers import RunLog
 from resmol.system.signals import StopSignal
 from resmol.train.evaluate import evaluate
-from resmol.train.loss_spikes import is_spike, remembered
+from resmol.train.loss_spikes import append_loss, is_spike
 from resmol.train.lr_schedule import lr_at
 from resmol.train.optimizer import apply_update, gradient_norm
 from resmol.train.parallel import Runtime
@@ -63,8 +63,8 @@ class Session:
     held_out: Loader | None
     data_fingerprint: str
     tokenizer: Tokenizer
-    journal: Journal
-    saver: Saver
+    journal: RunLog
+    saver: AsyncCheckpointer
     stop: StopSignal
     recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be met again
 
@@ -78,7 +78,7 @@ def train(state: TrainState, session: Session) -> None:
         CheckFailed: A step that is executed again after a crash gives other bits than the ledger recorded, or the
             loss jumped and ``train.on_spike`` is stop.
         DiskFull: A checkpoint could not be written, even after older ones were pruned.
-        ProcessLost: Another process died, froze, or did not come for ``runtime.peer_timeout`` seconds.
+        ProcessLost: Another process died, froze, or did not come for ``runtime.collective_timeout`` seconds.
     """
     config, runtime = session.config, session.runtime
     while state.step < config.train.steps:
@@ -92,7 +92,7 @@ def train(state: TrainState, session: Session) -> None:
         record_step(state, session, loss, grad_norm, seconds)
         spike = notice_spike(state, session, loss)
         notice_slow_process(state, session, seconds)
-        stopping = runtime.any_process(session.stop.requested)
+        stopping = runtime.any_rank(session.stop.requested)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
         if not stopping and is_due(config.sampling.every, step, config.train.steps):
@@ -160,11 +160,11 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], config: RunC
         with runtime.autocast():
             hidden, weight = model.hidden_and_output_weight(batch.input_ids.to(runtime.device), documents)
             targets = batch.targets.to(runtime.device)
-            products = model.lm_head.products
-            loss = cross_entropy_sum(hidden, weight, targets, config.runtime.loss_chunk_tokens, products)
+            backend = model.lm_head.backend
+            loss = cross_entropy_sum(hidden, weight, targets, config.runtime.loss_chunk_tokens, backend)
         loss.backward()
         total += loss.detach()
-    runtime.sum_over_processes([total, *(p.grad for p in model.parameters() if p.grad is not None)])
+    runtime.all_reduce_sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     return total
 
 
@@ -208,7 +208,7 @@ def notice_spike(state: TrainState, session: Session, loss: float) -> bool:
     if spike:
         median = statistics.median(state.recent_losses)
         session.journal.write("warn", what="loss spike", step=state.step, loss=loss, median=median)
-    state.recent_losses = remembered(loss, state.recent_losses)
+    state.recent_losses = append_loss(loss, state.recent_losses)
     return spike
 
 
@@ -248,7 +248,7 @@ def record_sample(state: TrainState, session: Session) -> None:
     """Let the model speak; its own random generator keeps this from touching anything else."""
     session.runtime.begin(f"the sample after step {state.step}")
     wish = session.config.sampling
-    sampling = Sampling(wish.max_new_tokens, wish.temperature, wish.top_k, wish.top_p, wish.seed)
+    sampling = SamplingParams(wish.max_new_tokens, wish.temperature, wish.top_k, wish.top_p, wish.seed)
     prompt = session.tokenizer.encode(wish.prompt)[-(state.model.config.max_position_embeddings - 1) :]
     with torch.compiler.set_stance("force_eager"):
         new = list(generate(state.model, prompt, sampling, eos_id=session.tokenizer.eos_id))
@@ -274,5 +274,5 @@ def save(state: TrainState, session: Session, *, permanent: bool = False, wait: 
         permanent=permanent,
         recent_losses=state.recent_losses,
     )
-    session.saver.save(saved, Contents.of(state.model, state.optimizer), wait=wait)
+    session.saver.save(saved, CheckpointTensors.of(state.model, state.optimizer), wait=wait)
     state.parent = session.saver.parent

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
 from resmol.system.host import processor_field
-from resmol.train.heartbeat import Siblings
+from resmol.train.heartbeat import RankMonitor
 
 PREPARED = "the main process is ready"  # a key of the store that the processes share
 LONGEST_PREPARATION = timedelta(days=2)  # of a text, by the main process alone; if it dies, torchrun ends the others
@@ -45,7 +45,7 @@ class Runtime:
     world_size: int
     device: torch.device
     autocast_dtype: torch.dtype | None
-    siblings: Siblings | None = None
+    siblings: RankMonitor | None = None
 
     @property
     def is_main(self) -> bool:
@@ -58,21 +58,21 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def sum_over_processes(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
         """Add up each tensor over all processes, in place."""
         if self.world_size > 1:
             with self._together():
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
-    def share_from_main(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the main process's values of these tensors, in place."""
         if self.world_size > 1:
             with self._together():
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
-    def any_process(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Tell whether the flag is set in any process; a barrier when there are several."""
         if self.world_size == 1:
             return flag
@@ -128,19 +128,19 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield Runtime(0, 1, device, precision)
         else:
-            with _process_group(device, config.runtime.peer_timeout) as siblings:
+            with _process_group(device, config.runtime.collective_timeout) as siblings:
                 yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, siblings)
 
 
 @contextmanager
-def _process_group(device: torch.device, timeout: int) -> Iterator[Siblings]:
+def _process_group(device: torch.device, timeout: int) -> Iterator[RankMonitor]:
     """Join the processes that torchrun's environment names; the main one may come late, it prepares the data first."""
     store, rank, world_size = next(rendezvous("env://"))
     wait = timedelta(seconds=timeout)
     store.set_timeout(wait)
     if rank == 0:
         store.set(PREPARED, "")
-    with Siblings(store, rank, world_size) as siblings:
+    with RankMonitor(store, rank, world_size) as siblings:
         with siblings.together():
             store.wait([PREPARED], LONGEST_PREPARATION)
             backend = "nccl" if device.type == "cuda" else "gloo"

@@ -16,13 +16,13 @@ import torch
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.checkpoint import MOMENTS, load_optimizer, load_weights, set_aside
+from resmol.run.checkpoint import MOMENTS, load_optimizer, load_weights, quarantine
 from resmol.run.checkpoint_manifest import STATE, damaged, list_checkpoints, load_state, newest_valid
 from resmol.run.directory import RunDir
 from resmol.run.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
-from resmol.run.log_writers import Journal
+from resmol.run.log_writers import RunLog
 from resmol.train.loop import TrainState
-from resmol.train.loss_spikes import MEMORY
+from resmol.train.loss_spikes import HISTORY
 from resmol.train.parallel import Runtime
 from resmol.version import __version__
 
@@ -57,10 +57,10 @@ def bitwise_facts(config: RunConfig) -> tuple[str, ...]:
 
     The sum over micro-batches has another order when other processes share them; a sum of two has only one.
     """
-    return (*BITWISE_FACTS, "world_size") if config.micro_batches_per_step > 2 else BITWISE_FACTS
+    return (*BITWISE_FACTS, "world_size") if config.grad_accum_steps > 2 else BITWISE_FACTS
 
 
-def begin(state: TrainState, journal: Journal, beginning: Beginning) -> dict[int, Record]:
+def begin(state: TrainState, journal: RunLog, beginning: Beginning) -> dict[int, Record]:
     """Bring ``state`` to where the run stands and record how.
 
     Returns:
@@ -121,13 +121,13 @@ def restore(state: TrainState, checkpoint: Path) -> None:
 def share_state(state: TrainState, runtime: Runtime) -> None:
     """Bring the other processes to where the main one stands: counters, weights and moments."""
     counters = torch.tensor([state.step, state.tokens_seen], device=runtime.device)
-    runtime.share_from_main([counters])
+    runtime.broadcast([counters])
     state.step, state.tokens_seen = (int(number) for number in counters)
-    losses = torch.full((MEMORY,), math.nan, dtype=torch.float64, device=runtime.device)
+    losses = torch.full((HISTORY,), math.nan, dtype=torch.float64, device=runtime.device)
     losses[: len(state.recent_losses)] = torch.tensor(state.recent_losses, dtype=torch.float64)
-    runtime.share_from_main([losses])
+    runtime.broadcast([losses])
     state.recent_losses = tuple(loss for loss in losses.tolist() if not math.isnan(loss))
-    runtime.share_from_main(parameter.data for parameter in state.model.parameters())
+    runtime.broadcast(parameter.data for parameter in state.model.parameters())
     if state.step == 0:
         return  # the optimizer has no moments yet
     for parameter in state.model.parameters():
@@ -135,10 +135,10 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
             moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             step = torch.tensor(float(state.step), device=runtime.device)
             state.optimizer.state[parameter] = {"step": step, **moments}
-        runtime.share_from_main(state.optimizer.state[parameter][moment] for moment in MOMENTS)
+        runtime.broadcast(state.optimizer.state[parameter][moment] for moment in MOMENTS)
 
 
-def _record_start(journal: Journal, beginning: Beginning, facts: dict[str, Any]) -> None:
+def _record_start(journal: RunLog, beginning: Beginning, facts: dict[str, Any]) -> None:
     if list_checkpoints(beginning.run.checkpoints):
         raise CheckFailed(
             f"{beginning.run.path} has checkpoints but an empty ledger: its record is lost",
@@ -165,7 +165,7 @@ def _check_fingerprint(records: list[Record], fingerprint: str) -> None:
         )
 
 
-def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
+def _compare_environment(journal: RunLog, beginning: Beginning) -> bool:
     """Tell whether bitwise equality with what came before is promised; record it where it is not."""
     before, now = last_fact(journal.records, "environment"), beginning.environment
     changed = {
@@ -184,7 +184,7 @@ def _compare_environment(journal: Journal, beginning: Beginning) -> bool:
     return not changed
 
 
-def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
+def _find_checkpoint(journal: RunLog, beginning: Beginning) -> Path | None:
     """Return the newest whole checkpoint, or None where the run had not saved any yet.
 
     Those that are passed over lose their name: they would count as the newest in retention, and stop the next save.
@@ -201,15 +201,15 @@ def _find_checkpoint(journal: Journal, beginning: Beginning) -> Path | None:
         reason = error.what.replace(f"{folder}", folder.name)  # the ledger may be published; places of a machine stay
         journal.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=reason)
         for path in list_checkpoints(folder):
-            set_aside(path)
+            quarantine(path)
         return None
     for item in rejected:
         journal.write("warn", what="checkpoint passed over", checkpoint=item.path.name, reason=item.reason)
-        set_aside(item.path)
+        quarantine(item.path)
     return path
 
 
-def _check_ledger_reaches(journal: Journal, checkpoint: Path) -> None:
+def _check_ledger_reaches(journal: RunLog, checkpoint: Path) -> None:
     """A checkpoint names the ledger's head at its time; a ledger without that line is an older copy."""
     head = load_state(checkpoint)[0].ledger_head
     if head != journal.head and head not in {record["prev"] for record in journal.records}:
@@ -219,7 +219,7 @@ def _check_ledger_reaches(journal: Journal, checkpoint: Path) -> None:
         )
 
 
-def _rewind(journal: Journal, to_step: int) -> None:
+def _rewind(journal: RunLog, to_step: int) -> None:
     """Take back the steps after ``to_step``, if there are any."""
     last = max(effective_steps(journal.records), default=0)
     if last > to_step:

@@ -26,11 +26,11 @@ from resmol.data.shards import Dataset, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError, DataError, DiskFull, ProcessLost, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.async_save import Saver
+from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Ledger, UnkeptLedger
-from resmol.run.log_writers import Journal, View
+from resmol.run.ledger import Ledger, NullLedger
+from resmol.run.log_writers import RunLog, View
 from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
 from resmol.system.host import return_freed_memory
 from resmol.system.signals import StopSignal
@@ -172,7 +172,7 @@ def launch(wanted: Launch) -> TrainState:
         dataset, tokenizer = opened or _open_data(wanted, config)
         stop = stack.enter_context(StopSignal())
         state = new_state(config, runtime)
-        journal, recorded = Journal(UnkeptLedger(), ()), {}
+        journal, recorded = RunLog(NullLedger(), ()), {}
         if is_main:
             circumstances = Beginning(
                 run, config, dataset.fingerprint, runtime.environment(), drifts, wanted.allow_fresh, wanted.strict
@@ -188,7 +188,9 @@ def launch(wanted: Launch) -> TrainState:
             wanted.say(
                 f"evaluation: none, since {len(dataset.val)} held-out tokens are no window of {config.data.seq_len}"
             )
-        saver = stack.enter_context(Saver(run.checkpoints, config.checkpoint.keep_last, journal, state.parent))
+        saver = stack.enter_context(
+            AsyncCheckpointer(run.checkpoints, config.checkpoint.keep_last, journal, state.parent)
+        )
         session = Session(
             run, config, runtime, loader, held_out, dataset.fingerprint, tokenizer, journal, saver, stop, recorded
         )
@@ -278,7 +280,7 @@ def _check_disk(run: RunDir, config: RunConfig) -> None:
 
 
 @contextmanager
-def _open_journal(wanted: Launch, config: RunConfig, tokenizer: Tokenizer) -> Iterator[Journal]:
+def _open_journal(wanted: Launch, config: RunConfig, tokenizer: Tokenizer) -> Iterator[RunLog]:
     """Make the run directory ready and open its ledger; a new run gets its configuration before its first record."""
     run = wanted.run
     _check_disk(run, config)
@@ -291,7 +293,7 @@ def _open_journal(wanted: Launch, config: RunConfig, tokenizer: Tokenizer) -> It
     if not run.exists():
         write_durable(run.config, config.to_toml().encode())
     views = wanted.views(config)
-    journal = Journal(Ledger(run.ledger), views)
+    journal = RunLog(Ledger(run.ledger), views)
     try:
         yield journal
     finally:

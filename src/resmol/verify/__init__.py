@@ -69,14 +69,14 @@ def _given(config: ModelConfig, weights: CausalLM) -> CausalLM:
         raise UsageError("the weights are of another architecture", fix="pass the configuration that came with them")
     if weights.lm_head.weight.device.type != "cpu":
         raise UsageError(
-            "the weights are not on the CPU", fix="load them there: the float64 yardstick is computed there"
+            "the weights are not on the CPU", fix="load them there: the float64 float64_reference is computed there"
         )
     return weights
 
 
 def _random_model(config: ModelConfig, depth: Depth) -> CausalLM:
     model = CausalLM.empty(shallow(config) if depth == "standard" else config)
-    model.initialise(seed=8)
+    model.init_weights(seed=8)
     return model
 
 

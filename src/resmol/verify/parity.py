@@ -1,7 +1,6 @@
 """Parity with transformers, with tolerances that are derived.
 
-The yardstick is the reference in float64. The reference's own float32 (or bfloat16) result misses it by some rounding
-error; ours must miss it by no more than a small factor of the same. A wrong architecture misses it by orders of
+The reference runs in float64 as well. Its own float32 (or bfloat16) result misses that by some rounding error; ours must miss it by no more than a small factor of the same. A wrong architecture misses it by orders of
 magnitude, and nobody has to guess a tolerance. Errors are root mean squares over a tensor: their ratio is steady,
 where the ratio of two largest errors is a matter of luck.
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
-from resmol.inference.generate import Sampling, generate
+from resmol.inference.generate import SamplingParams, generate
 from resmol.model.llama import CausalLM
 from resmol.verify.capture import (
     Observation,
@@ -65,9 +64,9 @@ class Baseline:
 
     Attributes:
         ids: What the models are given.
-        exact: The yardstick, in float64.
+        exact: The float64_reference, in float64.
         reference: transformers' model with the weights.
-        reference_errors: How far the reference's own results are from the yardstick.
+        reference_errors: How far the reference's own results are from the float64_reference.
         precision: What the reference, and whoever is compared with it, computes in.
     """
 
@@ -85,12 +84,12 @@ class Baseline:
 def baseline(
     config: ModelConfig, weights: Mapping[str, Tensor], precision: Precision = "float32", sequence: int = SEQUENCE
 ) -> Baseline:
-    """Run the reference and the yardstick with these weights (errors: see `reference_model`)."""
+    """Run the reference, also in float64, with these weights (errors: see `reference_model`)."""
     ids = ids_for(config.vocab_size, 2, min(sequence, config.max_position_embeddings))
     reference = reference_model(config, weights)
-    yardstick = exact_model(config, weights)
-    exact = observe(yardstick, ids, logits_forward(yardstick))
-    del yardstick  # twice the size of the model
+    float64_reference = exact_model(config, weights)
+    exact = observe(float64_reference, ids, logits_forward(float64_reference))
+    del float64_reference  # twice the size of the model
     with arithmetic(precision):
         theirs = observe(reference, ids, reference_forward(reference))
         if precision != "bfloat16 autocast":  # both caches have one type, autocast mixes two
@@ -188,7 +187,7 @@ def greedy(model: CausalLM, reference: Any) -> Check:
     """Compare greedy continuations: ours, with its cache, and the reference's."""
 
     def written(prompt: Int[Tensor, "1 T"], count: int) -> list[int]:
-        greedily = Sampling(max_new_tokens=count, temperature=0.0)
+        greedily = SamplingParams(max_new_tokens=count, temperature=0.0)
         return list(generate(model, prompt[0].tolist(), greedily, eos_id=None))
 
     return greedy_check(reference, model.config, model, written)

@@ -1,4 +1,4 @@
-"""transformers' LlamaForCausalLM, the independent reference, and the same in float64, the yardstick."""
+"""transformers' LlamaForCausalLM, the independent reference, and the same in float64."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ FULL: tuple[Twin, ...] = STANDARD + tuple(
 
 def fill(model: CausalLM, seed: int) -> CausalLM:
     """Draw weights, norms included: norms of 1 would hide one that is applied twice, or not at all."""
-    model.initialise(seed)
+    model.init_weights(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

@@ -26,7 +26,7 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError, UsageError
-from resmol.interop.export import comparison, export_gguf, gguf_comparison, gguf_file, readback, verified_seal
+from resmol.interop.export import comparison, export_gguf, gguf_comparison, gguf_file, readback, verify_export
 from resmol.interop.export import gguf as gguf_export
 from resmol.interop.export.gguf_parity import compare_gguf
 from resmol.interop.export.gguf_vocab import gguf_vocabulary
@@ -91,7 +91,7 @@ def test_the_export_of_a_run_is_its_checkpoint(run: Path, tmp_path: Path, dtype:
 
 def test_the_folder_holds_what_its_readers_need(run: Path, tmp_path: Path) -> None:
     export_gguf(run, tmp_path / "out", dtype="q8_0")
-    seal = verified_seal(tmp_path / "out")
+    seal = verify_export(tmp_path / "out")
     assert (seal.kind, seal.facts["dtype"], seal.facts["readers"]) == ("gguf", "q8_0", ["transformers"])
     assert {check.name for check in seal.checks} == {
         "weights", "cast", "logits, transformers", "greedy tokens, transformers", "token ids, transformers",
@@ -203,7 +203,7 @@ def test_writing_and_reading_are_inverses(
 ) -> None:
     config = tiny_config.model.model_copy(update={"tie_word_embeddings": tied, "initializer_range": 0.02})
     model = CausalLM.empty(config)
-    model.initialise(0)
+    model.init_weights(0)
     write_gguf(tmp_path / "x.gguf", model.requires_grad_(False), tiny_tokenizer, "float32", name="x", licence=None)
     header = read_gguf_header(tmp_path / "x.gguf")
     assert gguf_config(header) == config
@@ -273,7 +273,7 @@ def test_special_tokens_written_as_text_are_noticed(
     genuine_tokenizer: Tokenizer, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = CausalLM.empty(tiny_config.model.model_copy(update={"vocab_size": 49_152}))
-    model.initialise(0)
+    model.init_weights(0)
     model.requires_grad_(False)
     passed, genuine = [], gguf_file.GGUFWriter.add_token_types
     for name in ("healthy", "mutant"):
@@ -289,7 +289,7 @@ def test_special_tokens_written_as_text_are_noticed(
 
 def test_weights_beyond_the_type_are_refused(tiny_config: RunConfig, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = CausalLM.empty(tiny_config.model)
-    model.initialise(0)
+    model.init_weights(0)
     model.requires_grad_(False).model.embed_tokens.weight[3, 3] = 70_000.0  # float16 ends at 65504
     checks = [
         gguf_comparison._type_check(model, gguf_file.as_stored(model, dtype), dtype) for dtype in ("float16", "q8_0")
@@ -301,7 +301,7 @@ def test_weights_beyond_the_type_are_refused(tiny_config: RunConfig, tiny_tokeni
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 def test_a_stored_number_that_is_none_is_beyond_the_type(tiny_config: RunConfig, dtype: str, name: str) -> None:
     model = CausalLM.empty(tiny_config.model)
-    model.initialise(0)
+    model.init_weights(0)
     stored = gguf_file.as_stored(model, dtype)
     assert gguf_comparison._type_check(model, stored, dtype).passed
     stored.state_dict()[name].view(-1)[3] = torch.nan

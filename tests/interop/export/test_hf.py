@@ -88,7 +88,7 @@ def test_a_class_that_drops_the_digits_step_is_noticed(
     """What SmolLM2's own tokenizer_config.json names; transformers 5 makes [81, 216, 216, 33] of "a  1" with it."""
     config = tiny_config.model.model_copy(update={"vocab_size": 49_152})
     model = CausalLM.empty(config)
-    model.initialise(0)
+    model.init_weights(0)
     loaded = LoadedModel(model.eval(), Provenance("huggingface", tmp_path, "0"), lambda: genuine_tokenizer)
     genuine, tables = hf.tokenizer_config, [{}, {"tokenizer_class": "GPT2Tokenizer"}]
     for number, table in enumerate(tables):
@@ -158,7 +158,7 @@ def test_an_existing_folder_is_not_touched(run: Path, tmp_path: Path) -> None:
 def test_a_logit_that_is_no_number_is_a_difference(tiny_config: RunConfig, row: int) -> None:
     """Also in the second comparison: max() of a number and NaN is the number."""
     model = CausalLM.empty(tiny_config.model)
-    model.initialise(0)
+    model.init_weights(0)
     inputs = [[1, 2, 3], [4, 5]]
     theirs = [model(torch.tensor([ids]))[0].detach() for ids in inputs]
     assert logits_check("logits", model, inputs, ReadBack(theirs, [], [])).passed

@@ -12,7 +12,7 @@ import pytest
 
 from resmol.checks import Check
 from resmol.errors import CheckFailed, DataError
-from resmol.interop.export.manifest import make_seal, parse_seal, verified_seal
+from resmol.interop.export.manifest import parse_seal, verify_export, write_manifest
 from resmol.system.atomic_io import commit_directory
 
 PASSED = Check("logits", True, "equal", "equal")
@@ -27,12 +27,14 @@ def sealed(tmp_path: Path) -> Path:
         (folder / "training" / "ledger.jsonl").write_text("{}\n")
 
     out = tmp_path / "out"
-    commit_directory(out, write, lambda folder: make_seal(folder, "model", [PASSED], {"dtype": "float32"}).to_bytes())
+    commit_directory(
+        out, write, lambda folder: write_manifest(folder, "model", [PASSED], {"dtype": "float32"}).to_bytes()
+    )
     return out
 
 
 def test_a_seal_lists_every_file_with_its_hash(sealed: Path) -> None:
-    seal = verified_seal(sealed)
+    seal = verify_export(sealed)
     assert {name: file.sha256 for name, file in seal.files.items()} == {
         name: hashlib.sha256((sealed / name).read_bytes()).hexdigest()
         for name in ("model.safetensors", "training/ledger.jsonl")
@@ -47,7 +49,7 @@ def test_a_seal_lists_every_file_with_its_hash(sealed: Path) -> None:
 def test_what_was_not_compared_is_not_sealed(tmp_path: Path, checks: list[Check], named: str) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckFailed, match=named):
-        make_seal(tmp_path, "model", checks, {})
+        write_manifest(tmp_path, "model", checks, {})
 
 
 def _flip(folder: Path) -> None:
@@ -95,7 +97,7 @@ def _edit(**fields: Any) -> Any:
 def test_every_change_is_noticed(sealed: Path, damage: Any, named: str) -> None:
     damage(sealed)
     with pytest.raises(CheckFailed, match=named):
-        verified_seal(sealed)
+        verify_export(sealed)
 
 
 @pytest.mark.parametrize(
@@ -103,16 +105,16 @@ def test_every_change_is_noticed(sealed: Path, damage: Any, named: str) -> None:
 )
 def test_a_seal_cannot_name_what_lies_elsewhere(sealed: Path, name: str) -> None:
     """Also not one whose digest fits: anybody can compute that."""
-    genuine = verified_seal(sealed)
+    genuine = verify_export(sealed)
     forged = genuine.model_copy(update={"files": {name: genuine.files["model.safetensors"]}})
     assert parse_seal(genuine.to_bytes()) == genuine
     assert parse_seal(forged.to_bytes()) is None
 
 
 def test_a_seal_without_checks_is_none(sealed: Path) -> None:
-    assert parse_seal(verified_seal(sealed).model_copy(update={"checks": ()}).to_bytes()) is None
+    assert parse_seal(verify_export(sealed).model_copy(update={"checks": ()}).to_bytes()) is None
 
 
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no folder"):
-        verified_seal(tmp_path / "nothing")
+        verify_export(tmp_path / "nothing")

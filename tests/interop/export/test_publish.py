@@ -20,7 +20,7 @@ from tiny import TrainTiny
 from resmol.__main__ import run as resmol
 from resmol.checks import Check
 from resmol.interop.evaluate import evaluate_model
-from resmol.interop.export import Kind, export_hf, make_seal
+from resmol.interop.export import Kind, export_hf, write_manifest
 from resmol.interop.load import load_model
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
@@ -61,7 +61,7 @@ def export(tmp_path: Path) -> Export:
                     (folder / path).write_bytes(content)
 
         checks = [Check("logits", True, "equal", "equal")]
-        commit_directory(tmp_path / name, fill, lambda folder: make_seal(folder, kind, checks, {}).to_bytes())
+        commit_directory(tmp_path / name, fill, lambda folder: write_manifest(folder, kind, checks, {}).to_bytes())
         return tmp_path / name
 
     return write

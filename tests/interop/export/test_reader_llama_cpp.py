@@ -15,7 +15,7 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed
-from resmol.interop.export import export_gguf, gguf_file, verified_seal
+from resmol.interop.export import export_gguf, gguf_file, verify_export
 from resmol.interop.export import gguf as gguf_export
 from resmol.interop.export.gguf_parity import LLAMA_CPP, compare_gguf
 from resmol.interop.export.gguf_writer import write_gguf
@@ -45,7 +45,7 @@ def genuine_file(
 ) -> Path:
     """A small model with SmolLM2's whole vocabulary."""
     model = CausalLM.empty(tiny_config.model.model_copy(update=GENUINE))
-    model.initialise(0)
+    model.init_weights(0)
     path = tmp_path_factory.mktemp("gguf") / "genuine.gguf"
     write_gguf(path, model.requires_grad_(False), genuine_tokenizer, "float32", name="genuine", licence=None)
     return path
@@ -55,7 +55,7 @@ def genuine_file(
 def test_logits_are_ours_within_the_error_of_the_type(run: Path, tmp_path: Path, dtype: str) -> None:
     export = export_gguf(run, tmp_path / "out", dtype=dtype)
     assert all_passed(export.checks)
-    seal = verified_seal(tmp_path / "out")
+    seal = verify_export(tmp_path / "out")
     assert seal.facts["readers"] == ["transformers", "llama.cpp"]
     names = {check.name for check in seal.checks}
     assert {"logits, llama.cpp", "token ids, llama.cpp", "logits, transformers"} <= names
@@ -133,7 +133,7 @@ def test_another_rule_for_digits_is_noticed(
     genuine = gguf_file.GGUFWriter.add_tokenizer_pre
     monkeypatch.setattr(gguf_file.GGUFWriter, "add_tokenizer_pre", lambda self, _name: genuine(self, "gpt-2"))
     model = CausalLM.empty(tiny_config.model.model_copy(update=GENUINE))
-    model.initialise(0)
+    model.init_weights(0)
     file = tmp_path / "x.gguf"
     write_gguf(file, model.requires_grad_(False), genuine_tokenizer, "float32", name="x", licence=None)
     checks = compare_gguf(model, genuine_tokenizer, file, "float32", [LLAMA_CPP])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resmol.bench.workers.main import Numbers, answer
+from resmol.bench.workers.main import Metrics, answer
 from resmol.config.load import load_config
 from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import verify_checkpoint
@@ -40,7 +40,7 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def load_ours(task: Mapping[str, Any]) -> Numbers:
+def load_ours(task: Mapping[str, Any]) -> Metrics:
     """Verify a checkpoint and fill model and optimizer from it, as a resume does."""
     path, state = Path(task["checkpoint"]), fresh_state(Path(task["config"]))
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def load_ours(task: Mapping[str, Any]) -> Numbers:
     return {"load_seconds": time.perf_counter() - started}
 
 
-def save_and_load_peer(task: Mapping[str, Any]) -> Numbers:
+def save_and_load_peer(task: Mapping[str, Any]) -> Metrics:
     """Save the same tensors by torch.save or by safetensors, make them durable, and load them back into place.
 
     ``stalled_seconds`` is the call that its users make; ``save_seconds`` includes the fsync that they leave out.
@@ -76,7 +76,7 @@ def save_and_load_peer(task: Mapping[str, Any]) -> Numbers:
     }
 
 
-def disk_limit(task: Mapping[str, Any]) -> Numbers:
+def disk_limit(task: Mapping[str, Any]) -> Metrics:
     """Write as many bytes, fsync them, read them back; and hash them, since both directions of ours do."""
     path, size, piece = Path(task["out"]), int(task["bytes"]), os.urandom(PIECE)
     pieces = -(-size // PIECE)
@@ -100,7 +100,7 @@ def disk_limit(task: Mapping[str, Any]) -> Numbers:
     }
 
 
-ROLES: dict[str, Callable[[Mapping[str, Any]], Numbers]] = {
+ROLES: dict[str, Callable[[Mapping[str, Any]], Metrics]] = {
     "ours": load_ours, "torch": save_and_load_peer, "safetensors": save_and_load_peer, "disk": disk_limit,
 }  # fmt: skip
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from resmol.bench.workers.main import Numbers, answer
-from resmol.inference.generate import Continuation, Sampling, decode, decode_batch
+from resmol.bench.workers.main import Metrics, answer
+from resmol.inference.generate import DecodingState, SamplingParams, decode, decode_batch
 from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
 
@@ -20,19 +20,19 @@ def continuations(model: CausalLM, prompts: Sequence[Sequence[int]], new: int) -
     Returns:
         The new tokens, the seconds until each prompt has its first one, and the seconds of all others.
     """
-    sampling = Sampling(max_new_tokens=new, temperature=0)
-    rows = [Continuation(model.config, prompt, sampling, eos_id=None) for prompt in prompts]
+    sampling = SamplingParams(max_new_tokens=new, temperature=0)
+    rows = [DecodingState(model.config, prompt, sampling, eos_id=None) for prompt in prompts]
     started = time.perf_counter()
     passes = decode(model, rows[0]) if len(rows) == 1 else decode_batch(model, rows)
     for _ in rows:
         next(passes)  # the first passes, one for each prompt, are those over the prompts
-    met = time.perf_counter()
+    prefilled = time.perf_counter()
     for _ in passes:
         pass
-    return [row.tokens for row in rows], met - started, time.perf_counter() - met
+    return [row.tokens for row in rows], prefilled - started, time.perf_counter() - prefilled
 
 
-def generation_numbers(tokens: list[list[int]], prompt: int, prefill: float, decoding: float) -> Numbers:
+def generation_numbers(tokens: list[list[int]], prompt: int, prefill: float, decoding: float) -> Metrics:
     """Return the speeds: the first token of each sequence belongs to its prompt, the others to decoding."""
     later = sum(len(sequence) - 1 for sequence in tokens)
     return {
@@ -44,7 +44,7 @@ def generation_numbers(tokens: list[list[int]], prompt: int, prefill: float, dec
     }
 
 
-def generate_ours(task: Mapping[str, Any]) -> Numbers:
+def generate_ours(task: Mapping[str, Any]) -> Metrics:
     """Load the model, decode once as a warm-up, and once for the clock."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])

@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from resmol.bench.workers.generate import generation_numbers
-from resmol.bench.workers.main import Numbers, answer
+from resmol.bench.workers.main import Metrics, answer
 
 
-class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers is met without types
+class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers is prefilled without types
     """Is asked after each token whether to stop; says no, and notes the time."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def generate_peer(task: Mapping[str, Any]) -> Numbers:
+def generate_peer(task: Mapping[str, Any]) -> Metrics:
     """Load the model, decode once as a warm-up (and to compile), and once for the clock."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])

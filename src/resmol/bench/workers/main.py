@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-Numbers = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 def answer(work: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resmol.bench.workers.main import Numbers, answer
+from resmol.bench.workers.main import Metrics, answer
 from resmol.data.resolve import Text, prepare_text
 from resmol.data.tokenizer import load_tokenizer
 
 
-def prepare_ours(task: Mapping[str, Any]) -> Numbers:
+def prepare_ours(task: Mapping[str, Any]) -> Metrics:
     """Prepare the text as `resmol prepare` does; what is timed begins after the imports."""
     tokenizer = load_tokenizer(task["tokenizer"], sha256=task["sha256"], say=lambda _: None)
     started = time.perf_counter()

@@ -1,6 +1,6 @@
 """The peer of `resmol bench prepare`: the bare tokenizers library, in a script as its users write it.
 
-It reads the same JSON Lines with the same number of threads and writes the ids; ``tuned`` takes the call that
+It reads the same JSON lines with the same number of threads and writes the ids; ``tuned`` takes the call that
 computes no offsets, in smaller batches, and throws the ids away. What is timed begins after the imports.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from resmol.bench.workers.main import Numbers, answer
+from resmol.bench.workers.main import Metrics, answer
 
 DOCUMENTS_AT_ONCE, TUNED_DOCUMENTS = 1000, 256  # the first is the batch that `datasets.map` takes by default
 
 
-def encode_bare(task: Mapping[str, Any]) -> Numbers:
+def encode_bare(task: Mapping[str, Any]) -> Metrics:
     """Encode the text, one end token after each document, as ours does."""
     tokenizer, tuned = tokenizers.Tokenizer.from_file(task["tokenizer"]), task["tuned"]
     encode = tokenizer.encode_batch_fast if tuned else tokenizer.encode_batch
@@ -39,7 +39,7 @@ def encode_bare(task: Mapping[str, Any]) -> Numbers:
 
 
 def batches(path: Path, size: int) -> Iterator[list[str]]:
-    """Yield the texts of a file of JSON Lines, ``size`` at once."""
+    """Yield the texts of a file of JSON lines, ``size`` at once."""
     with path.open(encoding="utf-8") as lines:
         while batch := [json.loads(line)["text"] for line in itertools.islice(lines, size)]:
             yield batch

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from resmol.bench.workers.main import Numbers, answer
+from resmol.bench.workers.main import Metrics, answer
 from resmol.config.model_config import ModelConfig
 from resmol.model.flops import forward_flops_per_token, inference_memory, total_parameters
 from resmol.model.linear import has_onednn, onednn_product
@@ -154,7 +154,7 @@ def bandwidth(size: int = STREAM_BYTES) -> dict[str, float]:
     return {"read_bytes_per_second": size / read, "update_bytes_per_second": 2 * size / update}
 
 
-def training_limit(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype) -> Numbers:
+def training_limit(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dtype) -> Metrics:
     """Measure the limit of training; see the derivation above.
 
     Returns:
@@ -175,7 +175,7 @@ def training_limit(config: ModelConfig, rows: int, seq_len: int, dtype: torch.dt
     }
 
 
-def generation_limit(config: ModelConfig, batch: int, prompt: int, new: int, dtype: torch.dtype) -> Numbers:
+def generation_limit(config: ModelConfig, batch: int, prompt: int, new: int, dtype: torch.dtype) -> Metrics:
     """Measure the limit of greedy decoding (``tokens_per_second``) and of the prompt (``prefill_per_second``)."""
     memory = bandwidth()
     itemsize = dtype.itemsize
@@ -193,7 +193,7 @@ def generation_limit(config: ModelConfig, batch: int, prompt: int, new: int, dty
     }
 
 
-def measure_limit(task: Mapping[str, Any]) -> Numbers:
+def measure_limit(task: Mapping[str, Any]) -> Metrics:
     """Measure the limit that a task asks for; the work of a process."""
     config, dtype = ModelConfig.model_validate(task["model"]), getattr(torch, task["precision"])
     if task["threads"]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resmol.bench.workers.main import Numbers, answer
+from resmol.bench.workers.main import Metrics, answer
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -36,7 +36,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self._inputs[index], "labels": targets, "shift_labels": targets}
 
 
-class Stopwatch(transformers.TrainerCallback):  # type: ignore[misc] # transformers is met without types
+class Stopwatch(transformers.TrainerCallback):  # type: ignore[misc] # transformers is prefilled without types
     """The time of each step, from after its batch was fetched until its update is done."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ def arguments(task: Mapping[str, Any], folder: str) -> Any:
     )
 
 
-def train_with_trainer(task: Mapping[str, Any]) -> Numbers:
+def train_with_trainer(task: Mapping[str, Any]) -> Metrics:
     """Train with transformers.Trainer; return its speed after the warm-up and its mean loss over all steps."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])

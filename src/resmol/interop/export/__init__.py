@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from resmol.interop.export.gguf import export_gguf
 from resmol.interop.export.hf import Export, export_hf
-from resmol.interop.export.manifest import Kind, Seal, make_seal, verified_seal
+from resmol.interop.export.manifest import ExportManifest, Kind, verify_export, write_manifest
 
-__all__ = ["Export", "Kind", "Seal", "export_gguf", "export_hf", "make_seal", "verified_seal"]
+__all__ = ["Export", "ExportManifest", "Kind", "export_gguf", "export_hf", "verify_export", "write_manifest"]

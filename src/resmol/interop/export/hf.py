@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from resmol.checks import Check
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
-from resmol.interop.export.manifest import Kind, Seal, make_seal
+from resmol.interop.export.manifest import ExportManifest, Kind, write_manifest
 from resmol.interop.export.model_card import model_card
 from resmol.interop.export.parity import cast_check, compare_with_transformers
 from resmol.interop.export.training_record import write_record
@@ -106,10 +106,10 @@ def commit_export(out: Path, kind: Kind, facts: dict[str, Any], write_files: Cal
         CheckFailed: A check did not pass; `DiskFull`: no room. Nothing is left.
     """
     checks: list[Check] = []
-    seals: list[Seal] = []
+    seals: list[ExportManifest] = []
 
     def seal(folder: Path) -> bytes:
-        seals.append(make_seal(folder, kind, checks, facts))
+        seals.append(write_manifest(folder, kind, checks, facts))
         return seals[0].to_bytes()
 
     out.parent.mkdir(parents=True, exist_ok=True)

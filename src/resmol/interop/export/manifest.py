@@ -23,7 +23,7 @@ from resmol.version import __version__
 Kind = Literal["model", "space", "gguf"]
 
 
-class SealedFile(Strict):
+class ExportedFile(Strict):
     """Size and sha256 of a file."""
 
     bytes: int
@@ -37,7 +37,7 @@ class PassedCheck(Strict):
     measured: str
 
 
-class Seal(Strict):
+class ExportManifest(Strict):
     """What ``manifest.json`` of an export says.
 
     Attributes:
@@ -53,7 +53,7 @@ class Seal(Strict):
     resmol: str
     checks: tuple[PassedCheck, ...]
     facts: dict[str, Any]
-    files: dict[str, SealedFile]
+    files: dict[str, ExportedFile]
 
     @property
     def sha256(self) -> str:
@@ -65,8 +65,8 @@ class Seal(Strict):
         return json.dumps({**self.model_dump(mode="json"), "sha256": self.sha256}, indent=1, sort_keys=True).encode()
 
 
-def make_seal(folder: Path, kind: Kind, checks: Sequence[Check], facts: dict[str, Any]) -> Seal:
-    """Seal the files of a folder as they are now, after they are on the disk.
+def write_manifest(folder: Path, kind: Kind, checks: Sequence[Check], facts: dict[str, Any]) -> ExportManifest:
+    """Write the manifest of the files of a folder as they are now, after they are on the disk.
 
     Its bytes are what `commit_directory` wants from ``manifest``.
 
@@ -89,24 +89,24 @@ def make_seal(folder: Path, kind: Kind, checks: Sequence[Check], facts: dict[str
     for name in sorted(_present(folder) - {MANIFEST}):
         fsync_path(folder / name)
         entry = file_entry(folder / name, {})
-        files[name] = SealedFile(bytes=entry.bytes, sha256=entry.sha256)
+        files[name] = ExportedFile(bytes=entry.bytes, sha256=entry.sha256)
     passed = tuple(PassedCheck(name=check.name, measured=check.measured) for check in checks)
-    return Seal(kind=kind, resmol=__version__, checks=passed, facts=facts, files=files)
+    return ExportManifest(kind=kind, resmol=__version__, checks=passed, facts=facts, files=files)
 
 
-def parse_seal(content: bytes) -> Seal | None:
+def parse_seal(content: bytes) -> ExportManifest | None:
     """Return the seal that some bytes are, or None when they are none or were changed."""
     try:
         fields = json.loads(content)
         fields.pop("sha256")
-        seal = Seal.model_validate_json(json.dumps(fields))
+        seal = ExportManifest.model_validate_json(json.dumps(fields))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
         return None
     whole = seal.to_bytes() == content and bool(seal.checks) and bool(seal.files)
     return seal if whole and all(_is_plain(name) for name in seal.files) else None
 
 
-def verified_seal(folder: Path) -> Seal:
+def verify_export(folder: Path) -> ExportManifest:
     """Read the seal of a folder and check every byte against it.
 
     Raises:

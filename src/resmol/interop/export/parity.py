@@ -18,7 +18,7 @@ from torch import Tensor
 from resmol.checks import Check, largest
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
-from resmol.inference.generate import Sampling, generate
+from resmol.inference.generate import SamplingParams, generate
 from resmol.model.llama import CausalLM
 
 NEW_TOKENS = 16
@@ -168,7 +168,7 @@ def logits_check(
 
 def greedy_check(name: str, model: CausalLM, inputs: list[list[int]], theirs: ReadBack) -> Check:
     """Compare greedy continuations."""
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0)
     ours = [list(generate(model, ids, sampling, eos_id=None)) for ids in inputs]
     return Check(
         name,

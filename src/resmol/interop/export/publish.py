@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
-from resmol.interop.export.manifest import Seal, SealedFile, parse_seal, verified_seal
+from resmol.interop.export.manifest import ExportedFile, ExportManifest, parse_seal, verify_export
 from resmol.interop.export.publish_errors import explained
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.hub_download import require_answer, without_password
@@ -48,8 +48,8 @@ class Plan:
     folder: Path
     repo_id: str
     repo_type: str
-    seal: Seal
-    files: dict[str, SealedFile]
+    seal: ExportManifest
+    files: dict[str, ExportedFile]
     blobs: dict[str, str]
 
     @property
@@ -137,13 +137,13 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
         raise UsageError(f"{repo_id!r} is not the name of a repository: {error}", fix="e.g. --repo me/nano") from None
     if repo_id.count("/") != 1:
         raise UsageError(f"{repo_id!r} does not say whose repository it is", fix="name it OWNER/NAME, e.g. me/nano")
-    seal = verified_seal(folder)
+    seal = verify_export(folder)
     if seal.kind == "space" and not space:
         raise UsageError(f"{folder} is a Space", fix="add --space, so that it becomes one")
     if space and seal.kind != "space":
         raise UsageError(f"{folder} is no Space, and --space is given", fix="leave --space out, or export a Space")
     content = (folder / MANIFEST).read_bytes()
-    own = SealedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    own = ExportedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     files = {**seal.files, MANIFEST: own}
     blobs = {name: _git_blob(folder / name) for name, file in files.items() if file.bytes <= MAX_GIT_BYTES}
     return Plan(folder, repo_id, "space" if space else "model", seal, files, blobs)
@@ -280,7 +280,7 @@ def _git_blob(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _previous_seal(api: HfApi, plan: Plan, remote: _Remote) -> Seal | None:
+def _previous_seal(api: HfApi, plan: Plan, remote: _Remote) -> ExportManifest | None:
     """Return what resmol published there before."""
     found = remote.files.get(MANIFEST)
     if found is None or not found.size or found.size > MAX_JSON_BYTES:

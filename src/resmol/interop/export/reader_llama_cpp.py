@@ -1,7 +1,7 @@
 """Reads a GGUF file as llama.cpp does, through llama-cpp-python, in a process of its own.
 
-``python -m resmol.interop.export.reader_llama_cpp FILE OUT`` asks and answers as
-`reader_transformers` does. Keys and values are kept in float32, so that what differs is the file's type and nothing else.
+``python -m resmol.interop.export.reader_llama_cpp FILE OUT`` has the protocol of
+`reader_transformers`. Keys and values are kept in float32, so that nothing but the file's type differs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Somebody else's implementation, checked with the same yardstick, and told what it does wrong."""
+"""Somebody else's implementation, checked against the same float64 reference, and told what it does wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from resmol.verify.capture import next_token_loss, observe
 from resmol.verify.parity import GUARDS, Baseline, arithmetic, baseline, errors, greedy_check, ids_for
 from resmol.verify.rmsnorm import check_norm, norm_weight
 from resmol.verify.third_party.diagnose import diagnose
-from resmol.verify.third_party.weight_mapping import Adopted, Factory, adopt
+from resmol.verify.third_party.weight_mapping import Factory, MappedModule, load_reference_weights
 from resmol.verify.tiny_models import compare_late, fill, narrow, shallow, small
 
 # Long enough for positions above 256 and 2048; attention that is written out needs T x T numbers for each head.
@@ -62,7 +62,7 @@ def verify_foreign(
     checks: list[Check] = []
     try:
         say("building the module and copying weights into it")
-        adopted, checks = adopt(factory, weights, name_map)
+        adopted, checks = load_reference_weights(factory, weights, name_map)
         if adopted is None:
             return checks
         say("comparing with transformers: logits, loss, gradients, positions, causality")
@@ -82,7 +82,7 @@ def verify_foreign(
 
 
 @torch.no_grad()
-def _repeatable(adopted: Adopted, config: ModelConfig) -> Check:
+def _repeatable(adopted: MappedModule, config: ModelConfig) -> Check:
     ids = ids_for(config.vocab_size, 1, min(16, config.max_position_embeddings))
     same = torch.equal(adopted(ids), adopted(ids))
     return Check(
@@ -95,7 +95,7 @@ def _repeatable(adopted: Adopted, config: ModelConfig) -> Check:
 
 
 @torch.no_grad()
-def _causality(adopted: Adopted, config: ModelConfig) -> Check:
+def _causality(adopted: MappedModule, config: ModelConfig) -> Check:
     length = min(16, config.max_position_embeddings)
     ids = ids_for(config.vocab_size, 1, length)
     changed = ids.clone()
@@ -111,7 +111,7 @@ def _causality(adopted: Adopted, config: ModelConfig) -> Check:
     )
 
 
-def _parity(adopted: Adopted, weights: CausalLM) -> list[Check]:
+def _parity(adopted: MappedModule, weights: CausalLM) -> list[Check]:
     base = baseline(weights.config, weights.state_dict())
     found = errors(_observed(adopted, base.ids), base.exact)
     present = ["logits", "loss", "gradients"]
@@ -128,7 +128,7 @@ def _parity(adopted: Adopted, weights: CausalLM) -> list[Check]:
     return [*checks, Check("logits, bfloat16 autocast", check.passed, check.measured, check.expected, check.guards)]
 
 
-def _observed(adopted: Adopted, ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+def _observed(adopted: MappedModule, ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
     def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         logits = adopted(ids)
         return logits, next_token_loss(logits.float(), ids)
@@ -140,7 +140,7 @@ def _observed(adopted: Adopted, ids: Int[Tensor, "B T"]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _own_loss(adopted: Adopted, base: Baseline) -> Check:
+def _own_loss(adopted: MappedModule, base: Baseline) -> Check:
     """Compare the loss that the module computes itself from ``labels=ids``, as Hugging Face's models do."""
     output = adopted.call(base.ids, labels=base.ids)
     loss = getattr(output, "loss", None)
@@ -170,12 +170,12 @@ def _loss_at(logits: Tensor, ids: Int[Tensor, "B T"], shift: int) -> float:
     return float(torch.nn.functional.cross_entropy(kept, ids[:, shift:].flatten()))
 
 
-def _late(factory: Factory, name_map: NameMap | None, adopted: Adopted, weights: CausalLM) -> Check:
+def _late(factory: Factory, name_map: NameMap | None, adopted: MappedModule, weights: CausalLM) -> Check:
     """Compare late positions on a narrow model; at full size, where the factory makes nothing else."""
     narrow_weights = fill(CausalLM(narrow(weights.config)), seed=5)
     context = weights.config.max_position_embeddings
     try:
-        other, _ = adopt(factory, narrow_weights, name_map)
+        other, _ = load_reference_weights(factory, narrow_weights, name_map)
         if other is not None:
             return compare_late(other, narrow_weights, min(context, LATE_LENGTH), "float32")
     except CheckFailed:  # sizes are written into it: that is not wrong
@@ -183,7 +183,7 @@ def _late(factory: Factory, name_map: NameMap | None, adopted: Adopted, weights:
     return compare_late(adopted, weights, min(context, LATE_LENGTH_AT_FULL_SIZE), "float32")
 
 
-def _norm(adopted: Adopted, config: ModelConfig) -> list[Check]:
+def _norm(adopted: MappedModule, config: ModelConfig) -> list[Check]:
     """Check the module's norm alone, in bfloat16, where it is a module that can be called alone."""
     names = [name for name, ours in adopted.names.items() if ours == "model.norm.weight"]
     owner, _, attribute = names[0].rpartition(".")
@@ -203,12 +203,12 @@ def _norm(adopted: Adopted, config: ModelConfig) -> list[Check]:
 
 
 @torch.no_grad()
-def _diagnosis(factory: Factory, name_map: NameMap | None, adopted: Adopted, weights: CausalLM) -> Check:
+def _diagnosis(factory: Factory, name_map: NameMap | None, adopted: MappedModule, weights: CausalLM) -> Check:
     """Name the usual mistakes that reproduce the logits: on a small model, if the factory makes one."""
     run, of, length, pairs = adopted, weights, DIAGNOSIS_TOKENS_AT_FULL_SIZE, False
     small_weights = fill(CausalLM(small(weights.config)), seed=9)
     try:
-        other, _ = adopt(factory, small_weights, name_map)
+        other, _ = load_reference_weights(factory, small_weights, name_map)
         if other is not None:
             run, of, length, pairs = other, small_weights, DIAGNOSIS_TOKENS, True
     except CheckFailed:

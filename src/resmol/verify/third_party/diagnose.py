@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
 from resmol.verify.parity import rms
-from resmol.verify.third_party.known_bugs import SUSPECTS, Parts, Suspect, Turn, forward, split_heads, turn_half_split
+from resmol.verify.third_party.known_bugs import SUSPECTS, KnownBug, Parts, Turn, forward, split_heads, turn_half_split
 
 # Two float32 implementations of a small model differ by about 1e-6 of the size of the logits; mistakes by over 1e-4.
 SAME = 2e-5
@@ -35,7 +35,7 @@ class Diagnosis:
         evidence: What the first of them does, in numbers; may be empty.
     """
 
-    mistakes: tuple[Suspect, ...]
+    mistakes: tuple[KnownBug, ...]
     remaining: float
     evidence: str = ""
 
@@ -99,9 +99,9 @@ class _Distance:
         return difference / size if math.isfinite(difference) else math.inf
 
 
-def _one_after_the_other(distance: _Distance) -> tuple[tuple[Suspect, ...], float]:
+def _one_after_the_other(distance: _Distance) -> tuple[tuple[KnownBug, ...], float]:
     """Put in the mistake that brings the logits closest, then the next one, as long as that helps."""
-    chosen: tuple[Suspect, ...] = ()
+    chosen: tuple[KnownBug, ...] = ()
     parts = Parts()
     remaining = distance(parts)
     while remaining > SAME and len(chosen) < MOST_MISTAKES:
@@ -113,9 +113,9 @@ def _one_after_the_other(distance: _Distance) -> tuple[tuple[Suspect, ...], floa
     return chosen, remaining
 
 
-def _two_together(distance: _Distance) -> tuple[tuple[Suspect, ...], float]:
+def _two_together(distance: _Distance) -> tuple[tuple[KnownBug, ...], float]:
     best = math.inf
-    pair: tuple[Suspect, ...] = ()
+    pair: tuple[KnownBug, ...] = ()
     for first, second in combinations(SUSPECTS, 2):
         if first.change.keys() & second.change.keys():
             continue
@@ -127,7 +127,7 @@ def _two_together(distance: _Distance) -> tuple[tuple[Suspect, ...], float]:
     return pair, best
 
 
-def _stretch(suspect: Suspect, weights: Mapping[str, Tensor], config: ModelConfig, ids: Int[Tensor, "B T"]) -> str:
+def _stretch(suspect: KnownBug, weights: Mapping[str, Tensor], config: ModelConfig, ids: Int[Tensor, "B T"]) -> str:
     """Say by how much a wrong rotation changes the length of the first layer's queries, if it does."""
     turn: Turn = suspect.change.get("turn_query", turn_half_split)
     x = F.rms_norm(weights["model.embed_tokens.weight"][ids], (config.hidden_size,), None, config.rms_norm_eps)

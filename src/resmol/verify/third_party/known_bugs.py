@@ -202,7 +202,7 @@ def _one_ahead(length: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Suspect:
+class KnownBug:
     """A usual mistake.
 
     Attributes:
@@ -218,59 +218,59 @@ class Suspect:
         return replace(parts, **self.change)
 
 
-SUSPECTS: tuple[Suspect, ...] = (
-    Suspect(
+SUSPECTS: tuple[KnownBug, ...] = (
+    KnownBug(
         "positions are not rotated: interleaved pairs are combined with tables for half-split pairs",
         _both(turn_interleaved_with_split_tables),
     ),
-    Suspect("rotary pairs are (2i, 2i + 1); these weights want (i, i + Dh/2)", _both(turn_interleaved)),
-    Suspect("positions are never applied", _both(_unturned)),
-    Suspect("the rotation runs over the heads instead of the positions", _both(_turn_across_heads)),
-    Suspect("only half of each head is rotated", _both(_turn_half_the_head)),
-    Suspect("the rotation turns the other way", _both(_turn_backwards)),
-    Suspect("positions are rounded to bfloat16: from 256 on, neighbours become one", _both(_turn_rounded_positions)),
-    Suspect("rotation angles are rounded to bfloat16", _both(_turn_rounded_angles)),
-    Suspect("the exponent of the rotation is -i/Dh instead of -2i/Dh", _both(_turn_slowly)),
-    Suspect("the rotation runs over the whole width, before it is split into heads", _both(_turn_whole_width)),
-    Suspect("queries are rotated, keys are not", {"turn_key": _unturned}),
-    Suspect("values are rotated too", {"turn_value": turn_half_split}),
-    Suspect("theta is 10000, the library's default", {"theta": 10_000.0}),
-    Suspect("theta is 500000, that of Llama 3", {"theta": 500_000.0}),
-    Suspect(
+    KnownBug("rotary pairs are (2i, 2i + 1); these weights want (i, i + Dh/2)", _both(turn_interleaved)),
+    KnownBug("positions are never applied", _both(_unturned)),
+    KnownBug("the rotation runs over the heads instead of the positions", _both(_turn_across_heads)),
+    KnownBug("only half of each head is rotated", _both(_turn_half_the_head)),
+    KnownBug("the rotation turns the other way", _both(_turn_backwards)),
+    KnownBug("positions are rounded to bfloat16: from 256 on, neighbours become one", _both(_turn_rounded_positions)),
+    KnownBug("rotation angles are rounded to bfloat16", _both(_turn_rounded_angles)),
+    KnownBug("the exponent of the rotation is -i/Dh instead of -2i/Dh", _both(_turn_slowly)),
+    KnownBug("the rotation runs over the whole width, before it is split into heads", _both(_turn_whole_width)),
+    KnownBug("queries are rotated, keys are not", {"turn_key": _unturned}),
+    KnownBug("values are rotated too", {"turn_value": turn_half_split}),
+    KnownBug("theta is 10000, the library's default", {"theta": 10_000.0}),
+    KnownBug("theta is 500000, that of Llama 3", {"theta": 500_000.0}),
+    KnownBug(
         "key/value heads are repeated along the wrong axis", {"share": lambda x, groups: x.repeat(1, groups, 1, 1)}
     ),
-    Suspect("attention is scaled twice", {"scale": lambda config: 1.0 / config.head_dim}),
-    Suspect("attention is not scaled", {"scale": lambda _config: 1.0}),
-    Suspect("attention is scaled by the whole width", {"scale": lambda config: config.hidden_size**-0.5}),
-    Suspect("there is no causal mask", {"mask": lambda length: torch.ones(length, length, dtype=torch.bool)}),
-    Suspect("the causal mask is one too wide: a position sees the token that it must predict", {"mask": _one_ahead}),
-    Suspect("the causal mask is inverted", {"mask": lambda length: causal(length).T}),
-    Suspect("softmax runs over the queries instead of the keys", {"softmax_axis": -2}),
-    Suspect(
+    KnownBug("attention is scaled twice", {"scale": lambda config: 1.0 / config.head_dim}),
+    KnownBug("attention is not scaled", {"scale": lambda _config: 1.0}),
+    KnownBug("attention is scaled by the whole width", {"scale": lambda config: config.hidden_size**-0.5}),
+    KnownBug("there is no causal mask", {"mask": lambda length: torch.ones(length, length, dtype=torch.bool)}),
+    KnownBug("the causal mask is one too wide: a position sees the token that it must predict", {"mask": _one_ahead}),
+    KnownBug("the causal mask is inverted", {"mask": lambda length: causal(length).T}),
+    KnownBug("softmax runs over the queries instead of the keys", {"softmax_axis": -2}),
+    KnownBug(
         "heads are split by a reshape without a transpose",
         {"split": lambda x, heads: x.reshape(x.shape[0], heads, x.shape[1], -1)},
     ),
-    Suspect(
+    KnownBug(
         "heads are merged by a reshape without a transpose",
         {"merge": lambda x: x.reshape(x.shape[0], x.shape[2], -1)},
     ),
-    Suspect("the norm's epsilon stands outside the root", {"norm": _outside}),
-    Suspect("the norm's epsilon is 1e-6", {"norm": lambda x, weight, _eps: rms_norm(x, weight, 1e-6)}),
-    Suspect("the norm's epsilon is 1e-5", {"norm": lambda x, weight, _eps: rms_norm(x, weight, 1e-5)}),
-    Suspect("norms subtract the mean (LayerNorm)", {"norm": _layer_norm}),
-    Suspect("norms ignore their weight", {"norm": lambda x, weight, eps: rms_norm(x, torch.ones_like(weight), eps)}),
-    Suspect("norms stand after each layer instead of before it", {"norm_after": True}),
-    Suspect("the final norm is missing", {"final_norm": False}),
-    Suspect("gate_proj and up_proj are exchanged", {"gated": lambda gate, up: gate * F.silu(up)}),
-    Suspect("the gate is GELU instead of SiLU", {"gated": lambda gate, up: F.gelu(gate) * up}),
-    Suspect("the gate is a sigmoid instead of SiLU", {"gated": lambda gate, up: gate.sigmoid() * up}),
-    Suspect("the gate is ReLU instead of SiLU", {"gated": lambda gate, up: gate.relu() * up}),
-    Suspect("the residual is taken after the norm", {"residual": lambda _x, normed: normed}),
-    Suspect("there is no residual connection", {"residual": lambda x, _normed: torch.zeros_like(x)}),
-    Suspect("attention and feed-forward run side by side", {"parallel": True}),
-    Suspect("embeddings are multiplied by sqrt(D)", {"embed_scale": lambda config: config.hidden_size**0.5}),
-    Suspect("logits are one position late", {"output": lambda logits: logits.roll(1, dims=1)}),
-    Suspect("logits are one position early", {"output": lambda logits: logits.roll(-1, dims=1)}),
-    Suspect("probabilities are returned instead of logits", {"output": lambda logits: logits.softmax(-1)}),
-    Suspect("log-probabilities are returned instead of logits", {"output": lambda logits: logits.log_softmax(-1)}),
+    KnownBug("the norm's epsilon stands outside the root", {"norm": _outside}),
+    KnownBug("the norm's epsilon is 1e-6", {"norm": lambda x, weight, _eps: rms_norm(x, weight, 1e-6)}),
+    KnownBug("the norm's epsilon is 1e-5", {"norm": lambda x, weight, _eps: rms_norm(x, weight, 1e-5)}),
+    KnownBug("norms subtract the mean (LayerNorm)", {"norm": _layer_norm}),
+    KnownBug("norms ignore their weight", {"norm": lambda x, weight, eps: rms_norm(x, torch.ones_like(weight), eps)}),
+    KnownBug("norms stand after each layer instead of before it", {"norm_after": True}),
+    KnownBug("the final norm is missing", {"final_norm": False}),
+    KnownBug("gate_proj and up_proj are exchanged", {"gated": lambda gate, up: gate * F.silu(up)}),
+    KnownBug("the gate is GELU instead of SiLU", {"gated": lambda gate, up: F.gelu(gate) * up}),
+    KnownBug("the gate is a sigmoid instead of SiLU", {"gated": lambda gate, up: gate.sigmoid() * up}),
+    KnownBug("the gate is ReLU instead of SiLU", {"gated": lambda gate, up: gate.relu() * up}),
+    KnownBug("the residual is taken after the norm", {"residual": lambda _x, normed: normed}),
+    KnownBug("there is no residual connection", {"residual": lambda x, _normed: torch.zeros_like(x)}),
+    KnownBug("attention and feed-forward run side by side", {"parallel": True}),
+    KnownBug("embeddings are multiplied by sqrt(D)", {"embed_scale": lambda config: config.hidden_size**0.5}),
+    KnownBug("logits are one position late", {"output": lambda logits: logits.roll(1, dims=1)}),
+    KnownBug("logits are one position early", {"output": lambda logits: logits.roll(-1, dims=1)}),
+    KnownBug("probabilities are returned instead of logits", {"output": lambda logits: logits.softmax(-1)}),
+    KnownBug("log-probabilities are returned instead of logits", {"output": lambda logits: logits.log_softmax(-1)}),
 )

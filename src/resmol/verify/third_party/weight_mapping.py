@@ -25,7 +25,7 @@ WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
 
 @dataclass(frozen=True)
-class Adopted:
+class MappedModule:
     """A module with our weights.
 
     Attributes:
@@ -77,9 +77,9 @@ def logits_in(output: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
-def adopt(
+def load_reference_weights(
     factory: Factory, weights: CausalLM, name_map: Mapping[str, str] | None
-) -> tuple[Adopted | None, list[Check]]:
+) -> tuple[MappedModule | None, list[Check]]:
     """Make somebody's module and copy our weights into it.
 
     Parameters that SmolLM2 has not, such as biases, are set to zero, so that the rest can still be compared.
@@ -116,7 +116,7 @@ def adopt(
                 parameter.copy_(ours[names[name]])
             else:
                 parameter.zero_()
-    return Adopted(model, names), checks
+    return MappedModule(model, names), checks
 
 
 def translated(name: str, name_map: Mapping[str, str]) -> str:
