@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,25 @@ def genuine_tokenizer() -> Tokenizer:
         if path.is_file():
             return Tokenizer(path.read_bytes(), path)
     pytest.skip("SmolLM2's tokenizer.json is not here")
+
+
+class _Collected(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the package logs for the user during this test, as it comes."""
+    package, handler = logging.getLogger("resmol"), _Collected()
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    yield handler.lines
+    package.removeHandler(handler)
 
 
 @pytest.fixture

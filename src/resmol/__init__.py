@@ -14,6 +14,7 @@ Importing the package does not import PyTorch; the first use of a function that 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ __all__ = [
     "load_preset",
     "train_model",
 ]
+
+logging.getLogger("resmol").addHandler(logging.NullHandler())  # a library is silent until it is asked
 
 _HOMES = {
     "LoadedModel": "resmol.interop.load",

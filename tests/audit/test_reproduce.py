@@ -63,13 +63,12 @@ def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
 
 
 def test_the_sequence_and_the_claims(
-    spec: ReproduceSpec, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+    spec: ReproduceSpec, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
     calls: list[list[str]] = []
     monkeypatch.setattr(module, "_part", in_this_process(calls, train_tiny))
-    said: list[str] = []
-    checks = {check.name: check for check in reproduce(spec, said.append)}
+    checks = {check.name: check for check in reproduce(spec)}
     assert [call[0] for call in calls] == [
         "verify",
         "prepare",
@@ -79,7 +78,7 @@ def test_the_sequence_and_the_claims(
         "audit",
         "generate",
     ]
-    assert "estimate: about" in said[0]
+    assert "estimate: about" in messages[0]
     failed = {name for name, check in checks.items() if not check.passed}
     assert failed <= {"it learned: held-out text"}, checks
     assert checks["a new process resumed at step 21"].measured == "resumed from step-00000020, next step 21"
@@ -87,7 +86,7 @@ def test_the_sequence_and_the_claims(
     assert spec.run.report.exists()
 
     calls.clear()
-    reproduce(spec, said.append)
+    reproduce(spec)
     assert "train" not in [call[0] for call in calls], "what is done is not done again"
 
 

@@ -62,26 +62,24 @@ def test_an_allocator_of_this_process_is_not_inherited(monkeypatch: pytest.Monke
     assert given.error_tail == "glibc.malloc.top_pad=2"
 
 
-def test_everything_is_measured_once_a_round_in_changing_order() -> None:
+def test_everything_is_measured_once_a_round_in_changing_order(messages: list[str]) -> None:
     seen: list[int] = []
-    said: list[str] = []
 
     def measure(index: int) -> str:
         seen.append(index)
         return f"number {index}"
 
-    assert take_turns(4, 6, 0, measure, said.append)
+    assert take_turns(4, 6, 0, measure)
     rounds = [seen[start : start + 4] for start in range(0, 24, 4)]
     assert all(sorted(order) == [0, 1, 2, 3] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 1
-    assert "round 6 of 6" in said[-1]
-    assert "about 0 s left" in said[-1]
+    assert "round 6 of 6" in messages[-1]
+    assert "about 0 s left" in messages[-1]
 
 
-def test_an_interruption_is_an_answer() -> None:
+def test_an_interruption_is_an_answer(messages: list[str]) -> None:
     def interrupted(_: int) -> str:
         raise KeyboardInterrupt
 
-    said: list[str] = []
-    assert not take_turns(2, 2, 0, interrupted, said.append)
-    assert said == ["interrupted: this is what was measured"]
+    assert not take_turns(2, 2, 0, interrupted)
+    assert messages == ["interrupted: this is what was measured"]

@@ -139,13 +139,12 @@ def test_tokens_add_up_whatever_the_texts(tiny_tokenizer, tmp_path_factory, text
 def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path):
     path = tmp_path / "odd.txt"
     path.write_bytes(b"good \xff bad \x04 text")
-    said = []
-    dataset = prepare(tmp_path / "out", read_inputs([path]), genuine_tokenizer, say=said.append)
+    dataset = prepare(tmp_path / "out", read_inputs([path]), genuine_tokenizer)
     source = dataset.manifest.source
     assert (source.replacements, source.untokenizable_bytes, source.forced_cuts) == (1, 1, 0)
     assert source.inputs[0].name == "odd.txt"
-    assert any("replaced by U+FFFD" in line for line in said)
-    assert any("dropped" in line for line in said)
+    assert any("replaced by U+FFFD" in line for line in messages)
+    assert any("dropped" in line for line in messages)
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
 
 

@@ -164,10 +164,9 @@ def test_a_damaged_cache_is_not_used(tiny_tokenizer_file, own_cache):
 def test_a_cache_that_cannot_be_written_costs_one_line(tiny_tokenizer_file, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    said = []
-    load_tokenizer(tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file), cache=blocked / "cache", say=said.append)
-    assert len(said) == 1
-    assert "not cached" in said[0]
+    load_tokenizer(tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file), cache=blocked / "cache")
+    assert len(messages) == 1
+    assert "not cached" in messages[0]
 
 
 def test_a_missing_file_is_said(tmp_path, own_cache):
@@ -285,13 +284,14 @@ def test_the_genuine_file_is_rebuilt_byte_for_byte(genuine_tokenizer, tmp_path):
 
 
 LOAD = """
-import sys
+import logging, sys
 from resmol.data.tokenizer import load_tokenizer
 from resmol.errors import ResmolError
 source, sha256 = sys.argv[1:]
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
 try:
     options = {} if sha256 == "-" else {"sha256": sha256}
-    print("loaded", load_tokenizer(None if source == "-" else source, say=print, **options).sha256)
+    print("loaded", load_tokenizer(None if source == "-" else source, **options).sha256)
 except ResmolError as error:
     print(type(error).__name__, error.what, "|", error.fix)
 """

@@ -87,7 +87,7 @@ def open_run(run: Path, tools: Equipment, script: Script) -> TrainState:
         return launch(
             Launch(
                 run=RunDir(run), config=tools.config, dataset=lambda _: (tools.dataset, tools.tokenizer),
-                views=lambda _: (), say=lambda _: None,
+                views=lambda _: (),
             )
         )  # fmt: skip
     finally:

@@ -51,12 +51,12 @@ def _call(arguments: list[str]) -> Any:
 
 
 def serves_something_else(patch: pytest.MonkeyPatch) -> None:
-    def find(source: Any, say: Any) -> Any:
+    def find(source: Any) -> Any:
         try:
-            return find_source(source, say)
+            return find_source(source)
         except ResmolError:  # the mistake
             healthy = Path(source).parent / "fallback"
-            return find_source(healthy, say)
+            return find_source(healthy)
 
     patch.setattr(load, "find_source", find)
     genuine = list_checkpoints

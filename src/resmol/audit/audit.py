@@ -5,8 +5,9 @@ An audit reads; it never repairs, and nothing that it finds is a reason to delet
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from resmol.audit.replay import ReplayOptions, replay
@@ -33,6 +34,8 @@ from resmol.train.build import make_loader
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.train.lr_schedule import lr_at
 
+logger = logging.getLogger(__name__)
+
 FIELDS = {  # that are read here, of each kind
     "start": ("data_fingerprint", "config_sha256", "environment"),
     "step": ("loss", "grad_norm", "lr", "tokens", "tokens_seen", "windows", "seconds", *REPRODUCIBLE_FIELDS),
@@ -42,14 +45,11 @@ FIELDS = {  # that are read here, of each kind
 }
 
 
-def audit(
-    run: RunDir, say: Callable[[str], None] = lambda _: None, *, strict: bool = False, wish: ReplayOptions | None = None
-) -> list[Check]:
+def audit(run: RunDir, *, strict: bool = False, wish: ReplayOptions | None = None) -> list[Check]:
     """Check a run directory.
 
     Args:
         run: The run directory.
-        say: Receives a sentence before each slow part.
         strict: For a third party: what cannot be checked here, and a ledger with a torn end, is a failure.
         wish: Which parts to execute again.
 
@@ -88,9 +88,9 @@ def audit(
         _learning_rate(records, config),
         _data_order(records, config, run, strict),
     ]  # fmt: skip
-    say("reading every checkpoint back")
+    logger.info("reading every checkpoint back")
     checks += [_configuration(records, config), *_checkpoints(run, records)]
-    return [*checks, *(replay(run, config, records, wish, say) if wish is not None else [])]
+    return [*checks, *(replay(run, config, records, wish) if wish is not None else [])]
 
 
 def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import matplotlib as mpl
-from matplotlib.backends.backendsvg import FigureCanvasSVG
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from resmol.run.ledger import Record, effective_steps, select

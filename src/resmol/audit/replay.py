@@ -7,9 +7,9 @@ compared as well. Another machine than the recorded one is no failure: bits are 
 
 from __future__ import annotations
 
+import logging
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from resmol.train.loop import TrainState, train_step
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import bitwise_facts, restore
+
+logger = logging.getLogger(__name__)
 
 GUARDS = "A ledger that was made up, a machine that computes wrongly, data or code that is not what was trained with."
 EXPECTED = "the recorded loss, gradient norm, learning rate, tokens and windows of every step, bit for bit"
@@ -72,7 +74,6 @@ def replay(
     config: RunConfig,
     records: list[Record],
     wish: ReplayOptions,
-    say: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Execute drawn segments again.
 
@@ -81,7 +82,6 @@ def replay(
         config: Its configuration.
         records: Its ledger, whose chain was verified.
         wish: How much.
-        say: Receives progress.
 
     Returns:
         A check for each segment (PASS, FAIL or UNSUPPORTED in its words) and one that says what they prove together.
@@ -94,13 +94,13 @@ def replay(
         dataset = open_dataset(data_folder(None, config.data.path, run.data))
         if dataset.fingerprint != start["data_fingerprint"]:
             return [Check("replay", False, "FAIL: the data here is not the data of the run", EXPECTED, GUARDS)]
-        verify_shards(dataset, say)
+        verify_shards(dataset)
     except ResmolError as error:
         return [_unsupported("replay", f"the tokens are not here ({error.what})", wish)]
     checks, started = [], time.perf_counter()
     loader = make_loader(config, dataset.train)
     for segment in drawn:
-        say(f"replay: steps {segment.start + 1} to {segment.end}")
+        logger.info(f"replay: steps {segment.start + 1} to {segment.end}")
         checks.append(_replay_segment(run, config, records, segment, loader, wish))
     return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, wish)]
 

@@ -9,12 +9,13 @@ where it was when the same command is given again.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from resmol.train.loop import train_step
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import open_runtime
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 ESTIMATE_STEPS = 4
 POLL_SECONDS = 0.5
 EVALUATION_TOKENS = 16_384  # a minute or less for the real model on two cores
@@ -96,7 +98,7 @@ class ReproduceSpec:
         return load_preset(self.preset, [*self.overrides, f"train.steps={self.steps}"])
 
 
-def reproduce(spec: ReproduceSpec, say: Say) -> list[Check]:
+def reproduce(spec: ReproduceSpec) -> list[Check]:
     """Run the spec and return its claims.
 
     Raises:
@@ -104,28 +106,28 @@ def reproduce(spec: ReproduceSpec, say: Say) -> list[Check]:
     """
     run, config = spec.run, spec.config()
     run.evidence.mkdir(parents=True, exist_ok=True)
-    say(_headline(spec, config))
+    logger.info(_headline(spec, config))
     options = [option for override in spec.overrides for option in ("--set", override)]
     preset = ["--preset", spec.preset]
 
-    _part(spec, "verify", ["verify", *preset, "--json"], say)
+    _part(spec, "verify", ["verify", *preset, "--json"])
     if not is_prepared(run.data):
         source = [part for path in spec.inputs for part in ("--input", path)] or [
             "--corpus",
             spec.corpus,
         ]
-        _part(spec, "prepare", ["prepare", str(run.data), *source, "--json"], say)
+        _part(spec, "prepare", ["prepare", str(run.data), *source, "--json"])
     if _reached(run) < spec.steps:
         first = ["train", str(run.path), *preset, *options, "--steps", str(spec.steps)]
-        _part(spec, "train", [*first, "--json"], say)
+        _part(spec, "train", [*first, "--json"])
     if _reached(run) < spec.last_step:
         second = ["train", str(run.path), "--steps", str(spec.last_step)]
-        _part(spec, "resume", [*second, "--json"], say)
+        _part(spec, "resume", [*second, "--json"])
     windows = str(max(1, EVALUATION_TOKENS // config.data.seq_len))
-    _part(spec, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"], say)
-    _part(spec, "audit", ["audit", str(run.path), "--json"], say)
+    _part(spec, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"])
+    _part(spec, "audit", ["audit", str(run.path), "--json"])
     prompt = config.sampling.prompt
-    _part(spec, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"], say)
+    _part(spec, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"])
 
     checks = claims(spec)
     evidence = {
@@ -133,7 +135,7 @@ def reproduce(spec: ReproduceSpec, say: Say) -> list[Check]:
         "checks": [check.to_dict() for check in checks],
     }
     write_durable(run.claims_file, json.dumps(evidence, indent=1).encode())
-    say(f"report: {write_report(run)}")
+    logger.info(f"report: {write_report(run)}")
     return checks
 
 
@@ -184,9 +186,9 @@ def _reached(run: RunDir) -> int:
     return next((step_of(path) for path in list_checkpoints(run.checkpoints)), 0)
 
 
-def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str], say: Say) -> None:
+def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str]) -> None:
     """Run one command in a process of its own and keep what it printed as ``evidence/NAME.json``."""
-    say(f"--- resmol {' '.join(arguments)}")
+    logger.info(f"--- resmol {' '.join(arguments)}")
     evidence = spec.run.evidence / f"{name}.json"
     evidence.unlink(missing_ok=True)  # that of an earlier time says nothing about this one
     with StopSignal() as stop:

@@ -7,6 +7,7 @@ variant is measured a second time under another name; what those two rows differ
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import statistics
 import tempfile
@@ -20,11 +21,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
-from resmol.bench.subprocess_runs import Measurement, Say, measure_training, prepared_folder, take_turns
+from resmol.bench.subprocess_runs import Measurement, measure_training, prepared_folder, take_turns
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, UsageError
 from resmol.train.autotune import resolve_auto
+
+logger = logging.getLogger(__name__)
 
 MAX_VARIANTS = 32
 CONTROL = "control: the first row again"
@@ -191,12 +194,11 @@ def _one_at_a_time(config: RunConfig) -> list[tuple[str, ...]]:
     return rows
 
 
-def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | None = None) -> AblationResult:
+def ablate(wanted: Ablation, measure: Callable[..., Measurement] | None = None) -> AblationResult:
     """Measure every variant in interleaved rounds.
 
     Args:
         wanted: What to compare.
-        say: Receives progress, with an estimate.
         measure: Takes (configuration, folder, prepared data, steps, warmup); by default `measure_training`.
 
     Returns:
@@ -210,10 +212,10 @@ def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | Non
     variants = variants_of(wanted)  # everything that can be wrong is, before any time is spent
     settled, decisions = resolve_auto(wanted.config)  # once: a choice that differs between rounds would be a variant
     for sentence in decisions:
-        say(sentence)
+        logger.info(sentence)
     with tempfile.TemporaryDirectory(prefix="resmol-ablate-") as name:
         folder = Path(name)
-        data = prepared_folder(wanted.data, wanted.config, folder / "data", say)
+        data = prepared_folder(wanted.data, wanted.config, folder / "data")
 
         def once(index: int) -> str:
             row = variants[index]
@@ -221,5 +223,5 @@ def ablate(wanted: Ablation, say: Say, measure: Callable[..., Measurement] | Non
             row.measurements.append(measure(config, folder, data, wanted.steps, wanted.warmup))
             return f"{row.name}: {row.rates[-1]:,.0f} tokens/s"
 
-        complete = take_turns(len(variants), wanted.repeats, wanted.seed, once, say)
+        complete = take_turns(len(variants), wanted.repeats, wanted.seed, once)
     return AblationResult(variants, complete)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
-from resmol.bench.subprocess_runs import Say, take_turns
+from resmol.bench.subprocess_runs import take_turns
 from resmol.bench.workers.main import Metrics
 from resmol.errors import CheckFailed
 
@@ -105,7 +105,7 @@ class Comparison:
     notes: Callable[[Comparison], list[str]] = lambda _contest: []
     complete: bool = False
 
-    def run(self, rounds: int, seed: int, say: Say) -> None:
+    def run(self, rounds: int, seed: int) -> None:
         """Measure every variant once a round; a peer that fails is not tried again, anything else that does ends it.
 
         Raises:
@@ -126,7 +126,7 @@ class Comparison:
             latest = variant.values(self.metric.key)[-1:]
             return f"{variant.name}: {self.metric.show(latest)} {self.metric.title}" if latest else variant.name
 
-        self.complete = take_turns(len(self.variants_), rounds, seed, once, say)
+        self.complete = take_turns(len(self.variants_), rounds, seed, once)
 
     @property
     def rounds(self) -> int:

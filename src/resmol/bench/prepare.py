@@ -12,7 +12,6 @@ from pathlib import Path
 from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts
 from resmol.bench.run_worker import run_worker
-from resmol.bench.subprocess_runs import Say
 from resmol.bench.workers.main import Metrics
 from resmol.data.chunking import ReadCounts
 from resmol.data.readers import Corpus
@@ -49,10 +48,10 @@ class PrepareBench:
                 raise UsageError(f"--{name} is {value}", fix=f"give at least {least}")
 
 
-def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path, say: Say) -> Comparison:
+def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path) -> Comparison:
     """Write the text to ``folder`` and return the comparison, ready to run."""
     text, out = folder / "text.jsonl", folder / "out"
-    size, documents = write_text(wanted.text.open(say), text, wanted.megabytes * 1_000_000)
+    size, documents = write_text(wanted.text.open(), text, wanted.megabytes * 1_000_000)
     saved = folder / "tokenizer.json"
     saved.write_bytes(tokenizer.data)
     environment = {"RAYON_NUM_THREADS": str(wanted.threads)} if wanted.threads else {}

@@ -8,6 +8,7 @@ same circumstances is not measured again.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -22,13 +23,15 @@ from matplotlib.figure import Figure
 from resmol.audit.plots import STYLE, WIDE, svg
 from resmol.bench.comparison import markdown_table
 from resmol.bench.machine import machine_facts
-from resmol.bench.subprocess_runs import QUIET, Say, run_training, training_measurement
+from resmol.bench.subprocess_runs import QUIET, run_training, training_measurement
 from resmol.config.load import load_preset, with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, UsageError
 from resmol.model.flops import training_flops_per_token
 from resmol.system.host import free_memory
 from resmol.train.autotune import needed_memory, resolve_auto
+
+logger = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
@@ -110,7 +113,7 @@ def step_flops(config: RunConfig) -> int:
 
 
 def scale(
-    wanted: Scaling, folder: Path, data: str, out: Path, say: Say, measure: Callable[..., dict[str, Any]] | None = None
+    wanted: Scaling, folder: Path, data: str, out: Path, measure: Callable[..., dict[str, Any]] | None = None
 ) -> list[dict[str, Any]]:
     """Measure every point that is not known yet, and write table and plot after each, so that Ctrl-C loses one point.
 
@@ -119,7 +122,6 @@ def scale(
         folder: For the files of the processes.
         data: A prepared folder.
         out: Gets points.jsonl, scaling.md and scaling.svg.
-        say: Receives progress.
         measure: Takes (wanted, configuration, folder, data); by default `measure_point`.
 
     Returns:
@@ -136,7 +138,7 @@ def scale(
             with (out / POINTS).open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(point) + "\n")
         found.append(point)
-        say(f"point {number} of {len(configurations)}: {', '.join(filter(None, row(point)))}")
+        logger.info(f"point {number} of {len(configurations)}: {', '.join(filter(None, row(point)))}")
         (out / TABLE).write_text(table(found), encoding="utf-8")
         (out / PLOT).write_text(scaling_plot(found), encoding="utf-8")
     return found

@@ -6,6 +6,7 @@ What is measured takes turns (A B C, C A B, ...), since a machine that slows dow
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,9 +28,10 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger
 from resmol.system.host import ALLOCATOR_VARIABLE
 
+logger = logging.getLogger(__name__)
+
 QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
 LAUNCHER = Path(__file__).with_name("workers") / "rusage_launcher.py"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def training_measurement(done: Finished, records: list[Record], warmup: int) -> 
     )
 
 
-def take_turns(count: int, rounds: int, seed: int, measure: Callable[[int], str], say: Say) -> bool:
+def take_turns(count: int, rounds: int, seed: int, measure: Callable[[int], str]) -> bool:
     """Measure each of ``count`` things once a round, in another order each round.
 
     Args:
@@ -188,7 +190,6 @@ def take_turns(count: int, rounds: int, seed: int, measure: Callable[[int], str]
         rounds: How many rounds.
         seed: Of the orders.
         measure: Takes the number of the thing and returns a sentence on it.
-        say: Receives these, with an estimate of the time that is left.
 
     Returns:
         Whether all of it was done; Ctrl-C ends it early.
@@ -200,17 +201,17 @@ def take_turns(count: int, rounds: int, seed: int, measure: Callable[[int], str]
                 sentence = measure(index)
                 done += 1
                 left = (time.monotonic() - started) / done * (total - done)
-                say(f"round {number} of {rounds}, {sentence}, about {left:.0f} s left")
+                logger.info(f"round {number} of {rounds}, {sentence}, about {left:.0f} s left")
     except KeyboardInterrupt:
-        say("interrupted: this is what was measured")
+        logger.info("interrupted: this is what was measured")
         return False
     return True
 
 
-def prepared_folder(data: str | None, config: RunConfig, own: Path, say: Say) -> str:
+def prepared_folder(data: str | None, config: RunConfig, own: Path) -> str:
     """Return a prepared folder: ``data`` itself, or what is made in ``own`` of the text ``data`` (None: the plays)."""
     if data is not None and is_prepared(Path(data)):
         return str(Path(data).resolve())
     text = Text(inputs=(data,)) if data is not None else Text(corpus="shakespeare")
-    prepare_text(own, text, load_tokenizer(None, sha256=config.tokenizer.sha256, say=say), say)
+    prepare_text(own, text, load_tokenizer(None, sha256=config.tokenizer.sha256))
     return str(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import statistics
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.run_worker import run_worker
-from resmol.bench.subprocess_runs import Say, measure_training
+from resmol.bench.subprocess_runs import measure_training
 from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
@@ -27,6 +28,8 @@ from resmol.system.host import allocator_environment
 from resmol.train.autotune import resolve_auto
 from resmol.train.build import make_loader, new_state
 from resmol.train.parallel import Runtime
+
+logger = logging.getLogger(__name__)
 
 # The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
 COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")
@@ -104,20 +107,19 @@ def parse_batch(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def training_contests(wanted: TrainBench, folder: Path, data: str, say: Say) -> list[Comparison]:
+def training_contests(wanted: TrainBench, folder: Path, data: str) -> list[Comparison]:
     """Return a comparison for each batch, ready to run.
 
     Args:
         wanted: What to compare.
         folder: For the files of the processes.
         data: A prepared folder.
-        say: Receives what ``auto`` was decided to be.
     """
     contests = []
     for number, config in enumerate(wanted.configurations()):
         settled, decisions = resolve_auto(config)  # once, for the length of the real run, not for the steps measured
         for sentence in decisions:
-            say(sentence)
+            logger.info(sentence)
         own = folder / f"batch-{number}"
         own.mkdir()
         contests.append(_contest(wanted, settled, own, data))

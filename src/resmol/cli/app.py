@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from resmol.cli.terminal import show_messages
 from resmol.config.load import load_config, load_preset
 from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
@@ -45,6 +46,7 @@ def options(
     _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim."""
+    show_messages()
 
 
 def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:

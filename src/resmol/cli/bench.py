@@ -79,7 +79,7 @@ def bench_train(
 
     def contests(folder: Path) -> Sequence[Any]:
         first = wanted.configurations()[0]  # what is wrong with the options is said before any text is prepared
-        return training_contests(wanted, folder, prepared_folder(data, first, folder / "data", say), say)
+        return training_contests(wanted, folder, prepared_folder(data, first, folder / "data"))
 
     _hold(contests, repeats, json_, markdown)
 
@@ -124,8 +124,8 @@ def bench_prepare(
 
     text = Text(tuple(input_ or ()), corpus if corpus or input_ else "shakespeare")
     wanted = PrepareBench(text, megabytes, workers, repeats)
-    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256, say=say)
-    _hold(lambda folder: [preparation_contest(wanted, found, folder, say)], repeats, json_, markdown)
+    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
+    _hold(lambda folder: [preparation_contest(wanted, found, folder)], repeats, json_, markdown)
 
 
 @bench.command("checkpoint")
@@ -146,7 +146,7 @@ def bench_checkpoint(
     wanted = CheckpointBench(chosen, tuple(set_ or ()), repeats)
 
     def contests(folder: Path) -> Sequence[Any]:
-        return [checkpoint_contest(wanted, folder, prepared_folder(data, wanted.settled, folder / "data", say))]
+        return [checkpoint_contest(wanted, folder, prepared_folder(data, wanted.settled, folder / "data"))]
 
     _hold(contests, repeats, json_, markdown)
 
@@ -169,7 +169,7 @@ def bench_start(
     wanted = StartBench(chosen, repeats)
 
     def contests(folder: Path) -> Sequence[Any]:
-        return starting_contests(wanted, folder, prepared_folder(data, chosen, folder / "data", say))
+        return starting_contests(wanted, folder, prepared_folder(data, chosen, folder / "data"))
 
     _hold(contests, repeats, json_, markdown)
 
@@ -197,8 +197,8 @@ def bench_scaling(
     wanted = Scaling(names, *sizes, tuple(set_ or ()), steps, warmup, seconds, int(memory * 2**30))
     first = wanted.configurations()[0]
     with tempfile.TemporaryDirectory(prefix="resmol-bench-") as folder:
-        prepared = prepared_folder(data, first, Path(folder) / "data", say)
-        points = scale(wanted, Path(folder), prepared, out, say)
+        prepared = prepared_folder(data, first, Path(folder) / "data")
+        points = scale(wanted, Path(folder), prepared, out)
     if json_:
         print_json({"points": points})
     else:
@@ -217,7 +217,7 @@ def _trace(config: RunConfig, data: str | None, file: Path, steps: int, warmup: 
     from resmol.bench.subprocess_runs import prepared_folder
 
     with tempfile.TemporaryDirectory(prefix="resmol-bench-") as folder:
-        prepared = prepared_folder(data, config, Path(folder) / "data", say)
+        prepared = prepared_folder(data, config, Path(folder) / "data")
         say(trace_training(config, prepared, file, steps=steps, warmup=warmup))
     say(f"trace: {file}; open it in ui.perfetto.dev")
 
@@ -228,7 +228,7 @@ def _hold(prepare: Callable[[Path], Sequence[Any]], repeats: int, as_json: bool,
         contests = prepare(Path(name))
         for contest in contests:
             say(contest.title)
-            contest.run(repeats, 0, say)
+            contest.run(repeats, 0)
             if as_markdown:
                 typer.echo(contest.markdown())
             elif not as_json:

@@ -17,7 +17,7 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
-from resmol.cli.terminal import print_json, say
+from resmol.cli.terminal import print_json
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted
 
@@ -36,7 +36,7 @@ def evaluate(
     tune_allocator()
     from resmol.interop.evaluate import evaluate_model
 
-    result = evaluate_model(model, data, windows=windows, seq_len=seq_len, say=say)
+    result = evaluate_model(model, data, windows=windows, seq_len=seq_len)
     if json_:
         print_json(result)
     else:
@@ -67,7 +67,7 @@ def ablate(
     from resmol.bench.ablate import Ablation
     from resmol.bench.ablate import ablate as run_ablation
 
-    result = run_ablation(Ablation(chosen, tuple(set_ or ()), data, repeats, steps, warmup), say)
+    result = run_ablation(Ablation(chosen, tuple(set_ or ()), data, repeats, steps, warmup))
     if json_:
         print_json(result.to_dict())
     else:

@@ -39,11 +39,11 @@ def export(
     from resmol.interop.export import export_gguf, export_hf, export_space
 
     if space:
-        done = export_space(model, out, dtype=dtype, model_repo=model_repo, say=say)
+        done = export_space(model, out, dtype=dtype, model_repo=model_repo)
     elif format_ == "gguf":
-        done = export_gguf(model, out, dtype=dtype, say=say)
+        done = export_gguf(model, out, dtype=dtype)
     else:
-        done = export_hf(model, out, dtype=dtype, say=say)
+        done = export_hf(model, out, dtype=dtype)
     report_checks(f"export to {out}", done.checks, json_)
 
 
@@ -64,7 +64,7 @@ def publish(
     if not yes:
         print_plan(plan.to_dict(), json_)
         return
-    done = hub.publish(plan, private=private, overwrite=overwrite, say=say).to_dict()
+    done = hub.publish(plan, private=private, overwrite=overwrite).to_dict()
     print_json(done) if json_ else print_published(done)
 
 
@@ -80,7 +80,7 @@ def demo(
     tune_allocator()
     from resmol.demo import serve
 
-    serve(model, host, port, say=say)
+    serve(model, host, port)
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -46,7 +46,7 @@ def generate(
     # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.
     text = None if prompt is None else given_prompt(prompt)
     several = None if prompts is None else prompts_from(prompts)
-    loaded = load_model(model, say=say)
+    loaded = load_model(model)
     say(loaded.provenance.describe())  # whoever reads the text can tell which weights spoke
     facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.provenance.to_dict()}
     if text is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +22,21 @@ def say(text: str) -> None:
     """Print a sentence for the user, on standard error; a run goes on when nobody listens any more."""
     with suppress(OSError):
         typer.echo(text, err=True)
+
+
+class _MessageHandler(logging.Handler):
+    """Shows what the package logs, as plain sentences."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def show_messages() -> None:
+    """Show the messages of the package on standard error from here on; a library stays silent by itself."""
+    package = logging.getLogger("resmol")
+    if not any(isinstance(handler, _MessageHandler) for handler in package.handlers):
+        package.addHandler(_MessageHandler())
+    package.setLevel(logging.INFO)
 
 
 def print_json(value: dict[str, Any]) -> None:

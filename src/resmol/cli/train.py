@@ -20,7 +20,7 @@ from resmol.cli.app import (
     chosen_config,
     tune_allocator,
 )
-from resmol.cli.terminal import print_json, report_checks, say
+from resmol.cli.terminal import print_json, report_checks
 from resmol.run.directory import RunDir
 
 
@@ -44,9 +44,9 @@ def prepare(
     from resmol.data.resolve import Text, prepare_text
     from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
-    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256, say=say)
+    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
     text = Text(tuple(input_ or ()), corpus, val_fraction, text_field)
-    dataset = prepare_text(out, text, found, say)
+    dataset = prepare_text(out, text, found)
     if json_:
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})
 
@@ -84,7 +84,6 @@ def train(
         allow_fresh=allow_fresh,
         strict=strict,
         views=console_views(RunDir(run)),
-        say=say,
     )
     if json_:
         print_json(
@@ -116,4 +115,4 @@ def reproduce(
     from resmol.audit.reproduce import reproduce as run_protocol
 
     spec = ReproduceSpec.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
-    report_checks("claims", run_protocol(spec, say), json_)
+    report_checks("claims", run_protocol(spec), json_)

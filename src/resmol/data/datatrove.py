@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ from resmol.errors import DataError, UsageError
 from resmol.system.atomic_io import full_disk_is_an_error, write_durable
 from resmol.version import __version__
 
+logger = logging.getLogger(__name__)
+
 _SCAN_TOKENS = 1 << 22
 
 
@@ -42,7 +44,6 @@ def import_datatrove(
     tokenizer: Tokenizer,
     *,
     val_fraction: float = 0.01,
-    say: Callable[[str], None] = lambda _message: None,
 ) -> Dataset:
     """Make a folder of `.ds` files a dataset by reading it once and writing its manifest.
 
@@ -53,7 +54,6 @@ def import_datatrove(
         folder: The folder; a `.ds.index` that is missing is made from the end-of-document tokens.
         tokenizer: The tokenizer that made the tokens. The files do not say which one that was.
         val_fraction: Share of the tokens to hold out, in [0, 1).
-        say: Takes a line for the user.
 
     Raises:
         UsageError: The folder has a manifest already, or ``val_fraction`` is outside [0, 1).
@@ -68,7 +68,7 @@ def import_datatrove(
         raise DataError(f"{folder} holds no .ds files", fix="name the folder into which datatrove wrote its tokens")
     width = _token_bytes(folder, files, tokenizer)
     with full_disk_is_an_error(folder):
-        shards, ends = _describe_all(folder, files, tokenizer, width, say)
+        shards, ends = _describe_all(folder, files, tokenizer, width)
     splits = _split_by_folder(shards) or _split_by_position(shards, ends, val_fraction)
     manifest = _manifest(folder, tokenizer, width, shards, splits, val_fraction)
     write_durable(folder / MANIFEST, manifest.to_json())
@@ -94,7 +94,7 @@ def _token_bytes(folder: Path, files: list[str], tokenizer: Tokenizer) -> int:
 
 
 def _describe_all(
-    folder: Path, files: list[str], tokenizer: Tokenizer, width: int, say: Callable[[str], None]
+    folder: Path, files: list[str], tokenizer: Tokenizer, width: int
 ) -> tuple[list[Shard], list[Int64[np.ndarray, " _"]]]:
     shards, all_ends, open_ends = [], [], 0
     for name in files:
@@ -105,7 +105,7 @@ def _describe_all(
         shards.append(describe_shard(folder, name, ends.tolist()))
         all_ends.append(ends)
     if open_ends:
-        say(f"data: {open_ends} documents do not end with token {tokenizer.eos_id}: masks miss their ends")
+        logger.info(f"data: {open_ends} documents do not end with token {tokenizer.eos_id}: masks miss their ends")
     return shards, all_ends
 
 

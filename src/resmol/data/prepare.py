@@ -8,6 +8,7 @@ folder appears whole or not at all, by the commit protocol of `atomic`.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.atomic_io import commit_directory
 from resmol.version import __version__
+
+logger = logging.getLogger(__name__)
 
 # An encoding takes about 150 bytes a token in Rust: this bounds the memory, whatever the input.
 BATCH_BYTES = 1 << 20
@@ -68,13 +71,12 @@ def prepare(
     seed: int = 0,
     shard_tokens: int = 100_000_000,
     on_progress: Callable[[Progress], None] | None = None,
-    say: Callable[[str], None] = lambda _message: None,
 ) -> Dataset:
     """Tokenise a corpus into the folder ``out``: every token once, in the order of the documents.
 
     A document goes to train or val as a whole: where a named corpus says so, else by a hash of (seed, its
     number among the documents with text); the first one always trains. If the hash held out nothing, the last
-    document is held out; if that is more than half of all tokens (a single file, say), only the last
+    document is held out; if that is more than half of all tokens (a single file), only the last
     ``val_fraction`` of the tokens are, by position.
 
     Args:
@@ -85,7 +87,6 @@ def prepare(
         seed: Seed of that choice.
         shard_tokens: A new shard begins at the first document end after this many tokens.
         on_progress: Called about every 8 MB and at the end.
-        say: Takes a line for the user.
 
     Returns:
         The prepared folder, opened.
@@ -101,9 +102,7 @@ def prepare(
     out.parent.mkdir(parents=True, exist_ok=True)
     job = _Job(corpus, tokenizer, val_fraction, seed, shard_tokens, on_progress)
     commit_directory(out, job.write_files, lambda _folder: job.manifest().to_json())
-    dataset = open_dataset(out)
-    _report(dataset, say)
-    return dataset
+    return open_dataset(out)
 
 
 def is_held_out(number: int, seed: int, val_fraction: float) -> bool:
@@ -289,7 +288,8 @@ def _require_fresh(out: Path) -> None:
         raise UsageError(f"{out} is a mount point, which cannot appear at once", fix=f"name a folder in it: {out}/data")
 
 
-def _report(dataset: Dataset, say: Callable[[str], None]) -> None:
+def log_summary(dataset: Dataset) -> None:
+    """Log what was prepared, and what was lost on the way (replaced, dropped or empty)."""
     source, train, val = dataset.manifest.source, dataset.manifest.train, dataset.manifest.val
     share = 100 * val.tokens / (train.tokens + val.tokens)
     how = {
@@ -297,8 +297,8 @@ def _report(dataset: Dataset, say: Callable[[str], None]) -> None:
         "position": "the end of the last document",
         "none": "nothing",
     }
-    say(f"data: {source.documents} documents, {train.tokens + val.tokens} tokens in {dataset.root}")
-    say(f"data: held out {how[source.held_out]}: {val.tokens} tokens, {share:.1f} %")
+    logger.info(f"data: {source.documents} documents, {train.tokens + val.tokens} tokens in {dataset.root}")
+    logger.info(f"data: held out {how[source.held_out]}: {val.tokens} tokens, {share:.1f} %")
     losses = {
         "bytes or surrogates that are not Unicode, replaced by U+FFFD": source.replacements,
         "bytes without a token, dropped": source.untokenizable_bytes,
@@ -307,4 +307,4 @@ def _report(dataset: Dataset, say: Callable[[str], None]) -> None:
     }
     for what, number in losses.items():
         if number:
-            say(f"data: {number} {what}")
+            logger.info(f"data: {number} {what}")

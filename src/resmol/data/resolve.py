@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.datatrove import import_datatrove, is_token_folder
-from resmol.data.prepare import Progress, prepare
+from resmol.data.prepare import Progress, log_summary, prepare
 from resmol.data.readers import Corpus, read_inputs
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.progress import byte_progress
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,40 +35,38 @@ class Text:
     val_fraction: float = 0.01
     text_field: str = "text"
 
-    def open(self, say: Say) -> Corpus:
+    def open(self) -> Corpus:
         """Return the documents (`UsageError` unless exactly one of inputs and corpus is given)."""
         if bool(self.inputs) == (self.corpus is not None):
             raise UsageError("give either --input or --corpus", fix="e.g. --input input.txt, or --corpus shakespeare")
         if self.corpus is not None:
-            return named_corpus(self.corpus, say=say)
+            return named_corpus(self.corpus)
         return read_inputs(self.inputs, text_field=self.text_field)
 
 
-def prepare_text(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
+def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
     if any(is_token_folder(Path(path)) for path in text.inputs):
-        return _adopt(out, text, tokenizer, say)
-    corpus = text.open(say)
-    said: list[str] = []  # told after the bar is gone, so that the two do not write over each other
+        return _adopt(out, text, tokenizer)
+    corpus = text.open()
     with byte_progress("preparing") as advance:
 
         def show(progress: Progress) -> None:
             advance(progress.bytes_done, progress.bytes_total, f"{progress.tokens:,} tokens")
 
-        dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show, say=said.append)
-    for sentence in said:
-        say(sentence)
+        dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show)
+    log_summary(dataset)  # after the bar is gone, so that the two do not write over each other
     return dataset
 
 
-def _adopt(out: Path, text: Text, tokenizer: Tokenizer, say: Say) -> Dataset:
+def _adopt(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Give a folder of token files that datatrove wrote its manifest; the tokens stay where they are."""
     if len(text.inputs) != 1 or Path(text.inputs[0]).resolve() != out.resolve():
         raise UsageError(
             f"{text.inputs[0]} holds token files, which are used where they are",
             fix=f"give the same folder twice: resmol prepare {text.inputs[0]} --input {text.inputs[0]}",
         )
-    return import_datatrove(out, tokenizer, val_fraction=text.val_fraction, say=say)
+    return import_datatrove(out, tokenizer, val_fraction=text.val_fraction)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -89,7 +87,7 @@ def data_folder(data: str | None, stored: str, own: Path) -> Path:
     return Path(data) if is_prepared(Path(data)) else own
 
 
-def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer, say: Say) -> Dataset:
+def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer) -> Dataset:
     """Open the prepared folder, after preparing ``data`` into it where that is still to be done.
 
     Raises:
@@ -101,8 +99,8 @@ def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer, say: S
                 f"there is no prepared data in {folder}",
                 fix="add --data input.txt, or a folder that `resmol prepare` wrote",
             )
-        say(f"preparing {data} into {folder}")
-        return prepare_text(folder, Text(inputs=(data,)), tokenizer, say)
+        logger.info(f"preparing {data} into {folder}")
+        return prepare_text(folder, Text(inputs=(data,)), tokenizer)
     dataset = open_dataset(folder)
     if data is not None and not is_prepared(Path(data)):
         _check_same_text(dataset, Path(data))

@@ -17,8 +17,9 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,8 @@ from jaxtyping import Int64, Integer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resmol.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = "resmol-dataset"
@@ -247,7 +250,7 @@ def open_dataset(root: Path) -> Dataset:
     )
 
 
-def verify_shards(dataset: Dataset, say: Callable[[str], None] = lambda _message: None) -> None:
+def verify_shards(dataset: Dataset) -> None:
     """Compare the SHA-256 of every shard and index with the manifest (about 1.4 GB/s).
 
     Raises:
@@ -261,7 +264,7 @@ def verify_shards(dataset: Dataset, say: Callable[[str], None] = lambda _message
         path = dataset.root / name
         if shard_file_sha256(path) != expected:
             raise _damaged(path, "its sha256 is not the one in manifest.json")
-    say(f"data: {len(files)} files in {dataset.root} verified against manifest.json")
+    logger.info(f"data: {len(files)} files in {dataset.root} verified against manifest.json")
 
 
 def fingerprint(manifest: Manifest) -> str:

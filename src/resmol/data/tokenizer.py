@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,6 @@ def load_tokenizer(
     *,
     sha256: str = SMOLLM2_TOKENIZER_SHA256,
     cache: Path | None = None,
-    say: Callable[[str], None] = lambda _message: None,
 ) -> Tokenizer:
     """Load a `tokenizer.json`, by default SmolLM2's own, and accept it only with the right hash.
 
@@ -159,13 +158,12 @@ def load_tokenizer(
             index.
         sha256: The hash that the file must have.
         cache: Folder for accepted files; default ``$XDG_CACHE_HOME/resmol`` or ``~/.cache/resmol``.
-        say: Takes a line for the user, such as that the Hub cannot be reached.
 
     Raises:
         DataError: The file is missing, too large, has another hash, or is no byte-level BPE tokenizer.
         NetworkError: It had to be downloaded and could not be.
     """
-    data, path = find_tokenizer(source, sha256, cache, say)
+    data, path = find_tokenizer(source, sha256, cache)
     actual = hashlib.sha256(data).hexdigest()
     if actual != sha256:
         raise DataError(
@@ -176,7 +174,7 @@ def load_tokenizer(
     if actual != SMOLLM2_TOKENIZER_SHA256:
         _try_in_a_subprocess(data, path)
     tokenizer = Tokenizer(data, path)
-    tokenizer.path = keep_in_cache(data, path, cache, say)  # only what turned out to be usable
+    tokenizer.path = keep_in_cache(data, path, cache)  # only what turned out to be usable
     return tokenizer
 
 

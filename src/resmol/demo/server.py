@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from resmol.demo.sessions import Sessions
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 PORT = 7860
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - a Space is reached through the Hub's proxy
 SPACE_MARK = "SPACE_ID"  # set by the Hub in every Space
 
 
-def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limits | None = None, say: Say) -> None:
+def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limits | None = None) -> None:
     """Load a model and serve the page until Ctrl-C.
 
     Args:
@@ -31,15 +34,14 @@ def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limi
         host: The address to listen at; any but this machine's own lets others in.
         port: 0 takes any that is free; the line that is said names it.
         limits: What visitors may ask for.
-        say: Receives sentences for the user.
 
     Raises:
         ResmolError: The model cannot be loaded, its tokenizer is missing, or the address is taken. Nothing is served.
     """
     require_gradio()
     with listening_socket(host, port) as listener:  # before the weights: a port that is taken is known at once
-        loaded = load_model(model, say=say)
-        _serve_loaded(loaded, identify(loaded), listener, limits or Limits(), say, embedded=False)
+        loaded = load_model(model)
+        _serve_loaded(loaded, identify(loaded), listener, limits or Limits(), embedded=False)
 
 
 def serve_space(folder: Path, model: str | None = None) -> None:
@@ -58,12 +60,12 @@ def serve_space(folder: Path, model: str | None = None) -> None:
     port = int(os.environ.get("GRADIO_SERVER_PORT", PORT))
     export = folder / "model"
 
-    def say(line: str) -> None:
-        print(line, flush=True)  # noqa: T201 - the Space's log
-
+    package = logging.getLogger("resmol")
+    package.addHandler(logging.StreamHandler(sys.stdout))  # the Space's log
+    package.setLevel(logging.INFO)
     with listening_socket(host, port) as listener:
-        loaded = load_model(model or export, say=say)
-        _serve_loaded(loaded, identify(loaded, export), listener, Limits(), say, embedded=on_the_hub)
+        loaded = load_model(model or export)
+        _serve_loaded(loaded, identify(loaded, export), listener, Limits(), embedded=on_the_hub)
 
 
 def build_app(
@@ -107,7 +109,7 @@ def require_gradio() -> None:
 
 
 def _serve_loaded(
-    loaded: LoadedModel, identity: Identity, listener: socket.socket, limits: Limits, say: Say, *, embedded: bool
+    loaded: LoadedModel, identity: Identity, listener: socket.socket, limits: Limits, *, embedded: bool
 ) -> None:
     import uvicorn
 
@@ -115,10 +117,10 @@ def _serve_loaded(
     local = ipaddress.ip_address(host).is_loopback
     names = ("127.0.0.1", "localhost", "[::1]") if local else ()
     app = build_app(loaded, identity, limits, hosts=names, embedded=embedded)
-    say(loaded.provenance.describe())
-    say(f"demo: {identity.title}, at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)")
+    logger.info(loaded.provenance.describe())
+    logger.info(f"demo: {identity.title}, at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)")
     if not local and not embedded:
-        say("demo: everybody who reaches this machine can use it")
+        logger.info("demo: everybody who reaches this machine can use it")
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, ws="none", server_header=False, timeout_keep_alive=5,
         limit_concurrency=limits.connections, timeout_graceful_shutdown=2,

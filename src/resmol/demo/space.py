@@ -6,7 +6,8 @@ versions of everything else are those that the tests of resmol passed with (`tem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -22,13 +23,14 @@ from resmol.system.hub_download import is_hub_id
 from resmol.system.templates import template_environment
 from resmol.version import __version__
 
+logger = logging.getLogger(__name__)
+
 PYTHON = "3.11"
 SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the package ends with
 
 
 def export_space(
     source: str | Path, out: Path, *, dtype: str = "float32", model_repo: str | None = None,
-    say: Callable[[str], None] = lambda _: None,
 ) -> Export:  # fmt: skip
     """Write a Space that serves a model; it can be started where it is, or pushed to the Hub.
 
@@ -38,7 +40,6 @@ def export_space(
         dtype: The type of the weights in the file.
         model_repo: ``OWNER/NAME`` of the repository that holds the same export: the Space then fetches the weights from
             there, and refuses others than these.
-        say: Receives a sentence before each slow part.
 
     Returns:
         The Space, with the checks that the export in it passed.
@@ -54,10 +55,10 @@ def export_space(
     made: list[Export] = []
 
     def write_files(folder: Path) -> None:
-        made.append(export_hf(source, folder / "model", dtype=dtype, say=say))
+        made.append(export_hf(source, folder / "model", dtype=dtype))
         if model_repo is not None:
             (folder / "model" / WEIGHTS).unlink()  # its hash stays in the manifest: the Space serves no other weights
-        say("writing the Space")
+        logger.info("writing the Space")
         for name, content in _files(folder / "model", model_repo):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,10 @@ from resmol.run.directory import RunDir
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
 
-Say = Callable[[str], None]
 DEFAULT_EVALUATION_LENGTH = 512
 
 
-def _silent(_: str) -> None:
-    return None
-
-
-def evaluate_model(
-    model: str | Path, data: str | None = None, *, windows: int = 0, seq_len: int = 0, say: Say = _silent
-) -> dict[str, Any]:
+def evaluate_model(model: str | Path, data: str | None = None, *, windows: int = 0, seq_len: int = 0) -> dict[str, Any]:
     """Measure the loss of a model on held-out text.
 
     Args:
@@ -36,7 +28,6 @@ def evaluate_model(
         data: A prepared folder (its held-out part, or all where it has none) or text; None takes the run's own.
         windows: How many windows to use; 0 takes all.
         seq_len: Tokens in a window; 0 takes the run's, or 512.
-        say: Receives sentences for the user.
 
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``, and what was measured.
@@ -47,11 +38,11 @@ def evaluate_model(
     """
     if windows < 0 or seq_len < 0:
         raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
-    loaded = load_model(model, say=say)
+    loaded = load_model(model)
     run = RunDir(Path(model))
     config = load_config(run.config) if run.exists() else None
     with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
-        dataset = _evaluation_data(data, config, run, loaded, Path(scratch), say)
+        dataset = _evaluation_data(data, config, run, loaded, Path(scratch))
         stream = dataset.val if len(dataset.val) > 1 else dataset.train
         length = seq_len or (config.data.seq_len if config else DEFAULT_EVALUATION_LENGTH)
         length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
@@ -76,8 +67,8 @@ def evaluate_model(
 
 
 def _evaluation_data(
-    data: str | None, config: RunConfig | None, run: RunDir, loaded: LoadedModel, scratch: Path, say: Say
+    data: str | None, config: RunConfig | None, run: RunDir, loaded: LoadedModel, scratch: Path
 ) -> Dataset:
     if data is not None and not is_prepared(Path(data)):
-        return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer, say)
+        return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer)
     return open_dataset(data_folder(data, config.data.path if config else "", run.data))

@@ -19,7 +19,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.inference.completion import Completion, TextStreamer, complete_batches
 from resmol.inference.sampling_params import SamplingParams
-from resmol.interop.resolve import Provenance, Say, find_source, named_tokenizer
+from resmol.interop.resolve import Provenance, find_source, named_tokenizer
 from resmol.model.linear import default_inference_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
 
@@ -139,7 +139,6 @@ def load_model(
     *,
     tokenizer: Tokenizer | str | Path | None = None,
     device: str | torch.device | None = None,
-    say: Say = lambda _line: None,
 ) -> LoadedModel:
     """Load a model for evaluation and generation, never for training.
 
@@ -149,14 +148,13 @@ def load_model(
             of a published package.
         tokenizer: A tokenizer, or the path of a tokenizer.json. By default the model's own, found when used.
         device: Where to compute; by default a CUDA device if there is one.
-        say: Takes a line for the user, such as that a damaged checkpoint was passed over.
 
     Raises:
         CheckpointError: The weights are damaged, do not fit their configuration, are not finite, or a pickle.
         ConfigError: The configuration describes a model that resmol does not implement.
         DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
     """
-    found = find_source(source, say)
+    found = find_source(source)
     model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found.fill(model)
     model.eval().requires_grad_(requires_grad=False)

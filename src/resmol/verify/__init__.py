@@ -5,6 +5,7 @@ What is compared, and where the tolerances come from, is said in docs/verificati
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ from resmol.verify.sanity import finite, sanity
 from resmol.verify.third_party.check import import_factory, read_name_map, verify_foreign
 from resmol.verify.tiny_models import FULL, STANDARD, shallow, twin_parity
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["verify", "verify_foreign", "verify_model"]
 
 Depth = Literal["standard", "full"]
@@ -31,7 +34,6 @@ def verify(
     *,
     weights: CausalLM | None = None,
     depth: Depth = "standard",
-    say: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Check an architecture against its own rules and against transformers.
 
@@ -40,7 +42,6 @@ def verify(
         weights: A model of this architecture, on the CPU, to compare with its weights as they are; None takes random
             ones, and fewer layers for models above 200 million parameters.
         depth: "full" keeps all layers of large models, and takes longer sequences and more twins.
-        say: Receives a sentence before each part.
 
     Returns:
         The checks, failed ones included. Weights that are not numbers end them early.
@@ -50,7 +51,7 @@ def verify(
         UsageError: The weights are not on the CPU, or of another architecture.
     """
     model = _given(config, weights) if weights is not None else _random_model(config, depth)
-    say("sanity: parameters, shapes, tying, first loss, causality, rotation")
+    logger.info("sanity: parameters, shapes, tying, first loss, causality, rotation")
     checks = [finite(model)]
     if not checks[0].passed:
         return checks
@@ -58,9 +59,9 @@ def verify(
     checks += rotation_checks(config)
     layers = model.config.num_hidden_layers
     reduced = "" if layers == config.num_hidden_layers else f" at {layers} of {config.num_hidden_layers} layers"
-    say(f"parity with transformers{reduced}: logits, hidden states, loss, gradients, cache, generated tokens")
+    logger.info(f"parity with transformers{reduced}: logits, hidden states, loss, gradients, cache, generated tokens")
     checks += parity(model, sequence=SEQUENCE if depth == "standard" else 16 * SEQUENCE)
-    say("parity on small twins of many shapes, in float32 and bfloat16, and at the last positions")
+    logger.info("parity on small twins of many shapes, in float32 and bfloat16, and at the last positions")
     return [*checks, norm_precision(config), *twin_parity(config, STANDARD if depth == "standard" else FULL)]
 
 
@@ -85,7 +86,6 @@ def verify_model(
     weights: str = "random",
     model: str | None = None,
     names: Path | None = None,
-    say: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Verify our implementation, with random or given weights, or somebody else's.
 
@@ -95,14 +95,13 @@ def verify_model(
         model: Another implementation as ``module:callable``: called with ``config``, it returns a module that takes ids
             and returns logits. Naming it runs its code.
         names: A JSON file that maps its parameter names to Hugging Face's.
-        say: Receives sentences for the user.
 
     Raises:
         UsageError: ``model`` cannot be imported, or ``names`` is not a map of names.
     """
     if model is not None:
-        return verify_foreign(import_factory(model), config, read_name_map(names), say=say)
+        return verify_foreign(import_factory(model), config, read_name_map(names))
     if weights == "random":
-        return verify(config, say=say)
-    loaded = load_model(weights, device="cpu", say=say)
-    return verify(loaded.config, weights=loaded.model, say=say)
+        return verify(config)
+    loaded = load_model(weights, device="cpu")
+    return verify(loaded.config, weights=loaded.model)

@@ -14,7 +14,7 @@ from resmol.data.tokenizer import load_tokenizer
 
 def prepare_ours(task: Mapping[str, Any]) -> Metrics:
     """Prepare the text as `resmol prepare` does; what is timed begins after the imports."""
-    tokenizer = load_tokenizer(task["tokenizer"], sha256=task["sha256"], say=lambda _: None)
+    tokenizer = load_tokenizer(task["tokenizer"], sha256=task["sha256"])
     started = time.perf_counter()
     dataset = prepare_text(Path(task["out"]), Text(inputs=(task["text"],)), tokenizer, lambda _: None)
     seconds = time.perf_counter() - started

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from resmol.checks import Check
@@ -13,19 +13,18 @@ from resmol.interop.export.gguf_writer import KINDS, write_gguf
 from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, run_of, token_text, write_papers
 from resmol.interop.load import LoadedModel, load_model
 
+logger = logging.getLogger(__name__)
+
 MODELFILE = "Modelfile"
 
 
-def export_gguf(
-    source: str | Path, out: Path, *, dtype: str = "float32", say: Callable[[str], None] = lambda _: None
-) -> Export:
+def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Export:
     """Write a model as a folder with a GGUF file.
 
     Args:
         source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
         out: The folder to create.
         dtype: One of `KINDS`; the error that the type causes is measured and bounded.
-        say: Receives a sentence before each slow part.
 
     Returns:
         The export, with the checks that it passed.
@@ -40,19 +39,21 @@ def export_gguf(
         raise UsageError(f"{dtype} is not a type of a GGUF export", fix=f"choose from: {', '.join(KINDS)}")
     require_new(out)
     readers = gguf_readers()
-    loaded = load_model(source, device="cpu", say=say)
+    loaded = load_model(source, device="cpu")
     run = run_of(loaded.provenance)
     name = plain_name(out.resolve().name if run is None else run.path.resolve().name)
     file_name = f"{name}-{KINDS[dtype]}.gguf"
 
     def write_files(folder: Path) -> list[Check]:
-        say(f"writing {loaded.provenance.path} as {file_name}")
+        logger.info(f"writing {loaded.provenance.path} as {file_name}")
         file = folder / file_name
         licence = None if run is None else "apache-2.0"
         write_gguf(file, loaded.model, loaded.tokenizer, dtype, name=name, licence=licence)
         (folder / MODELFILE).write_text(modelfile(loaded, file_name), encoding="utf-8")
         write_papers(loaded, folder, dtype, run, file_name)
-        say(f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own")
+        logger.info(
+            f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own"
+        )
         return compare_gguf(loaded.model, loaded.tokenizer, file, dtype, readers)
 
     facts = export_facts(loaded, dtype) | {"readers": [reader.name for reader in readers]}

@@ -6,6 +6,7 @@ The tensor names inside resmol are Hugging Face's, so there is nothing to conver
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -29,6 +30,8 @@ from resmol.run.checkpoint import weight_tensors
 from resmol.run.directory import RunDir
 from resmol.system.atomic_io import commit_directory
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,16 +50,13 @@ class Export:
     files: dict[str, str]
 
 
-def export_hf(
-    source: str | Path, out: Path, *, dtype: str = "float32", say: Callable[[str], None] = lambda _: None
-) -> Export:
+def export_hf(source: str | Path, out: Path, *, dtype: str = "float32") -> Export:
     """Write a model as a Hugging Face folder.
 
     Args:
         source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
         out: The folder to create.
         dtype: The type of the weights in the file; the error that the cast causes is measured.
-        say: Receives a sentence before each slow part.
 
     Returns:
         The export, with the checks that it passed.
@@ -70,12 +70,12 @@ def export_hf(
     if dtype not in DTYPES:
         raise UsageError(f"{dtype} is not a type of a Hugging Face export", fix=f"choose from: {', '.join(DTYPES)}")
     require_new(out)
-    loaded = load_model(source, device="cpu", say=say)
+    loaded = load_model(source, device="cpu")
 
     def write_files(folder: Path) -> list[Check]:
-        say(f"writing {loaded.provenance.path} as {dtype}")
+        logger.info(f"writing {loaded.provenance.path} as {dtype}")
         write_folder(loaded, folder, dtype, run_of(loaded.provenance))
-        say("reading it back with transformers, in a process of its own")
+        logger.info("reading it back with transformers, in a process of its own")
         stored = rounded(loaded.model, dtype)
         return [*compare_with_transformers(stored, loaded.tokenizer, folder), cast_check(loaded.model, stored)]
 

@@ -7,16 +7,17 @@ The token is the Hub client's affair (environment or login): it is no argument h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from logging import ERROR
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, logging
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
@@ -25,6 +26,8 @@ from resmol.interop.export.publish_errors import explained
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.hub_download import require_answer, without_password
 from resmol.version import __version__
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git
@@ -149,16 +152,13 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
     return Plan(folder, repo_id, "space" if space else "model", seal, files, blobs)
 
 
-def publish(
-    plan: Plan, *, private: bool = False, overwrite: bool = False, say: Callable[[str], None] = lambda _: None
-) -> Published:
+def publish(plan: Plan, *, private: bool = False, overwrite: bool = False) -> Published:
     """Create or update the repository, and compare what arrived with what was verified.
 
     Args:
         plan: From `plan_publication`.
         private: A new repository is private; an existing public one is refused.
         overwrite: Also replace files in a repository that resmol did not publish.
-        say: Receives a sentence before each slow part.
 
     Raises:
         UsageError: No token, or one that may not do this; a repository that is not ours or not private.
@@ -176,13 +176,11 @@ def publish(
     )
     progress = _Progress()
     with _quiet_client(), _explained(plan, progress):
-        return _publish(HfApi(), plan, progress, private=private, overwrite=overwrite, say=say)
+        return _publish(HfApi(), plan, progress, private=private, overwrite=overwrite)
 
 
-def _publish(
-    api: HfApi, plan: Plan, progress: _Progress, *, private: bool, overwrite: bool, say: Callable[[str], None]
-) -> Published:
-    say(f"publishing {plan.folder} as {api.whoami()['name']}: {plan.url}")
+def _publish(api: HfApi, plan: Plan, progress: _Progress, *, private: bool, overwrite: bool) -> Published:
+    logger.info(f"publishing {plan.folder} as {api.whoami()['name']}: {plan.url}")
     before = _look(api, plan)
     if before is None:
         progress.state = "it is not known whether the repository was created; it holds no file of this export"
@@ -206,7 +204,7 @@ def _publish(
         )
     commit = before.commit
     if different or removed:
-        commit = _commit(api, plan, progress, before, different, removed, say)
+        commit = _commit(api, plan, progress, before, different, removed)
     foreign = sorted(before.files.keys() - plan.files.keys() - set(removed) - MADE_BY_THE_HUB)
     return Published(plan.url, commit, different, removed, foreign, before.private)
 
@@ -218,14 +216,13 @@ def _commit(
     before: _Remote,
     different: list[str],
     removed: list[str],
-    say: Callable[[str], None],
 ) -> str:
     """Send files and make one commit of them; return it after it was compared with the seal."""
     progress.state = UNTOUCHED
     if find_spec("hf_xet") and not constants.HF_HUB_DISABLE_XET:
         progress.advice = "; if a proxy or mirror is in the way of xet, HF_HUB_DISABLE_XET=1 may help"
     size = sum(plan.files[name].bytes for name in different)
-    say(f"sending {len(different)} of {len(plan.files)} files, {size / 1e6:,.1f} MB")
+    logger.info(f"sending {len(different)} of {len(plan.files)} files, {size / 1e6:,.1f} MB")
     add = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.folder / name) for name in different]
     api.preupload_lfs_files(plan.repo_id, add, repo_type=plan.repo_type, free_memory=False)
     progress.state = "it is not known whether the last commit arrived; if it did, it is whole"
@@ -239,7 +236,7 @@ def _commit(
         parent_commit=before.commit or None,
     )
     progress.state = f"commit {done.oid} was made, and not yet compared with what was verified"
-    say("comparing what arrived with what was verified")
+    logger.info("comparing what arrived with what was verified")
     arrived = _look(api, plan, revision=done.oid)
     wrong = _different(plan, arrived) if arrived else ["it is gone"]
     if wrong:
@@ -302,9 +299,9 @@ def _explained(plan: Plan, progress: _Progress) -> Iterator[None]:
 @contextmanager
 def _quiet_client() -> Iterator[None]:
     """Silence the client's log: it names addresses, which may carry a password or a signature."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(ERROR)
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        hub_logging.set_verbosity(level)

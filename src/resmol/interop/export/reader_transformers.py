@@ -1,9 +1,9 @@
 """Reads an export as a stranger would: transformers alone, offline, in a process of its own.
 
 ``python -m resmol.interop.export.reader_transformers FOLDER OUT`` takes
-``{"inputs": [[id, ...], ...], "texts": [...], "new_tokens": n}`` on standard input, writes the logits to
-OUT and prints ``{"ids": [[...], ...], "greedy": [[...], ...]}``. With ``"gguf_file": NAME`` it reads that file of FOLDER,
-and nothing else in it.
+``{"inputs": [[id, ...], ...], "texts": [...], "new_tokens": n}`` on standard input, writes the logits to OUT and prints
+``{"ids": [[...], ...], "greedy": [[...], ...]}``. With ``"gguf_file": NAME`` it reads that file of FOLDER, and nothing
+else in it.
 """
 
 from __future__ import annotations

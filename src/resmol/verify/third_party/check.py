@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from resmol.verify.third_party.diagnose import diagnose
 from resmol.verify.third_party.weight_mapping import Factory, MappedModule, load_reference_weights
 from resmol.verify.tiny_models import compare_late, fill, narrow, shallow, small
 
+logger = logging.getLogger(__name__)
+
 # Long enough for positions above 256 and 2048; attention that is written out needs T x T numbers for each head.
 LATE_LENGTH, LATE_LENGTH_AT_FULL_SIZE = 4096, 320
 DIAGNOSIS_TOKENS, DIAGNOSIS_TOKENS_AT_FULL_SIZE = 320, 48
@@ -38,8 +41,6 @@ def verify_foreign(
     factory: Factory,
     config: ModelConfig,
     name_map: NameMap | None = None,
-    *,
-    say: Callable[[str], None] = lambda _: None,
 ) -> list[Check]:
     """Check somebody's implementation of an architecture, with our random weights copied into it.
 
@@ -50,7 +51,6 @@ def verify_foreign(
         config: The architecture; models above 200 million parameters get fewer layers.
         name_map: Hugging Face's name for each of the module's parameters, where they differ; ``{}`` stands for the
             number of the layer: ``{"blocks.{}.wq.weight": "model.layers.{}.self_attn.q_proj.weight"}``.
-        say: Receives a sentence before each part.
 
     Returns:
         The checks. If one fails, the last one is a diagnosis in words, as far as there is one.
@@ -61,16 +61,16 @@ def verify_foreign(
     weights = fill(CausalLM.empty(shallow(config)), seed=8)
     checks: list[Check] = []
     try:
-        say("building the module and copying weights into it")
+        logger.info("building the module and copying weights into it")
         adopted, checks = load_reference_weights(factory, weights, name_map)
         if adopted is None:
             return checks
-        say("comparing with transformers: logits, loss, gradients, positions, causality")
+        logger.info("comparing with transformers: logits, loss, gradients, positions, causality")
         checks += [_repeatable(adopted, weights.config), _causality(adopted, weights.config)]
         checks += _parity(adopted, weights)
         checks += [_late(factory, name_map, adopted, weights), *_norm(adopted, weights.config)]
         if not all(check.passed for check in checks):
-            say("looking for the mistake among the usual ones")
+            logger.info("looking for the mistake among the usual ones")
             checks.append(_diagnosis(factory, name_map, adopted, weights))
     except CheckFailed as error:
         guards = "A module that cannot be run cannot be trusted either."
