@@ -69,7 +69,7 @@ def test_a_single_document_is_divided_by_position(tiny_tokenizer, tmp_path, docu
     assert dataset.manifest.source.held_out == "position"
 
 
-def test_documents_without_their_end_token_are_said(tiny_tokenizer, tmp_path, documents):
+def test_documents_without_their_end_token_are_said(tiny_tokenizer, tmp_path, documents, messages):
     write_ds(tmp_path / "00000.ds", [document[:-1] for document in documents[:10]] + documents[10:])
     import_datatrove(tmp_path, tiny_tokenizer)
     assert any(line.startswith("data: 10 documents do not end") for line in messages)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import synthetic_texts
 
 from resmol.data import prepare as module
-from resmol.data.prepare import Progress, is_held_out, prepare
+from resmol.data.prepare import Progress, is_held_out, log_summary, prepare
 from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.shard_writer import SplitWriter
 from resmol.errors import DataError, DiskFull, UsageError
@@ -118,7 +118,9 @@ def test_a_corpus_can_choose_its_split(tiny_tokenizer, tmp_path):
     val_fraction=st.floats(0, 0.99),
     shard_tokens=st.integers(1, 10),
 )
-def test_tokens_add_up_whatever_the_texts(tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens):
+def test_tokens_add_up_whatever_the_texts(
+    tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens, messages
+):
     out = tmp_path_factory.mktemp("any") / "out"
     options = {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     if not any(texts):
@@ -136,10 +138,11 @@ def test_tokens_add_up_whatever_the_texts(tiny_tokenizer, tmp_path_factory, text
 # Counts and messages
 
 
-def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path):
+def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path, messages):
     path = tmp_path / "odd.txt"
     path.write_bytes(b"good \xff bad \x04 text")
     dataset = prepare(tmp_path / "out", read_inputs([path]), genuine_tokenizer)
+    log_summary(dataset)
     source = dataset.manifest.source
     assert (source.replacements, source.untokenizable_bytes, source.forced_cuts) == (1, 1, 0)
     assert source.inputs[0].name == "odd.txt"

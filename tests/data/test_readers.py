@@ -270,7 +270,7 @@ def test_shakespeare_is_36_plays_to_train_on_and_2_held_out(plays):
     assert sum(document.split == "train" for document in documents) == 36
 
 
-def test_plays_that_were_changed_are_fetched_again(plays, monkeypatch):
+def test_plays_that_were_changed_are_fetched_again(plays, monkeypatch, messages):
     plays.write_bytes(plays.read_bytes() + b"\0")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

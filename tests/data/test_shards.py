@@ -28,7 +28,7 @@ def edit(root: Path, change) -> None:
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_an_opened_folder_equals_the_prepared_one_wherever_it_lies(tiny_dataset, copy):
+def test_an_opened_folder_equals_the_prepared_one_wherever_it_lies(tiny_dataset, copy, messages):
     opened = open_dataset(copy)
     assert opened.fingerprint == tiny_dataset.fingerprint
     assert opened.manifest == tiny_dataset.manifest

@@ -161,7 +161,7 @@ def test_a_damaged_cache_is_not_used(tiny_tokenizer_file, own_cache):
     assert sha(cache_path(digest, None)) == digest
 
 
-def test_a_cache_that_cannot_be_written_costs_one_line(tiny_tokenizer_file, tmp_path):
+def test_a_cache_that_cannot_be_written_costs_one_line(tiny_tokenizer_file, tmp_path, messages):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     load_tokenizer(tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file), cache=blocked / "cache")

@@ -6,7 +6,6 @@ What is compared, and where the tolerances come from, is said in docs/verificati
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
