@@ -1,4 +1,4 @@
-"""How a trained model leaves the house: export, publish, demo."""
+"""Commands: export, publish, demo."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def export(
     if model_repo is not None and not space:
         raise UsageError("--model-repo is for a Space", fix="add --space")
     tune_allocator()
-    from resmol.interop.export import export_gguf, export_hf, export_space
+    from resmol.demo.space import export_space
+    from resmol.interop.export import export_gguf, export_hf
 
     if space:
         done = export_space(model, out, dtype=dtype, model_repo=model_repo)
@@ -58,7 +59,7 @@ def publish(
     json_: Json = False,
 ) -> None:
     """Publish a verified export on the Hub; a dry run unless --yes. The token: HF_TOKEN or `hf auth login`."""
-    from resmol.interop.export import hub
+    from resmol.interop.export import publish as hub
 
     plan = hub.plan_publication(folder, repo, space=space)
     if not yes:

@@ -167,4 +167,4 @@ def _tokenizer_choice(given: Tokenizer | str | Path | None, own: Callable[[], To
         return own
     if isinstance(given, Tokenizer):
         return lambda: given
-    return lambda: named_tokenizer(Path(given), lambda _line: None)
+    return lambda: named_tokenizer(Path(given))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import jinja2
 
 
-def template_environment(package: str, *, autoescape: bool, **options: bool) -> jinja2.Environment:
+def template_environment(package: str, *, autoescape: bool, keep_trailing_newline: bool = False) -> jinja2.Environment:
     """Return an environment of the templates in ``package`` (its folder ``templates``).
 
     Args:
         package: A package such as ``resmol.audit``.
         autoescape: Escape values for HTML; off for Markdown and programs, which escape with filters of their own.
-        options: More of jinja's switches, such as ``keep_trailing_newline``.
+        keep_trailing_newline: Keep the newline at the end of a template.
     """
     return jinja2.Environment(
         loader=jinja2.PackageLoader(package),
@@ -19,5 +19,5 @@ def template_environment(package: str, *, autoescape: bool, **options: bool) -> 
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        **options,
+        keep_trailing_newline=keep_trailing_newline,
     )

@@ -1,9 +1,9 @@
 """Parity with transformers, with tolerances that are derived.
 
-The reference runs in float64 as well. Its own float32 (or bfloat16) result misses that by some rounding error; ours must
-miss it by no more than a small factor of the same. A wrong architecture misses it by orders of magnitude, and nobody has
-to guess a tolerance. Errors are root mean squares over a tensor: their ratio is steady,
-where the ratio of two largest errors is a matter of luck.
+The reference runs in float64 as well. Its own float32 (or bfloat16) result misses that by some rounding error; ours may
+miss it by no more than a small factor of the same. A wrong architecture misses it by orders of magnitude, and nobody
+has to guess a tolerance. Errors are root mean squares over a tensor: their ratio is steady, where the ratio of two
+largest errors is a matter of luck.
 """
 
 from __future__ import annotations

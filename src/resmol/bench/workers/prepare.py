@@ -16,7 +16,7 @@ def prepare_ours(task: Mapping[str, Any]) -> Metrics:
     """Prepare the text as `resmol prepare` does; what is timed begins after the imports."""
     tokenizer = load_tokenizer(task["tokenizer"], sha256=task["sha256"])
     started = time.perf_counter()
-    dataset = prepare_text(Path(task["out"]), Text(inputs=(task["text"],)), tokenizer, lambda _: None)
+    dataset = prepare_text(Path(task["out"]), Text(inputs=(task["text"],)), tokenizer)
     seconds = time.perf_counter() - started
     tokens = dataset.manifest.train.tokens + dataset.manifest.val.tokens
     return {"seconds": seconds, "tokens": tokens, "megabytes_per_second": task["text_bytes"] / 1e6 / seconds}
