@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from resmol.bench import limits
 from resmol.bench.checkpoint import CheckpointBench, checkpoint_contest, saved
 from resmol.bench.comparison import Comparison
 from resmol.bench.generate import GenerateBench, equal_tokens, generation_contests
@@ -18,6 +17,7 @@ from resmol.bench.profile import trace_training
 from resmol.bench.scaling import Scaling, known_points, measure_point, scale
 from resmol.bench.startup import StartBench, command, starting_contests, time_to_first_step
 from resmol.bench.train import TrainBench, parse_batch, training_contests
+from resmol.bench.workers import roofline
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import Text
@@ -193,7 +193,7 @@ def test_the_limit_process_answers(tiny_config: RunConfig, monkeypatch: pytest.M
     monkeypatch.setattr(limits, "SECONDS_PER_PRODUCT", 0.0)
     monkeypatch.setattr(limits, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "update_bytes_per_second": 1e9})
     task = {"of": "training", "model": tiny_config.model.model_dump(), "rows": 2, "seq_len": 16}
-    found = limits.measure_limit({**task, "precision": "float32", "threads": 0})
+    found = roofline.measure_limit({**task, "precision": "float32", "threads": 0})
     assert found["tokens_per_second"] > found["with_update"] > 0
 
 

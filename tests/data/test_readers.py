@@ -14,7 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from resmol.data import corpora, named, text
+from resmol.data import builtin_corpora as named
+from resmol.data import chunking as text
+from resmol.data import readers as corpora
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.chunking import ReadCounts, cut_into_pieces, decoded, repaired
 from resmol.data.readers import Corpus, from_texts, read_inputs

@@ -12,7 +12,7 @@ from served import Served, slow_demo
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
-from resmol.interop.export import export_space
+from resmol.demo.space import export_space
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.directory import RunDir
 from resmol.train.start import train_model

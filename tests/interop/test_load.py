@@ -25,7 +25,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
 from resmol.inference.generate import SamplingParams
 from resmol.interop import load as load_module
-from resmol.interop import sources as model_sources
+from resmol.interop import resolve as model_sources
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.checkpoint import weight_tensors
 from resmol.system.atomic_io import file_sha256

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from resmol.bench import limits
+from resmol.bench.workers import roofline
 from resmol.bench.workers.roofline import Product, forward_products, product_seconds, training_products
 from resmol.config.load import load_preset
 from resmol.model.flops import forward_flops_per_token, training_flops_per_token
@@ -27,15 +27,15 @@ def test_operations_are_those_of_the_counts(preset: str, rows: int, seq_len: int
 @pytest.mark.parametrize("role", ["gate, up", "gate, up: by input", "gate, up: by weight", "scores", "mixed values"])
 @pytest.mark.parametrize("batch", [0, 3])
 def test_every_layout_can_be_multiplied(role: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SECONDS_PER_PRODUCT", 0.0)
+    monkeypatch.setattr(roofline, "SECONDS_PER_PRODUCT", 0.0)
     assert product_seconds(Product(role, batch, 5, 7, 11, 1), torch.float32) > 0
 
 
 def test_the_limit_of_generation_is_bandwidth_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_preset("nano").model
-    monkeypatch.setattr(limits, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "update_bytes_per_second": 1e9})
-    monkeypatch.setattr(limits, "products_seconds", lambda products, dtype: (2.0, []))
-    found = limits.generation_limit(model, 2, 10, 20, torch.float32)
+    monkeypatch.setattr(roofline, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "update_bytes_per_second": 1e9})
+    monkeypatch.setattr(roofline, "products_seconds", lambda products, dtype: (2.0, []))
+    found = roofline.generation_limit(model, 2, 10, 20, torch.float32)
     cache = 2 * 20 * 2 * 4 * 1 * 16 * 4  # rows, mean context, key and value, blocks, heads, head size, bytes
     assert found["tokens_per_second"] == pytest.approx(2 * 1e9 / (2_458_032 * 4 + cache))
     assert found["prefill_per_second"] == pytest.approx(10.0)
@@ -50,7 +50,7 @@ def test_a_product_counts_as_fast_as_its_faster_library(role: str, monkeypatch: 
         results.append(work())
         return 3.0 - len(results)
 
-    monkeypatch.setattr(limits, "best_seconds", timed)
+    monkeypatch.setattr(roofline, "best_seconds", timed)
     assert product_seconds(Product(role, 0, 12, 20, 28, 1), torch.float32) == 1.0
     torch.testing.assert_close(results[0], results[1])  # the same product, by both
     assert results[0].shape == (12, 28)

@@ -26,7 +26,7 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError, UsageError
-from resmol.interop.export import comparison, export_gguf, gguf_comparison, gguf_file, readback, verify_export
+from resmol.interop.export import export_gguf, gguf_parity, gguf_writer, parity, reader_transformers, verify_export
 from resmol.interop.export import gguf as gguf_export
 from resmol.interop.export.gguf_parity import compare_gguf
 from resmol.interop.export.gguf_vocab import gguf_vocabulary
@@ -62,10 +62,10 @@ def reads_here(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = io.StringIO()
         with monkeypatch.context() as patch, redirect_stdout(answer):
             patch.setattr(sys, "stdin", io.StringIO(options["input"]))
-            readback.main(*command[3:])
+            reader_transformers.main(*command[3:])
         return subprocess.CompletedProcess(command, 0, answer.getvalue(), "")
 
-    monkeypatch.setattr(comparison, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(parity, "subprocess", SimpleNamespace(run=run_here))
 
 
 def exported(run: Path, out: Path, dtype: str) -> Path:
@@ -224,24 +224,24 @@ def _queries_permuted_like_keys(patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_theta(patch: pytest.MonkeyPatch) -> None:
-    genuine = gguf_file.gguf_metadata
+    genuine = gguf_writer.gguf_metadata
     patch.setattr(gguf_file, "gguf_metadata", lambda config: genuine(config) | {"llama.rope.freq_base": 10_000.0})
 
 
 def _other_names(patch: pytest.MonkeyPatch) -> None:
-    genuine, other = gguf_file.gguf_name, {"gate": "up", "up": "gate"}
+    genuine, other = gguf_writer.gguf_name, {"gate": "up", "up": "gate"}
     swap = lambda name: name.replace("gate", "*").replace("up_proj", "gate_proj").replace("*", "up")  # noqa: E731
     assert swap("mlp.gate_proj") == f"mlp.{other['gate']}_proj"
     patch.setattr(gguf_file, "gguf_name", lambda name: genuine(swap(name)))
 
 
 def _merges_in_another_order(patch: pytest.MonkeyPatch) -> None:
-    genuine = gguf_file.GGUFWriter.add_token_merges
-    patch.setattr(gguf_file.GGUFWriter, "add_token_merges", lambda self, merges: genuine(self, merges[::-1]))
+    genuine = gguf_writer.GGUFWriter.add_token_merges
+    patch.setattr(gguf_writer.GGUFWriter, "add_token_merges", lambda self, merges: genuine(self, merges[::-1]))
 
 
 def _coarser_weights(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(gguf_file.KINDS, "float32", "F16")
+    patch.setitem(gguf_writer.KINDS, "float32", "F16")
     patch.setattr(gguf_file, "as_kind", lambda values, kind: values)  # what would be expected of float32
     patch.setattr(gguf_comparison, "as_stored", lambda model, dtype: model)
 
@@ -275,14 +275,14 @@ def test_special_tokens_written_as_text_are_noticed(
     model = CausalLM.empty(tiny_config.model.model_copy(update={"vocab_size": 49_152}))
     model.init_weights(0)
     model.requires_grad_(False)
-    passed, genuine = [], gguf_file.GGUFWriter.add_token_types
+    passed, genuine = [], gguf_writer.GGUFWriter.add_token_types
     for name in ("healthy", "mutant"):
         file = tmp_path / f"{name}.gguf"
         write_gguf(file, model, genuine_tokenizer, "float32", name=name, licence=None)
         passed.append(
             {c.name: c.passed for c in compare_gguf(model, genuine_tokenizer, file, "float32", [TRANSFORMERS])}
         )
-        monkeypatch.setattr(gguf_file.GGUFWriter, "add_token_types", lambda self, k: genuine(self, [1] * len(k)))
+        monkeypatch.setattr(gguf_writer.GGUFWriter, "add_token_types", lambda self, k: genuine(self, [1] * len(k)))
     assert all(passed[0].values())
     assert [name for name, fine in passed[1].items() if not fine] == ["token ids, transformers"]
 
@@ -292,7 +292,7 @@ def test_weights_beyond_the_type_are_refused(tiny_config: RunConfig, tiny_tokeni
     model.init_weights(0)
     model.requires_grad_(False).model.embed_tokens.weight[3, 3] = 70_000.0  # float16 ends at 65504
     checks = [
-        gguf_comparison._type_check(model, gguf_file.as_stored(model, dtype), dtype) for dtype in ("float16", "q8_0")
+        gguf_parity._type_check(model, gguf_writer.as_stored(model, dtype), dtype) for dtype in ("float16", "q8_0")
     ]
     assert [check.passed for check in checks] == [False, False]  # rows of 24: also Q8_0 keeps them in F16
 
@@ -302,21 +302,21 @@ def test_weights_beyond_the_type_are_refused(tiny_config: RunConfig, tiny_tokeni
 def test_a_stored_number_that_is_none_is_beyond_the_type(tiny_config: RunConfig, dtype: str, name: str) -> None:
     model = CausalLM.empty(tiny_config.model)
     model.init_weights(0)
-    stored = gguf_file.as_stored(model, dtype)
-    assert gguf_comparison._type_check(model, stored, dtype).passed
+    stored = gguf_writer.as_stored(model, dtype)
+    assert gguf_parity._type_check(model, stored, dtype).passed
     stored.state_dict()[name].view(-1)[3] = torch.nan
-    assert not gguf_comparison._type_check(model, stored, dtype).passed
+    assert not gguf_parity._type_check(model, stored, dtype).passed
 
 
 def test_nobody_to_read_it_back_is_refused_before_anything_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_export, "gguf_readers", gguf_comparison.gguf_readers)
+    monkeypatch.setattr(gguf_export, "gguf_readers", gguf_parity.gguf_readers)
     monkeypatch.setattr(gguf_comparison, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="neither transformers"):
         export_gguf(run, tmp_path / "out")
     monkeypatch.setattr(gguf_comparison, "find_spec", lambda name: None if name == "accelerate" else object())
-    assert gguf_comparison.gguf_readers() == [gguf_comparison.LLAMA_CPP]
+    assert gguf_parity.gguf_readers() == [gguf_parity.LLAMA_CPP]
 
 
 def test_an_unknown_type_and_an_existing_folder(run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed
-from resmol.interop.export import export_gguf, gguf_file, verify_export
+from resmol.interop.export import export_gguf, gguf_writer, verify_export
 from resmol.interop.export import gguf as gguf_export
 from resmol.interop.export.gguf_parity import LLAMA_CPP, compare_gguf
 from resmol.interop.export.gguf_writer import write_gguf
@@ -112,7 +112,7 @@ def test_faults_that_llama_cpp_notices(
 ) -> None:
     """Also behind the wider tolerance of a quantised type, and with nobody else looking."""
     monkeypatch.setattr(gguf_export, "gguf_readers", lambda: [LLAMA_CPP])
-    metadata = gguf_file.gguf_metadata
+    metadata = gguf_writer.gguf_metadata
     named = "logits, llama.cpp"
     if fault == "permutation":
         monkeypatch.setattr(gguf_file, "permuted", lambda values, heads: values)
@@ -120,8 +120,8 @@ def test_faults_that_llama_cpp_notices(
         changed = {"llama.rope.freq_base": 10_000.0}
         monkeypatch.setattr(gguf_file, "gguf_metadata", lambda config: metadata(config) | changed)
     else:
-        named, genuine = "token ids, llama.cpp", gguf_file.GGUFWriter.add_add_bos_token
-        monkeypatch.setattr(gguf_file.GGUFWriter, "add_add_bos_token", lambda self, _value: genuine(self, True))
+        named, genuine = "token ids, llama.cpp", gguf_writer.GGUFWriter.add_add_bos_token
+        monkeypatch.setattr(gguf_writer.GGUFWriter, "add_add_bos_token", lambda self, _value: genuine(self, True))
     with pytest.raises(CheckFailed, match=named):
         export_gguf(run, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
@@ -130,8 +130,8 @@ def test_faults_that_llama_cpp_notices(
 def test_another_rule_for_digits_is_noticed(
     genuine_tokenizer: Tokenizer, tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = gguf_file.GGUFWriter.add_tokenizer_pre
-    monkeypatch.setattr(gguf_file.GGUFWriter, "add_tokenizer_pre", lambda self, _name: genuine(self, "gpt-2"))
+    genuine = gguf_writer.GGUFWriter.add_tokenizer_pre
+    monkeypatch.setattr(gguf_writer.GGUFWriter, "add_tokenizer_pre", lambda self, _name: genuine(self, "gpt-2"))
     model = CausalLM.empty(tiny_config.model.model_copy(update=GENUINE))
     model.init_weights(0)
     file = tmp_path / "x.gguf"

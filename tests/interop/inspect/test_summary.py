@@ -23,8 +23,8 @@ from resmol.config.load import load_preset, preset_names
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RuntimeConfig
 from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
-from resmol.interop.inspect import inspect as module
 from resmol.interop.inspect import inspect_model
+from resmol.interop.inspect import summary as module
 from resmol.interop.inspect.diagram import mermaid
 from resmol.model.flops import training_memory
 from resmol.model.llama import CausalLM
