@@ -190,8 +190,8 @@ def test_a_trace_is_written(tiny_config: RunConfig, tiny_dataset: Dataset, tmp_p
 
 
 def test_the_limit_process_answers(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SECONDS_PER_PRODUCT", 0.0)
-    monkeypatch.setattr(limits, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "update_bytes_per_second": 1e9})
+    monkeypatch.setattr(roofline, "SECONDS_PER_PRODUCT", 0.0)
+    monkeypatch.setattr(roofline, "bandwidth", lambda: {"read_bytes_per_second": 1e9, "update_bytes_per_second": 1e9})
     task = {"of": "training", "model": tiny_config.model.model_dump(), "rows": 2, "seq_len": 16}
     found = roofline.measure_limit({**task, "precision": "float32", "threads": 0})
     assert found["tokens_per_second"] > found["with_update"] > 0

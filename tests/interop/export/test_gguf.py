@@ -216,23 +216,23 @@ def test_writing_and_reading_are_inverses(
 
 
 def _not_permuted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf_file, "permuted", lambda values, heads: values)
+    patch.setattr(gguf_writer, "permuted", lambda values, heads: values)
 
 
 def _queries_permuted_like_keys(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gguf_file, "rotated_heads", lambda name, config: 1 if "attn_q" in name or "attn_k" in name else 0)
+    patch.setattr(gguf_writer, "rotated_heads", lambda name, config: 1 if "attn_q" in name or "attn_k" in name else 0)
 
 
 def _other_theta(patch: pytest.MonkeyPatch) -> None:
     genuine = gguf_writer.gguf_metadata
-    patch.setattr(gguf_file, "gguf_metadata", lambda config: genuine(config) | {"llama.rope.freq_base": 10_000.0})
+    patch.setattr(gguf_writer, "gguf_metadata", lambda config: genuine(config) | {"llama.rope.freq_base": 10_000.0})
 
 
 def _other_names(patch: pytest.MonkeyPatch) -> None:
     genuine, other = gguf_writer.gguf_name, {"gate": "up", "up": "gate"}
     swap = lambda name: name.replace("gate", "*").replace("up_proj", "gate_proj").replace("*", "up")  # noqa: E731
     assert swap("mlp.gate_proj") == f"mlp.{other['gate']}_proj"
-    patch.setattr(gguf_file, "gguf_name", lambda name: genuine(swap(name)))
+    patch.setattr(gguf_writer, "gguf_name", lambda name: genuine(swap(name)))
 
 
 def _merges_in_another_order(patch: pytest.MonkeyPatch) -> None:
@@ -242,8 +242,8 @@ def _merges_in_another_order(patch: pytest.MonkeyPatch) -> None:
 
 def _coarser_weights(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(gguf_writer.KINDS, "float32", "F16")
-    patch.setattr(gguf_file, "as_kind", lambda values, kind: values)  # what would be expected of float32
-    patch.setattr(gguf_comparison, "as_stored", lambda model, dtype: model)
+    patch.setattr(gguf_writer, "as_kind", lambda values, kind: values)  # what would be expected of float32
+    patch.setattr(gguf_parity, "as_stored", lambda model, dtype: model)
 
 
 @pytest.mark.usefixtures("reads_here")
@@ -312,10 +312,10 @@ def test_nobody_to_read_it_back_is_refused_before_anything_is_loaded(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_export, "gguf_readers", gguf_parity.gguf_readers)
-    monkeypatch.setattr(gguf_comparison, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_parity, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="neither transformers"):
         export_gguf(run, tmp_path / "out")
-    monkeypatch.setattr(gguf_comparison, "find_spec", lambda name: None if name == "accelerate" else object())
+    monkeypatch.setattr(gguf_parity, "find_spec", lambda name: None if name == "accelerate" else object())
     assert gguf_parity.gguf_readers() == [gguf_parity.LLAMA_CPP]
 
 

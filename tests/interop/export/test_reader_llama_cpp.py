@@ -115,10 +115,10 @@ def test_faults_that_llama_cpp_notices(
     metadata = gguf_writer.gguf_metadata
     named = "logits, llama.cpp"
     if fault == "permutation":
-        monkeypatch.setattr(gguf_file, "permuted", lambda values, heads: values)
+        monkeypatch.setattr(gguf_writer, "permuted", lambda values, heads: values)
     elif fault == "theta":
         changed = {"llama.rope.freq_base": 10_000.0}
-        monkeypatch.setattr(gguf_file, "gguf_metadata", lambda config: metadata(config) | changed)
+        monkeypatch.setattr(gguf_writer, "gguf_metadata", lambda config: metadata(config) | changed)
     else:
         named, genuine = "token ids, llama.cpp", gguf_writer.GGUFWriter.add_add_bos_token
         monkeypatch.setattr(gguf_writer.GGUFWriter, "add_add_bos_token", lambda self, _value: genuine(self, True))
