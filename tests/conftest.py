@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch: the suite shares its cores with its own processes
+
 import pytest
 import tokenizers
 from tiny import TrainTiny, synthetic_texts
@@ -20,12 +22,8 @@ from resmol.data.readers import from_texts
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.data.tokenizer_files import cache_path
-from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.train.loop import TrainState
 from resmol.train.start import train_model
-
-# A command that is called in this process would replace it by a new one otherwise, whose output nobody sees.
-os.environ.setdefault(ALLOCATOR_VARIABLE, "")
 
 
 @pytest.fixture(scope="session")

@@ -130,7 +130,6 @@ def main(run: str, delay: str, counter: str) -> None:
     from resmol.__main__ import main as resmol
     from resmol.interop.load import LoadedModel
 
-    os.environ.setdefault("GLIBC_TUNABLES", "")  # it would replace this process otherwise
     stream, file = LoadedModel.stream, Path(counter).open("ab", buffering=0)  # noqa: SIM115 - until the process ends
 
     def slowly(self: Any, prompt: str, sampling: Any, *, on_token: Any = lambda _: None, **options: Any) -> Any:

@@ -65,7 +65,6 @@ def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
 def test_the_sequence_and_the_claims(
     spec: ReproduceSpec, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
-    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
     calls: list[list[str]] = []
     monkeypatch.setattr(module, "_part", in_this_process(calls, train_tiny))
     checks = {check.name: check for check in reproduce(spec)}

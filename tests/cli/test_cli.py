@@ -25,7 +25,6 @@ from resmol.run.directory import RunDir
 @pytest.fixture(autouse=True)
 def no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a test the process must not be replaced."""
-    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
 
 
 @pytest.fixture
@@ -201,8 +200,8 @@ def test_a_name_with_brackets_is_no_markup(
     assert "[/x]" in "".join(capsys.readouterr().out.split())
 
 
-class Restarted(BaseException):
-    """The process would have been replaced."""
+class SetUp(BaseException):
+    """The process was about to be set up for training."""
 
 
 @pytest.mark.parametrize(
@@ -211,15 +210,16 @@ class Restarted(BaseException):
      ["reproduce", "RUN", "--preset", "nano", "--input", "missing.txt", "--set", "model.vocab_size=1"]],
     ids=["trace", "estimate"],
 )  # fmt: skip
-def test_what_trains_in_its_own_process_has_the_allocator_of_train(
+def test_a_command_that_trains_in_its_own_process_is_set_up_like_train(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def restart() -> None:
-        raise Restarted
+    def set_up() -> None:
+        raise SetUp
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", restart)
-    with pytest.raises(Restarted):
+    monkeypatch.setattr("resmol.cli.bench.set_up_process", set_up)
+    monkeypatch.setattr("resmol.cli.train.set_up_process", set_up)
+    with pytest.raises(SetUp):
         run(arguments, debug=False)
 
 

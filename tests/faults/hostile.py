@@ -28,7 +28,6 @@ import torch
 
 from resmol.__main__ import run as run_command_line
 from resmol.errors import ResmolError
-from resmol.system.host import ALLOCATOR_VARIABLE
 
 # --- pickles that do something ---------------------------------------------------------------------------------
 
@@ -125,7 +124,6 @@ def load_dcp(folder: Path) -> int:
 def run_commands(commands: Sequence[Sequence[str]], report: Path, environment: dict[str, str] | None = None) -> int:
     """Run command lines one after another in this process; report exit code, output, seconds and growth of each."""
     os.environ.update(environment or {})
-    os.environ.setdefault(ALLOCATOR_VARIABLE, "")  # it would replace this process by a new one otherwise
     os.chdir(report.parent)
     outcomes = []
     for command in commands:

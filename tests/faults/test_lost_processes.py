@@ -41,7 +41,6 @@ from trials import (
 import resmol.train.loop
 import resmol.train.start
 from resmol.run.ledger import select
-from resmol.system.host import ALLOCATOR_VARIABLE
 
 PATIENCE = 60  # runtime.collective_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
@@ -60,7 +59,7 @@ def shared_oracle(forks: Forks, setting: Setting, tmp_path_factory: pytest.TempP
 def be_process(rank: int, port: int, fault: str, run: Path, setting: Setting, *arguments: str) -> int:
     """Do what `resmol train RUN` does as one of two processes, with a fault in this one."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", **{ALLOCATOR_VARIABLE: ""})
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     FAULTS.get(fault, lambda: None)()
     with error_file(run, rank).open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
         words = ["train", str(run), *command_arguments(setting), *TWO_MICRO_BATCHES, *arguments]
@@ -315,7 +314,7 @@ def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracl
         "100000",
     ]
     words += set_all("runtime.collective_timeout=10")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", ALLOCATOR_VARIABLE: ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
         try:
             until = time.monotonic() + 150

@@ -49,7 +49,6 @@ from resmol.errors import ConfigError, RunInUse
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
-from resmol.system.host import ALLOCATOR_VARIABLE
 
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
@@ -255,7 +254,6 @@ def contend(go: Path, ended: Path, number: int, others: int, run: Path, setting:
         real(state, session)
 
     resmol.train.start.train = train_last
-    os.environ.setdefault(ALLOCATOR_VARIABLE, "")
     while not go.exists():
         pass
     with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -624,7 +622,6 @@ def command_into_full_pipe(pipe: Path, run: Path, setting: Setting, *arguments: 
     resmol.train.loop.record_step = fill
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.setdefault(ALLOCATOR_VARIABLE, "")
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     return run_command_line(["train", str(run), *command_arguments(setting), *arguments], debug=False)
 

@@ -29,7 +29,6 @@ from resmol.run import log_writers  # noqa: F401 - the same
 from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_steps, read_ledger
-from resmol.system.host import ALLOCATOR_VARIABLE
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.train.start import train_model
 
@@ -137,7 +136,6 @@ def command(run: Path, setting: Setting, *arguments: str) -> int:
 
     Unlike `train_run` this is the whole command line: its views, and its answer to errors that are not resmol's.
     """
-    os.environ.setdefault(ALLOCATOR_VARIABLE, "")  # it would replace this process by a new one otherwise
     with (run.parent / f"{run.name}.error").open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
         return run_command_line(["train", str(run), *command_arguments(setting), *arguments], debug=False)
 

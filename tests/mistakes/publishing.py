@@ -45,9 +45,7 @@ def speaker_guard(bench: Bench) -> set[str]:
 
 
 def _call(arguments: list[str]) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
-        return CliRunner().invoke(app, arguments)
+    return CliRunner().invoke(app, arguments)
 
 
 def serves_something_else(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The allocator is tuned once, and never against the user's own setting."""
+"""Signals, free memory, and freed memory that goes back."""
 
 from __future__ import annotations
 
@@ -12,23 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from resmol.system.host import ALLOCATOR_SETTINGS, ALLOCATOR_VARIABLE, allocator_environment, free_memory
+from resmol.system.host import free_memory
 from resmol.system.signals import StopSignal
-
-
-def test_only_glibc_and_only_when_unset() -> None:
-    assert allocator_environment({}, "glibc") == {ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
-    assert allocator_environment({}, "musl") == {}
-    assert allocator_environment({ALLOCATOR_VARIABLE: "mine"}, "glibc") == {}
-
-
-def test_restart_keeps_the_arguments_and_happens_once() -> None:
-    code = "import sys; from resmol.system.host import restart_with_tuned_allocator as restart; print('up', flush=True)"
-    code += "; restart(); print(sys.argv[1:])"
-    environment = {key: value for key, value in os.environ.items() if key != ALLOCATOR_VARIABLE}
-    result = subprocess.run([sys.executable, "-c", code, "a b", "--c"], capture_output=True, text=True, env=environment)
-    expected = "up\n" * (2 if allocator_environment(environment) else 1) + "['a b', '--c']\n"
-    assert (result.returncode, result.stdout) == (0, expected)
 
 
 def test_the_first_signal_counts_and_handlers_are_put_back() -> None:
@@ -92,6 +77,8 @@ def test_pages_of_files_are_free_also_in_a_container(
 HOLES = """
 import sys
 from resmol.system.host import return_freed_memory
+from resmol.system.process_setup import keep_freed_memory
+keep_freed_memory()
 if sys.argv[1] == "return":
     return_freed_memory()
 import torch
@@ -108,9 +95,8 @@ print(int(open("/proc/self/statm").read().split()[1]) * 4096)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_goes_back_when_asked_for() -> None:
     def resident(how: str) -> int:
-        environment = {**os.environ, ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
         command = [sys.executable, "-c", HOLES, how]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(done.stdout)
 
     assert resident("return") < resident("keep") - 20_000_000
@@ -120,6 +106,8 @@ GONE = """
 import sys
 import torch
 from resmol.system.host import release_freed_memory
+from resmol.system.process_setup import keep_freed_memory
+keep_freed_memory()
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -137,9 +125,8 @@ print(resident() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_is_released_for_others() -> None:
     def growth(how: str) -> int:
-        environment = {**os.environ, ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
         command = [sys.executable, "-c", GONE, how]
-        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert growth("keep") > 200_000_000
     assert growth("release") < 100_000_000

@@ -56,10 +56,3 @@ def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
             "--preset and --config are both given", fix="a configuration can name the preset as its `base`"
         )
     return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
-
-
-def tune_allocator() -> None:
-    """Restart once with the tuned allocator; called after the arguments are known to be good, before any work."""
-    from resmol.system.host import restart_with_tuned_allocator
-
-    restart_with_tuned_allocator()

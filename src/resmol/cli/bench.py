@@ -20,12 +20,12 @@ from resmol.cli.app import (
     TokenizerSource,
     app,
     chosen_config,
-    tune_allocator,
 )
 from resmol.cli.terminal import print_json, say
 from resmol.config.load import load_preset, with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import Interrupted, UsageError
+from resmol.system.process_setup import set_up_process
 
 bench = typer.Typer(
     help="Speed and memory, against what one would use instead and what the machine allows.",
@@ -66,7 +66,7 @@ def bench_train(
     if trace is not None:
         if len(batch or ()) > 1:
             raise UsageError(f"--trace watches one --batch, and {len(batch or ())} are given", fix="give one of them")
-        tune_allocator()  # it trains in this process, which must meet the same page faults as `train`
+        set_up_process()  # it trains in this process, which must meet the same page faults as `train`
     from resmol.bench.subprocess_runs import prepared_folder
     from resmol.bench.train import TrainBench, parse_batch, training_contests
 

@@ -15,11 +15,11 @@ from resmol.cli.app import (
     Preset,
     app,
     chosen_config,
-    tune_allocator,
 )
 from resmol.cli.terminal import print_json
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted
+from resmol.system.process_setup import set_up_process
 
 
 @app.command()
@@ -33,7 +33,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte."""
-    tune_allocator()
+    set_up_process()
     from resmol.interop.evaluate import evaluate_model
 
     result = evaluate_model(model, data, windows=windows, seq_len=seq_len)

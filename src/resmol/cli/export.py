@@ -10,10 +10,10 @@ import typer
 from resmol.cli.app import (
     Json,
     app,
-    tune_allocator,
 )
 from resmol.cli.terminal import print_json, report_checks, say
 from resmol.errors import UsageError
+from resmol.system.process_setup import set_up_process
 
 
 @app.command()
@@ -35,7 +35,7 @@ def export(
         raise UsageError("a Space serves a Hugging Face folder", fix="leave --format out")
     if model_repo is not None and not space:
         raise UsageError("--model-repo is for a Space", fix="add --space")
-    tune_allocator()
+    set_up_process()
     from resmol.demo.space import export_space
     from resmol.interop.export import export_gguf, export_hf
 
@@ -78,7 +78,7 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
 ) -> None:
     """Serve a page to try a model in: text, sampling, and the record of its training."""
-    tune_allocator()
+    set_up_process()
     from resmol.demo import serve
 
     serve(model, host, port)

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from resmol.cli.app import Json, app, tune_allocator
+from resmol.cli.app import Json, app
 from resmol.cli.prompts import Prompt, given_prompt, prompts_from
 from resmol.cli.terminal import print_json, say
 from resmol.errors import UsageError
 from resmol.inference.sampling_params import SamplingParams
 from resmol.inference.stop_strings import StopStrings
+from resmol.system.process_setup import set_up_process
 
 
 @app.command()
@@ -40,7 +41,7 @@ def generate(
         raise UsageError("--interactive and --json exclude each other", fix="use --prompts - with --json")
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
     stops = StopStrings(stop or ()).strings
-    tune_allocator()
+    set_up_process()
     from resmol.interop.load import load_model
 
     # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.

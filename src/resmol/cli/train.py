@@ -18,10 +18,10 @@ from resmol.cli.app import (
     TokenizerSource,
     app,
     chosen_config,
-    tune_allocator,
 )
 from resmol.cli.terminal import print_json, report_checks
 from resmol.run.directory import RunDir
+from resmol.system.process_setup import set_up_process
 
 
 @app.command()
@@ -70,7 +70,7 @@ def train(
     """Start a run, or resume it bit for bit."""
     wanted = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
-    tune_allocator()
+    set_up_process()
     from resmol.cli.console import console_views
     from resmol.train.start import train_model
 
@@ -110,7 +110,7 @@ def reproduce(
     json_: Json = False,
 ) -> None:
     """Do the whole job in separate processes and print the claims, each with its evidence."""
-    tune_allocator()  # the estimate trains in this process, as fast as `train` will
+    set_up_process()  # the estimate trains in this process, as fast as `train` will
     from resmol.audit.reproduce import ReproduceSpec
     from resmol.audit.reproduce import reproduce as run_protocol
 

@@ -15,12 +15,12 @@ from resmol.cli.app import (
     Preset,
     app,
     chosen_config,
-    tune_allocator,
 )
 from resmol.cli.terminal import print_json, report_checks, say
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
 from resmol.run.directory import RunDir
+from resmol.system.process_setup import set_up_process
 
 
 @app.command()
@@ -56,7 +56,7 @@ def verify(
     chosen = chosen_config(preset, config)
     if weights != "random" and (chosen or model):
         raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
-    tune_allocator()
+    set_up_process()
     from resmol.verify import verify_model
 
     checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names)

@@ -1,30 +1,13 @@
-"""The operating system's side of a process: its processor, its memory and its signals.
-
-glibc returns every block over 32 MB to the kernel as soon as it is freed, and the next one of that size faults all
-its pages in again. A training step allocates and frees hundreds of megabytes, so this costs a fifth to a third of
-its time. The thresholds can only be raised from outside, by an environment variable read at process start.
-"""
+"""The host: its processor, its memory, and what of it this process may give back or still take."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import os
 import platform
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-ALLOCATOR_VARIABLE = "GLIBC_TUNABLES"
-ALLOCATOR_SETTINGS = ":".join(
-    (
-        "glibc.malloc.mmap_threshold=4294967296",  # blocks below 4 GiB come from the heap
-        "glibc.malloc.trim_threshold=17179869184",  # the heap is not returned while it may be needed again
-        "glibc.malloc.top_pad=67108864",
-        "glibc.malloc.hugetlb=1",  # in pages of 2 MiB where the kernel leaves that to programs
-    )
-)
 CPU_FACTS = Path("/proc/cpuinfo")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 RETURNED_BYTES = 1 << 20
@@ -39,33 +22,11 @@ CGROUP_FILES = (  # the limit, what is taken of it, and what of that are pages o
 FILE_PAGES = ("inactive_file", "active_file")  # given back when memory is needed; a saved checkpoint leaves gigabytes
 
 
-def allocator_environment(environment: Mapping[str, str], libc: str | None = None) -> dict[str, str]:
-    """Return what to add to ``environment`` so that large tensors do not fault their pages in again and again.
-
-    Nothing is added where the C library is not glibc, or where the user has set the variable.
-    """
-    if (libc if libc is not None else platform.libc_ver()[0]) != "glibc" or ALLOCATOR_VARIABLE in environment:
-        return {}
-    return {ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS}
-
-
-def restart_with_tuned_allocator() -> None:
-    """Replace this process by itself with a tuned allocator, if it is not tuned already.
-
-    Call it before anything is done that must not be done twice. Results do not change, only the speed does.
-    """
-    added = allocator_environment(os.environ)
-    if added:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})  # noqa: S606
-
-
 def return_freed_memory() -> None:
     """From here on, give blocks of a megabyte and more back to the kernel as soon as they are freed.
 
-    The opposite of `ALLOCATOR_SETTINGS`, for when memory is short: a heap that is kept breaks up between what stays
-    (the inputs of blocks, gradients) and what goes. Costs some speed, changes no result. Does nothing where the C
+    The opposite of `process_setup.keep_freed_memory`, for when memory is short: a heap that is kept breaks up between
+    what stays (the inputs of blocks, gradients) and what goes. Costs some speed, changes no result. Does nothing where the C
     library is not glibc.
     """
     if platform.libc_ver()[0] == "glibc":
@@ -77,7 +38,7 @@ def return_freed_memory() -> None:
 def release_freed_memory() -> None:
     """Give back to the kernel, once, all that has been freed: before another process needs it.
 
-    `ALLOCATOR_SETTINGS` keep it otherwise. Does nothing where the C library is not glibc.
+    `process_setup.keep_freed_memory` makes it stay otherwise. Does nothing where the C library is not glibc.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":

@@ -152,7 +152,6 @@ def test_the_commands_of_the_card_reproduce_the_run(
     tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a stranger: from the folder and the text alone, bit for bit."""
-    monkeypatch.setattr("resmol.system.host.restart_with_tuned_allocator", lambda: None)
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("\n\n".join(synthetic_texts(200)), encoding="utf-8")
     tokenizer = ["--tokenizer", str(tiny_tokenizer.path)]
