@@ -26,8 +26,8 @@ def return_freed_memory() -> None:
     """From here on, give blocks of a megabyte and more back to the kernel as soon as they are freed.
 
     The opposite of `process_setup.keep_freed_memory`, for when memory is short: a heap that is kept breaks up between
-    what stays (the inputs of blocks, gradients) and what goes. Costs some speed, changes no result. Does nothing where the C
-    library is not glibc.
+    what stays (the inputs of blocks, gradients) and what goes. Costs some speed, changes no result. Does nothing
+    where the C library is not glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

@@ -40,7 +40,7 @@ def set_up_process(environment: MutableMapping[str, str] = os.environ) -> None:
     reason = reason_to_sleep(environment)
     if reason:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        logger.info(f"threads: waiting threads sleep, since {reason} (to make them spin: OMP_WAIT_POLICY=ACTIVE)")
+        logger.info(f"threads: waiting threads sleep, since {reason} (OMP_WAIT_POLICY overrides this)")
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:
