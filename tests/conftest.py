@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import profiles  # noqa: F401 - registers them
 import pytest
 import tokenizers
+import torch
+from hypothesis import settings
 from tiny import TrainTiny, synthetic_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -26,6 +29,14 @@ from resmol.train.start import train_model
 
 # A command that is called in this process would replace it by a new one otherwise, whose output nobody sees.
 os.environ.setdefault(ALLOCATOR_VARIABLE, "")
+
+settings.load_profile("ci")  # another one: --hypothesis-profile=fuzz
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Let PyTorch's global random numbers be the same in a test, whichever tests ran before it in this process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from resmol.data import tokenizer as module
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, StreamDecoder, Tokenizer, load_tokenizer
@@ -76,7 +77,7 @@ def test_nothing_is_added_and_id_zero_is_a_token(tiny_tokenizer):
     assert tiny_tokenizer.token_bytes(512) == tiny_tokenizer.token_bytes(-1) == b""
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.text(max_size=60))
 def test_text_comes_back_whole_and_bytes_add_up(tiny_tokenizer, text):
     ids = tiny_tokenizer.encode(text)
@@ -84,7 +85,7 @@ def test_text_comes_back_whole_and_bytes_add_up(tiny_tokenizer, text):
     assert tiny_tokenizer.byte_lengths()[ids].sum() == len(text.encode())
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(st.integers(0, 511), max_size=40))
 def test_streaming_gives_the_text_of_the_whole_and_never_half_a_character(tiny_tokenizer, ids):
     decoder = StreamDecoder(tiny_tokenizer)

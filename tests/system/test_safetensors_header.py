@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -134,7 +135,7 @@ def test_every_cut_and_every_added_byte_is_noticed(tmp_path: Path) -> None:
     parse(whole)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.data())
 def test_changed_bytes_give_an_error_or_a_header_that_keeps_the_rules(data: st.DataObject) -> None:
     content = bytearray(file_bytes({"a": ONE, "b": TWO, "__metadata__": {"k": "v"}}, bytes(16)))
