@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import TrainTiny
+from waiting import until
 
 from resmol.audit import reproduce as module
 from resmol.audit.reproduce import ReproduceSpec, claims, estimate_seconds, reproduce
@@ -133,9 +134,10 @@ def test_evidence_of_an_earlier_time_proves_nothing(spec: ReproduceSpec, monkeyp
 
 
 CHILD = """
-import signal, sys, time
+import pathlib, signal, sys, time
 came = []
 signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+pathlib.Path(sys.argv[1]).touch()
 print(flush=True)
 while not came:
     time.sleep(0.1)
@@ -148,12 +150,16 @@ sys.exit(143)
 def test_a_stop_signal_reaches_the_part_that_runs(spec: ReproduceSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only this process gets the signal, as from a job scheduler; the child must save and leave first."""
     genuine = module.subprocess.Popen
-    monkeypatch.setattr(
-        module.subprocess, "Popen", lambda *_, **options: genuine([sys.executable, "-c", CHILD], **options)
-    )
     spec.run.evidence.mkdir(parents=True)
-    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.start()
+    ready = spec.run.path / "ready"
+    command = [sys.executable, "-c", CHILD, str(ready)]
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **options: genuine(command, **options))
+
+    def stop_when_ready() -> None:
+        until(ready.exists, "the part begins")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_ready, daemon=True).start()
     with pytest.raises(Interrupted) as stopped:
         module._part(spec, "train", ["train", "x"], lambda _: None)
     assert stopped.value.signal_number == signal.SIGTERM

@@ -121,11 +121,11 @@ ENDLESS = field("a", 9, struct.pack("<IQ", 0, 2**60))  # an array of 2^60 bytes;
 )  # fmt: skip
 def test_every_broken_rule_is_named(content: bytes, rule: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CheckpointError, match=r"x\.gguf") as caught:
         read_gguf_header(tmp_path / "x.gguf")
     assert rule in caught.value.what
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5
 
 
 def test_a_large_file_of_nonsense_is_not_read_whole(tmp_path: Path) -> None:

@@ -156,10 +156,10 @@ def test_a_huge_claim_costs_no_memory(tmp_path: Path, size: int) -> None:
         file.write(struct.pack("<Q", 99_000_000) + b'{"a":')
         file.truncate(size)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CheckpointError, match="99000000"):
         read_header(path)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 
