@@ -44,7 +44,7 @@ def spec(
 def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
     from resmol.__main__ import run as resmol
 
-    def part(spec: ReproduceSpec, name: str, arguments: list[str], _say: Any) -> None:
+    def part(spec: ReproduceSpec, name: str, arguments: list[str]) -> None:
         calls.append(list(arguments))
         path = spec.run.evidence / f"{name}.json"
         if name in ("train", "resume"):
@@ -129,7 +129,7 @@ def test_evidence_of_an_earlier_time_proves_nothing(spec: ReproduceSpec, monkeyp
     evidence = spec.run.evidence / "audit.json"
     evidence.write_text('{"checks": []}')
     with pytest.raises(CheckFailed, match="was ended by SIGKILL") as failed:
-        module._part(spec, "audit", ["audit", "x"], lambda _: None)
+        module._part(spec, "audit", ["audit", "x"])
     assert (failed.value.exit_code, evidence.exists()) == (137, False)
 
 
@@ -161,6 +161,6 @@ def test_a_stop_signal_reaches_the_part_that_runs(spec: ReproduceSpec, monkeypat
 
     threading.Thread(target=stop_when_ready, daemon=True).start()
     with pytest.raises(Interrupted) as stopped:
-        module._part(spec, "train", ["train", "x"], lambda _: None)
+        module._part(spec, "train", ["train", "x"])
     assert stopped.value.signal_number == signal.SIGTERM
     assert json.loads((spec.run.evidence / "train.json").read_text()) == {"signals": 1}
