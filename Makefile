@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce demo bench test interop slow mistakes faults check format clean
+.PHONY: help setup quickstart reproduce demo bench test fuzz interop slow mistakes faults check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -32,6 +32,9 @@ bench: .venv/package ## speed and memory of training side by side with transform
 
 test: .venv/package ## the test suite
 	$(BIN)/python -m pytest -m "not slow and not interop" -n $(WORKERS) --dist worksteal
+
+fuzz: .venv/package ## the property tests with new random examples, ten times as many
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz -n $(WORKERS) --dist worksteal
 
 interop: .venv/interop ## what llama.cpp and lm-eval make of our exports; builds llama.cpp the first time (minutes)
 	$(BIN)/python -m pytest -m interop

@@ -10,8 +10,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch: the suite shares its cores with its own processes
 
+import profiles  # noqa: F401 - registers them
 import pytest
 import tokenizers
+import torch
+from hypothesis import settings
 from tiny import TrainTiny, synthetic_texts
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -24,6 +27,14 @@ from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.data.tokenizer_files import cache_path
 from resmol.train.loop import TrainState
 from resmol.train.start import train_model
+
+settings.load_profile("ci")  # another one: --hypothesis-profile=fuzz
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Let PyTorch's global random numbers be the same in a test, whichever tests ran before it in this process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

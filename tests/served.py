@@ -1,11 +1,14 @@
 """A demo in a process of its own, as `resmol demo` starts it, and a client that speaks as its page does.
 
-Run as a program it is that process: ``python served.py RUN DELAY COUNTER`` serves RUN on a free port, takes DELAY
-seconds longer for each token, and appends a byte to COUNTER for each, so that a test can see what is being computed.
+Run as a program it is that process: ``python served.py RUN DELAY PATIENCE COUNTER`` serves RUN on a free port, takes
+DELAY seconds longer for each token, and appends a byte to COUNTER for each, so that a test can see what is being
+computed. From the `FAST_TOKENS`-th token of an answer on it takes ten times DELAY: a test that stops a long answer need
+not be quick. PATIENCE is `Limits.listener_seconds`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import waiting
+from waiting import HANGS
 
 DEFAULTS: list[Any] = ["ka lo mi", 8, 0.8, 0.95, 50, 0]
 JOIN, DATA = "/gradio_api/queue/join", "/gradio_api/queue/data"
+FAST_TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Served:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def settle(self, quiet: float = 0.5, limit: float = 20.0) -> int:
+    def settle(self, quiet: float = 1.0, limit: float = HANGS) -> int:
         """Wait until nothing has been computed for a while; return the number of tokens."""
         deadline, seen, since = time.monotonic() + limit, self.tokens(), time.monotonic()
         while time.monotonic() - since < quiet:
@@ -55,7 +61,7 @@ class Served:
 
 @contextmanager
 def demo_process(command: list[str], folder: Path, *, cwd: Path | None = None, env: dict[str, str] | None = None,
-                 wait: float = 60.0) -> Iterator[Served]:  # fmt: skip
+                 wait: float = HANGS) -> Iterator[Served]:  # fmt: skip
     """Start a process that prints ``http://...`` when it serves; end it with the context."""
     log = folder / "demo.log"
     with log.open("wb") as file:
@@ -67,29 +73,29 @@ def demo_process(command: list[str], folder: Path, *, cwd: Path | None = None, e
             assert time.monotonic() < deadline, "the demo does not start"
             time.sleep(0.05)
         served = Served(found[0], process.pid, folder / "tokens", log)
-        until(lambda: httpx.get(f"{served.url}/config").status_code == 200)
+        until(lambda: httpx.get(f"{served.url}/config", timeout=HANGS).status_code == 200)
         yield served
     finally:
         process.terminate()
-        process.wait(timeout=15)
+        process.wait(timeout=HANGS)
 
 
-def until(holds: Callable[[], bool], limit: float = 20.0) -> None:
+def until(holds: Callable[[], bool]) -> None:
     """Wait until something holds; a connection that is refused does not count as holding."""
-    deadline = time.monotonic() + limit
-    while True:
+
+    def holds_by_now() -> bool:
         try:
-            if holds():
-                return
+            return holds()
         except httpx.TransportError:
-            pass
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
+            return False
+
+    waiting.until(holds_by_now, "it never came true")
 
 
-def slow_demo(run: Path, folder: Path, delay: float = 0.0) -> Any:
-    """Serve a run with ``delay`` more seconds for each token."""
-    return demo_process([sys.executable, __file__, str(run), str(delay), str(folder / "tokens")], folder)
+def slow_demo(run: Path, folder: Path, delay: float = 0.0, patience: float = 5.0) -> Any:
+    """Serve a run with ``delay`` more seconds for each token, and ``patience`` with those who do not listen."""
+    words = [sys.executable, __file__, str(run), str(delay), str(patience), str(folder / "tokens")]
+    return demo_process(words, folder)
 
 
 def body(values: list[Any], session: str, **changes: Any) -> dict[str, Any]:
@@ -104,9 +110,9 @@ def messages(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def ask(url: str, values: list[Any] | None = None, session: str = "s1", timeout: float = 30.0) -> list[dict[str, Any]]:
+def ask(url: str, values: list[Any] | None = None, session: str = "s1") -> list[dict[str, Any]]:
     """Ask for a continuation and listen to the end of it; return all messages."""
-    with httpx.Client(base_url=url, timeout=timeout) as client:
+    with httpx.Client(base_url=url, timeout=HANGS) as client:
         answer = client.post(JOIN, json=body(DEFAULTS if values is None else values, session))
         assert answer.status_code == 200, answer.text
         with client.stream("GET", DATA, params={"session_hash": session}) as stream:
@@ -125,16 +131,22 @@ def final_text(found: list[dict[str, Any]]) -> str:
     return str(last["output"]["data"][0])
 
 
-def main(run: str, delay: str, counter: str) -> None:
+def main(run: str, delay: str, patience: str, counter: str) -> None:
     """Serve, slowly."""
     from resmol.__main__ import main as resmol
+    from resmol.demo import server
+    from resmol.demo.request_limits import Limits
     from resmol.interop.load import LoadedModel
+
+    server.Limits = lambda: Limits(listener_seconds=float(patience))  # type: ignore[assignment, misc]
 
     stream, file = LoadedModel.stream, Path(counter).open("ab", buffering=0)  # noqa: SIM115 - until the process ends
 
     def slowly(self: Any, prompt: str, sampling: Any, *, on_token: Any = lambda _: None, **options: Any) -> Any:
+        numbers = itertools.count()
+
         def counted(token: int) -> None:
-            time.sleep(float(delay))
+            time.sleep(float(delay) * (1 if next(numbers) < FAST_TOKENS else 10))
             file.write(b".")
             on_token(token)
 

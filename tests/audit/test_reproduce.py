@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import TrainTiny
+from waiting import until
 
 from resmol.audit import reproduce as module
 from resmol.audit.reproduce import ReproduceSpec, claims, estimate_seconds, reproduce
@@ -43,7 +44,7 @@ def spec(
 def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
     from resmol.__main__ import run as resmol
 
-    def part(spec: ReproduceSpec, name: str, arguments: list[str], _say: Any) -> None:
+    def part(spec: ReproduceSpec, name: str, arguments: list[str]) -> None:
         calls.append(list(arguments))
         path = spec.run.evidence / f"{name}.json"
         if name in ("train", "resume"):
@@ -127,14 +128,15 @@ def test_evidence_of_an_earlier_time_proves_nothing(spec: ReproduceSpec, monkeyp
     evidence = spec.run.evidence / "audit.json"
     evidence.write_text('{"checks": []}')
     with pytest.raises(CheckFailed, match="was ended by SIGKILL") as failed:
-        module._part(spec, "audit", ["audit", "x"], lambda _: None)
+        module._part(spec, "audit", ["audit", "x"])
     assert (failed.value.exit_code, evidence.exists()) == (137, False)
 
 
 CHILD = """
-import signal, sys, time
+import pathlib, signal, sys, time
 came = []
 signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+pathlib.Path(sys.argv[1]).touch()
 print(flush=True)
 while not came:
     time.sleep(0.1)
@@ -147,13 +149,17 @@ sys.exit(143)
 def test_a_stop_signal_reaches_the_part_that_runs(spec: ReproduceSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only this process gets the signal, as from a job scheduler; the child must save and leave first."""
     genuine = module.subprocess.Popen
-    monkeypatch.setattr(
-        module.subprocess, "Popen", lambda *_, **options: genuine([sys.executable, "-c", CHILD], **options)
-    )
     spec.run.evidence.mkdir(parents=True)
-    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    timer.start()
+    ready = spec.run.path / "ready"
+    command = [sys.executable, "-c", CHILD, str(ready)]
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **options: genuine(command, **options))
+
+    def stop_when_ready() -> None:
+        until(ready.exists, "the part begins")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_ready, daemon=True).start()
     with pytest.raises(Interrupted) as stopped:
-        module._part(spec, "train", ["train", "x"], lambda _: None)
+        module._part(spec, "train", ["train", "x"])
     assert stopped.value.signal_number == signal.SIGTERM
     assert json.loads((spec.run.evidence / "train.json").read_text()) == {"signals": 1}

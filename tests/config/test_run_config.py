@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import UNTIMED
 from pydantic import BaseModel, ValidationError
 
 from resmol.config.drift import reconcile
@@ -394,7 +395,7 @@ def test_what_a_run_stores_is_read_back(name: str, tmp_path: Path) -> None:
     seed=st.integers(0, 2**63 - 1),
     permanent=st.lists(st.integers(-5, 10**9)),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[*UNTIMED, HealthCheck.function_scoped_fixture])
 def test_any_values_are_read_back(prompt: str, lr: float, seed: int, permanent: list[int], tmp_path: Path) -> None:
     config = base_config()
     changed = config.model_copy(

@@ -5,8 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from resmol.data.loader import IGNORE_INDEX, Loader
 from resmol.data.shards import Shard, TokenStream
@@ -63,7 +64,7 @@ def test_the_last_window_is_padded_and_the_padding_is_no_target(tmp_path):
     assert batch.tokens == 11
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     length=st.integers(5, 90),
     seq_len=st.integers(1, 4),

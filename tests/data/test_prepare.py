@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from tiny import synthetic_texts
 
 from resmol.data import prepare as module
@@ -112,7 +113,7 @@ def test_a_corpus_can_choose_its_split(tiny_tokenizer, tmp_path):
     assert tokens_of(dataset.train) == expected(texts[1:], tiny_tokenizer)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=8), max_size=8),
     val_fraction=st.floats(0, 0.99),

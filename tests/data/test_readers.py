@@ -11,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from profiles import examples
 
 from resmol.data import builtin_corpora as named
 from resmol.data import chunking as text
@@ -183,7 +184,7 @@ TEXT = st.text(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(TEXT, st.integers(2, 16))
 @example("漢、字。か！、カ，a", 2)
 @example("a\x1c b\u180e c d'\u2019s  1 2  \n\n x", 2)

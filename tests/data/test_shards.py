@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from resmol.data.prepare import prepare
@@ -39,7 +39,6 @@ def test_an_opened_folder_equals_the_prepared_one_wherever_it_lies(tiny_dataset,
     assert len(messages) == 1
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_range_is_read_across_shard_borders(tiny_dataset, data):
     stream = tiny_dataset.train

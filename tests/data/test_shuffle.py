@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from resmol.data.shuffle import WindowShuffle
@@ -28,7 +28,6 @@ def test_epochs_and_seeds_differ():
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 12
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**63), st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
 def test_a_position_has_one_window_whoever_asks_and_however(n, seed, positions):
     together = WindowShuffle(n, seed).windows(np.array(positions, dtype=np.int64)).tolist()

@@ -8,14 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from resmol.data import tokenizer as module
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, StreamDecoder, Tokenizer, load_tokenizer
@@ -76,7 +76,7 @@ def test_nothing_is_added_and_id_zero_is_a_token(tiny_tokenizer):
     assert tiny_tokenizer.token_bytes(512) == tiny_tokenizer.token_bytes(-1) == b""
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.text(max_size=60))
 def test_text_comes_back_whole_and_bytes_add_up(tiny_tokenizer, text):
     ids = tiny_tokenizer.encode(text)
@@ -84,7 +84,7 @@ def test_text_comes_back_whole_and_bytes_add_up(tiny_tokenizer, text):
     assert tiny_tokenizer.byte_lengths()[ids].sum() == len(text.encode())
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(st.integers(0, 511), max_size=40))
 def test_streaming_gives_the_text_of_the_whole_and_never_half_a_character(tiny_tokenizer, ids):
     decoder = StreamDecoder(tiny_tokenizer)
@@ -284,21 +284,29 @@ def test_the_genuine_file_is_rebuilt_byte_for_byte(genuine_tokenizer, tmp_path):
 
 
 LOAD = """
-import logging, sys
+import logging, sys, time
+waits, genuine = [], time.sleep  # the client of the Hub sleeps a second or more before it tries again
+time.sleep = lambda seconds: waits.append(seconds) if seconds >= 0.5 else genuine(seconds)
 from resmol.data.tokenizer import load_tokenizer
 from resmol.errors import ResmolError
 source, sha256 = sys.argv[1:]
-logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+logging.getLogger("resmol").addHandler(logging.StreamHandler(sys.stdout))
+logging.getLogger("resmol").setLevel(logging.INFO)
 try:
     options = {} if sha256 == "-" else {"sha256": sha256}
     print("loaded", load_tokenizer(None if source == "-" else source, **options).sha256)
 except ResmolError as error:
     print(type(error).__name__, error.what, "|", error.fix)
+print(sum(waits))
 """
 
 
 def load_in_a_process(endpoint: str, folder: Path, source: str = "-", sha256: str = "-") -> tuple[str, float]:
-    """Load with the real client of the Hub, which reads its settings when it is imported."""
+    """Load with the real client of the Hub, which reads its settings when it is imported.
+
+    Returns:
+        What was printed, and for how many seconds the process would have slept.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PIP_"))}
     environment |= {
         "HF_ENDPOINT": endpoint,
@@ -310,10 +318,10 @@ def load_in_a_process(endpoint: str, folder: Path, source: str = "-", sha256: st
         "PIP_CONFIG_FILE": "/dev/null",
         "NO_PROXY": "127.0.0.1",
     }
-    begin = time.monotonic()
     command = [sys.executable, "-W", "ignore", "-c", LOAD, source, sha256]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout, time.monotonic() - begin
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    out, waited = done.stdout.rstrip().rsplit("\n", 1)
+    return out, float(waited)
 
 
 @pytest.fixture
@@ -364,19 +372,19 @@ def test_a_tokenizer_comes_from_the_hub(hub, tiny_tokenizer_file, tmp_path):
 
 @pytest.mark.parametrize("name", ["someone/else", "someone/busy"])
 def test_what_the_hub_does_not_give_is_a_network_error_at_once(hub, tmp_path, name):
-    out, seconds = load_in_a_process(hub, tmp_path, name)
+    out, waited = load_in_a_process(hub, tmp_path, name)
     assert out.startswith("NetworkError")
     assert "--tokenizer PATH" in out
-    assert seconds < 12
+    assert waited == 0
 
 
-def test_an_unreachable_hub_costs_seconds_and_one_line(tmp_path):
-    out, seconds = load_in_a_process("http://127.0.0.1:9", tmp_path)
+def test_an_unreachable_hub_is_asked_once_and_costs_one_line(tmp_path):
+    out, waited = load_in_a_process("http://127.0.0.1:9", tmp_path)
     first, second = out.strip().splitlines()
     assert "the Hub cannot be reached" in first
     assert second.startswith("NetworkError")
     assert "--tokenizer PATH" in second
-    assert seconds < 15
+    assert waited == 0
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch):
@@ -384,13 +392,15 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch):
 
     from resmol.system import hub_download as hub
 
+    end, answered = threading.Event(), []
+
     class Silent:
         def head(self, *_args, **_options):
-            time.sleep(30)
+            answered.append(end.wait(300))
 
     monkeypatch.setattr("huggingface_hub.get_session", Silent)
     monkeypatch.setattr(hub, "PROBE_SECONDS", -0.8)
-    begin = time.monotonic()
     with pytest.raises(NetworkError, match="cannot be reached"):
         hub.require_answer("http://example.invalid", constants.ENDPOINT, fix="")
-    assert time.monotonic() - begin < 5
+    assert not answered, "it was waited for"
+    end.set()

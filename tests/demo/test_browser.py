@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from served import Served, ask, final_text
+from waiting import HANGS
 
 from resmol.interop.load import LoadedModel
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium for the br
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=1000 * HANGS)
     with sync_playwright() as playwright:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to run as root otherwise
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
@@ -36,7 +38,7 @@ class Visit:
             viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light"
         )
         self.page: Page = context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(1000 * HANGS)
         self.outside: list[str] = []
         self.errors: list[str] = []
         self.page.on(
@@ -74,8 +76,8 @@ def visit(browser: Browser, served: Served) -> Iterator[Visit]:
 
 
 def test_type_generate_and_watch_it_stream(visit: Visit, demo_model: LoadedModel) -> None:
-    visit.generate("ka lo", temperature=0, max_new_tokens=60)
-    expected = "ka lo" + demo_model.generate("ka lo", temperature=0.0, top_p=0.95, top_k=50, max_new_tokens=60)
+    visit.generate("ka lo", temperature=0, max_new_tokens=100)
+    expected = "ka lo" + demo_model.generate("ka lo", temperature=0.0, top_p=0.95, top_k=50, max_new_tokens=100)
     lengths = set()
     while visit.text != expected:
         lengths.add(len(visit.text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages, until
+from waiting import HANGS
 
 from resmol.demo.server import listening_socket
 from resmol.errors import UsageError
@@ -28,9 +28,9 @@ def test_the_long_answer_is_long(demo_model: LoadedModel) -> None:
 
 
 def test_it_streams_what_generate_says(served: Served, demo_model: LoadedModel) -> None:
-    found = ask(served.url, ["ka lo", 12, 0.0, 1, 0, 0], "stream1")
+    found = ask(served.url, ["ka lo", 30, 0.0, 1, 0, 0], "stream1")
     assert sum(message["msg"] == "process_generating" for message in found) >= 5, "it came in one piece"
-    assert final_text(found) == "ka lo" + demo_model.generate("ka lo", max_new_tokens=12, temperature=0.0)
+    assert final_text(found) == "ka lo" + demo_model.generate("ka lo", max_new_tokens=30, temperature=0.0)
 
 
 def test_the_seed_decides(served: Served) -> None:
@@ -40,7 +40,7 @@ def test_the_seed_decides(served: Served) -> None:
 
 def test_cancelling_stops_the_computation(served: Served) -> None:
     before = served.tokens()
-    with httpx.Client(base_url=served.url) as client:
+    with httpx.Client(base_url=served.url, timeout=HANGS) as client:
         event = client.post(JOIN, json=body(LONG, "cancel1")).json()["event_id"]
         with client.stream("GET", DATA, params={"session_hash": "cancel1"}) as stream:
             for message in messages(stream.iter_lines()):
@@ -55,7 +55,7 @@ def test_cancelling_stops_the_computation(served: Served) -> None:
 
 def test_a_disconnect_stops_the_computation(served: Served) -> None:
     before = served.tokens()
-    with httpx.Client(base_url=served.url) as client:
+    with httpx.Client(base_url=served.url, timeout=HANGS) as client:
         client.post(JOIN, json=body(LONG, "leaves1"))
         with client.stream("GET", DATA, params={"session_hash": "leaves1"}) as stream:
             for message in messages(stream.iter_lines()):
@@ -66,9 +66,9 @@ def test_a_disconnect_stops_the_computation(served: Served) -> None:
 
 def test_nobody_who_never_listens_is_computed_for(served: Served) -> None:
     before = served.tokens()
-    assert httpx.post(f"{served.url}{JOIN}", json=body(LONG, "silent1")).status_code == 200
+    assert httpx.post(f"{served.url}{JOIN}", json=body(LONG, "silent1"), timeout=HANGS).status_code == 200
     until(lambda: served.tokens() > before)
-    assert served.settle(quiet=1.0, limit=12) - before < 450  # 5 s of about 50 tokens each, not all 500
+    assert served.settle(limit=60) - before < 450  # what is computed in 5 s, and not all 500
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_nobody_who_never_listens_is_computed_for(served: Served) -> None:
     [(["x" * 4001, *DEFAULTS[1:]], 0), ([*DEFAULTS[:1], 513, *DEFAULTS[2:]], 1), ([*DEFAULTS[:5], "abc"], 5)],
 )
 def test_a_refusal_stands_beside_its_field(served: Served, values: list[object], field: int) -> None:
-    answer = httpx.post(f"{served.url}{JOIN}", json=body(list(values), "bad1"))
+    answer = httpx.post(f"{served.url}{JOIN}", json=body(list(values), "bad1"), timeout=HANGS)
     assert answer.status_code == 422
     assert [verdict["is_valid"] for verdict in answer.json()["detail"]] == [number != field for number in range(6)]
 
@@ -90,26 +90,27 @@ def test_a_prompt_beyond_the_context_is_a_sentence(served: Served) -> None:
 
 
 def test_what_is_too_large_is_refused_unread(served: Served) -> None:
-    answer = httpx.post(f"{served.url}{JOIN}", content=b"x" * 200_000)
+    answer = httpx.post(f"{served.url}{JOIN}", content=b"x" * 200_000, timeout=HANGS)
     assert answer.status_code == 413
-    unannounced = httpx.post(f"{served.url}{JOIN}", content=(b"x" * 10_000 for _ in range(20)))
+    unannounced = httpx.post(f"{served.url}{JOIN}", content=(b"x" * 10_000 for _ in range(20)), timeout=HANGS)
     assert unannounced.status_code == 413
 
 
 def test_headers_and_names(served: Served) -> None:
-    answer = httpx.get(served.url)
+    answer = httpx.get(served.url, timeout=HANGS)
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
     assert answer.headers["x-content-type-options"] == "nosniff"
-    assert httpx.get(served.url, headers={"host": "evil.example"}).status_code == 403
+    assert httpx.get(served.url, headers={"host": "evil.example"}, timeout=HANGS).status_code == 403
     assert "//" not in answer.headers["content-security-policy"], "nothing from elsewhere"
 
 
 def test_there_is_one_function(served: Served) -> None:
-    functions = httpx.get(f"{served.url}/config").json()["dependencies"]
+    functions = httpx.get(f"{served.url}/config", timeout=HANGS).json()["dependencies"]
     callable_by_others = [f["id"] for f in functions if f["backend_fn"]]
     assert callable_by_others == [0]
     for number in (1, 2, 3, -1, 99, True, "0", None):
-        assert httpx.post(f"{served.url}{JOIN}", json=body(DEFAULTS, "fn1", fn_index=number)).status_code == 400
+        request = body(DEFAULTS, "fn1", fn_index=number)
+        assert httpx.post(f"{served.url}{JOIN}", json=request, timeout=HANGS).status_code == 400
 
 
 def test_only_this_machine_can_reach_it(served: Served) -> None:
@@ -122,8 +123,7 @@ def test_only_this_machine_can_reach_it(served: Served) -> None:
 
 def demo_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "resmol", "demo", *arguments]
-    environment = dict(os.environ)
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def test_damaged_weights_are_not_served(demo_run: Path, tmp_path: Path) -> None:

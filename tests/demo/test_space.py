@@ -18,6 +18,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from served import ask, demo_process, final_text
+from waiting import HANGS
 
 import resmol
 from resmol.demo.space import export_space, requirements
@@ -104,7 +105,7 @@ def test_it_starts_from_its_folder(demo_space: Path, demo_run: Path, tmp_path: P
     heading = space / "resmol" / "templates" / "demo_heading.html.j2"
     heading.write_text(heading.read_text().replace("<h1>", "<h1>from the folder: "))
     with demo_process([sys.executable, "app.py"], tmp_path, cwd=space, env=environment()) as served:
-        assert "from the folder: export of a checkpoint" in httpx.get(f"{served.url}/config").text
+        assert "from the folder: export of a checkpoint" in httpx.get(f"{served.url}/config", timeout=HANGS).text
         said = final_text(ask(served.url, ["ka", 8, 0.0, 1, 0, 0]))
     assert said == "ka" + load_model(demo_run).generate("ka", max_new_tokens=8, temperature=0.0)
 
@@ -112,7 +113,8 @@ def test_it_starts_from_its_folder(demo_space: Path, demo_run: Path, tmp_path: P
 def test_on_the_hub_it_can_be_framed(demo_space: Path, tmp_path: Path) -> None:
     there = environment() | {"SPACE_ID": "owner/name", "GRADIO_SERVER_NAME": "127.0.0.1"}
     with demo_process([sys.executable, "app.py"], tmp_path, cwd=demo_space, env=there) as served:
-        assert "frame-ancestors https://huggingface.co" in httpx.get(served.url).headers["content-security-policy"]
+        headers = httpx.get(served.url, timeout=HANGS).headers
+        assert "frame-ancestors https://huggingface.co" in headers["content-security-policy"]
 
 
 def test_without_its_weights_it_does_not_start(demo_space: Path, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_it_starts_in_a_clean_environment(demo_space: Path, tmp_path: Path) -> N
     python = tmp_path / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "-q", "-r", demo_space / "requirements.txt"]
     subprocess.run(install, check=True, env=environment())
-    with demo_process([str(python), "app.py"], tmp_path, cwd=demo_space, env=environment(), wait=120) as served:
+    with demo_process([str(python), "app.py"], tmp_path, cwd=demo_space, env=environment()) as served:
         assert final_text(ask(served.url, ["ka", 8, 0.8, 1, 0, 0])).startswith("ka")
 
 

@@ -29,6 +29,7 @@ import shim
 import torch
 from safetensors.torch import load_file
 from trials import Setting
+from waiting import HANGS
 
 import resmol.run.async_save
 import resmol.train.loop
@@ -611,7 +612,7 @@ def saved_meanwhile(setting: Setting, folder: Path) -> list[str]:
 
     def wait_for_the_next(step: int) -> None:
         with gone_on:
-            gone_on.wait_for(lambda: steps[0] > step, timeout=20)
+            gone_on.wait_for(lambda: steps[0] > step, timeout=HANGS / 3)
 
     def script(state: TrainState, session: Session) -> None:
         for step in range(1, 7):

@@ -23,6 +23,7 @@ import pytest
 from campaign import Campaign
 from served import DATA, DEFAULTS, JOIN, Served, ask, body, final_text, messages, slow_demo
 from trials import INTERVAL, Forks, Setting, train_run
+from waiting import HANGS
 
 from resmol.demo.request_limits import FIELDS, Limits
 from resmol.interop.load import LoadedModel, load_model
@@ -52,14 +53,14 @@ def spoken(spoken_run: Path) -> LoadedModel:
 
 @pytest.fixture
 def served(spoken_run: Path, tmp_path: Path) -> Iterator[Served]:
-    with slow_demo(spoken_run, tmp_path) as demo:
+    with slow_demo(spoken_run, tmp_path, patience=60.0) as demo:  # many ask at once before they listen
         yield demo
 
 
 def send(demo: Served, method: str, path: str, content: bytes = b"", **headers: str) -> tuple[int, bytes]:
     """Send a request byte for byte as it is given: no client tidies the path up or looks at the body."""
     address = urlsplit(demo.url)
-    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=30)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=HANGS)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
         if content:
@@ -137,7 +138,7 @@ def test_h1_huge_prompts(campaign: Campaign, served: Served, spoken: LoadedModel
 
 def listen(demo: Served, session: str) -> dict[str, Any]:
     """Return the message that ends the answer to a session."""
-    with httpx.stream("GET", f"{demo.url}{DATA}", params={"session_hash": session}, timeout=30) as stream:
+    with httpx.stream("GET", f"{demo.url}{DATA}", params={"session_hash": session}, timeout=HANGS) as stream:
         for message in messages(stream.iter_lines()):
             if message["msg"] == "process_completed":
                 return message
@@ -175,7 +176,7 @@ def test_h2_many_at_once(campaign: Campaign, served: Served, spoken: LoadedModel
                 problems.append(f"{prompt!r}: {text}")
             if outcome == "refused":
                 slowest = max(slowest, seconds)
-        served.settle(quiet=0.2, limit=30)
+        served.settle(quiet=0.2)
         if not is_alive(served, spoken, f"alive{number}"):
             problems.append(f"it does not answer after {size} at once")
         number += 1
@@ -195,7 +196,7 @@ def test_h2_many_at_once(campaign: Campaign, served: Served, spoken: LoadedModel
 async def wave(demo: Served, size: int, name: str) -> list[tuple[str, str, str, float]]:
     """Ask so many times at once; return prompt, outcome, text and seconds of each."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=demo.url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=demo.url, timeout=HANGS, limits=limits) as client:
         return list(await asyncio.gather(*(visit(client, f"{name}n{i}", f"ka lo {i}", i) for i in range(size))))
 
 

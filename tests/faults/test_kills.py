@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from campaign import Campaign
 from trials import INTERVAL, STEPS, Forks, Oracle, Setting, checkpoint_digests, step_bits, train_run
+from waiting import HANGS
 
 import resmol.run.async_save
 import resmol.run.checkpoint
@@ -93,7 +94,7 @@ def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting:
     def die(*arguments: Any) -> Any:
         if saved_step(*arguments) == step:
             with changed:
-                changed.wait_for(lambda: recorded[0] >= step + ahead, timeout=20)
+                changed.wait_for(lambda: recorded[0] >= step + ahead, timeout=HANGS / 3)
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
 

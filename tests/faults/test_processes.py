@@ -37,6 +37,7 @@ from trials import (
     run_command_line,
     step_bits,
 )
+from waiting import HANGS
 
 import resmol.run.async_save
 import resmol.run.ledger
@@ -134,7 +135,9 @@ def test_f1_terminated_at_any_time(
     started = time.perf_counter()
     assert forks.run(command, tmp_path / "whole", setting) == 0
     duration = time.perf_counter() - started
-    for trial in range(count):
+    trials = 0
+    while trials < count or (not saved and trials < 20 * count):  # how long a run takes changes on a busy machine
+        trial, trials = trials, trials + 1
         run = tmp_path / f"run-{trial}"
         child = forks.start(command, run, setting)
         time.sleep(draw.uniform(0.1, 1) * duration)
@@ -154,7 +157,7 @@ def test_f1_terminated_at_any_time(
     assert saved, "no signal came while the run was being trained"
     campaign.record(
         "F1", "SIGTERM at a random time, once or twice", "exit 143, no step lost, the same bits after a restart",
-        problems, count, note=f"{saved} came between the first step and the last",
+        problems, trials, note=f"{saved} came between the first step and the last",
     )  # fmt: skip
 
 
@@ -230,9 +233,9 @@ def test_f2_output_into_head(campaign: Campaign, setting: Setting, oracle: Oracl
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert writer.stdout is not None
-        head = subprocess.run(["head", "-1"], stdin=writer.stdout, capture_output=True, timeout=120)
+        head = subprocess.run(["head", "-1"], stdin=writer.stdout, capture_output=True, timeout=HANGS)
         writer.stdout.close()
-        code = writer.wait(timeout=120)
+        code = writer.wait(timeout=HANGS)
         found = [] if (code, reached(run)) == (0, STEPS) else [f"exit code {code} at step {reached(run)}"]
         found += [] if head.stdout.count(b"\n") == 1 else [f"head saw {head.stdout!r}"]
         found += oracle.differences(run)
@@ -248,7 +251,7 @@ def contend(go: Path, ended: Path, number: int, others: int, run: Path, setting:
     real = resmol.train.start.train
 
     def train_last(state: Any, session: Any) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS / 2
         while len(list(ended.iterdir())) < others and time.monotonic() < deadline:
             time.sleep(0.002)
         real(state, session)
@@ -400,7 +403,7 @@ def command_on_older_processor(run: Path, setting: Setting, *arguments: str) -> 
     narrower = {"AVX512": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
     process = subprocess.run(
         new_process(run, setting, *arguments), env=with_environment(ATEN_CPU_CAPABILITY=narrower), capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=HANGS,
     )  # fmt: skip
     (run.parent / f"{run.name}.error").write_text(process.stderr)
     return process.returncode
@@ -643,7 +646,7 @@ def test_f3_nobody_reads(campaign: Campaign, forks: Forks, setting: Setting, ora
     sleeper = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     child = forks.start(command_into_full_pipe, pipe, tmp_path / "sleeping", setting, *chatty)
     try:
-        code: int | None = finish(child, timeout=30)
+        code: int | None = finish(child)
     except TimeoutError:
         code = None
     judge("the reader sleeps", tmp_path / "sleeping", code)
@@ -656,7 +659,7 @@ def test_f3_nobody_reads(campaign: Campaign, forks: Forks, setting: Setting, ora
     for number, target in enumerate(targets):
         run = tmp_path / f"target-{number}"
         shell = ["sh", "-c", f'exec "$0" "$@" {target}', *new_process(run, setting, *chatty)]
-        code = subprocess.run(shell, env=with_environment(), timeout=120, capture_output=True).returncode
+        code = subprocess.run(shell, env=with_environment(), timeout=HANGS, capture_output=True).returncode
         judge(target, run, code)
     campaign.record(
         "F3", "nobody reads the full pipe; outputs closed; /dev/full", "training goes on to the end", problems,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo  # PyTorch imports it with the first model: two seconds that no child should spend
 import torch.distributed.fsdp  # the same
+from waiting import HANGS
 
 from resmol import cli  # noqa: F401 - what `command` needs, for the server to import once
 from resmol.__main__ import run as run_command_line
@@ -168,7 +169,7 @@ class Forks:
         process.start()
         return process
 
-    def run(self, function: Callable[..., int], *args: Any, timeout: float = 120, **options: Any) -> int:
+    def run(self, function: Callable[..., int], *args: Any, timeout: float = HANGS, **options: Any) -> int:
         """Run ``function`` in a child to its end; return the exit code, negative for a signal.
 
         Raises:
@@ -178,7 +179,7 @@ class Forks:
         return finish(process, timeout)
 
 
-def finish(process: BaseProcess, timeout: float = 120) -> int:
+def finish(process: BaseProcess, timeout: float = HANGS) -> int:
     """Wait for a child and return its exit code (`TimeoutError`, after killing it, when it hangs)."""
     process.join(timeout)
     if process.exitcode is None:

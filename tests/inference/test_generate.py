@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -79,7 +80,7 @@ def test_with_the_same_noise_the_draws_are_those_of_transformers(
             assert ours == continued(reference, prompt, 40, do_sample=True, **options)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(seed=st.integers(0, 10_000), penalty=st.floats(0.05, 20.0), seen=st.lists(st.integers(0, 31), min_size=1))
 def test_the_penalty_equals_transformers(seed: int, penalty: float, seen: list[int]) -> None:
     logits = torch.randn(32, generator=torch.Generator().manual_seed(seed))
@@ -87,7 +88,7 @@ def test_the_penalty_equals_transformers(seed: int, penalty: float, seen: list[i
     assert torch.equal(apply_repetition_penalty(logits, torch.tensor(seen), penalty), theirs)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.floats(0.1, 3.0),
@@ -105,7 +106,7 @@ def test_filters_equal_transformers(seed: int, temperature: float, top_k: int, t
     torch.testing.assert_close(ours, theirs.softmax(-1)[0], atol=1e-6, rtol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(seed=st.integers(0, 10_000), top_p=st.floats(0.05, 0.99), top_k=st.integers(0, 40))
 def test_of_ties_as_many_are_kept_as_by_transformers(seed: int, top_p: float, top_k: int) -> None:
     """Which of them is left to the sort, there as here; so the kept logits are compared, not their places."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from profiles import UNTIMED, examples
 
 from resmol.errors import CheckpointError, DataError, ResmolError
 from resmol.interop.gguf_header import _TYPES, MAX_HEADER_BYTES, is_gguf, read_gguf_header
@@ -120,11 +121,11 @@ ENDLESS = field("a", 9, struct.pack("<IQ", 0, 2**60))  # an array of 2^60 bytes;
 )  # fmt: skip
 def test_every_broken_rule_is_named(content: bytes, rule: str, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CheckpointError, match=r"x\.gguf") as caught:
         read_gguf_header(tmp_path / "x.gguf")
     assert rule in caught.value.what
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5
 
 
 def test_a_large_file_of_nonsense_is_not_read_whole(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_large_file_of_nonsense_is_not_read_whole(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(300), suppress_health_check=[*UNTIMED, HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_changed_bytes_give_a_clear_error_or_a_header(data: st.DataObject, written: Path, tmp_path: Path) -> None:
     content = bytearray(written.read_bytes())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from resmol.config.run_config import RunConfig
 from resmol.model.kv_cache import KVCache
@@ -31,7 +32,7 @@ def model(tiny_config: RunConfig) -> CausalLM:
     return model
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(parts=st.lists(st.integers(1, 6), min_size=1, max_size=6))
 def test_any_way_of_filling_it_gives_the_whole(model: CausalLM, parts: list[int]) -> None:
     ids = (torch.arange(2 * sum(parts)).reshape(2, -1) * 37) % 512

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.model_config import ModelConfig
@@ -42,7 +43,7 @@ SHAPES = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(config=SHAPES, attention=st.sampled_from(["sdpa", "eager"]))
 def test_equals_transformers_on_any_shape(config: ModelConfig, attention: str) -> None:
     model = CausalLM(config, attention=attention)  # type: ignore[arg-type]

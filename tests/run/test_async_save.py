@@ -41,7 +41,7 @@ from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState
 from resmol.train.parallel import Runtime
 
 NAMES = ("stage_checkpoint", "commit_checkpoint")
-PATIENCE = 20.0  # seconds after which a test that hangs gives up
+PATIENCE = 300.0  # seconds after which a test that hangs gives up
 
 
 @dataclass

@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import HANGS
 
 from resmol.errors import DataError, RunInUse
 from resmol.run.directory import RunDir
@@ -69,7 +70,7 @@ def test_the_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path
     assert message.startswith("refused")
     assert f'"pid": {owner.pid}' in message
     assert f'"host": {json.dumps(socket.gethostname())}' in message
-    assert second.wait(timeout=20) == 75
+    assert second.wait(timeout=HANGS) == 75
 
 
 def test_of_many_at_once_exactly_one_gets_it(tmp_path: Path, start: Start) -> None:
@@ -84,7 +85,7 @@ def test_a_killed_owner_frees_the_run(tmp_path: Path, start: Start) -> None:
     with pytest.raises(RunInUse), RunDir(tmp_path / "run").lock():
         pass
     owner.send_signal(signal.SIGKILL)
-    owner.wait(timeout=20)
+    owner.wait(timeout=HANGS)
     with RunDir(tmp_path / "run").lock():
         written = json.loads((tmp_path / "run" / "lock").read_text())
     assert written == {"pid": os.getpid(), "host": socket.gethostname()}
@@ -139,7 +140,9 @@ def test_every_file_of_a_run_lies_in_its_directory(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(tmp_path: Path) -> None:
+def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The new owner has the lock but has not written its name yet; the file still names a process that is dead."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -148,11 +151,9 @@ def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(tmp_path
     owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
     with file.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        late = threading.Timer(0.2, file.write_text, [owner])
-        late.start()
+        monkeypatch.setattr(time, "sleep", lambda _seconds: file.write_text(owner))  # while the contender waits
         with pytest.raises(RunInUse) as refused, RunDir(tmp_path).lock():
             pass
-        late.join()
     assert owner in refused.value.what
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -134,7 +135,7 @@ def test_every_cut_and_every_added_byte_is_noticed(tmp_path: Path) -> None:
     parse(whole)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.data())
 def test_changed_bytes_give_an_error_or_a_header_that_keeps_the_rules(data: st.DataObject) -> None:
     content = bytearray(file_bytes({"a": ONE, "b": TWO, "__metadata__": {"k": "v"}}, bytes(16)))
@@ -155,10 +156,10 @@ def test_a_huge_claim_costs_no_memory(tmp_path: Path, size: int) -> None:
         file.write(struct.pack("<Q", 99_000_000) + b'{"a":')
         file.truncate(size)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CheckpointError, match="99000000"):
         read_header(path)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 

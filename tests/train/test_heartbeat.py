@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from waiting import until
 
 from resmol.errors import ConfigError, ProcessLost
 from resmol.train import heartbeat as module
@@ -49,12 +49,14 @@ def test_whose_facts_differ_is_said_by_all(stores: Callable[[], dist.Store]) -> 
 def test_who_is_silent_and_who_does_not_come_is_named(
     stores: Callable[[], dist.Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "SILENT_BEATS", 30)  # whoever lives has three seconds to beat once, on a busy machine
     with RankMonitor(stores(), 0, 4) as alone, RankMonitor(stores(), 1, 4) as busy, RankMonitor(stores(), 2, 4) as gone:
         alone.begin("step 8")
         busy.begin("the sample after step 7")
         gone.begin("step 8")
-        time.sleep(1.5)  # three beats
+        at = ["step 8", "the sample after step 7", "step 8"]
+        until(lambda: [sign.partition(" ")[2] for sign in alone._signs()[:3]] == at, "a sign of all three")
         gone.__exit__(None, None, None)
         with pytest.raises(ProcessLost) as lost, alone.together():
             raise RuntimeError("the connection was closed")  # what gloo raises
@@ -64,17 +66,17 @@ def test_who_is_silent_and_who_does_not_come_is_named(
     )
 
 
-def test_work_is_what_was_not_spent_waiting(stores: Callable[[], dist.Store]) -> None:
+def test_work_is_what_was_not_spent_waiting(stores: Callable[[], dist.Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     with RankMonitor(stores(), 0, 2) as siblings:
         with siblings.together():
-            time.sleep(0.2)  # before the step: not part of it
+            now[0] += 0.25  # before the step: not part of it
         siblings.begin("step 1")
-        started = time.perf_counter()
         with siblings.together():
-            time.sleep(0.3)
-        waited = time.perf_counter() - started
-        siblings.count_work(waited + 2.0)
-        assert siblings._worked == pytest.approx(2.0, abs=0.15)
+            now[0] += 0.5
+        siblings.count_work(2.5)
+        assert siblings._worked == 2.0
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer
         str(tokenizer),
     ]
     result = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stderr[-3000:]
 
