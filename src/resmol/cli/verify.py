@@ -1,4 +1,4 @@
-"""What holds: inspect, verify, audit, report."""
+"""Commands: inspect, verify, audit, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from resmol.run.directory import RunDir
 @app.command()
 def inspect(
     source: Annotated[
-        str, typer.Argument(help="config.json, folder, safetensors file, Hub id or preset.")
+        str,
+        typer.Argument(help="Run, checkpoint, folder, GGUF or safetensors file, Hub id, preset, or configuration."),
     ] = "smollm2-135m",
     json_: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What GGUF calls the tensors and fields of a model, both ways, and the weights of a file as float32; no PyTorch.
+"""Translate names and fields between GGUF and Hugging Face, and read a file's weights as float32; no PyTorch.
 
 GGUF has the rows of the query and key projections in another order, because llama.cpp rotates neighbouring
 pairs where Hugging Face's layout rotates ``(i, i + Dh/2)``. `permuted` is that order; `unpermuted` turns it back.
@@ -18,6 +18,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckpointError, ConfigError
 from resmol.interop.gguf_header import GGUFHeader, GGUFTensor
 from resmol.model.shapes import tensor_shapes
+from resmol.system.safetensors_header import TensorInfo
 
 # GGUF name of a part of a block -> Hugging Face's.
 BLOCK_NAMES = {
@@ -144,6 +145,14 @@ def gguf_name(name: str) -> str:
     if stem.startswith("model.layers."):
         return f"blk.{prefix}.{_GGUF_NAMES[rest]}.weight"
     return f"{_GGUF_NAMES[stem]}.weight"
+
+
+def gguf_tensor_infos(header: GGUFHeader) -> dict[str, TensorInfo]:
+    """Return Hugging Face's name, the GGUF type and the shape of each tensor."""
+    return {
+        hf_name(name): TensorInfo(tensor.kind, tensor.shape, tensor.start, tensor.end)
+        for name, tensor in header.tensors.items()
+    }
 
 
 def gguf_tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
