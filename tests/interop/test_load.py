@@ -117,7 +117,7 @@ def test_a_gguf_file_gives_the_logits_of_transformers(tmp_path: Path) -> None:
     exact = logits(model.double())  # these weights are badly conditioned: either side is 1e-3 off, at logits of 45
     torch.testing.assert_close(logits(loaded.model).double(), exact, atol=5e-3, rtol=0)
     assert loaded.source.sha256 == file_sha256(path)
-    assert "Q8_0" in loaded.source.note
+    assert "Q8_0" in loaded.source.notes[0]
 
 
 def test_a_run_gives_its_newest_checkpoint(run: Path, tiny_tokenizer: Tokenizer, train_tiny: TrainTiny) -> None:
