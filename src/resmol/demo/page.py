@@ -166,11 +166,11 @@ def _status(state: str, tokens: int, seconds: float, dropped: int) -> str:
     return "<span>" + "</span><span>".join(part for part in (state, count, rate, note) if part) + "</span>"
 
 
-# --- what is shown about the weights -------------------------------------------------------------------------
+# --- provenance and record -----------------------------------------------------------------------------------
 
 
 def heading(loaded: LoadedModel, provenance: Provenance) -> str:
-    """Return the top of the page: which model, which weights."""
+    """Return the top of the page: the model and its weights."""
     return _render(
         "demo_heading.html.j2", provenance=provenance, parameters=total_parameters(loaded.config), config=loaded.config,
         device=str(loaded.model.lm_head.weight.device.type),

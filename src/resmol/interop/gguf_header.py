@@ -95,6 +95,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         DataError: It is not there, or cannot be read.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would block until somebody writes to it
+            raise _BrokenRuleError("it is not a regular file")
         with path.open("rb") as file:
             file_size = path.stat().st_size
             cursor = _Cursor(file.read(min(file_size, MAX_HEADER_BYTES)))

@@ -62,7 +62,7 @@ def gguf_config(header: GGUFHeader, origin: str = "the file") -> ModelConfig:
     stated = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     stated.setdefault("attention.head_count_kv", stated.get("attention.head_count"))
     problems = [f"llama.{key} is missing" for key in _FIELDS if stated.get(key) is None]
-    problems += _tokenizer_problems(metadata) + _foreign_fields(stated)
+    problems += _tokenizer_problems(metadata) + _unsupported_fields(stated)
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         problems.append("the tensor token_embd.weight is missing")
@@ -97,8 +97,8 @@ def _tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
     return [] if known else ["tokenizer.ggml.eos_token_id is missing: where a text ends would be a guess"]
 
 
-def _foreign_fields(stated: dict[str, Any]) -> list[str]:
-    """Refuse what could change the numbers, by name; what only describes is let through."""
+def _unsupported_fields(stated: dict[str, Any]) -> list[str]:
+    """Return the fields that could change the numbers and are not implemented; descriptive fields are accepted."""
     harmless = {*_FIELDS, *_HEAD_DIMS, "vocab_size"}
     neutral: dict[str, Any] = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
     return [
@@ -130,7 +130,7 @@ def _unsupported(origin: str, problems: list[str]) -> ConfigError:
 
 
 def hf_name(name: str) -> str:
-    """Return Hugging Face's name of a GGUF tensor; a name without a counterpart comes back as it is."""
+    """Return Hugging Face's name of a GGUF tensor; a name without a counterpart is returned unchanged."""
     stem = name.removesuffix(".weight")
     prefix, _, part = stem.removeprefix("blk.").partition(".")
     if stem.startswith("blk.") and prefix.isdecimal() and part in BLOCK_NAMES:

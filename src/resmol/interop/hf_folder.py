@@ -104,7 +104,7 @@ def _sharded(folder: Path, index: Mapping[str, str]) -> WeightFiles:
         found = read_header(path).tensors
         if found.keys() != listed:
             odd = _listing(found.keys() ^ listed)
-            raise _bad_index(folder / INDEX, f"{path.name} does not hold what the index says ({odd})")
+            raise _bad_index(folder / INDEX, f"{path.name} does not hold the tensors that the index lists ({odd})")
         tensors |= found
     return WeightFiles(files, tensors)
 

@@ -35,7 +35,7 @@ DTYPE_BYTES = {
     for name in names.split()
 }
 
-# What else is found under this name. The first three would run code when read, so nothing here reads them.
+# Other files that are found under this name. Reading the first three would run code, so nothing here reads them.
 _MAGIC = {
     "a pickle; resmol never unpickles": rb"\x80[\x02-\x05]|\x8a\x0al\xfc\x9cF\xf9",
     "a pickle (protocol 0); resmol never unpickles": rb"c[\w.]+\n[\w.]+\n|\([dli][\w.]*\n?[\w.]*\n",
@@ -47,7 +47,7 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor; ``start`` and ``end`` are byte offsets into the data."""
+    """One entry of a header; ``start`` and ``end`` are byte offsets into the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Header:
     """A header that keeps all rules.
 
     Attributes:
-        tensors: Name -> what is known of it, in the order of the data.
+        tensors: Name -> entry, in the order of the data.
         metadata: The free text of ``__metadata__``.
         header_bytes: Where the data begins in the file.
     """

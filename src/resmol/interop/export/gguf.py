@@ -1,4 +1,4 @@
-"""Export as a GGUF file, for llama.cpp, ollama and what is built on them."""
+"""Export as a GGUF file, for llama.cpp, ollama and programs that are built on them."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def build_manifest(folder: Path, kind: ExportKind, checks: Sequence[Check], fact
         failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
         raise CheckFailed(
             f"the export is not the model: {'; '.join(failed) or 'nothing was compared'}",
-            fix="nothing was written; check the versions of transformers and tokenizers, or report this",
+            fix="nothing was written; check the versions of transformers and tokenizers, or report this as a bug",
         )
     files = {}
     for name in sorted(_present(folder) - {MANIFEST}):

@@ -76,7 +76,7 @@ def card_metadata(record: RunRecord | None, library: str) -> str:
 
 
 def run_facts(record: RunRecord) -> dict[str, Any]:
-    """Return what the card says about the run, from its ledger, its configuration and the manifest of its data."""
+    """Return the facts of the run: from its ledger, its configuration and the manifest of its data."""
     steps, records = record.steps, record.ledger.records
     start = next(select(records, "start"))
     environments = [r["environment"] for r in records if r["kind"] in ("start", "resume")]

@@ -31,7 +31,7 @@ from resmol.version import __version__
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git
+MAX_GIT_BYTES = 64_000_000  # the Hub keeps larger files, and binary ones, outside of git
 UNTOUCHED = "the repository exists, and no file of it was changed"
 MADE_BY_THE_HUB = {CARD, ".gitattributes"}  # what a repository holds that was created in the browser
 
@@ -163,7 +163,7 @@ def publish_export(plan: Plan, *, private: bool = False, overwrite: bool = False
 
     Raises:
         UsageError: No token, or one that may not do this; a repository that is not ours or not private.
-        NetworkError: The Hub is out of reach or the connection broke; the message says what state the repository is in.
+        NetworkError: The Hub is out of reach or the connection broke; the message has the state of the repository.
         CheckFailed: What arrived is not what was sent.
     """
     if constants.HF_HUB_OFFLINE:

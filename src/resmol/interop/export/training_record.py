@@ -76,7 +76,7 @@ def write_record(source: Source, folder: Path) -> RunRecord:
         folder: ``training/`` of the export.
 
     Raises:
-        LedgerTampered: The chain is broken; nothing may be said about such a run.
+        LedgerTampered: The chain is broken, so the record proves nothing.
         CheckFailed: The ledger recorded another checkpoint for this step: it is not the record of these weights.
     """
     run, stored = source.run, source.settings
