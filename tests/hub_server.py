@@ -29,7 +29,7 @@ GIT_LIMIT = 10_000_000
 
 
 def is_lfs(path: str, content_size: int) -> bool:
-    """Tell what the Hub would keep outside of git."""
+    """Return whether the Hub would keep a file outside of git."""
     return content_size > 0 and (bool(BINARY.search(path)) or content_size > GIT_LIMIT)
 
 
@@ -68,6 +68,7 @@ class Hub:
         tokens: Token -> user.
         repos: ``models/owner/name`` or ``spaces/owner/name`` -> repository.
         requests: ``METHOD path`` of everything that came in.
+        bytes_sent: Of files that are kept outside of git.
         breaks: Asked at each request: "before" closes the connection instead of doing it, "after" does it and closes
             the connection instead of answering, a number answers with that status; None does it.
     """
@@ -76,6 +77,7 @@ class Hub:
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    bytes_sent: int = 0
     breaks: Callable[[str], str | int | None] = lambda _request: None
     endpoint: str = ""
 
@@ -238,9 +240,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def cdn(self, digest: str) -> None:
         content = self.hub.objects[digest]
-        start = int(found[1]) if (found := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        self.answer(206 if start else 200, content[start:], ETag=f'"{digest}"',
-                    Content_Length=str(len(content) - start))  # fmt: skip
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, last = (int(asked[1]), int(asked[2] or len(content))) if asked else (0, len(content))
+        part = content[start : last + 1]
+        self.hub.bytes_sent += len(part) if self.command == "GET" else 0
+        self.answer(206 if asked else 200, part, ETag=f'"{digest}"', Content_Length=str(len(part)))
 
     # --- writing ----------------------------------------------------------------------------------------------
 

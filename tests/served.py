@@ -1,4 +1,4 @@
-"""A demo in a process of its own, as `resmol demo` starts it, and a client that speaks as its page does.
+"""A demo in a process of its own, as `resmol demo` starts it, and a client that sends what its page sends.
 
 Run as a program it is that process: ``python served.py RUN DELAY PATIENCE COUNTER`` serves RUN on a free port, takes
 DELAY seconds longer for each token, and appends a byte to COUNTER for each, so that a test can see what is being

@@ -25,7 +25,7 @@ def demo_run(
     run = tmp_path_factory.mktemp("demo") / "tiny-run"
     changes = ["train.steps=12", "model.max_position_embeddings=1024", "sampling.every=0"]
     train_model(tiny_config, run, data=str(tiny_dataset.root), tokenizer=tiny_tokenizer.path, overrides=changes)
-    claim = {"name": "it <speaks>", "passed": True, "measured": "{{x}} ${y}", "evidence": "a/tiny-run/ledger.jsonl"}
+    claim = {"name": "it <generates>", "passed": True, "measured": "{{x}} ${y}", "evidence": "a/tiny-run/ledger.jsonl"}
     RunDir(run).evidence.mkdir()
     (RunDir(run).evidence / "claims.json").write_text(json.dumps({"checks": [claim]}))
     return run

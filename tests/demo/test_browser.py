@@ -155,10 +155,10 @@ def test_text_is_only_text(visit: Visit) -> None:
     assert visit.page.locator("img[src=x]").count() == 0
 
 
-def test_it_says_which_weights_speak(visit: Visit, demo_model: LoadedModel) -> None:
+def test_it_names_the_weights(visit: Visit, demo_model: LoadedModel) -> None:
     expect(visit.page.locator("h1")).to_have_text("checkpoint step-00000012 of tiny-run")
     expect(visit.page.locator(".rs-badge")).to_have_text("step 12")
-    expect(visit.page.locator("#sha256")).to_have_text(demo_model.provenance.sha256[:16])
+    expect(visit.page.locator("#sha256")).to_have_text(demo_model.source.sha256[:16])
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
@@ -179,7 +179,7 @@ def test_both_tabs_fit_and_can_be_read(
     made.page.get_by_role("tab", name="Training run").click()
     expect(made.page.locator(".rs-curves svg").first).to_be_visible()
     assert made.page.locator(".rs-curves svg").count() == 4
-    expect(made.page.locator(".rs-claims")).to_contain_text("it <speaks>")
+    expect(made.page.locator(".rs-claims")).to_contain_text("it <generates>")
     expect(made.page.locator(".rs-claims")).to_contain_text("{{x}} ${y}")
     assert made.width_of_content() <= size[0]
     made.page.screenshot(path=tmp_path / "record.png", full_page=True)

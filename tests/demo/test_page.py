@@ -11,7 +11,7 @@ from tiny import rewrite
 
 from resmol.checks import Check
 from resmol.demo.page import answer, heading, record_page
-from resmol.demo.provenance import identify
+from resmol.demo.provenance import provenance_of
 from resmol.demo.request_limits import Limits
 from resmol.errors import CheckpointError, UsageError
 from resmol.interop.export import export_gguf
@@ -39,7 +39,7 @@ def test_it_stops_when_nobody_listens(demo_model: LoadedModel) -> None:
         def stream(self, prompt: str, sampling: Any, **_: Any) -> Any:
             return stream(prompt, sampling, on_token=computed.append)
 
-    counting = Counting(demo_model.model, demo_model.provenance, demo_model.find_tokenizer)
+    counting = Counting(demo_model.model, demo_model.source, demo_model.find_tokenizer)
     list(answer(counting, ["ka", 500, 0.8, 0.95, 50, 3], Limits(), lambda: next(listening)))
     assert len(computed) < 20
 
@@ -62,7 +62,7 @@ def test_a_prompt_beyond_the_context_is_refused(demo_model: LoadedModel) -> None
 
 
 def test_a_checkpoint_is_named(demo_run: Path, demo_model: LoadedModel) -> None:
-    found = identify(demo_model)
+    found = provenance_of(demo_model)
     checkpoint = demo_run / "checkpoints" / "step-00000012"
     assert (found.step, found.sha256) == (12, read_manifest(checkpoint).sha256)
     page = heading(demo_model, found)
@@ -72,11 +72,11 @@ def test_a_checkpoint_is_named(demo_run: Path, demo_model: LoadedModel) -> None:
 
 
 def test_an_export_knows_its_step_and_brings_its_record(demo_space: Path) -> None:
-    found = identify(load_model(demo_space / "model"))
+    found = provenance_of(load_model(demo_space / "model"))
     assert found.step == 12
     page = record_page(found)
     assert page.count("<svg") == 4
-    assert "it &lt;speaks&gt;" in page
+    assert "it &lt;generates&gt;" in page
     assert "<code>ledger.jsonl</code>" in page
     assert not {"{", "$", "`"} & set(page), "Gradio would take it for a template"
 
@@ -86,15 +86,15 @@ def test_other_weights_than_the_exported_are_refused(demo_space: Path, tmp_path:
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1  # another last bit of a number's exponent: a valid file of other weights
     (folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(CheckpointError, match="speaks of weights"):
-        identify(load_model(folder))
+    with pytest.raises(CheckpointError, match="lists weights"):
+        provenance_of(load_model(folder))
 
 
 def test_weights_without_a_record_say_so(demo_space: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(demo_space / "model", tmp_path / "model"))
     shutil.rmtree(folder / "training")
     (folder / "manifest.json").unlink()
-    found = identify(load_model(folder))
+    found = provenance_of(load_model(folder))
     assert (found.step, found.record) == (None, None)
     assert "not trained by resmol" in found.title
     assert "No record" in record_page(found)
@@ -105,7 +105,7 @@ def test_a_forged_record_is_not_shown(demo_run: Path, tmp_path: Path) -> None:
     rewrite(run, lambda records: records)
     lines = run.ledger.read_bytes().splitlines(keepends=True)
     run.ledger.write_bytes(b"".join([*lines[:3], lines[4].replace(b"0", b"1"), *lines[4:]]))
-    page = record_page(identify(load_model(run.path / "checkpoints" / "step-00000012")))
+    page = record_page(provenance_of(load_model(run.path / "checkpoints" / "step-00000012")))
     assert "does not hold together" in page
     assert "<svg" not in page
 
@@ -114,7 +114,7 @@ def test_a_record_that_resmol_never_wrote_is_not_shown(demo_run: Path, tmp_path:
     """Its chain holds, but its steps have no loss."""
     run = RunDir(Path(shutil.copytree(demo_run, tmp_path / "tiny-run")))
     rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "loss"} for record in records])
-    page = record_page(identify(load_model(run.path / "checkpoints" / "step-00000012")))
+    page = record_page(provenance_of(load_model(run.path / "checkpoints" / "step-00000012")))
     assert "none that resmol wrote" in page
     assert "<svg" not in page
 
@@ -125,14 +125,14 @@ def test_a_gguf_export_knows_its_step_and_brings_its_record(
 ) -> None:
     monkeypatch.setattr("resmol.interop.export.gguf.compare_gguf", lambda *_: [Check("logits", True, "equal", "equal")])
     out = export_gguf(demo_run, tmp_path / "out", dtype="float32").path
-    found = identify(load_model(out / name))
+    found = provenance_of(load_model(out / name))
     assert (found.title, found.step) == ("export of a checkpoint", 12)
     assert record_page(found).count("<svg") == 4
     file = out / "tiny-run-F32.gguf"
     other = file.rename(out / "other.gguf")
-    assert "not trained by resmol" in identify(load_model(other)).title
+    assert "not trained by resmol" in provenance_of(load_model(other)).title
     content = bytearray(other.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="speaks of weights"):
-        identify(load_model(file))
+    with pytest.raises(CheckpointError, match="lists weights"):
+        provenance_of(load_model(file))

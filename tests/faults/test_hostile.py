@@ -51,8 +51,9 @@ from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
 from resmol.run.ledger import canonical, effective_steps, read_ledger, select
+from resmol.system.hub_download import require_answer
 from resmol.system.pypi_download import extract_member
-from resmol.system.safetensors_header import read_header, read_remote_header
+from resmol.system.safetensors_header import read_header
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.resume import restore
@@ -421,7 +422,7 @@ def test_g3_fuzzing(
     """Changed bytes and values before every reader, with little memory: our errors, or a result, and nothing else."""
     from functools import partial
 
-    from test_gguf import hf_weights, write_gguf
+    from small_models import hf_weights, write_gguf
 
     gguf = tmp_path / "model.gguf"
     config = read_model_config(model)
@@ -475,7 +476,7 @@ def test_g3_fuzzing_guided_by_coverage(
     campaign: Campaign, setting: Setting, model: Path, run: Path, tmp_path: Path
 ) -> None:
     """libFuzzer looks for input that takes a new path through a reader, beginning with whole files."""
-    from test_gguf import hf_weights, write_gguf
+    from small_models import hf_weights, write_gguf
 
     gguf, config = tmp_path / "model.gguf", read_model_config(model)
     write_gguf(gguf, config, hf_weights(config))
@@ -853,8 +854,8 @@ def test_g8_secrets(campaign: Campaign, forks: Forks, setting: Setting, run: Pat
     outcomes = outcomes_of(forks, work, commands, environment=environment)
     shown = {" ".join(command): outcome["output"] for command, outcome in zip(commands, outcomes, strict=True)}
     with pytest.raises(NetworkError) as refused:
-        read_remote_header(f"{address}/owner/name/resolve/main/{WEIGHTS}")
-    shown["the header of a remote file"] = f"{refused.value.what} {refused.value.fix}"
+        require_answer(f"{address}/owner/name/resolve/main/{WEIGHTS}", address, "try again")
+    shown["a Hub that does not answer"] = f"{refused.value.what} {refused.value.fix}"
     assert [outcome["code"] for outcome in outcomes[:2]] == [0, 0], outcomes[:2]
     assert (new / "report.html").is_file(), outcomes[3]
     written = {str(path): path.read_bytes() for path in all_files(tmp_path)}

@@ -18,7 +18,7 @@ from resmol.inference.completion import TextStreamer, Timings, complete_batches
 from resmol.inference.generate import DecodingState, decode_batch
 from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import LoadedModel
-from resmol.interop.resolve import Provenance
+from resmol.interop.resolve import Source
 from resmol.model.llama import CausalLM
 
 PROMPTS = ["ka lo", "", "mi ner 42", "é", "shu ver ing the"]
@@ -29,7 +29,7 @@ FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
 def loaded(tiny_config: RunConfig, tiny_tokenizer: Tokenizer) -> LoadedModel:
     model = CausalLM(tiny_config.model).eval().requires_grad_(requires_grad=False)
     model.init_weights(3)
-    return LoadedModel(model, Provenance("huggingface", Path("model"), "0"), lambda: tiny_tokenizer)
+    return LoadedModel(model, Source("huggingface", Path("model")), lambda: tiny_tokenizer)
 
 
 def test_what_streams_is_the_text_of_the_tokens(loaded: LoadedModel) -> None:

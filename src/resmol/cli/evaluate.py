@@ -1,4 +1,4 @@
-"""How good and how fast: evaluate, ablate."""
+"""Commands: evaluate, ablate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resmol.system.process_setup import set_up_process
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     data: Annotated[
         str | None, typer.Option(help="Prepared folder or text; a run's own held-out text if left out.")
     ] = None,

@@ -28,7 +28,7 @@ def export(
     model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write a folder for others; finished only when they read our logits and token ids from it."""
+    """Write a folder for other software; finished only when it computes our logits and token ids from the folder."""
     if format_ not in ("hf", "gguf"):
         raise UsageError(f"{format_} is not a format of an export", fix="choose from: hf, gguf")
     if space and format_ != "hf":
@@ -54,25 +54,25 @@ def publish(
     repo: Annotated[str, typer.Option(help="OWNER/NAME on the Hub.")],
     space: Annotated[bool, typer.Option("--space", help="DIR is a Space and becomes one.")] = False,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also what resmol did not publish.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without, it is only shown.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace files of other origin.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Publish; without it, the plan is only shown.")] = False,
     json_: Json = False,
 ) -> None:
     """Publish a verified export on the Hub; a dry run unless --yes. The token: HF_TOKEN or `hf auth login`."""
-    from resmol.interop.export import publish as hub
+    from resmol.interop.export.publish import plan_publication, publish_export
 
-    plan = hub.plan_publication(folder, repo, space=space)
+    plan = plan_publication(folder, repo, space=space)
     if not yes:
         print_plan(plan.to_dict(), json_)
         return
-    done = hub.publish(plan, private=private, overwrite=overwrite).to_dict()
+    done = publish_export(plan, private=private, overwrite=overwrite).to_dict()
     print_json(done) if json_ else print_published(done)
 
 
 @app.command()
 def demo(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; by default this machine alone can reach it.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine alone can reach it.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
@@ -85,7 +85,7 @@ def demo(
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    """Print what would be published: files, sizes, checks and the card."""
+    """Print a plan: the card, and the files with their sizes and sha256."""
     if as_json:
         print_json({"dry_run": True, **plan})
         return
@@ -99,7 +99,7 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
 
 
 def print_published(done: dict[str, Any]) -> None:
-    """Print what was published, and what was found there."""
+    """Print the outcome of a publication."""
     seen = "private" if done["private"] else "public"
     removed = f", {len(done['removed'])} of an earlier export removed" if done["removed"] else ""
     sent = (

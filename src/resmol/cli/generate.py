@@ -48,8 +48,8 @@ def generate(
     text = None if prompt is None else given_prompt(prompt)
     several = None if prompts is None else prompts_from(prompts)
     loaded = load_model(model)
-    say(loaded.provenance.describe())  # whoever reads the text can tell which weights spoke
-    facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.provenance.to_dict()}
+    say(loaded.source.describe())  # whoever reads the text can tell which weights spoke
+    facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.source.to_dict()}
     if text is not None:
         _generate_one(loaded, text, sampling, stops, facts if json_ else None)
     elif several is not None:

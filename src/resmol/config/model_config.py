@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from resmol.errors import ConfigError, DataError
 from resmol.system.hub_download import hub_file, is_hub_id
+from resmol.system.untrusted_text import parse_json
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -201,7 +202,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
             raise ConfigError(f"{path} is not a regular file", fix="name a config.json")
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES} bytes", fix="name a config.json")
-        table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        table = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}",
@@ -214,11 +215,3 @@ def read_model_config(source: str | Path) -> ModelConfig:
     if not isinstance(table, dict):
         raise ConfigError(f"{path} holds a {type(table).__name__}, not an object", fix="name a model's config.json")
     return parse_hf_config(table, str(path))
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a repeated key: readers differ in which of the two values they take."""
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key appears twice")
-    return table

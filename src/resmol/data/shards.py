@@ -29,6 +29,7 @@ from jaxtyping import Int64, Integer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resmol.errors import DataError
+from resmol.system.atomic_io import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -292,8 +293,7 @@ def token_dtype(token_bytes: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
 def shard_file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file of the dataset (`DataError` when it cannot be read)."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise _damaged(path, str(error.strerror)) from error
 

@@ -1,4 +1,4 @@
-"""The tokenizer: a thin wrapper of `tokenizer.json`, read with the `tokenizers` library alone.
+"""Tokenize with a `tokenizer.json`: a thin wrapper of the `tokenizers` library.
 
 Why not `AutoTokenizer`: transformers 5 rebuilds this tokenizer from its class and drops the pre-tokenizer's
 ``Digits`` step, so that ``"a  1"`` becomes [81, 216, 216, 33] instead of [81, 256, 33].
@@ -7,7 +7,7 @@ Two properties of SmolLM2's tokenizer to keep in mind: bos, eos and unk are all 
 token id is never tested for truth; and 21 byte values have no token, so the tokenizer drops such input
 silently (`Tokenizer.count_untokenizable` counts it).
 
-Where the file comes from is `tokenizer_sources`.
+`tokenizer_files` finds or downloads the file.
 """
 
 from __future__ import annotations
@@ -89,8 +89,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, computed on all cores (threads in Rust, the order is kept)."""
-        # The fast variant leaves out the character offsets, which nobody asks for here: half the time and
-        # memory.
+        # The fast variant leaves out the character offsets, which are unused here: half the time and memory.
         with _rust_panics_are_errors(self.path):
             encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -125,9 +124,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns tokens into text one at a time, and never gives out half a UTF-8 character.
+    """Decodes tokens one at a time, and never returns half a UTF-8 character.
 
-    What it gives out in total equals `Tokenizer.decode` of all the ids.
+    The pieces joined equal `Tokenizer.decode` of all the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_ids: Iterable[int] = ()) -> None:
@@ -136,11 +135,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Take one token id; return the text that is certain by now (often all of it, sometimes "")."""
+        """Decode one more token id; return the text that is complete by now (sometimes "")."""
         return "" if token in self._skip else self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """Return what is left: U+FFFD if the last character stayed incomplete, else ""."""
+        """Return the rest: U+FFFD if the last character is incomplete, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -259,7 +258,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 def _bytes_of_tokens(rust: tokenizers.Tokenizer) -> list[bytes]:
-    """Return the bytes of each id by the library's rule: a token with a foreign letter is plain UTF-8."""
+    """Return the bytes of each id by the library's rule: a token with a letter of no byte is plain UTF-8."""
     values = {letter: value for value, letter in _byte_alphabet().items()}
     vocabulary = rust.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)

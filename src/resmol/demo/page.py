@@ -1,4 +1,4 @@
-"""The page: a tab to generate in, and a tab with the record of the training. Gradio draws it."""
+"""The page: a tab to generate in, and a tab with the training record. Gradio draws it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from resmol.audit.plots import curves
 from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
-from resmol.demo.provenance import Identity
+from resmol.demo.provenance import Provenance
 from resmol.demo.request_limits import Limits, parse
 from resmol.errors import ResmolError
 from resmol.interop.load import LoadedModel
@@ -28,20 +28,20 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
-def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, has_listener: Callable[[str], bool]) -> Any:
+def build_page(loaded: LoadedModel, provenance: Provenance, limits: Limits, has_listener: Callable[[str], bool]) -> Any:
     """Return the page as Gradio's blocks, and the number of the function that it calls.
 
     Args:
-        loaded: The model that answers.
-        identity: Which weights these are.
+        loaded: The model.
+        provenance: Which weights these are.
         limits: What a request may hold.
-        has_listener: Tells whether somebody listens to a session; it ends the computation when nobody does.
+        has_listener: Returns whether a session has a listener; the computation ends when it has none.
     """
     import gradio as gr
 
-    title = f"{identity.title} · resmol"
+    title = f"{provenance.title} · resmol"
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
-        gr.HTML(heading(loaded, identity), padding=False)
+        gr.HTML(heading(loaded, provenance), padding=False)
         with gr.Tabs():
             with gr.Tab("Generate"), gr.Row(equal_height=False):
                 with gr.Column(scale=3, min_width=320):
@@ -62,9 +62,9 @@ def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, has_list
                 with gr.Column(scale=2, min_width=280):
                     options = sampling_fields(gr, limits)
             with gr.Tab("Training run"):
-                gr.HTML(record_page(identity), padding=False)
+                gr.HTML(record_page(provenance), padding=False)
         event = run.click(
-            _answering(loaded, limits, has_listener), [prompt, *options], [output, status],
+            _generate_for(loaded, limits, has_listener), [prompt, *options], [output, status],
             show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate",
             trigger_mode="once",
         )  # fmt: skip
@@ -79,7 +79,7 @@ def build_page(loaded: LoadedModel, identity: Identity, limits: Limits, has_list
 
 
 def sampling_fields(gr: Any, limits: Limits) -> list[Any]:
-    """Return the fields for the options of sampling, in the order of `limits.FIELDS`."""
+    """Return the fields of the sampling options, in the order of `request_limits.FIELDS`."""
     return [
         gr.Slider(1, limits.new_tokens, 64, step=1, label="New tokens", elem_id="max_new_tokens"),
         gr.Slider(0, limits.temperature, 0.8, step=0.05, label="Temperature", elem_id="temperature",
@@ -111,10 +111,10 @@ def style() -> str:
     return files("resmol.demo").joinpath("page.css").read_text(encoding="utf-8")
 
 
-# --- answering -----------------------------------------------------------------------------------------------
+# --- generating -----------------------------------------------------------------------------------------------
 
 
-def _answering(
+def _generate_for(
     loaded: LoadedModel, limits: Limits, has_listener: Callable[[str], bool]
 ) -> Callable[..., Iterator[tuple[str, str]]]:
     import gradio as gr
@@ -133,7 +133,7 @@ def _answering(
 
 
 def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[], bool]) -> Iterator[tuple[str, str]]:
-    """Yield the text so far and a line about it, until it ends or nobody wants it any longer.
+    """Yield the text so far and its status line, until the text ends or ``wanted`` returns false.
 
     Raises:
         UsageError: A value is outside the limits, or the prompt fills the model's context.
@@ -166,27 +166,27 @@ def _status(state: str, tokens: int, seconds: float, dropped: int) -> str:
     return "<span>" + "</span><span>".join(part for part in (state, count, rate, note) if part) + "</span>"
 
 
-# --- what is shown about the weights -------------------------------------------------------------------------
+# --- provenance and record -----------------------------------------------------------------------------------
 
 
-def heading(loaded: LoadedModel, identity: Identity) -> str:
-    """Return the top of the page: which model, which weights."""
+def heading(loaded: LoadedModel, provenance: Provenance) -> str:
+    """Return the top of the page: the model and its weights."""
     return _render(
-        "demo_heading.html.j2", identity=identity, parameters=total_parameters(loaded.config), config=loaded.config,
+        "demo_heading.html.j2", provenance=provenance, parameters=total_parameters(loaded.config), config=loaded.config,
         device=str(loaded.model.lm_head.weight.device.type),
     )  # fmt: skip
 
 
-def record_page(identity: Identity) -> str:
+def record_page(provenance: Provenance) -> str:
     """Return the second tab: facts, claims and curves of the run; or why there are none."""
-    run = identity.record
+    run = provenance.record
     if run is None:
         return _render("demo_record.html.j2", why="No record of a training came with these weights.")
     try:
         content = read_ledger(run.ledger)
-        facts, drawn, said = headline_facts(content.records), curves(content.records), samples(content.records)
+        facts, drawn, texts = headline_facts(content.records), curves(content.records), samples(content.records)
         return _render(
-            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=said[:1],
+            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=texts[:1],
             head=content.head, lines=len(content.records),
         )  # fmt: skip
     except LedgerTampered as error:
@@ -199,5 +199,5 @@ def record_page(identity: Identity) -> str:
 def _render(template: str, **values: Any) -> str:
     environment = template_environment("resmol.demo", autoescape=True)
     html = environment.get_template(template).render(**values)
-    # Gradio takes what it is given for a template once more; in a text such as a sample these signs are only signs.
+    # Gradio renders the HTML as a template once more; in a text such as a sample these characters are literal.
     return html.replace("{", "&#123;").replace("$", "&#36;").replace("`", "&#96;")

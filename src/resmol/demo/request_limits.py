@@ -1,4 +1,4 @@
-"""What a request to the demo may hold. Checked by our own code: the bounds of Gradio's fields bind the browser only.
+"""Limits of a request to the demo, checked by our own code: the bounds of Gradio's fields bind the browser only.
 
 (Gradio compares with ``<`` and ``>``, which NaN passes, and does not look at a text's length at all.)
 """
@@ -17,20 +17,20 @@ FIELDS = ("prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor may ask for, and what all of them together may.
+    """Limits for one visitor, and for all of them together.
 
     Attributes:
         prompt_chars: Length of a prompt, in characters; its length in tokens is bounded by the model's context.
-        new_tokens: Tokens of one continuation.
+        new_tokens: Tokens of one text.
         temperature: The highest.
         top_k: The highest.
         seed: The highest.
-        seconds: Time that one continuation may compute.
+        seconds: Computing time of one text.
         body_bytes: Size of a request's body. Each character of a prompt may arrive as two escapes of six bytes.
         body_seconds: Time that a body may take to arrive.
         waiting: Requests that wait for their turn; more are refused at once. One is computed at a time.
         connections: Open connections; more are refused at once.
-        listener_seconds: A request whose answer nobody has been reading for so long is given up.
+        listener_seconds: A request without a listener for so long is dropped.
     """
 
     prompt_chars: int = 4_000
@@ -68,7 +68,7 @@ def problems(values: Sequence[object], limits: Limits) -> list[str]:
 
 
 def parse(values: Sequence[object], limits: Limits) -> Request:
-    """Return the request that ``values``, in the order of `FIELDS`, stand for.
+    """Return the request of these values, in the order of `FIELDS`.
 
     Raises:
         UsageError: There are more or fewer of them, or one is outside the limits.

@@ -1,4 +1,4 @@
-"""Serving the page: on this machine alone unless told otherwise, and never other weights than the ones asked for."""
+"""Serve the page: on this machine alone by default, and never with other weights than those that were named."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resmol.demo.asgi_allowlist import Gate
+from resmol.demo.asgi_allowlist import Allowlist
 from resmol.demo.page import build_page, style, theme
-from resmol.demo.provenance import Identity, identify
+from resmol.demo.provenance import Provenance, provenance_of
 from resmol.demo.request_limits import Limits
-from resmol.demo.sessions import Sessions
+from resmol.demo.sessions import Sessions, gradio_queue
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
 
@@ -31,8 +30,8 @@ def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limi
 
     Args:
         model: What `load_model` takes.
-        host: The address to listen at; any but this machine's own lets others in.
-        port: 0 takes any that is free; the line that is said names it.
+        host: The address to listen on; any but this machine's own lets others in.
+        port: 0 takes a free one; the logged line names it.
         limits: What visitors may ask for.
 
     Raises:
@@ -41,7 +40,7 @@ def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limi
     require_gradio()
     with listening_socket(host, port) as listener:  # before the weights: a port that is taken is known at once
         loaded = load_model(model)
-        _serve_loaded(loaded, identify(loaded), listener, limits or Limits(), embedded=False)
+        _serve_loaded(loaded, provenance_of(loaded), listener, limits or Limits(), embedded=False)
 
 
 def serve_space(folder: Path, model: str | None = None) -> None:
@@ -65,30 +64,29 @@ def serve_space(folder: Path, model: str | None = None) -> None:
     package.setLevel(logging.INFO)
     with listening_socket(host, port) as listener:
         loaded = load_model(model or export)
-        _serve_loaded(loaded, identify(loaded, export), listener, Limits(), embedded=on_the_hub)
+        _serve_loaded(loaded, provenance_of(loaded, export), listener, Limits(), embedded=on_the_hub)
 
 
 def build_app(
-    loaded: LoadedModel, identity: Identity, limits: Limits, *, hosts: tuple[str, ...] = (), embedded: bool = False
+    loaded: LoadedModel, provenance: Provenance, limits: Limits, *, hosts: tuple[str, ...] = (), embedded: bool = False
 ) -> Any:
-    """Return the ASGI application: the gate, and Gradio behind it."""
+    """Return the ASGI application: the allowlist, and Gradio behind it."""
     import gradio as gr
     from fastapi import FastAPI
 
     loaded.tokenizer  # noqa: B018 - a missing one must be an error now, not an answer later
-    heard: Callable[[str], bool] = lambda session: sessions.has_listener(session)  # noqa: E731
-    blocks, generate = build_page(loaded, identity, limits, heard)
-    sessions = Sessions(blocks._queue, limits.listener_seconds, limits.connections)
+    blocks, generate = build_page(loaded, provenance, limits, lambda session: sessions.has_listener(session))
+    sessions = Sessions(gradio_queue(blocks), limits.listener_seconds, limits.connections)
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, path="", footer_links=[], run_history=False,
         allowed_paths=[], max_file_size=1, show_error=False, ssr_mode=False, enable_monitoring=False, pwa=False,
         mcp_server=False, theme=theme(), css=style(),
     )  # fmt: skip
-    return Gate(app, limits, generate, sessions, hosts=hosts, embedded=embedded)
+    return Allowlist(app, limits, generate, sessions, hosts=hosts, embedded=embedded)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address (`UsageError` when it is taken or not one of this machine)."""
+    """Return a socket that listens on an address (`UsageError` when it is taken or not one of this machine)."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
@@ -100,7 +98,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def require_gradio() -> None:
-    """Import Gradio, with its reports home switched off (`DataError` when it is not installed)."""
+    """Import Gradio with its analytics switched off (`DataError` when it is not installed)."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio  # noqa: F401
@@ -109,16 +107,16 @@ def require_gradio() -> None:
 
 
 def _serve_loaded(
-    loaded: LoadedModel, identity: Identity, listener: socket.socket, limits: Limits, *, embedded: bool
+    loaded: LoadedModel, provenance: Provenance, listener: socket.socket, limits: Limits, *, embedded: bool
 ) -> None:
     import uvicorn
 
     host, port = listener.getsockname()[:2]
     local = ipaddress.ip_address(host).is_loopback
     names = ("127.0.0.1", "localhost", "[::1]") if local else ()
-    app = build_app(loaded, identity, limits, hosts=names, embedded=embedded)
-    logger.info(loaded.provenance.describe())
-    logger.info(f"demo: {identity.title}, at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)")
+    app = build_app(loaded, provenance, limits, hosts=names, embedded=embedded)
+    logger.info(loaded.source.describe())
+    logger.info(f"demo: {provenance.title}, at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)")
     if not local and not embedded:
         logger.info("demo: everybody who reaches this machine can use it")
     config = uvicorn.Config(

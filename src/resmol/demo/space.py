@@ -1,4 +1,4 @@
-"""A complete Hugging Face Space: the page of `resmol demo`, the weights, their record, and this package's source.
+"""Export a complete Hugging Face Space: the page of `resmol demo`, the weights, their record, and this package.
 
 resmol is not on the package index that a Space installs from, so the Space carries the package as it runs here. The
 versions of everything else are those that the tests of resmol passed with (`templates/space_requirements.txt`).
@@ -7,18 +7,17 @@ versions of everything else are those that the tests of resmol passed with (`tem
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from resmol.checks import Check
 from resmol.config.model_config import read_model_config
 from resmol.errors import UsageError
-from resmol.interop.export.hf import Export, export_hf
-from resmol.interop.export.manifest import ExportManifest, write_manifest
+from resmol.interop.export.hf import Export, commit_export, export_hf, require_new
 from resmol.model.flops import total_parameters
 from resmol.run.checkpoint_manifest import WEIGHTS
-from resmol.system.atomic_io import commit_directory
 from resmol.system.hub_download import is_hub_id
 from resmol.system.templates import template_environment
 from resmol.version import __version__
@@ -48,14 +47,12 @@ def export_space(
         UsageError: ``out`` exists, or ``model_repo`` is not a name.
         ResmolError: See `export_hf`; nothing is left of the Space.
     """
-    if out.exists():
-        raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
+    require_new(out)
     if model_repo is not None and not is_hub_id(model_repo):
         raise UsageError(f"{model_repo} does not name a repository", fix="write it as OWNER/NAME")
-    made: list[Export] = []
 
-    def write_files(folder: Path) -> None:
-        made.append(export_hf(source, folder / "model", dtype=dtype))
+    def write_files(folder: Path) -> Sequence[Check]:
+        model = export_hf(source, folder / "model", dtype=dtype)
         if model_repo is not None:
             (folder / "model" / WEIGHTS).unlink()  # its hash stays in the manifest: the Space serves no other weights
         logger.info("writing the Space")
@@ -63,16 +60,9 @@ def export_space(
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        return model.checks
 
-    seals: list[ExportManifest] = []
-
-    def seal(folder: Path) -> bytes:
-        seals.append(write_manifest(folder, "space", made[0].checks, {"model_repo": model_repo}))
-        return seals[0].to_bytes()
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    commit_directory(out, write_files, seal)
-    return Export(out, made[0].checks, {name: file.sha256 for name, file in seals[0].files.items()})
+    return commit_export(out, "space", {"model_repo": model_repo}, write_files)
 
 
 def requirements() -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Weights from elsewhere, for verification, evaluation and generation; nothing here is imported by training."""
+"""Models in other formats: resolve, load, evaluate, inspect and export them. Training imports nothing from here."""

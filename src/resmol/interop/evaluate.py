@@ -1,4 +1,4 @@
-"""The loss of any model on any text, with the settings of its run where it has one."""
+"""Measure the loss of a model on held-out text, with the settings of its run where it has one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from resmol.config.load import load_config
-from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.resolve import Text, data_folder, is_prepared, prepare_text
 from resmol.data.shards import Dataset, open_dataset
-from resmol.errors import UsageError
+from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
-from resmol.run.directory import RunDir
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
 
@@ -24,7 +21,7 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
     """Measure the loss of a model on held-out text.
 
     Args:
-        model: A run, a checkpoint, a Hugging Face folder or a Hub id.
+        model: Whatever `load_model` takes. A checkpoint has the settings and the text of the run that it lies in.
         data: A prepared folder (its held-out part, or all where it has none) or text; None takes the run's own.
         windows: How many windows to use; 0 takes all.
         seq_len: Tokens in a window; 0 takes the run's, or 512.
@@ -39,16 +36,15 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
     if windows < 0 or seq_len < 0:
         raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
     loaded = load_model(model)
-    run = RunDir(Path(model))
-    config = load_config(run.config) if run.exists() else None
+    settings = loaded.source.settings
     with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
-        dataset = _evaluation_data(data, config, run, loaded, Path(scratch))
+        dataset = _evaluation_data(data, loaded, Path(scratch))
         stream = dataset.val if len(dataset.val) > 1 else dataset.train
-        length = seq_len or (config.data.seq_len if config else DEFAULT_EVALUATION_LENGTH)
+        length = seq_len or (settings.data.seq_len if settings else DEFAULT_EVALUATION_LENGTH)
         length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
         loader = Loader(
             stream, seq_len=length, micro_batch_size=1, grad_accum_steps=1, seed=0,
-            eos_id=dataset.eos_id, document_mask=config.data.document_mask if config else True, allow_short=True,
+            eos_id=dataset.eos_id, document_mask=settings.data.document_mask if settings else True, allow_short=True,
         )  # fmt: skip
         runtime = Runtime(0, 1, loaded.model.lm_head.weight.device, None)
         batches = loader.sequential(max(1, 2048 // length), windows or None)
@@ -62,13 +58,19 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
         "seq_len": length,
         "split": "val" if stream is dataset.val else "all",
         "data_fingerprint": dataset.fingerprint,
-        "model": loaded.provenance.to_dict(),
+        "model": loaded.source.to_dict(),
     }
 
 
-def _evaluation_data(
-    data: str | None, config: RunConfig | None, run: RunDir, loaded: LoadedModel, scratch: Path
-) -> Dataset:
+def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Dataset:
     if data is not None and not is_prepared(Path(data)):
         return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer)
-    return open_dataset(data_folder(data, config.data.path if config else "", run.data))
+    if data is not None:
+        return open_dataset(Path(data))
+    run, settings = loaded.source.run, loaded.source.settings
+    if run is None or settings is None:
+        raise DataError(
+            f"{loaded.source.path} belongs to no run, so it has no held-out text of its own",
+            fix="name some: --data input.txt, or a folder that `resmol prepare` wrote",
+        )
+    return open_dataset(data_folder(None, settings.data.path, run.data))

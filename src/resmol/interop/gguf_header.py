@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read strictly: metadata and tensor table, no tensor data, no PyTorch.
+"""Read the header of a GGUF file strictly: metadata and tensor table, no tensor data, no PyTorch.
 
-The reader of the `gguf` package is made for files that one trusts: 60 bytes that claim an array of 2^60 items
-keep it busy for ever. Here every count and length is compared with the bytes that are left before it is used.
+The reader of the `gguf` package is made for trusted files: 60 bytes that claim an array of 2^60 items keep it busy
+for ever. Here every count and length is compared with the bytes that are left before it is used.
 Source of the layout: the GGUF specification, version 3 (version 2 has the same layout).
 """
 
@@ -36,13 +36,14 @@ _TYPES = {
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
+GGUF_TYPES = tuple(name for name, _, _ in _TYPES.values())
 _SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """What the header says of a tensor.
+    """One entry of the tensor table.
 
     Attributes:
         kind: Name of the ggml type, such as ``Q4_1``.
@@ -72,7 +73,7 @@ class _BrokenRuleError(ValueError):
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell from its first bytes whether a file is a GGUF file (`DataError` when it cannot be read)."""
+    """Return whether a file begins like a GGUF file (`DataError` when it cannot be read)."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -94,6 +95,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         DataError: It is not there, or cannot be read.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would block until somebody writes to it
+            raise _BrokenRuleError("it is not a regular file")
         with path.open("rb") as file:
             file_size = path.stat().st_size
             cursor = _Cursor(file.read(min(file_size, MAX_HEADER_BYTES)))
@@ -213,6 +216,5 @@ def _place(
 
 def _known_type(name: str, number: int) -> tuple[str, int, int]:
     if number not in _TYPES:
-        supported = ", ".join(kind for kind, _, _ in _TYPES.values())
-        raise _BrokenRuleError(f"tensor {name!r} has ggml type {number}; supported are {supported}")
+        raise _BrokenRuleError(f"tensor {name!r} has ggml type {number}; supported are {', '.join(GGUF_TYPES)}")
     return _TYPES[number]

@@ -1,4 +1,4 @@
-"""What GGUF calls the tensors and fields of a model, both ways, and the weights of a file as float32; no PyTorch.
+"""Translate names and fields between GGUF and Hugging Face, and read a file's weights as float32; no PyTorch.
 
 GGUF has the rows of the query and key projections in another order, because llama.cpp rotates neighbouring
 pairs where Hugging Face's layout rotates ``(i, i + Dh/2)``. `permuted` is that order; `unpermuted` turns it back.
@@ -18,6 +18,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckpointError, ConfigError
 from resmol.interop.gguf_header import GGUFHeader, GGUFTensor
 from resmol.model.shapes import tensor_shapes
+from resmol.system.safetensors_header import TensorInfo
 
 # GGUF name of a part of a block -> Hugging Face's.
 BLOCK_NAMES = {
@@ -61,7 +62,7 @@ def gguf_config(header: GGUFHeader, origin: str = "the file") -> ModelConfig:
     stated = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     stated.setdefault("attention.head_count_kv", stated.get("attention.head_count"))
     problems = [f"llama.{key} is missing" for key in _FIELDS if stated.get(key) is None]
-    problems += _tokenizer_problems(metadata) + _foreign_fields(stated)
+    problems += _tokenizer_problems(metadata) + _unsupported_fields(stated)
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
         problems.append("the tensor token_embd.weight is missing")
@@ -96,8 +97,8 @@ def _tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
     return [] if known else ["tokenizer.ggml.eos_token_id is missing: where a text ends would be a guess"]
 
 
-def _foreign_fields(stated: dict[str, Any]) -> list[str]:
-    """Refuse what could change the numbers, by name; what only describes is let through."""
+def _unsupported_fields(stated: dict[str, Any]) -> list[str]:
+    """Return the fields that could change the numbers and are not implemented; descriptive fields are accepted."""
     harmless = {*_FIELDS, *_HEAD_DIMS, "vocab_size"}
     neutral: dict[str, Any] = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
     return [
@@ -129,7 +130,7 @@ def _unsupported(origin: str, problems: list[str]) -> ConfigError:
 
 
 def hf_name(name: str) -> str:
-    """Return Hugging Face's name of a GGUF tensor; a name without a counterpart comes back as it is."""
+    """Return Hugging Face's name of a GGUF tensor; a name without a counterpart is returned unchanged."""
     stem = name.removesuffix(".weight")
     prefix, _, part = stem.removeprefix("blk.").partition(".")
     if stem.startswith("blk.") and prefix.isdecimal() and part in BLOCK_NAMES:
@@ -144,6 +145,14 @@ def gguf_name(name: str) -> str:
     if stem.startswith("model.layers."):
         return f"blk.{prefix}.{_GGUF_NAMES[rest]}.weight"
     return f"{_GGUF_NAMES[stem]}.weight"
+
+
+def gguf_tensor_infos(header: GGUFHeader) -> dict[str, TensorInfo]:
+    """Return Hugging Face's name, the GGUF type and the shape of each tensor."""
+    return {
+        hf_name(name): TensorInfo(tensor.kind, tensor.shape, tensor.start, tensor.end)
+        for name, tensor in header.tensors.items()
+    }
 
 
 def gguf_tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:

@@ -1,4 +1,4 @@
-"""A model folder as Hugging Face's tools write it: which files hold the weights, and do they fit config.json?
+"""Find the weight files of a Hugging Face folder, and compare them with its config.json.
 
 No PyTorch and no tensor data: names, types and shapes stand in the headers. Loading and `resmol inspect` have
 the same rules; loading refuses what `inspect` reports.
@@ -6,9 +6,8 @@ the same rules; loading refuses what `inspect` reports.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckpointError, DataError
 from resmol.model.shapes import tensor_shapes
 from resmol.system.safetensors_header import TensorInfo, read_header
+from resmol.system.untrusted_text import parse_json, quoted
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -32,8 +32,8 @@ class WeightFiles:
     """The files that hold a model's weights, with their headers read and checked.
 
     Attributes:
-        files: The files, in the order of their names.
-        tensors: What each tensor is, over all files.
+        files: The files, in the order of their names; none where only their headers were fetched.
+        tensors: Dtype and shape of each tensor, over all files.
     """
 
     files: tuple[Path, ...]
@@ -67,7 +67,7 @@ def find_weights(folder: Path) -> WeightFiles:
 def _inside(folder: Path, name: str) -> Path:
     """Return ``folder/name``; a link may lead only to where the Hub's cache keeps this model's files."""
     path, home = folder / name, folder.resolve()
-    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    allowed = {home, home.parent.with_name("blobs")} if home.parent.name == "snapshots" else {home}
     if path.resolve().parent not in allowed:
         raise CheckpointError(
             f"{path} leads out of its folder, to {path.resolve()}", fix="put the file itself into the folder"
@@ -82,27 +82,17 @@ def _read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise _bad_index(path, f"it has more than {MAX_INDEX_BYTES} bytes")
     try:
-        return parse_index(path.read_bytes(), str(path))
+        table: Any = parse_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the file's permissions") from None
-
-
-def parse_index(content: bytes, origin: str) -> dict[str, str]:
-    """Return tensor -> file name of a ``model.safetensors.index.json``.
-
-    Raises:
-        CheckpointError: It is no such file, or names anything but plain ``.safetensors`` files.
-    """
-    try:
-        table: Any = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise _bad_index(origin, "it is not JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise _bad_index(path, f"it is not JSON ({str(error)[:200]})") from None
     names = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(names, dict) or not names:
-        raise _bad_index(origin, "it has no weight_map")
+        raise _bad_index(path, "it has no weight_map")
     for name in names.values():
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise _bad_index(origin, f"it names {_quoted(name)}, not a plain .safetensors name")
+            raise _bad_index(path, f"it names {quoted(name)}, not a plain .safetensors name")
     return names
 
 
@@ -114,26 +104,33 @@ def _sharded(folder: Path, index: Mapping[str, str]) -> WeightFiles:
         found = read_header(path).tensors
         if found.keys() != listed:
             odd = _listing(found.keys() ^ listed)
-            raise _bad_index(folder / INDEX, f"{path.name} does not hold what the index says ({odd})")
+            raise _bad_index(folder / INDEX, f"{path.name} does not hold the tensors that the index lists ({odd})")
         tensors |= found
     return WeightFiles(files, tensors)
 
 
-def _bad_index(origin: str | Path, reason: str) -> CheckpointError:
+def _bad_index(origin: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{origin} is not a sound index: {reason}", fix="fetch or export the model again")
 
 
 # --- config.json against the weights -----------------------------------------------------------------------
 
 
-def cross_check(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> list[Check]:
+def cross_check(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], dtypes: Collection[str] = WEIGHT_DTYPES
+) -> list[Check]:
     """Compare an architecture with the tensors of a weight file; every disagreement is named.
+
+    Args:
+        config: The architecture.
+        tensors: Dtype and shape of each tensor, by Hugging Face's name.
+        dtypes: The dtypes that weights may have in this format.
 
     Returns:
         Three checks: names, shapes and types.
     """
     expected = tensor_shapes(config)
-    return [_check_names(config, expected, tensors), _check_shapes(expected, tensors), _check_types(tensors)]
+    return [_check_names(config, expected, tensors), _check_shapes(expected, tensors), _check_types(tensors, dtypes)]
 
 
 def _check_names(config: ModelConfig, expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Check:
@@ -164,20 +161,20 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
     )
 
 
-def _check_types(tensors: Mapping[str, TensorInfo]) -> Check:
-    wrong = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in WEIGHT_DTYPES]
+def _check_types(tensors: Mapping[str, TensorInfo], dtypes: Collection[str]) -> Check:
+    wrong = [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in dtypes]
     kinds = sorted({info.dtype for info in tensors.values()})
     return Check(
         name="tensor types",
         passed=not wrong,
         measured="; ".join(wrong[:_SHOWN]) + _and_more(wrong) or ", ".join(kinds),
-        expected=" or ".join(WEIGHT_DTYPES),
+        expected=" or ".join(dtypes),
         guards="quantised numbers read as if they were weights",
     )
 
 
 def _hints(config: ModelConfig, missing: Iterable[str], extra: Iterable[str]) -> list[str]:
-    """Say in words what a set of odd names usually means."""
+    """Return what a set of odd names usually means, in words."""
     hints = []
     if "lm_head.weight" in extra and config.tie_word_embeddings:
         hints.append("config.json says that the output layer is the embedding, and the file has one of its own")
@@ -192,13 +189,8 @@ def _hints(config: ModelConfig, missing: Iterable[str], extra: Iterable[str]) ->
 
 def _listing(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    return ", ".join(_quoted(name) for name in ordered[:_SHOWN]) + _and_more(ordered)
+    return ", ".join(quoted(name) for name in ordered[:_SHOWN]) + _and_more(ordered)
 
 
 def _and_more(items: list[str]) -> str:
     return f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-
-
-def _quoted(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

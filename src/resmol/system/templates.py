@@ -1,4 +1,4 @@
-"""Templates that a package of resmol ships: strict about names, quiet about the lines of their tags."""
+"""Jinja templates of resmol's packages; an unknown name is an error, and a line with only a tag leaves none."""
 
 from __future__ import annotations
 

@@ -91,12 +91,12 @@ def test_the_export_of_a_run_is_its_checkpoint(run: Path, tmp_path: Path, dtype:
 
 def test_the_folder_holds_what_its_readers_need(run: Path, tmp_path: Path) -> None:
     export_gguf(run, tmp_path / "out", dtype="q8_0")
-    seal = verify_export(tmp_path / "out")
-    assert (seal.kind, seal.facts["dtype"], seal.facts["readers"]) == ("gguf", "q8_0", ["transformers"])
-    assert {check.name for check in seal.checks} == {
+    manifest = verify_export(tmp_path / "out")
+    assert (manifest.kind, manifest.facts["dtype"], manifest.facts["readers"]) == ("gguf", "q8_0", ["transformers"])
+    assert {check.name for check in manifest.checks} == {
         "weights", "cast", "logits, transformers", "greedy tokens, transformers", "token ids, transformers",
     }  # fmt: skip
-    assert {"run-Q8_0.gguf", "Modelfile", "README.md", "LICENSE", "tokenizer.json"} <= seal.files.keys()
+    assert {"run-Q8_0.gguf", "Modelfile", "README.md", "LICENSE", "tokenizer.json"} <= manifest.files.keys()
     assert (tmp_path / "out" / "training" / "ledger.jsonl").read_bytes() == (run / "ledger.jsonl").read_bytes()
     modelfile = (tmp_path / "out" / "Modelfile").read_text().splitlines()
     assert modelfile[:2] == ["FROM ./run-Q8_0.gguf", 'TEMPLATE """{{ .Prompt }}"""']

@@ -21,7 +21,7 @@ from resmol.errors import CheckFailed, UsageError
 from resmol.interop.export import export_hf, hf
 from resmol.interop.export.parity import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check
 from resmol.interop.load import LoadedModel, load_model
-from resmol.interop.resolve import Provenance
+from resmol.interop.resolve import Source
 from resmol.model.llama import CausalLM
 from resmol.model.shapes import tensor_shapes
 
@@ -89,12 +89,12 @@ def test_a_class_that_drops_the_digits_step_is_noticed(
     config = tiny_config.model.model_copy(update={"vocab_size": 49_152})
     model = CausalLM.empty(config)
     model.init_weights(0)
-    loaded = LoadedModel(model.eval(), Provenance("huggingface", tmp_path, "0"), lambda: genuine_tokenizer)
+    loaded = LoadedModel(model.eval(), Source("huggingface", tmp_path, config), lambda: genuine_tokenizer)
     genuine, tables = hf.tokenizer_config, [{}, {"tokenizer_class": "GPT2Tokenizer"}]
     for number, table in enumerate(tables):
         monkeypatch.setattr(hf, "tokenizer_config", lambda *a, _table=table: genuine(*a) | _table)
         (tmp_path / str(number)).mkdir()
-        hf.write_folder(loaded, tmp_path / str(number), "float32", None)
+        hf.write_folder(loaded, tmp_path / str(number), "float32")
     healthy, mutant = (compare_with_transformers(model, genuine_tokenizer, tmp_path / name) for name in "01")
     assert all_passed(healthy)
     failed = {check.name: check.measured for check in mutant if not check.passed}

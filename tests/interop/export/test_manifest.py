@@ -1,4 +1,4 @@
-"""Only what was compared is sealed, and a seal notices every change."""
+"""Only a compared export gets a manifest, and the manifest shows every change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from resmol.checks import Check
 from resmol.errors import CheckFailed, DataError
-from resmol.interop.export.manifest import parse_seal, verify_export, write_manifest
+from resmol.interop.export.manifest import build_manifest, parse_manifest, verify_export
 from resmol.system.atomic_io import commit_directory
 
 PASSED = Check("logits", True, "equal", "equal")
@@ -20,7 +20,7 @@ FAILED = Check("token ids", False, "4 here, 5 there", "equal")
 
 
 @pytest.fixture
-def sealed(tmp_path: Path) -> Path:
+def exported(tmp_path: Path) -> Path:
     def write(folder: Path) -> None:
         (folder / "training").mkdir()
         (folder / "model.safetensors").write_bytes(bytes(range(256)))
@@ -28,28 +28,28 @@ def sealed(tmp_path: Path) -> Path:
 
     out = tmp_path / "out"
     commit_directory(
-        out, write, lambda folder: write_manifest(folder, "model", [PASSED], {"dtype": "float32"}).to_bytes()
+        out, write, lambda folder: build_manifest(folder, "model", [PASSED], {"dtype": "float32"}).to_bytes()
     )
     return out
 
 
-def test_a_seal_lists_every_file_with_its_hash(sealed: Path) -> None:
-    seal = verify_export(sealed)
-    assert {name: file.sha256 for name, file in seal.files.items()} == {
-        name: hashlib.sha256((sealed / name).read_bytes()).hexdigest()
+def test_a_manifest_lists_every_file_with_its_hash(exported: Path) -> None:
+    manifest = verify_export(exported)
+    assert {name: file.sha256 for name, file in manifest.files.items()} == {
+        name: hashlib.sha256((exported / name).read_bytes()).hexdigest()
         for name in ("model.safetensors", "training/ledger.jsonl")
     }
-    assert [(check.name, check.measured) for check in seal.checks] == [("logits", "equal")]
-    assert (seal.kind, seal.facts) == ("model", {"dtype": "float32"})
+    assert [(check.name, check.measured) for check in manifest.checks] == [("logits", "equal")]
+    assert (manifest.kind, manifest.facts) == ("model", {"dtype": "float32"})
 
 
 @pytest.mark.parametrize(
     ("checks", "named"), [([PASSED, FAILED], "token ids: 4 here"), ([], "nothing was compared")], ids=["failed", "none"]
 )
-def test_what_was_not_compared_is_not_sealed(tmp_path: Path, checks: list[Check], named: str) -> None:
+def test_an_export_that_was_not_compared_gets_no_manifest(tmp_path: Path, checks: list[Check], named: str) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckFailed, match=named):
-        write_manifest(tmp_path, "model", checks, {})
+        build_manifest(tmp_path, "model", checks, {})
 
 
 def _flip(folder: Path) -> None:
@@ -73,8 +73,8 @@ def _pipe(folder: Path) -> None:
 
 def _edit(**fields: Any) -> Any:
     def change(folder: Path) -> None:
-        seal = json.loads((folder / "manifest.json").read_bytes())
-        (folder / "manifest.json").write_text(json.dumps(seal | fields, indent=1, sort_keys=True))
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        (folder / "manifest.json").write_text(json.dumps(manifest | fields, indent=1, sort_keys=True))
 
     return change
 
@@ -94,25 +94,25 @@ def _edit(**fields: Any) -> Any:
         (_edit(kind="space"), "not an export"),
     ],
 )
-def test_every_change_is_noticed(sealed: Path, damage: Any, named: str) -> None:
-    damage(sealed)
+def test_every_change_is_noticed(exported: Path, damage: Any, named: str) -> None:
+    damage(exported)
     with pytest.raises(CheckFailed, match=named):
-        verify_export(sealed)
+        verify_export(exported)
 
 
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/passwd", "a//b", "./a", "a\\b", ".git/hooks/x", "manifest.json", ""]
 )
-def test_a_seal_cannot_name_what_lies_elsewhere(sealed: Path, name: str) -> None:
+def test_a_manifest_cannot_name_files_elsewhere(exported: Path, name: str) -> None:
     """Also not one whose digest fits: anybody can compute that."""
-    genuine = verify_export(sealed)
+    genuine = verify_export(exported)
     forged = genuine.model_copy(update={"files": {name: genuine.files["model.safetensors"]}})
-    assert parse_seal(genuine.to_bytes()) == genuine
-    assert parse_seal(forged.to_bytes()) is None
+    assert parse_manifest(genuine.to_bytes()) == genuine
+    assert parse_manifest(forged.to_bytes()) is None
 
 
-def test_a_seal_without_checks_is_none(sealed: Path) -> None:
-    assert parse_seal(verify_export(sealed).model_copy(update={"checks": ()}).to_bytes()) is None
+def test_a_manifest_without_checks_is_none(exported: Path) -> None:
+    assert parse_manifest(verify_export(exported).model_copy(update={"checks": ()}).to_bytes()) is None
 
 
 def test_no_folder(tmp_path: Path) -> None:

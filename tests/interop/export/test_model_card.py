@@ -43,7 +43,7 @@ def folder_of(source: Path, out: Path) -> Path:
     """Write the files of an export without reading them back, which takes seconds."""
     loaded = load_model(source, device="cpu")
     out.mkdir()
-    hf.write_folder(loaded, out, "float32", hf.run_of(loaded.provenance))
+    hf.write_folder(loaded, out, "float32")
     return out
 
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_without_its_run_says_so(run: RunDir, tmp_path: Path) -> No
     alone = Path(shutil.copytree(run.checkpoints / "step-00000025", tmp_path / "a" / "b" / "step-00000025"))
     loaded = load_model(alone, tokenizer=run.tokenizer, device="cpu")
     (tmp_path / "out").mkdir()
-    hf.write_folder(loaded, tmp_path / "out", "float32", hf.run_of(loaded.provenance))
+    hf.write_folder(loaded, tmp_path / "out", "float32")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "was not beside it" in card
     assert "license:" not in card
@@ -293,7 +293,7 @@ def test_the_card_names_the_corpus_of_the_standard_library(
     )
     loaded = load_model(run.path, device="cpu")
     (tmp_path / "training").mkdir()
-    record = dataclasses.replace(write_record(run, tmp_path / "training", loaded.provenance), data=named)
+    record = dataclasses.replace(write_record(loaded.source, tmp_path / "training"), data=named)
     text = model_card(loaded, "float32", record)
     assert "resmol prepare data --corpus stdlib --val-fraction" in text
     assert "YOUR_TEXT" not in text

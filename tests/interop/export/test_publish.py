@@ -20,7 +20,7 @@ from tiny import TrainTiny
 from resmol.__main__ import run as resmol
 from resmol.checks import Check
 from resmol.interop.evaluate import evaluate_model
-from resmol.interop.export import Kind, export_hf, write_manifest
+from resmol.interop.export import ExportKind, build_manifest, export_hf
 from resmol.interop.load import load_model
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
@@ -49,9 +49,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def export(tmp_path: Path) -> Export:
-    """Write a sealed folder."""
+    """Write a folder with a manifest."""
 
-    def write(name: str = "export", kind: Kind = "model", **changed: bytes | None) -> Path:
+    def write(name: str = "export", kind: ExportKind = "model", **changed: bytes | None) -> Path:
         files = {**FILES, **{path.replace("__", "/").replace("_md", ".md"): data for path, data in changed.items()}}
 
         def fill(folder: Path) -> None:
@@ -61,7 +61,7 @@ def export(tmp_path: Path) -> Export:
                     (folder / path).write_bytes(content)
 
         checks = [Check("logits", True, "equal", "equal")]
-        commit_directory(tmp_path / name, fill, lambda folder: write_manifest(folder, kind, checks, {}).to_bytes())
+        commit_directory(tmp_path / name, fill, lambda folder: build_manifest(folder, kind, checks, {}).to_bytes())
         return tmp_path / name
 
     return write
@@ -183,12 +183,12 @@ def _tampered(folder: Path) -> None:
     (folder / "config.json").write_bytes(b"[]\n")
 
 
-def _unsealed(folder: Path) -> None:
+def _without_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"), [(_stray, ".env"), (_tampered, "config.json"), (_unsealed, "not an export")]
+    ("damage", "named"), [(_stray, ".env"), (_tampered, "config.json"), (_without_manifest, "not an export")]
 )
 def test_what_was_not_verified_is_not_sent(
     hub: Hub, export: Export, capsys: Any, damage: Callable[[Path], None], named: str

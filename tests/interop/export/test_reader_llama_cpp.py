@@ -55,9 +55,9 @@ def genuine_file(
 def test_logits_are_ours_within_the_error_of_the_type(run: Path, tmp_path: Path, dtype: str) -> None:
     export = export_gguf(run, tmp_path / "out", dtype=dtype)
     assert all_passed(export.checks)
-    seal = verify_export(tmp_path / "out")
-    assert seal.facts["readers"] == ["transformers", "llama.cpp"]
-    names = {check.name for check in seal.checks}
+    manifest = verify_export(tmp_path / "out")
+    assert manifest.facts["readers"] == ["transformers", "llama.cpp"]
+    names = {check.name for check in manifest.checks}
     assert {"logits, llama.cpp", "token ids, llama.cpp", "logits, transformers"} <= names
     assert ("greedy tokens, llama.cpp" in names) is (dtype == "float32")
 

@@ -5,30 +5,28 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub, Repo, hub_with_client, sha256
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_gguf import CONFIG as GGUF_CONFIG
-from test_gguf import hf_weights, write_gguf
-from test_hf_folder import reference
+from small_models import GGUF_CONFIG, hf_weights, reference, write_gguf
 from tiny import TrainTiny
 
 from resmol.config.load import load_preset, preset_names
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RuntimeConfig
-from resmol.errors import CheckpointError, DataError, NetworkError, UsageError
+from resmol.errors import CheckpointError, DataError, UsageError
 from resmol.interop.inspect import inspect_model
-from resmol.interop.inspect import summary as module
 from resmol.interop.inspect.diagram import mermaid
 from resmol.model.flops import training_memory
 from resmol.model.llama import CausalLM
-from resmol.system.safetensors_header import parse_header
 
 PUBLISHED = {"smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384}
 
@@ -144,7 +142,7 @@ def test_impossible_sizes_are_refused(seq_len: int, batch: int) -> None:
 
 def test_a_sound_folder_agrees_with_itself(folder: Path) -> None:
     found = inspect_model(str(folder))
-    assert found.kind == "folder"
+    assert found.kind == "huggingface"
     assert [check.passed for check in found.checks] == [True, True, True]
 
 
@@ -167,16 +165,35 @@ def test_every_disagreement_is_named(folder: Path) -> None:
 
 def test_a_run_is_compared_with_its_newest_checkpoint(train_tiny: TrainTiny, tmp_path: Path) -> None:
     train_tiny(tmp_path / "run", 10)
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000010"):
+        found = inspect_model(str(source))
+        assert found.kind == "checkpoint"
+        assert all(check.passed for check in found.checks)
+        assert len(found.checks) == 3
+        assert found.notes == ("step 10 of the run run",)
+        assert (found.seq_len, found.batch) == (16, 2), "those of the run"
+
+
+def test_a_run_without_a_checkpoint_is_shown(train_tiny: TrainTiny, tmp_path: Path) -> None:
+    train_tiny(tmp_path / "run", 5)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     found = inspect_model(str(tmp_path / "run"))
-    assert found.kind == "run"
-    assert all(check.passed for check in found.checks)
-    assert len(found.checks) == 3
-    assert found.notes == ("compared with step-00000010",)
+    assert (found.kind, found.checks, found.notes) == ("run", [], ("the run has no checkpoint yet",))
 
 
 def test_a_gguf_file_tells_its_architecture(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG))
-    assert inspect_model(str(path)).config == GGUF_CONFIG
+    found = inspect_model(str(path))
+    assert found.config == GGUF_CONFIG
+    assert [check.passed for check in found.checks] == [True, True, True]
+
+
+def test_a_gguf_file_that_contradicts_its_metadata_is_shown(tmp_path: Path) -> None:
+    weights = hf_weights(GGUF_CONFIG)
+    weights["model.norm.weight"] = weights["model.norm.weight"][:100]
+    names, shapes, types = inspect_model(str(write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, weights))).checks
+    assert (names.passed, shapes.passed, types.passed) == (True, False, True)
+    assert "norm.weight is [100], not [192]" in shapes.measured
 
 
 def test_a_folder_that_is_there_for_a_gguf_file_tells_its_architecture(tmp_path: Path) -> None:
@@ -231,37 +248,31 @@ def test_a_header_of_something_else_is_described_without_a_guess(tmp_path: Path)
 # --- the Hub -----------------------------------------------------------------------------------------------
 
 
-def test_a_hub_model_is_compared_by_its_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub with one model, alice/nano."""
+    monkeypatch.chdir(tmp_path)
+    with hub_with_client(tmp_path, monkeypatch) as server:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        server.objects |= {sha256(data): data for data in files.values()}
+        server.repos["models/alice/nano"] = Repo(private=False, sdk=None)
+        server.repos["models/alice/nano"].commit(files, "a push")
+        yield server
 
-    def header(url: str) -> Any:
-        asked.append(url)
-        content = (folder / "model.safetensors").read_bytes()
-        return parse_header(content, len(content))
 
-    config = module.read_model_config(folder)
-    monkeypatch.setattr(module, "read_model_config", lambda source: config)
-    monkeypatch.setattr(module, "read_remote_header", header)
-    found = inspect_model("owner/name")
+def test_a_hub_model_is_compared_by_its_headers(hub: Hub) -> None:
+    found = inspect_model("alice/nano")
     assert found.kind == "hub"
     assert [check.passed for check in found.checks] == [True, True, True]
-    assert len(asked) == 1
-    assert asked[0].endswith("/owner/name/resolve/main/model.safetensors")
+    assert hub.sent("GET /cdn")
 
 
-def test_weights_out_of_reach_are_said_not_hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_header(url: str) -> Any:
-        raise NetworkError("the header did not come", fix="try again")
-
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    config = module.read_model_config(folder)
-    monkeypatch.setattr(module, "read_model_config", lambda source: config)
-    monkeypatch.setattr(module, "read_remote_header", no_header)
-    found = inspect_model("owner/name")
+def test_weights_out_of_reach_are_said_not_hidden(hub: Hub) -> None:
+    hub.breaks = lambda request: 404 if "model.safetensors" in request else None
+    found = inspect_model("alice/nano")
     assert found.checks == []
     assert "was not compared" in found.notes[0]
+    assert "was not compared" in shown("alice/nano")
 
 
 # --- what is shown -----------------------------------------------------------------------------------------
@@ -328,12 +339,12 @@ def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
     cases = {
         "x.safetensors": (CheckpointError, "claims a header of 9223372036854775808"),
         "x.bin": (CheckpointError, "never unpickles"),
-        "missing.json": (DataError, "there is no file"),
+        "missing.json": (DataError, "there is no model"),
     }
     for name, (kind, text) in cases.items():
         with pytest.raises(kind, match=text):
             inspect_model(str(tmp_path / name))
-    with pytest.raises(DataError, match=r"did you mean smollm2-135m\?"):
+    with pytest.raises(DataError, match=r"did you mean the preset smollm2-135m\?"):
         inspect_model("smollm2-135")
 
 

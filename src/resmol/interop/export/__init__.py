@@ -1,13 +1,14 @@
-"""What is published is what was trained: exports that are loaded elsewhere and compared before they exist.
+"""Export a model for other software, and publish it.
 
 An export is written into a temporary folder, read back by another implementation in another process, and moved into
-place only when logits, token ids and generated tokens are ours. Otherwise nothing is left, and the difference is named.
+place only when logits, token ids and generated tokens equal ours. Otherwise nothing is left, and the error names the
+difference.
 """
 
 from __future__ import annotations
 
 from resmol.interop.export.gguf import export_gguf
 from resmol.interop.export.hf import Export, export_hf
-from resmol.interop.export.manifest import ExportManifest, Kind, verify_export, write_manifest
+from resmol.interop.export.manifest import ExportKind, ExportManifest, build_manifest, verify_export
 
-__all__ = ["Export", "ExportManifest", "Kind", "export_gguf", "export_hf", "verify_export", "write_manifest"]
+__all__ = ["Export", "ExportKind", "ExportManifest", "build_manifest", "export_gguf", "export_hf", "verify_export"]

@@ -1,4 +1,4 @@
-"""Export as a GGUF file, for llama.cpp, ollama and what is built on them."""
+"""Export as a GGUF file, for llama.cpp, ollama and programs that are built on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from resmol.checks import Check
 from resmol.errors import UsageError
 from resmol.interop.export.gguf_parity import compare_gguf, gguf_readers
 from resmol.interop.export.gguf_writer import KINDS, write_gguf
-from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, run_of, token_text, write_papers
+from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, token_text, write_companions
+from resmol.interop.export.training_record import recorded
 from resmol.interop.load import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -24,15 +25,16 @@ def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Exp
     Args:
         source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
         out: The folder to create.
-        dtype: One of `KINDS`; the error that the type causes is measured and bounded.
+        dtype: One of `KINDS`; the error of the rounding is measured and bounded.
 
     Returns:
         The export, with the checks that it passed.
 
     Raises:
         UsageError: ``out`` exists, or the type is unknown.
-        CheckFailed: What a reader gets out of the file differs from ours; nothing is left of the export.
-        DataError: There is no such model, nobody here can read the file back, or GGUF cannot describe the tokenizer.
+        CheckFailed: A reader gets another model out of the file than ours; nothing is left of the export.
+        DataError: There is no such model, no installed library can read the file back, or GGUF cannot describe the
+            tokenizer.
         DiskFull: No room; nothing is left of the export.
     """
     if dtype not in KINDS:
@@ -40,17 +42,17 @@ def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Exp
     require_new(out)
     readers = gguf_readers()
     loaded = load_model(source, device="cpu")
-    run = run_of(loaded.provenance)
+    run = recorded(loaded.source.run)
     name = plain_name(out.resolve().name if run is None else run.path.resolve().name)
     file_name = f"{name}-{KINDS[dtype]}.gguf"
 
     def write_files(folder: Path) -> list[Check]:
-        logger.info(f"writing {loaded.provenance.path} as {file_name}")
+        logger.info(f"writing {loaded.source.path} as {file_name}")
         file = folder / file_name
         licence = None if run is None else "apache-2.0"
         write_gguf(file, loaded.model, loaded.tokenizer, dtype, name=name, licence=licence)
         (folder / MODELFILE).write_text(modelfile(loaded, file_name), encoding="utf-8")
-        write_papers(loaded, folder, dtype, run, file_name)
+        write_companions(loaded, folder, dtype, file_name)
         logger.info(
             f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own"
         )
@@ -61,15 +63,14 @@ def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Exp
 
 
 def plain_name(name: str) -> str:
-    """Return a name that a Modelfile, a shell and a web address take as it is."""
+    """Return a name that needs no quoting in a Modelfile, a shell or a web address."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 def modelfile(loaded: LoadedModel, file_name: str) -> str:
-    """Return ollama's description: a base model, so the prompt goes in as it is and nothing is added to it.
+    """Return ollama's description: of a base model, so nothing is added to the prompt.
 
-    The sampling is that of `resmol generate`; ollama's own default would punish repetition, which a language model of
-    this kind was not asked to avoid.
+    The sampling is that of `resmol generate`; ollama's own default would penalize repetition.
     """
     end = token_text(loaded.tokenizer, loaded.config.eos_token_id)
     lines = [

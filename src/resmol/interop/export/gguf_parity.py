@@ -1,10 +1,10 @@
-"""Is a GGUF file the model that it was made from? What transformers and llama.cpp read, against what we computed.
+"""Compare a GGUF file with the model that it was made from, as transformers and llama.cpp read it.
 
-Two errors are kept apart. What the type does to the weights is bounded by arithmetic (`TYPE_ERROR`). All the rest is
-compared with *our* model holding the weights as the type keeps them. transformers unpacks them and computes in float32,
-so it must agree as closely as for any export. llama.cpp also rounds the input of each product to the file's type. How
-much that moves the logits is measured with our own model doing the same, and llama.cpp may be `SLACK` times as far
-away: its roundings are as large, and fall otherwise.
+Two errors are kept apart. The rounding of the weights to the file's type is bounded by arithmetic (`TYPE_ERROR`). The
+rest is compared with *our* model holding the rounded weights. transformers unpacks them and computes in float32, so it
+must agree as closely as for any export. llama.cpp also rounds the input of each matmul to the file's type. The effect
+of that rounding on the logits is measured with our own model rounding its inputs, and llama.cpp may be `SLACK` times as
+far away: its roundings are as large, and not the same.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ SLACK = 4.0
 
 
 def gguf_readers() -> list[Reader]:
-    """Return who can read a GGUF file back here; transformers wants accelerate for it.
+    """Return the installed readers of GGUF files; transformers needs accelerate for it.
 
     Raises:
-        DataError: Nobody can.
+        DataError: There is none.
     """
     needs = {TRANSFORMERS: ("transformers", "accelerate"), LLAMA_CPP: ("llama_cpp",)}
     found = [reader for reader, names in needs.items() if all(find_spec(name) is not None for name in names)]
@@ -61,14 +61,14 @@ def compare_gguf(model: CausalLM, tokenizer: Tokenizer, file: Path, dtype: str, 
     """Compare a file with the model that it was made from.
 
     Args:
-        model: The model as it was trained, in float32.
+        model: The trained model, in float32.
         tokenizer: Its own.
-        file: What `write_gguf` wrote.
+        file: The file that `write_gguf` wrote.
         dtype: Its type.
         readers: From `gguf_readers`.
 
     Returns:
-        The checks, failed ones included; the names of those that a reader was asked for end with it.
+        The checks, failed ones included; the name of a check by a reader ends with the reader's.
 
     Raises:
         CheckFailed: A reader cannot load the file.
@@ -124,9 +124,9 @@ def _type_check(model: CausalLM, stored: CausalLM, dtype: str) -> Check:
 
 @torch.no_grad()
 def product_error(model: CausalLM, inputs: list[list[int]], dtype: str) -> float:
-    """Return how far the logits move, relative to the largest, when every product gets its input rounded to the type.
+    """Return how far the logits move, relative to the largest, when every matmul gets its input rounded to the type.
 
-    That is what ggml's kernels do: ``vec_dot_type`` of a type is the type itself (ggml-cpu.c).
+    ggml's kernels round so: ``vec_dot_type`` of a type is the type itself (ggml-cpu.c).
     """
     exact = [model(torch.tensor([ids]))[0] for ids in inputs]
 

@@ -1,7 +1,7 @@
-"""A `tokenizer.json` as GGUF writes it: tokens, their kinds, merges, and the name of the rule that cuts a text first.
+"""Translate a `tokenizer.json` into GGUF metadata: tokens, their kinds, merges, and the name of the pre-tokenizer.
 
-GGUF has no room for a rule of one's own, only for names that llama.cpp knows. A tokenizer without such a name is
-refused: its ids would be others there.
+GGUF holds no pre-tokenization rules, only names of rules that llama.cpp implements. A tokenizer without such a name is
+refused: llama.cpp would compute other ids.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gguf import TokenType
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
 
-# What of a ByteLevel step changes the ids; GPT-2's regular expression is part of it.
+# The options of a ByteLevel step that change the ids; GPT-2's regular expression is part of it.
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 # Name in llama.cpp (src/llama-vocab.cpp) -> the steps of `tokenizer.json` with the same effect.
@@ -46,7 +46,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """Return the vocabulary of a tokenizer, filled up to the ``size`` of the model's embedding with unused tokens.
 
     Raises:
-        DataError: The tokenizer does something that llama.cpp has no name for.
+        DataError: The tokenizer has a step that llama.cpp has no name for.
     """
     document = json.loads(tokenizer.data)
     model, added = document["model"], document.get("added_tokens") or []

@@ -1,6 +1,6 @@
-"""Writing a model as one GGUF file, and what of its numbers the file's type keeps.
+"""Write a model as one GGUF file, and compute how the file's type rounds its numbers.
 
-The library writes the format; names, order of rows and fields are those of `weights.gguf`, which reads such files.
+The library writes the format; names, order of rows and fields are those of `gguf_names`, which reads such files.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, config: ModelConfi
         add(False)
 
 
-# --- what the types keep -----------------------------------------------------------------------------------
+# --- rounding -----------------------------------------------------------------------------------
 
 
 def as_kind(values: Float[Tensor, "*B N"], kind: str) -> Float[Tensor, "*B N"]:
@@ -122,7 +122,7 @@ def as_kind(values: Float[Tensor, "*B N"], kind: str) -> Float[Tensor, "*B N"]:
 
 
 def as_stored(model: CausalLM, dtype: str) -> CausalLM:
-    """Return the model that a file of ``dtype`` holds, computing in float32 as before."""
+    """Return the model with its weights rounded as in a file of ``dtype``, still in float32."""
     copy = CausalLM.empty(model.config)
     weights = model.state_dict()
     copy.load_state_dict({name: as_kind(t, stored_kind(tuple(t.shape), dtype)) for name, t in weights.items()})

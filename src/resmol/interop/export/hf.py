@@ -19,15 +19,13 @@ from safetensors.torch import save_file
 from resmol.checks import Check
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
-from resmol.interop.export.manifest import ExportManifest, Kind, write_manifest
+from resmol.interop.export.manifest import ExportKind, ExportManifest, build_manifest
 from resmol.interop.export.model_card import model_card
 from resmol.interop.export.parity import cast_check, compare_with_transformers
-from resmol.interop.export.training_record import write_record
+from resmol.interop.export.training_record import recorded, write_record
 from resmol.interop.load import LoadedModel, load_model
-from resmol.interop.resolve import Provenance
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
-from resmol.run.directory import RunDir
 from resmol.system.atomic_io import commit_directory
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,7 @@ class Export:
 
     Attributes:
         path: The folder.
-        checks: How it was compared with the model that it comes from.
+        checks: The comparisons with the model that it was made from.
         files: Name -> sha256 of every file.
     """
 
@@ -56,14 +54,14 @@ def export_hf(source: str | Path, out: Path, *, dtype: str = "float32") -> Expor
     Args:
         source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
         out: The folder to create.
-        dtype: The type of the weights in the file; the error that the cast causes is measured.
+        dtype: The dtype of the weights in the file; the error of the cast is measured.
 
     Returns:
         The export, with the checks that it passed.
 
     Raises:
         UsageError: ``out`` exists, or the type is unknown.
-        CheckFailed: What transformers reads back differs from ours; nothing is left of the export.
+        CheckFailed: The model that transformers reads back differs from ours; nothing is left of the export.
         DataError: transformers is not installed, or there is no such model.
         DiskFull: No room; nothing is left of the export.
     """
@@ -73,8 +71,8 @@ def export_hf(source: str | Path, out: Path, *, dtype: str = "float32") -> Expor
     loaded = load_model(source, device="cpu")
 
     def write_files(folder: Path) -> list[Check]:
-        logger.info(f"writing {loaded.provenance.path} as {dtype}")
-        write_folder(loaded, folder, dtype, run_of(loaded.provenance))
+        logger.info(f"writing {loaded.source.path} as {dtype}")
+        write_folder(loaded, folder, dtype)
         logger.info("reading it back with transformers, in a process of its own")
         stored = rounded(loaded.model, dtype)
         return [*compare_with_transformers(stored, loaded.tokenizer, folder), cast_check(loaded.model, stored)]
@@ -89,35 +87,38 @@ def require_new(out: Path) -> None:
 
 
 def export_facts(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
-    """Return what the seal says about the weights: their type and source, without paths of this machine."""
-    return {"dtype": dtype, "model": loaded.provenance.to_dict() | {"path": "", "note": ""}}
+    """Return the facts for the manifest: dtype and source of the weights, without paths of this machine."""
+    source = loaded.source.to_dict()
+    return {"dtype": dtype, "model": {name: source[name] for name in ("kind", "sha256", "trained_here", "step")}}
 
 
-def commit_export(out: Path, kind: Kind, facts: dict[str, Any], write_files: Callable[[Path], list[Check]]) -> Export:
-    """Create a sealed folder, or nothing.
+def commit_export(
+    out: Path, kind: ExportKind, facts: dict[str, Any], write_files: Callable[[Path], Sequence[Check]]
+) -> Export:
+    """Create a verified folder with its manifest, or nothing.
 
     Args:
         out: The folder to create.
-        kind: What it is.
-        facts: For its seal.
+        kind: The kind of export.
+        facts: For the manifest.
         write_files: Fills the folder that it is given, compares, and returns the checks.
 
     Raises:
         CheckFailed: A check did not pass; `DiskFull`: no room. Nothing is left.
     """
     checks: list[Check] = []
-    seals: list[ExportManifest] = []
+    manifests: list[ExportManifest] = []
 
-    def seal(folder: Path) -> bytes:
-        seals.append(write_manifest(folder, kind, checks, facts))
-        return seals[0].to_bytes()
+    def manifest(folder: Path) -> bytes:
+        manifests.append(build_manifest(folder, kind, checks, facts))
+        return manifests[0].to_bytes()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    commit_directory(out, lambda folder: checks.extend(write_files(folder)), seal)
-    return Export(out, checks, {name: file.sha256 for name, file in seals[0].files.items()})
+    commit_directory(out, lambda folder: checks.extend(write_files(folder)), manifest)
+    return Export(out, checks, {name: file.sha256 for name, file in manifests[0].files.items()})
 
 
-def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | None) -> None:
+def write_folder(loaded: LoadedModel, folder: Path, dtype: str) -> None:
     """Write all files of an export into an existing, empty folder."""
     config = loaded.config
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in weight_tensors(loaded.model).items()}
@@ -125,23 +126,30 @@ def write_folder(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | No
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     write_json(folder / "config.json", config.to_hf(dtype))
     write_json(folder / "generation_config.json", ends)
-    write_papers(loaded, folder, dtype, run)
+    write_companions(loaded, folder, dtype)
 
 
-def write_papers(loaded: LoadedModel, folder: Path, dtype: str, run: RunDir | None, gguf: str | None = None) -> None:
-    """Write what goes with the weights: tokenizer, record, licence and card (``gguf``: name of the weights' file)."""
+def write_companions(loaded: LoadedModel, folder: Path, dtype: str, gguf: str | None = None) -> None:
+    """Write the other files of an export: tokenizer, record of the run, licence and card.
+
+    Args:
+        loaded: The model.
+        folder: The export; the weights are in it.
+        dtype: The dtype of the weights in the file.
+        gguf: The name of a GGUF export's file.
+    """
     tokenizer, record = loaded.tokenizer, None
     write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, loaded.config.max_position_embeddings))
     (folder / "tokenizer.json").write_bytes(tokenizer.data)
-    if run is not None:
+    if recorded(loaded.source.run) is not None:
         (folder / "training").mkdir()
-        record = write_record(run, folder / "training", loaded.provenance)
+        record = write_record(loaded.source, folder / "training")
         (folder / "LICENSE").write_bytes((files("resmol.interop.export") / "templates" / "apache-2.0.txt").read_bytes())
     (folder / "README.md").write_text(model_card(loaded, dtype, record, gguf), encoding="utf-8")
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Write a table as people read it."""
+    """Write a table as indented JSON."""
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
@@ -175,9 +183,3 @@ def rounded(model: CausalLM, dtype: str) -> CausalLM:
     copy = CausalLM.empty(model.config)
     copy.load_state_dict({name: t.to(DTYPES[dtype]).to(t.dtype) for name, t in model.state_dict().items()})
     return copy.eval().requires_grad_(requires_grad=False)
-
-
-def run_of(provenance: Provenance) -> RunDir | None:
-    """Return the run whose checkpoint these weights are; what merely lies inside of a run's folder is not its work."""
-    run = RunDir(provenance.path.resolve().parent.parent)
-    return run if provenance.trained_here and run.exists() and run.ledger.exists() else None

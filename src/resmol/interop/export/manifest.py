@@ -1,7 +1,7 @@
-"""The seal of an export: which files it consists of, and which checks it passed before it got its name.
+"""The manifest of an export: its files, and the checks that it passed before it got its name.
 
-It is the folder's ``manifest.json``, the file that `commit_directory` writes last. `publish` sends what a seal lists,
-nothing else, and only while every byte is still as it was sealed. Its digest finds accidents; it is not a signature.
+``manifest.json`` is the file that `commit_directory` writes last. `publish` sends the files that the manifest lists and
+no others, and only while every byte is as the manifest says. Its digest finds accidents; it is not a signature.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pydantic import ValidationError
 
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, DataError
-from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES, Strict, file_entry
-from resmol.system.atomic_io import fsync_path
+from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES, Strict
+from resmol.system.atomic_io import file_sha256, fsync_path
 from resmol.version import __version__
 
-Kind = Literal["model", "space", "gguf"]
+ExportKind = Literal["model", "space", "gguf"]
 
 
 class ExportedFile(Strict):
@@ -38,18 +38,18 @@ class PassedCheck(Strict):
 
 
 class ExportManifest(Strict):
-    """What ``manifest.json`` of an export says.
+    """The content of an export's ``manifest.json``.
 
     Attributes:
-        kind: What kind of repository the folder is meant for.
+        kind: The kind of repository that the folder is meant for.
         resmol: The version that wrote it.
-        checks: What was compared before the folder got its name; never empty.
-        facts: What else is worth knowing, such as the type of the weights and where they come from.
-        files: Path below the folder, with ``/`` -> size and sha256, of every file but the seal itself.
+        checks: The comparisons that passed before the folder got its name; never empty.
+        facts: Other facts, such as the dtype of the weights and their source.
+        files: Path below the folder, with ``/`` -> size and sha256, of every file but the manifest itself.
     """
 
     format: Literal[2] = 2
-    kind: Kind
+    kind: ExportKind
     resmol: str
     checks: tuple[PassedCheck, ...]
     facts: dict[str, Any]
@@ -65,79 +65,78 @@ class ExportManifest(Strict):
         return json.dumps({**self.model_dump(mode="json"), "sha256": self.sha256}, indent=1, sort_keys=True).encode()
 
 
-def write_manifest(folder: Path, kind: Kind, checks: Sequence[Check], facts: dict[str, Any]) -> ExportManifest:
-    """Write the manifest of the files of a folder as they are now, after they are on the disk.
+def build_manifest(folder: Path, kind: ExportKind, checks: Sequence[Check], facts: dict[str, Any]) -> ExportManifest:
+    """Flush the files of a folder to the disk and return their manifest.
 
-    Its bytes are what `commit_directory` wants from ``manifest``.
+    `ExportManifest.to_bytes` gives the content of ``manifest.json`` for `commit_directory`.
 
     Args:
-        folder: All its files are listed; they must be whole.
+        folder: All its files are listed; they must be complete.
         kind: What the folder is.
-        checks: What it passed.
+        checks: The checks of the export.
         facts: Plain JSON values; no path of this machine.
 
     Raises:
-        CheckFailed: A check failed, or there were none: what was not compared is not sealed.
+        CheckFailed: A check failed, or there was none.
     """
     if not all_passed(checks):
         failed = [f"{check.name}: {check.measured}" for check in checks if not check.passed]
         raise CheckFailed(
             f"the export is not the model: {'; '.join(failed) or 'nothing was compared'}",
-            fix="nothing was written; check the versions of transformers and tokenizers, or report this",
+            fix="nothing was written; check the versions of transformers and tokenizers, or report this as a bug",
         )
     files = {}
     for name in sorted(_present(folder) - {MANIFEST}):
         fsync_path(folder / name)
-        entry = file_entry(folder / name, {})
-        files[name] = ExportedFile(bytes=entry.bytes, sha256=entry.sha256)
+        files[name] = ExportedFile(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
     passed = tuple(PassedCheck(name=check.name, measured=check.measured) for check in checks)
     return ExportManifest(kind=kind, resmol=__version__, checks=passed, facts=facts, files=files)
 
 
-def parse_seal(content: bytes) -> ExportManifest | None:
-    """Return the seal that some bytes are, or None when they are none or were changed."""
+def parse_manifest(content: bytes) -> ExportManifest | None:
+    """Return the manifest that these bytes hold, or None where they hold none or were changed."""
     try:
         fields = json.loads(content)
         fields.pop("sha256")
-        seal = ExportManifest.model_validate_json(json.dumps(fields))
+        manifest = ExportManifest.model_validate_json(json.dumps(fields))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
         return None
-    whole = seal.to_bytes() == content and bool(seal.checks) and bool(seal.files)
-    return seal if whole and all(_is_plain(name) for name in seal.files) else None
+    whole = manifest.to_bytes() == content and bool(manifest.checks) and bool(manifest.files)
+    return manifest if whole and all(_is_plain(name) for name in manifest.files) else None
 
 
 def verify_export(folder: Path) -> ExportManifest:
-    """Read the seal of a folder and check every byte against it.
+    """Check every byte of an export against its manifest, and return the manifest.
 
     Raises:
         DataError: There is no such folder.
-        CheckFailed: It has no seal, or a file is missing, changed or too much; the message names it.
+        CheckFailed: It has no manifest, or a file is missing, changed or additional; the message names it.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}", fix="name a folder that `resmol export` wrote")
     path = folder / MANIFEST
-    seal = None
+    manifest = None
     if path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_JSON_BYTES:
-        seal = parse_seal(path.read_bytes())
-    if seal is None:
+        manifest = parse_manifest(path.read_bytes())
+    if manifest is None:
         raise CheckFailed(
             f"{folder} is not an export that resmol has verified: its {MANIFEST} is missing or not as it was written",
             fix="write it with `resmol export MODEL OUT`, which compares before it finishes",
         )
     present = _present(folder) - {MANIFEST}
-    if extra := sorted(present - seal.files.keys()):
+    if extra := sorted(present - manifest.files.keys()):
         raise CheckFailed(
             f"{folder} holds files that the export did not write: {', '.join(extra[:5])}{', …' * (len(extra) > 5)}",
             fix="move them out of the folder; only what was verified is published",
         )
-    for name, entry in seal.files.items():
+    for name, entry in manifest.files.items():
         if name not in present:
             raise _changed(folder, name, "is missing")
         if (size := (folder / name).stat().st_size) != entry.bytes:
             raise _changed(folder, name, f"has {size} bytes; {entry.bytes} were verified")
-        if file_entry(folder / name, {}).sha256 != entry.sha256:
+        if file_sha256(folder / name) != entry.sha256:
             raise _changed(folder, name, "was changed after it was verified")
-    return seal
+    return manifest
 
 
 def _changed(folder: Path, name: str, what: str) -> CheckFailed:

@@ -1,6 +1,6 @@
-"""Text from prompts, samples, file names and machines, made harmless for Markdown.
+"""Escape text from prompts, samples, file names and machines for Markdown.
 
-What a model says is anybody's text: it must not end a code block, open a tag, draw a link or turn the line around.
+A model can generate any text: it must not end a code block, open a tag, make a link or reverse the line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model card: what the record of the run says, and nothing else."""
+"""The model card: facts of the run's record, and nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: 
     Args:
         loaded: The model.
         dtype: The type of the weights in the file.
-        record: That of the run that it is a checkpoint of; a model from elsewhere gets a short card.
+        record: The record of its run; a model from elsewhere gets a short card.
         gguf: Name of the file of a GGUF export.
 
     Raises:
@@ -48,7 +48,7 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: 
             config=loaded.config,
             parameters=total_parameters(loaded.config),
             dtype=dtype,
-            provenance=loaded.provenance,
+            source=loaded.source,
             run=run_facts(record) if record is not None else None,
         )
     except (TypeError, ValueError, KeyError, IndexError, StopIteration, jinja2.TemplateError) as error:
@@ -76,7 +76,7 @@ def card_metadata(record: RunRecord | None, library: str) -> str:
 
 
 def run_facts(record: RunRecord) -> dict[str, Any]:
-    """Return what the card says about the run, from its ledger, its configuration and the manifest of its data."""
+    """Return the facts of the run: from its ledger, its configuration and the manifest of its data."""
     steps, records = record.steps, record.ledger.records
     start = next(select(records, "start"))
     environments = [r["environment"] for r in records if r["kind"] in ("start", "resume")]

@@ -1,4 +1,4 @@
-"""Is an export the model that it was made from? What transformers reads, against what we computed."""
+"""Compare an export with the model that it was made from, as transformers reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEW_TOKENS = 16
 VOCABULARY_TEXTS = 100
 # Relative to the largest logit. Two float32 implementations differ by some 1e-6; the smallest mistake, by over 1e-2.
 TOLERANCE = 1e-4
-# What tokenizers disagree about: digits, runs of spaces, newlines, scripts, control characters, special tokens.
+# Texts that tokenizers disagree about: digits, runs of spaces, newlines, scripts, control characters, special tokens.
 HARD_TEXTS = (
     "a  1", "  2024-11-24  12:30", "x=1234567890;\n\n\ty  =  3.14", "tabs\t\tand   spaces \n \n",
     "naïve café — “quotes”…", "日本語 123 العربية ٣",
@@ -40,9 +40,9 @@ class Reader:
     """Another implementation that can load an export.
 
     Attributes:
-        name: As people call it.
-        program: The module of ours that runs it, alone in its process.
-        package: What it imports.
+        name: Its usual name.
+        program: The module of ours that runs it, in a process of its own.
+        package: The package that it imports.
         extra: The extra of resmol that installs it.
     """
 
@@ -57,7 +57,7 @@ TRANSFORMERS = Reader("transformers", "resmol.interop.export.reader_transformers
 
 @dataclass(frozen=True)
 class ReadBack:
-    """What another implementation got out of an export."""
+    """The results of another implementation that read an export."""
 
     logits: list[Tensor]
     greedy: list[list[int]]
@@ -68,7 +68,7 @@ def compare_with_transformers(model: CausalLM, tokenizer: Tokenizer, folder: Pat
     """Load a folder with transformers in a process of its own and compare it with ``model``.
 
     Args:
-        model: Ours, with the weights as the file has them, computing in float32.
+        model: Ours, with the rounded weights of the file, computing in float32.
         tokenizer: Ours.
         folder: The export.
 
@@ -96,7 +96,7 @@ def comparison_inputs(model: CausalLM) -> list[list[int]]:
 
 
 def comparison_texts(tokenizer: Tokenizer) -> list[str]:
-    """Return what tokenizers disagree about, and texts drawn from this vocabulary: merges are only met in those."""
+    """Return texts that tokenizers disagree about, and texts drawn from this vocabulary: only those exercise merges."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(tokenizer.vocab_size, (VOCABULARY_TEXTS, 16), generator=generator).tolist()
     return [*HARD_TEXTS, tokenizer.decode(range(32)), *(tokenizer.decode(ids) for ids in drawn)]
@@ -107,10 +107,10 @@ def read_back(reader: Reader, path: Path, inputs: list[list[int]], texts: list[s
 
     Args:
         reader: Which one.
-        path: What it loads.
+        path: The file or folder that it loads.
         inputs: Token ids to compute the logits of, and to continue.
         texts: Texts to turn into ids.
-        more: What else it is asked.
+        more: Further fields of the request.
 
     Raises:
         DataError: It is not installed.
@@ -142,7 +142,9 @@ def _unreadable(reader: Reader, stderr: str) -> DataError | CheckFailed:
             f"an export is read back with {reader.name}, which is not installed",
             fix=f"pip install 'resmol[{reader.extra}]'",
         )
-    return CheckFailed(f"{reader.name} cannot load the export: {last[:300]}", fix="nothing was written; report this")
+    return CheckFailed(
+        f"{reader.name} cannot load the export: {last[:300]}", fix="nothing was written; report this as a bug"
+    )
 
 
 @torch.no_grad()
@@ -150,7 +152,7 @@ def logits_check(
     name: str, model: CausalLM, inputs: list[list[int]], theirs: ReadBack, tolerance: float = TOLERANCE,
     why: str = "two implementations in float32",
 ) -> Check:  # fmt: skip
-    """Compare logits; ``tolerance`` is relative to the largest, and ``why`` says where it comes from."""
+    """Compare logits; ``tolerance`` is relative to the largest, and ``why`` is its origin."""
     shares = []
     for ids, other in zip(inputs, theirs.logits, strict=True):
         ours = model(torch.tensor([ids]))[0]
@@ -197,7 +199,7 @@ def token_ids_check(name: str, tokenizer: Tokenizer, texts: list[str], theirs: R
 
 @torch.no_grad()
 def cast_check(before: CausalLM, after: CausalLM) -> Check:
-    """Measure what storing the weights in another type does to the log-probabilities."""
+    """Measure how rounding the weights to another dtype changes the log-probabilities."""
     ids = torch.arange(64)[None] % before.config.vocab_size
     ids = ids[:, : before.config.max_position_embeddings]
     ours, stored = before(ids).log_softmax(-1), after(ids).log_softmax(-1)

@@ -1,7 +1,7 @@
-"""Publishing an export on the Hugging Face Hub: what was verified, nothing else, and checked again after it arrived.
+"""Publish an export on the Hugging Face Hub: the verified files and no others, compared again after they arrived.
 
-All files arrive in one commit, so a connection that breaks leaves the repository as it was, or as it is meant to be.
-The token is the Hub client's affair (environment or login): it is no argument here and in no message.
+All files arrive in one commit, so a broken connection leaves the repository unchanged or complete. The Hub's client
+finds the token by itself (environment or login): it is no argument here and in no message.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
-from resmol.interop.export.manifest import ExportedFile, ExportManifest, parse_seal, verify_export
+from resmol.interop.export.manifest import ExportedFile, ExportManifest, parse_manifest, verify_export
 from resmol.interop.export.publish_errors import explained
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
-from resmol.system.hub_download import require_answer, without_password
+from resmol.system.hub_download import require_answer
+from resmol.system.untrusted_text import without_password
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
-MAX_GIT_BYTES = 64_000_000  # the Hub wants larger files, and binary ones, outside of git
+MAX_GIT_BYTES = 64_000_000  # the Hub keeps larger files, and binary ones, outside of git
 UNTOUCHED = "the repository exists, and no file of it was changed"
 MADE_BY_THE_HUB = {CARD, ".gitattributes"}  # what a repository holds that was created in the browser
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to be published where; nothing was sent yet.
+    """The files to publish and their destination; nothing was sent yet.
 
     Attributes:
         folder: The export.
         repo_id: ``owner/name``.
         repo_type: ``model`` or ``space``.
-        seal: What was verified.
-        files: Everything that is sent: the sealed files and the seal.
-        blobs: The hash that git gives to those that are small enough to be kept in git itself.
+        manifest: The export's manifest.
+        files: Everything that is sent: the files of the manifest, and the manifest itself.
+        blobs: Git's hash of those that are small enough to be kept in git itself.
     """
 
     folder: Path
     repo_id: str
     repo_type: str
-    seal: ExportManifest
+    manifest: ExportManifest
     files: dict[str, ExportedFile]
     blobs: dict[str, str]
 
@@ -62,7 +63,7 @@ class Plan:
 
     @property
     def url(self) -> str:
-        """Where people will find it."""
+        """The page of the repository."""
         prefix = "spaces/" if self.repo_type == "space" else ""
         return f"{without_password(constants.ENDPOINT)}/{prefix}{self.repo_id}"
 
@@ -75,21 +76,21 @@ class Plan:
             "url": self.url,
             "bytes": self.bytes,
             "files": {name: file.model_dump() for name, file in self.files.items()},
-            "checks": [check.model_dump() for check in self.seal.checks],
+            "checks": [check.model_dump() for check in self.manifest.checks],
             "card": (self.folder / CARD).read_text(encoding="utf-8") if CARD in self.files else None,
         }
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was done.
+    """The outcome of a publication.
 
     Attributes:
         url: The page of the repository.
         commit: The commit that holds exactly what was verified.
         sent: Files that were new or different; empty when there was nothing to do.
         removed: Files of an earlier export that this one does not have.
-        foreign: Files there that no export wrote; they were left alone.
+        foreign: Files of the repository that no export wrote; they were left alone.
         private: Whether only the owner sees it.
     """
 
@@ -107,7 +108,7 @@ class Published:
 
 @dataclass
 class _Progress:
-    """What is known about the repository, for the message when something breaks."""
+    """The known state of the repository, for the message of an error."""
 
     state: str = "nothing was sent"
     advice: str = ""
@@ -115,7 +116,7 @@ class _Progress:
 
 @dataclass(frozen=True)
 class _Remote:
-    """A repository as it is."""
+    """The present state of a repository."""
 
     commit: str
     private: bool
@@ -126,9 +127,9 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
     """Check everything that can be checked without the network.
 
     Args:
-        folder: What an export wrote.
+        folder: An export.
         repo_id: ``owner/name``.
-        space: It is to become a Space.
+        space: Whether it becomes a Space.
 
     Raises:
         UsageError: No valid repository id, or the folder is not of this kind.
@@ -140,20 +141,20 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
         raise UsageError(f"{repo_id!r} is not the name of a repository: {error}", fix="e.g. --repo me/nano") from None
     if repo_id.count("/") != 1:
         raise UsageError(f"{repo_id!r} does not say whose repository it is", fix="name it OWNER/NAME, e.g. me/nano")
-    seal = verify_export(folder)
-    if seal.kind == "space" and not space:
+    manifest = verify_export(folder)
+    if manifest.kind == "space" and not space:
         raise UsageError(f"{folder} is a Space", fix="add --space, so that it becomes one")
-    if space and seal.kind != "space":
+    if space and manifest.kind != "space":
         raise UsageError(f"{folder} is no Space, and --space is given", fix="leave --space out, or export a Space")
     content = (folder / MANIFEST).read_bytes()
     own = ExportedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    files = {**seal.files, MANIFEST: own}
+    files = {**manifest.files, MANIFEST: own}
     blobs = {name: _git_blob(folder / name) for name, file in files.items() if file.bytes <= MAX_GIT_BYTES}
-    return Plan(folder, repo_id, "space" if space else "model", seal, files, blobs)
+    return Plan(folder, repo_id, "space" if space else "model", manifest, files, blobs)
 
 
-def publish(plan: Plan, *, private: bool = False, overwrite: bool = False) -> Published:
-    """Create or update the repository, and compare what arrived with what was verified.
+def publish_export(plan: Plan, *, private: bool = False, overwrite: bool = False) -> Published:
+    """Create or update the repository, and compare the files that arrived with the verified ones.
 
     Args:
         plan: From `plan_publication`.
@@ -162,7 +163,7 @@ def publish(plan: Plan, *, private: bool = False, overwrite: bool = False) -> Pu
 
     Raises:
         UsageError: No token, or one that may not do this; a repository that is not ours or not private.
-        NetworkError: The Hub is out of reach or the connection broke; the message says what state the repository is in.
+        NetworkError: The Hub is out of reach or the connection broke; the message has the state of the repository.
         CheckFailed: What arrived is not what was sent.
     """
     if constants.HF_HUB_OFFLINE:
@@ -194,7 +195,7 @@ def _publish(api: HfApi, plan: Plan, progress: _Progress, *, private: bool, over
             fix="make it private in its settings on the Hub first, or leave --private out",
         )
     different = _different(plan, before)
-    previous = _previous_seal(api, plan, before)
+    previous = _previous_manifest(api, plan, before)
     removed = sorted((previous.files.keys() if previous else set()) & before.files.keys() - plan.files.keys())
     taken = [name for name in different if name in before.files and name not in MADE_BY_THE_HUB]
     if previous is None and taken and not overwrite:
@@ -217,7 +218,7 @@ def _commit(
     different: list[str],
     removed: list[str],
 ) -> str:
-    """Send files and make one commit of them; return it after it was compared with the seal."""
+    """Send files and make one commit of them; return it after a comparison with the manifest."""
     progress.state = UNTOUCHED
     if find_spec("hf_xet") and not constants.HF_HUB_DISABLE_XET:
         progress.advice = "; if a proxy or mirror is in the way of xet, HF_HUB_DISABLE_XET=1 may help"
@@ -232,7 +233,7 @@ def _commit(
         plan.repo_id,
         [*add, *delete],
         repo_type=plan.repo_type,
-        commit_message=f"Publish export {plan.seal.sha256[:12]} (resmol {__version__})",
+        commit_message=f"Publish export {plan.manifest.sha256[:12]} (resmol {__version__})",
         parent_commit=before.commit or None,
     )
     progress.state = f"commit {done.oid} was made, and not yet compared with what was verified"
@@ -248,7 +249,7 @@ def _commit(
 
 
 def _look(api: HfApi, plan: Plan, revision: str | None = None) -> _Remote | None:
-    """Return the repository as it is, or None when there is none (or none that this token may see)."""
+    """Return the repository's state, or None when there is none (or none that this token may see)."""
     try:
         info: Any = api.repo_info(plan.repo_id, repo_type=plan.repo_type, revision=revision, files_metadata=True)
     except RepositoryNotFoundError:
@@ -257,7 +258,7 @@ def _look(api: HfApi, plan: Plan, revision: str | None = None) -> _Remote | None
 
 
 def _different(plan: Plan, remote: _Remote) -> list[str]:
-    """Return the files that are not there as they were verified: by sha256, or by git's hash where git keeps them."""
+    """Return the files that the repository lacks or has otherwise: by sha256, or by git's hash where git keeps them."""
     return [name for name in plan.files if not _same(plan, name, remote.files.get(name))]
 
 
@@ -277,13 +278,13 @@ def _git_blob(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _previous_seal(api: HfApi, plan: Plan, remote: _Remote) -> ExportManifest | None:
-    """Return what resmol published there before."""
+def _previous_manifest(api: HfApi, plan: Plan, remote: _Remote) -> ExportManifest | None:
+    """Return the manifest of the export that resmol published there before, if any."""
     found = remote.files.get(MANIFEST)
     if found is None or not found.size or found.size > MAX_JSON_BYTES:
         return None
     path = api.hf_hub_download(plan.repo_id, MANIFEST, repo_type=plan.repo_type, revision=remote.commit)
-    return parse_seal(Path(path).read_bytes())
+    return parse_manifest(Path(path).read_bytes())
 
 
 @contextmanager

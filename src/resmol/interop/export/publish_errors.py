@@ -1,4 +1,4 @@
-"""What the Hub's client says, in two lines: what happened and what state it leaves, and what to do."""
+"""Turn errors of the Hub's client into two lines: what happened and which state it left, and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
-from resmol.system.hub_download import without_password
+from resmol.system.untrusted_text import without_password
 
 MAX_REASON = 240
 LOGIN = "run `hf auth login`, or set HF_TOKEN, with a token that may write to {repo}; then repeat the command"
@@ -21,8 +21,8 @@ def explained(error: Exception, repo_id: str, state: str, advice: str) -> Resmol
     Args:
         error: What the client raised.
         repo_id: The repository.
-        state: What is known about it.
-        advice: What else may help, appended to the fix.
+        state: Its known state.
+        advice: Further advice, appended to the fix.
     """
     reason = readable(error)
     cause = _cause(error)
@@ -34,12 +34,14 @@ def explained(error: Exception, repo_id: str, state: str, advice: str) -> Resmol
         return UsageError(f"the token may not write to {repo_id} ({reason}); {state}", fix=LOGIN.format(repo=repo_id))
     if status == HTTPStatus.PAYMENT_REQUIRED:
         return UsageError(
-            f"the Hub wants to be paid for this ({reason}); {state}", fix="see the account's billing page"
+            f"the Hub requires a paid plan for this ({reason}); {state}", fix="see the account's billing page"
         )
     if status in (HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED):
         return NetworkError(f"{repo_id} was changed by somebody else meanwhile ({reason}); {state}", fix=repeat)
     if isinstance(error, ValueError) and "metadata in README.md" in str(error):
-        return CheckFailed(f"the Hub does not accept the card's metadata ({reason}); {state}", fix="report this")
+        return CheckFailed(
+            f"the Hub does not accept the card's metadata ({reason}); {state}", fix="report this as a bug"
+        )
     return NetworkError(f"publishing to {repo_id} broke off ({reason}); {state}", fix=repeat)
 
 
@@ -55,7 +57,7 @@ def readable(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error that another one stands for: the client wraps those of its upload threads and of its cache."""
+    """Return the original error: the client wraps those of its upload threads and of its cache."""
     while type(error) in (RuntimeError, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error

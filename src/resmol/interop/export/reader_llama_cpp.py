@@ -1,4 +1,4 @@
-"""Reads a GGUF file as llama.cpp does, through llama-cpp-python, in a process of its own.
+"""Read a GGUF file with llama.cpp, through llama-cpp-python, in a process of its own.
 
 ``python -m resmol.interop.export.reader_llama_cpp FILE OUT`` has the protocol of
 `reader_transformers`. Keys and values are kept in float32, so that nothing but the file's type differs.
@@ -17,7 +17,7 @@ _F32 = 0  # GGML_TYPE_F32
 
 
 def main(file: str, out: str) -> None:
-    """Do what the module says."""
+    """Read ``file`` and answer the request on standard input; see the module."""
     from llama_cpp import Llama
 
     wanted: dict[str, Any] = json.load(sys.stdin)

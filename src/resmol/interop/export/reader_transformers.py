@@ -1,4 +1,4 @@
-"""Reads an export as a stranger would: transformers alone, offline, in a process of its own.
+"""Read an export as a stranger would: with transformers alone, offline, in a process of its own.
 
 ``python -m resmol.interop.export.reader_transformers FOLDER OUT`` takes
 ``{"inputs": [[id, ...], ...], "texts": [...], "new_tokens": n}`` on standard input, writes the logits to OUT and prints
@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 
 
 def main(folder: str, out: str) -> None:
-    """Do what the module says."""
+    """Read ``folder`` and answer the request on standard input; see the module."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     wanted: dict[str, Any] = json.load(sys.stdin)

@@ -1,4 +1,4 @@
-"""What a run leaves to the readers of its export: ``training/`` with its ledger, curves, claims and certificate."""
+"""Write the record of a run into its export: ``training/`` with ledger, curves, claims and certificate."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from resmol.audit.certificate import current_certificate
 from resmol.audit.plots import curve_images
-from resmol.config.load import load_config, with_overrides
+from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import data_folder
 from resmol.data.shards import Manifest, open_dataset
 from resmol.errors import CheckFailed, DataError
-from resmol.interop.resolve import Provenance
+from resmol.interop.resolve import Source
 from resmol.run.checkpoint_manifest import checkpoint_name
 from resmol.run.directory import RunDir
 from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledger, select
@@ -22,15 +22,15 @@ from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledge
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known about the run that an export is a checkpoint of.
+    """The run of the checkpoint that was exported.
 
     Attributes:
-        name: Of its directory.
-        config: As it was resolved, without the place of the data.
-        ledger: As it was copied.
-        step: Of the checkpoint.
-        data: What its data was made from; None where it is not at hand, or not the one that was trained on.
-        certificate: That of the ledger as it was copied, if there is one.
+        name: The name of its directory.
+        config: Its resolved configuration, without the path of the data.
+        ledger: The copied ledger.
+        step: The step of the checkpoint.
+        data: The manifest of its data; None where the data is missing or was changed since.
+        certificate: The certificate of the copied ledger, if there is one.
         curves: Title -> name of the picture.
     """
 
@@ -44,7 +44,7 @@ class RunRecord:
 
     @property
     def steps(self) -> list[Record]:
-        """The steps that made these weights, without those that a crash took back."""
+        """The steps that made these weights, without those that were rewound."""
         return [record for number, record in effective_steps(self.ledger.records).items() if number <= self.step]
 
     def newest(self, kind: str) -> list[Record]:
@@ -59,22 +59,29 @@ class RunRecord:
         return list(zip(firsts, [*(first - 1 for first in firsts[1:]), self.step], strict=True))
 
 
-def write_record(run: RunDir, folder: Path, made_by: Provenance) -> RunRecord:
-    """Copy the record of a run into an existing, empty folder, and return it.
+def recorded(run: RunDir | None) -> RunDir | None:
+    """Return the run if it has its configuration and its ledger, else None."""
+    return run if run is not None and run.exists() and run.ledger.is_file() else None
+
+
+def write_record(source: Source, folder: Path) -> RunRecord:
+    """Copy the record of a checkpoint's run into an existing, empty folder, and return it.
 
     The configuration loses ``data.path``, a path of this machine; its digest in the ledger does not cover it. The
-    ledger is copied once, whole lines only, and all that is said about it comes from the copy: the run may go on.
+    ledger is copied once, whole lines only, and everything that the export says about the run comes from the copy: the
+    run may go on meanwhile.
 
     Args:
-        run: The run.
+        source: The checkpoint whose weights are exported; its run is `recorded`.
         folder: ``training/`` of the export.
-        made_by: The checkpoint whose weights are exported.
 
     Raises:
-        LedgerTampered: The chain is broken; nothing may be said about such a run.
+        LedgerTampered: The chain is broken, so the record proves nothing.
         CheckFailed: The ledger recorded another checkpoint for this step: it is not the record of these weights.
     """
-    stored = load_config(run.config)
+    run, stored = source.run, source.settings
+    assert run is not None, "a checkpoint without a run has no record"
+    assert stored is not None, "a run has a configuration"
     config = with_overrides(stored, ['data.path=""'])
     copy = RunDir(folder)
     copy.config.write_text(config.to_toml(), encoding="utf-8")
@@ -82,11 +89,11 @@ def write_record(run: RunDir, folder: Path, made_by: Provenance) -> RunRecord:
     content = read_ledger(copy.ledger)
     with copy.ledger.open("r+b") as file:
         file.truncate(content.length)
-    step = made_by.step or 0
-    recorded = {r["checkpoint"]: r["manifest_sha256"] for r in select(content.records, "save")}
-    if recorded.get(checkpoint_name(step), made_by.sha256) != made_by.sha256:
+    step = source.step or 0
+    saved = {r["checkpoint"]: r["manifest_sha256"] for r in select(content.records, "save")}
+    if saved.get(checkpoint_name(step), source.sha256) != source.sha256:
         raise CheckFailed(
-            f"{made_by.path} is not the checkpoint that the ledger of {run.path} recorded for step {step}",
+            f"{source.path} is not the checkpoint that the ledger of {run.path} recorded for step {step}",
             fix="export a checkpoint of this run, or move this one out of it to export it without a record",
         )
     certificate = current_certificate(run)

@@ -1,4 +1,4 @@
-"""`resmol inspect`: what a configuration or a weight file says about a model, and what it cannot say."""
+"""`resmol inspect`: what configuration and weight files determine about a model, and what they leave open."""
 
 from resmol.interop.inspect.summary import Inspection, inspect_model
 

@@ -1,6 +1,6 @@
-"""What a weight file alone determines about a model, and what even weights and configuration leave open.
+"""Derive a model from its weight file alone, and list the questions that even weights and configuration leave open.
 
-Each open question comes with the experiment that settles it; `resmol verify` does those experiments.
+Each open question has the experiment that settles it; `resmol verify` does those experiments.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from resmol.system.safetensors_header import TensorInfo
 
 @dataclass(frozen=True)
 class OpenQuestion:
-    """Something that a name, a shape or a configuration does not determine.
+    """A question that names, shapes and configuration do not settle.
 
     Attributes:
         what: The question.
-        experiment: What settles it.
+        experiment: The experiment that settles it.
     """
 
     what: str
@@ -69,9 +69,9 @@ LEFT_OPEN_WITHOUT_CONFIG = (
 
 
 def derive(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Return what the names and shapes of a weight file determine, in the names of config.json.
+    """Return the fields of config.json that the names and shapes of a weight file determine.
 
-    A value is None where the tensor that would tell it is missing.
+    A value is None where the tensor that determines it is missing.
     """
     rows, columns = _shape(tensors, "model.embed_tokens.weight")
     layers = {int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
@@ -110,7 +110,7 @@ def parameters_by_part(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
 
 
 def left_open_by_weights(tensors: Mapping[str, TensorInfo]) -> tuple[OpenQuestion, ...]:
-    """Return what a weight file leaves open when there is no configuration."""
+    """Return the questions that a weight file without a configuration leaves open."""
     return _head_question(tensors) + LEFT_OPEN_WITHOUT_CONFIG + LEFT_OPEN
 
 

@@ -1,14 +1,12 @@
-"""`resmol inspect`: what a configuration or a weight file says about a model, and what it cannot say.
+"""`resmol inspect`: what configuration and headers of weight files determine about a model, and what they leave open.
 
-No PyTorch and no weights: a configuration, the header of a weight file (from the Hub: a few kB), arithmetic.
+No PyTorch and no weights: a configuration, the headers of the weight files (from the Hub: a few kB), arithmetic.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -16,13 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check
-from resmol.config.load import load_config, load_preset, preset_names
-from resmol.config.model_config import ModelConfig, read_model_config
-from resmol.config.run_config import RunConfig, RuntimeConfig
-from resmol.errors import DataError, NetworkError, UsageError
-from resmol.interop.gguf_header import is_gguf, only_gguf, read_gguf_header
-from resmol.interop.gguf_names import gguf_config
-from resmol.interop.hf_folder import INDEX, WEIGHTS, cross_check, find_weights, parse_index
+from resmol.config.model_config import ModelConfig
+from resmol.config.run_config import RuntimeConfig
+from resmol.errors import UsageError
+from resmol.interop.gguf_header import GGUF_TYPES, GGUFHeader
+from resmol.interop.hf_folder import WEIGHT_DTYPES, cross_check
 from resmol.interop.inspect.diagram import mermaid
 from resmol.interop.inspect.open_questions import (
     LEFT_OPEN,
@@ -31,6 +27,7 @@ from resmol.interop.inspect.open_questions import (
     left_open_by_weights,
     parameters_by_part,
 )
+from resmol.interop.resolve import Source, SourceKind, resolve
 from resmol.model.flops import (
     forward_flops_per_token,
     inference_memory,
@@ -38,10 +35,6 @@ from resmol.model.flops import (
     training_flops_per_token,
     training_memory,
 )
-from resmol.run.checkpoint_manifest import list_checkpoints
-from resmol.run.directory import RunDir
-from resmol.system.hub_download import is_hub_id
-from resmol.system.safetensors_header import TensorInfo, read_header, read_remote_header
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -52,20 +45,20 @@ class Inspection:
 
     Attributes:
         source: What was asked for.
-        kind: preset, config, run, folder, hub, safetensors or gguf.
+        kind: What was found; see `resolve.Source`.
         config: The architecture; None where only a weight file is known.
-        derived: What a weight file alone tells.
+        derived: What the weight files alone determine.
         parameters: Parameters by part.
         seq_len: Tokens in a window, for operations and memory.
         batch: Windows in a forward pass, for memory.
         runtime: What else the memory depends on: the run's or the preset's settings, or the defaults of training.
         checks: config.json against the weight file, where both are known.
-        open_questions: What all this cannot tell.
-        notes: What the reader should know, such as that the weights could not be reached.
+        open_questions: What all this does not determine.
+        notes: Sentences for a person, such as that the Hub did not give the headers.
     """
 
     source: str
-    kind: str
+    kind: SourceKind
     config: ModelConfig | None
     derived: dict[str, Any]
     parameters: dict[str, int]
@@ -148,11 +141,9 @@ def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None 
     """Inspect a model without its weights.
 
     Args:
-        source: A preset, a config.json, a run's config.toml, a run or a folder (its weight headers are
-            compared with its configuration), a Hub id (likewise), a safetensors file (its header) or a GGUF
-            file.
-        seq_len: Tokens in a window; by default the preset's, else 2048 or the longest context.
-        batch: Windows in a forward pass; by default the preset's micro-batch, else 1.
+        source: Whatever `resolve` takes: MODEL, a preset, a config.json or config.toml, or a safetensors file.
+        seq_len: Tokens in a window; by default the run's or the preset's, else 2048 or the longest context.
+        batch: Windows in a forward pass; by default the micro-batch of the run or the preset, else 1.
 
     Raises:
         UsageError: ``seq_len`` or ``batch`` is impossible.
@@ -160,120 +151,36 @@ def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None 
         CheckpointError: A weight file's header breaks a rule, or it is a pickle.
         DataError: There is nothing of that name; `NetworkError` when the Hub cannot be reached.
     """
-    found = _find(source)
-    longest = found.config.max_position_embeddings if found.config else DEFAULT_SEQ_LEN
-    window = seq_len or found.seq_len or min(DEFAULT_SEQ_LEN, longest)
-    windows = batch or found.batch or 1
+    found = resolve(source, headers_only=True)
+    config, tensors, settings = found.config, found.tensors, found.settings
+    longest = config.max_position_embeddings if config else DEFAULT_SEQ_LEN
+    window = seq_len or (settings.data.seq_len if settings else min(DEFAULT_SEQ_LEN, longest))
+    windows = batch or (settings.batch.micro_batch_size if settings else 1)
     if not 1 <= window <= longest or windows < 1:
         raise UsageError(
             f"seq_len {window} and batch {windows} do not fit a context of {longest}",
             fix=f"give a seq_len from 1 to {longest}, and a batch of 1 or more",
         )
-    config, tensors = found.config, found.tensors or {}
     return Inspection(
         source=source,
         kind=found.kind,
         config=config,
-        derived={} if config else derive(tensors),
-        parameters=parameter_counts(config) if config else parameters_by_part(tensors),
+        derived={} if config else derive(tensors or {}),
+        parameters=parameter_counts(config) if config else parameters_by_part(tensors or {}),
         seq_len=window,
         batch=windows,
-        runtime=found.runtime,
-        checks=cross_check(config, tensors) if config and found.tensors is not None else [],
-        open_questions=LEFT_OPEN if config else left_open_by_weights(tensors),
+        runtime=settings.runtime if settings else RuntimeConfig(),
+        checks=_checks(found),
+        open_questions=LEFT_OPEN if config else left_open_by_weights(tensors or {}),
         notes=found.notes,
     )
 
 
-# --- finding ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Found:
-    kind: str
-    config: ModelConfig | None
-    tensors: Mapping[str, TensorInfo] | None = None
-    seq_len: int | None = None
-    batch: int | None = None
-    notes: tuple[str, ...] = ()
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-
-    @classmethod
-    def of_run(
-        cls,
-        kind: str,
-        config: RunConfig,
-        tensors: Mapping[str, TensorInfo] | None = None,
-        notes: tuple[str, ...] = (),
-    ) -> _Found:
-        length, batch = config.data.seq_len, config.batch.micro_batch_size
-        return cls(kind, config.model, tensors, length, batch, notes, config.runtime)
-
-
-def _find(source: str) -> _Found:
-    if source in preset_names():
-        return _Found.of_run("preset", load_preset(source))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.exists():
-        return _file(path)
-    if is_hub_id(source) and not source.endswith((".json", ".toml", ".safetensors", ".gguf")):
-        return _hub(source)
-    nearest = difflib.get_close_matches(source, preset_names(), n=1)
-    raise DataError(
-        f"there is no file, folder or preset {source}" + (f"; did you mean {nearest[0]}?" if nearest else ""),
-        fix=f"name a config.json, folder, Hub id, .safetensors file or preset: {', '.join(preset_names())}",
-    )
-
-
-def _file(path: Path) -> _Found:
-    if path.suffix == ".json":
-        return _Found("config", read_model_config(path))
-    if path.suffix == ".toml":
-        return _Found.of_run("config", load_config(path))
-    if is_gguf(path):
-        return _Found("gguf", gguf_config(read_gguf_header(path), str(path)))
-    return _Found("safetensors", None, read_header(path).tensors)
-
-
-def _folder(path: Path) -> _Found:
-    run = RunDir(path)
-    if run.exists():
-        saved = list_checkpoints(run.checkpoints)
-        tensors = find_weights(saved[0]).tensors if saved else None
-        notes = (f"compared with {saved[0].name}" if saved else "the run has no checkpoint yet",)
-        return _Found.of_run("run", load_config(run.config), tensors, notes)
-    if (gguf := only_gguf(path)) is not None:
-        return _file(gguf)
-    config_file, has_weights = path / "config.json", any((path / name).exists() for name in (WEIGHTS, INDEX))
-    if not config_file.exists() and has_weights:
-        return _Found("safetensors", None, find_weights(path).tensors, notes=("the folder has no config.json",))
-    return _Found("folder", read_model_config(path), find_weights(path).tensors if has_weights else None)
-
-
-def _hub(hub_id: str) -> _Found:
-    config = read_model_config(hub_id)
-    try:
-        return _Found("hub", config, _remote_tensors(hub_id))
-    except NetworkError as error:
-        return _Found("hub", config, notes=(f"config.json was not compared with the weights: {error.what}",))
-
-
-def _remote_tensors(hub_id: str) -> dict[str, TensorInfo]:
-    """Read the headers of a Hub model's weight files by HTTP range: one file, or the shards of an index."""
-    from huggingface_hub import hf_hub_download, hf_hub_url
-
-    try:
-        return read_remote_header(hf_hub_url(hub_id, WEIGHTS)).tensors
-    except NetworkError as error:
-        try:
-            index = Path(hf_hub_download(hub_id, INDEX, etag_timeout=5))
-        except Exception:  # the client raises many kinds; then the first error is the one to tell
-            raise error from None
-    names = sorted(set(parse_index(index.read_bytes(), f"{hub_id}/{INDEX}").values()))
-    headers = [read_remote_header(hf_hub_url(hub_id, name)) for name in names]
-    return {name: info for header in headers for name, info in header.tensors.items()}
+def _checks(found: Source) -> list[Check]:
+    if found.config is None or found.tensors is None:
+        return []
+    types = GGUF_TYPES if isinstance(found.weights, GGUFHeader) else WEIGHT_DTYPES
+    return cross_check(found.config, found.tensors, types)
 
 
 # --- showing ---------------------------------------------------------------------------------------------
@@ -288,7 +195,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _architecture_table(inspection: Inspection) -> Table:
     if inspection.config is None:
-        table = _table("What the weight file tells", "field", "value")
+        table = _table("What the weight file determines", "field", "value")
         for name, value in inspection.derived.items():
             table.add_row(name, _text(value))
         return table
@@ -317,7 +224,7 @@ def _flops_table(inspection: Inspection) -> Table:
 
 
 def _check_table(checks: list[Check]) -> Table:
-    table = _table("config.json against the weight file", "check", "verdict", "found", "expected")
+    table = _table("Configuration against the weight file", "check", "verdict", "found", "expected")
     for check in checks:
         verdict = "pass" if check.passed else "FAIL"
         table.add_row(check.name, verdict, escape(check.measured), escape(check.expected))
