@@ -15,9 +15,11 @@ from profiles import examples
 from tiny import synthetic_texts
 
 from resmol.data import prepare as module
-from resmol.data.prepare import Progress, is_held_out, log_summary, prepare
+from resmol.data.prepare import Progress, is_held_out, prepare
 from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.shard_writer import SplitWriter
+from resmol.data.summary import log_summary
+from resmol.data.text_file import ReadOptions
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.system.atomic_io import TEMPORARY_PREFIX
 
@@ -119,9 +121,7 @@ def test_a_corpus_can_choose_its_split(tiny_tokenizer, tmp_path):
     val_fraction=st.floats(0, 0.99),
     shard_tokens=st.integers(1, 10),
 )
-def test_tokens_add_up_whatever_the_texts(
-    tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens, messages
-):
+def test_tokens_add_up_whatever_the_texts(tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens):
     out = tmp_path_factory.mktemp("any") / "out"
     options = {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     if not any(texts):
@@ -142,7 +142,7 @@ def test_tokens_add_up_whatever_the_texts(
 def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path, messages):
     path = tmp_path / "odd.txt"
     path.write_bytes(b"good \xff bad \x04 text")
-    dataset = prepare(tmp_path / "out", read_inputs([path]), genuine_tokenizer)
+    dataset = prepare(tmp_path / "out", read_inputs([path], ReadOptions(encoding="utf-8")), genuine_tokenizer)
     log_summary(dataset)
     source = dataset.manifest.source
     assert (source.replacements, source.untokenizable_bytes, source.forced_cuts) == (1, 1, 0)

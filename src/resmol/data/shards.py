@@ -99,6 +99,14 @@ class InputFacts(_Frozen):
     sha256: Digest
 
 
+class UnusedFacts(_Frozen):
+    """Files and folders that were found and not used, for one reason; the first few are named."""
+
+    reason: str
+    files: Count
+    names: tuple[str, ...]
+
+
 class SourceFacts(_Frozen):
     """What was read and what happened to it."""
 
@@ -109,6 +117,11 @@ class SourceFacts(_Frozen):
     replacements: Count
     untokenizable_bytes: Count
     forced_cuts: Count
+    replaced_in: tuple[str, ...] = ()
+    special_tokens: dict[str, Count] = {}
+    duplicates: Count = 0
+    val_in_train: Count = 0
+    unused: tuple[UnusedFacts, ...] = ()
     held_out: Literal["documents", "position", "none"]
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     seed: int

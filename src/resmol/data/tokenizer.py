@@ -83,6 +83,18 @@ class Tokenizer:
         """The byte values that have no token of their own, ascending."""
         return bytes(sorted(self._untokenizable))
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The control tokens: id -> spelling. A text that spells one gets the token."""
+        added = self._rust.get_added_tokens_decoder()
+        return {token: added[token].content for token in sorted(added) if added[token].special}
+
+    def with_special_tokens_as_text(self) -> Tokenizer:
+        """Return the same tokenizer, for which the spelling of a control token is text like any other."""
+        other = Tokenizer(self.data, self.path)
+        other._rust.encode_special_tokens = True
+        return other
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``; nothing is added before or after."""
         return self.encode_batch([text])[0]
