@@ -129,7 +129,7 @@ def _markup(name: str, start: bytes) -> UnsupportedFormat | None:
 def _json(name: str, start: bytes) -> Literal["jsonl"] | UnsupportedFormat | None:
     if _ARRAY_OF_OBJECTS.match(start) or (name.endswith(".json") and start.startswith(b"[")):
         return JSON_ARRAY
-    if _SPREAD_OBJECT.match(start) and (name.endswith(JSON_SUFFIXES) or _SPREAD_FIELD.match(start)):
+    if _SPREAD_OBJECT.match(start) and (name.endswith(".json") or _SPREAD_FIELD.match(start)):
         return JSON_DOCUMENT
     if name.endswith(JSON_SUFFIXES):
         return "jsonl"

@@ -94,7 +94,7 @@ def _no_text(record: Any, path: Path, number: int, text_field: str) -> DataError
     fields = list(dict.fromkeys([*record, *texts]))
     shown = ", ".join(fields[:_SHOWN_FIELDS]) + (", …" if len(fields) > _SHOWN_FIELDS else "")
     if text_field in record:
-        why = f"its field {text_field!r} holds {json.dumps(record[text_field])[:40]}, no text"
+        why = f"{why}, which holds {json.dumps(record[text_field])[:40]}"
     why = f"{why}; its fields are {shown}" if fields else f"{why}; it has no fields"
     if _field(record, text_field) is not None or text_field in record or not texts:
         return _bad_line(path, number, why)
