@@ -157,14 +157,15 @@ class TokenStream:
     """The tokens of one split as one sequence, read through memory maps.
 
     Attributes:
+        root: The folder of the dataset.
         shards: The shards in order.
         vocab_size: Ids must be below this.
     """
 
     def __init__(self, root: Path, shards: Sequence[Shard], *, token_bytes: int, vocab_size: int) -> None:
+        self.root = root
         self.shards = tuple(shards)
         self.vocab_size = vocab_size
-        self._root = root
         self._dtype = token_dtype(token_bytes)
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64).tolist()
         self._maps: dict[int, np.ndarray] = {}
@@ -206,7 +207,7 @@ class TokenStream:
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
             shard = self.shards[number]
-            path = self._root / shard.name
+            path = self.root / shard.name
             try:
                 whole = np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.bytes // self._dtype.itemsize,))
             except (OSError, ValueError) as error:
