@@ -82,3 +82,9 @@ def test_a_path_may_begin_with_a_tilde(tiny_tokenizer: Tokenizer, tmp_path: Path
     dataset = open_or_prepare(tmp_path / "data", "~/a.txt", tiny_tokenizer)
     assert dataset.manifest.source.inputs[0].name == "a.txt"
     assert open_or_prepare(tmp_path / "data", "~/a.txt", tiny_tokenizer).fingerprint == dataset.fingerprint
+
+
+def test_a_prepared_folder_is_no_text(tiny_tokenizer: Tokenizer, tiny_dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is prepared already") as caught:
+        prepare_text(tmp_path / "out", Text((str(tiny_dataset.root),)), tiny_tokenizer)
+    assert caught.value.fix == f"use it as it is: --data {tiny_dataset.root}"

@@ -59,6 +59,9 @@ class Text:
 
 def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
+    for path in text.inputs:
+        if is_prepared(Path(path).expanduser()):
+            raise UsageError(f"{path} is prepared already", fix=f"use it as it is: --data {path}")
     if any(is_token_folder(Path(path).expanduser()) for path in text.inputs):
         return _adopt(out, text, tokenizer)
     if text.special_tokens == "as-text":

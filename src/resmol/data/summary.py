@@ -28,8 +28,9 @@ def log_summary(dataset: Dataset) -> None:
 
 
 def _findings(source: SourceFacts) -> list[str]:
-    where = f" (in {', '.join(source.replaced_in)}; --encoding NAME for text that is not UTF-8)" * bool(
-        source.replaced_in
+    where = (
+        f" (in {', '.join(source.replaced_in)}; `resmol prepare --encoding NAME` reads text that is not UTF-8)"
+        * bool(source.replaced_in)
     )
     spellings = ", ".join(f"{token} {count}" for token, count in source.special_tokens.items())
     counted = {
@@ -37,8 +38,8 @@ def _findings(source: SourceFacts) -> list[str]:
         "bytes without a token, dropped": source.untokenizable_bytes,
         "cuts inside text without white space": source.forced_cuts,
         "empty documents": source.empty_documents,
-        f"spellings of control tokens in the text became these tokens ({spellings}); --special-tokens as-text keeps "
-        "them text": sum(source.special_tokens.values()),
+        f"spellings of control tokens in the text became these tokens ({spellings}); `resmol prepare "
+        "--special-tokens as-text` keeps them text": sum(source.special_tokens.values()),
         "documents are exact copies of others": source.duplicates,
         "held-out documents are word for word in the training text too: the held-out loss is lower than it should be; "
         "remove the copies": source.val_in_train,
