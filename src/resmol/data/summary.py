@@ -28,13 +28,11 @@ def log_summary(dataset: Dataset) -> None:
 
 
 def _findings(source: SourceFacts) -> list[str]:
-    where = (
-        f" (in {', '.join(source.replaced_in)}; `resmol prepare --encoding NAME` reads text that is not UTF-8)"
-        * bool(source.replaced_in)
-    )
+    where = f" (in {', '.join(source.replaced_in)})" if source.replaced_in else ""
     spellings = ", ".join(f"{token} {count}" for token, count in source.special_tokens.items())
     counted = {
-        f"bytes or surrogates that are not Unicode, replaced by U+FFFD{where}": source.replacements,
+        f"bytes or surrogates that are not Unicode, replaced by U+FFFD{where}; `resmol prepare --encoding NAME` "
+        "reads text in another encoding": source.replacements,
         "bytes without a token, dropped": source.untokenizable_bytes,
         "cuts inside text without white space": source.forced_cuts,
         "empty documents": source.empty_documents,
