@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -102,3 +103,45 @@ def test_the_size_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_line() -> None:
     assert [one_line(text) for text in ("a\r\n", "a\n\r\n", "\na", "a\n")] == ["a", "a\n", "\na", "a"]
+
+
+def test_byte_order_marks_are_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, records = "first é\r\n漢字\r\n", '{"prompt": "first é"}\r\n{"prompt": "漢字"}\r\n'
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        for name, content in (("a.txt", lines), ("a.jsonl", records)):
+            found = prompts_from(written(tmp_path, name, content.encode(encoding)))
+            assert [prompt.text for prompt in found] == ["first é", "漢字"]
+        feed(monkeypatch, "é\n".encode(encoding))
+        assert given_prompt("-") == "é"
+    with pytest.raises(DataError, match="is not utf-16-le, which its byte order mark says"):
+        prompts_from(written(tmp_path, "cut.txt", "a\nb".encode("utf-16")[:-1]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.txt", "a"])
+def test_json_lines_with_prompts_are_recognized(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'\n{"prompt": "one"}\n{"prompt": "two"}\n'
+    assert [prompt.text for prompt in prompts_from(written(tmp_path, name, content))] == ["one", "two"]
+    feed(monkeypatch, content)
+    assert [prompt.text for prompt in prompts_from("-")] == ["one", "two"]
+
+
+def test_json_in_a_text_may_be_a_prompt(tmp_path: Path) -> None:
+    content = b'{"name": "get", "arguments": {}}\n[{"a": 1}]\n<html>\n'
+    found = prompts_from(written(tmp_path, "a.txt", content))
+    assert [prompt.text for prompt in found] == content.decode().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.txt", b"PK\x03\x04" + bytes(99), "a ZIP archive"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "gzip-compressed data"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-le") * 9, "text in utf-16-le without a byte order mark"),
+        ("a.json", b'["one", "two"]', "a JSON array"),
+        ("a.csv", b"id,prompt\n1,one\n", "a table"),
+    ],
+)
+def test_a_file_of_another_format_is_named(name: str, content: bytes, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"is {kind}.*, which is not read as prompts") as caught:
+        prompts_from(written(tmp_path, name, content))
+    assert '.jsonl file an object with a string "prompt"' in caught.value.fix

@@ -15,9 +15,11 @@ from profiles import examples
 from tiny import synthetic_texts
 
 from resmol.data import prepare as module
-from resmol.data.prepare import Progress, is_held_out, log_summary, prepare
+from resmol.data.prepare import Progress, is_held_out, prepare
 from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.shard_writer import SplitWriter
+from resmol.data.summary import log_summary
+from resmol.data.text_file import ReadOptions
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.system.atomic_io import TEMPORARY_PREFIX
 
@@ -119,9 +121,7 @@ def test_a_corpus_can_choose_its_split(tiny_tokenizer, tmp_path):
     val_fraction=st.floats(0, 0.99),
     shard_tokens=st.integers(1, 10),
 )
-def test_tokens_add_up_whatever_the_texts(
-    tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens, messages
-):
+def test_tokens_add_up_whatever_the_texts(tiny_tokenizer, tmp_path_factory, texts, val_fraction, shard_tokens):
     out = tmp_path_factory.mktemp("any") / "out"
     options = {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     if not any(texts):
@@ -142,7 +142,7 @@ def test_tokens_add_up_whatever_the_texts(
 def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path, messages):
     path = tmp_path / "odd.txt"
     path.write_bytes(b"good \xff bad \x04 text")
-    dataset = prepare(tmp_path / "out", read_inputs([path]), genuine_tokenizer)
+    dataset = prepare(tmp_path / "out", read_inputs([path], ReadOptions(encoding="utf-8")), genuine_tokenizer)
     log_summary(dataset)
     source = dataset.manifest.source
     assert (source.replacements, source.untokenizable_bytes, source.forced_cuts) == (1, 1, 0)
@@ -150,6 +150,59 @@ def test_what_is_lost_is_counted_and_said(genuine_tokenizer, tmp_path, messages)
     assert any("replaced by U+FFFD" in line for line in messages)
     assert any("dropped" in line for line in messages)
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_copies_are_counted_and_those_in_both_splits_are_a_warning(tiny_tokenizer, tmp_path, messages):
+    texts = synthetic_texts(40)
+    held_out = next(number for number in range(1, 40) if is_held_out(number, 0, 0.1))
+    copied = [*texts, texts[held_out], texts[0]]
+    dataset = prepare(tmp_path / "out", from_texts(copied), tiny_tokenizer, val_fraction=0.1)
+    assert not any(is_held_out(number, 0, 0.1) for number in (40, 41))
+    source = dataset.manifest.source
+    assert (source.duplicates, source.val_in_train) == (2, 1)
+    log_summary(dataset)
+    assert any("2 documents are exact copies" in line for line in messages)
+    assert any("1 held-out documents are word for word in the training text" in line for line in messages)
+    clean = prepare(tmp_path / "clean", from_texts(texts), tiny_tokenizer, val_fraction=0.1).manifest.source
+    assert (clean.duplicates, clean.val_in_train) == (0, 0)
+
+
+def test_a_copy_that_is_held_out_because_nothing_else_was(tiny_tokenizer, tmp_path):
+    texts = [*synthetic_texts(3), synthetic_texts(1)[0]]
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=1e-9)
+    assert dataset.manifest.val.documents == 1
+    assert (dataset.manifest.source.duplicates, dataset.manifest.source.val_in_train) == (1, 1)
+    long = prepare(tmp_path / "divided", from_texts(["word " * 99]), tiny_tokenizer, val_fraction=0.1)
+    assert (long.manifest.source.duplicates, long.manifest.source.val_in_train) == (0, 0)
+
+
+def test_copies_are_found_in_documents_of_many_pieces(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("resmol.data.chunking.PIECE_CHARACTERS", 40)
+    texts = [" ".join(synthetic_texts(5)), "x", " ".join(synthetic_texts(5)), "x y"]
+    assert prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer).manifest.source.duplicates == 1
+
+
+def test_what_was_found_and_not_used_is_in_the_manifest_and_said(tiny_tokenizer, tmp_path, messages):
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", "b.csv", "c.csv", ".git/d.txt"):
+        (folder / name).write_text("text")
+    (folder / "e.txt").write_bytes(b"PAR1" + bytes(99))
+    dataset = prepare(tmp_path / "out", read_inputs([folder]), tiny_tokenizer)
+    log_summary(dataset)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_bytes())["source"]["unused"] == [
+        {"reason": "hidden", "files": 1, "names": ["in/.git/"]},
+        {"reason": "name ends in .csv", "files": 2, "names": ["in/b.csv", "in/c.csv"]},
+        {"reason": "a Parquet file", "files": 1, "names": ["in/e.txt"]},
+    ]
+    assert "data: not used: 2 (name ends in .csv): in/b.csv, in/c.csv" in messages
+
+
+def test_a_folder_in_which_nothing_turns_out_to_be_text(tiny_tokenizer, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"PAR1" + bytes(99))
+    with pytest.raises(DataError, match=r"no text in .*in; not used: 1 \(a Parquet file\): in/a.txt"):
+        prepare(tmp_path / "out", read_inputs([tmp_path / "in"]), tiny_tokenizer)
 
 
 def test_progress_ends_with_the_totals(tiny_tokenizer, tmp_path):

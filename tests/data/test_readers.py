@@ -17,10 +17,11 @@ from profiles import examples
 
 from resmol.data import builtin_corpora as named
 from resmol.data import chunking as text
-from resmol.data import readers as corpora
+from resmol.data import json_lines, text_file
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.chunking import ReadCounts, cut_into_pieces, decoded, repaired
 from resmol.data.readers import Corpus, from_texts, read_inputs
+from resmol.data.text_file import ReadOptions
 from resmol.errors import DataError, UsageError
 
 
@@ -75,7 +76,7 @@ def test_standard_input_is_a_document(monkeypatch):
 
 def test_another_field_of_jsonl(tmp_path):
     path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"content": "hello", "text": 3}\r\n')
-    assert read_all(read_inputs([path], text_field="content"))[0] == {"a.jsonl:1": "hello"}
+    assert read_all(read_inputs([path], ReadOptions(text_field="content")))[0] == {"a.jsonl:1": "hello"}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_bad_line_is_named(tmp_path, line, why):
 
 
 def test_a_giant_jsonl_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "MAX_JSONL_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 1000}).encode())
     with pytest.raises(DataError, match="line 1: it is longer"):
         read_all(read_inputs([path]))
@@ -117,7 +118,7 @@ def test_nothing_to_read_is_an_error(tmp_path, monkeypatch, paths):
     "damage", [lambda data: data[:-9], lambda data: b"not gzip", lambda data: data[:20] + b"\0" * 20]
 )
 def test_a_damaged_archive_is_an_error(tmp_path, damage):
-    path = write(tmp_path / "a.txt.gz", damage(gzip.compress(bytes(range(256)) * 50)))
+    path = write(tmp_path / "a.txt.gz", damage(gzip.compress(b"A line of text.\n" * 500)))
     with pytest.raises(DataError, match="cannot be read"):
         read_all(read_inputs([path]))
 
@@ -140,7 +141,7 @@ def test_a_file_that_vanishes_is_an_error(tmp_path):
         (b"mark\xef\xbb\xbf", "mark\ufeff", 0),
         (b"a\r\nb\rc\n", "a\r\nb\rc\n", 0),
         (b"nul\0", "nul\0", 0),
-        (b"\xff\xfea", "\ufffd\ufffda", 2),
+        (b"\xff\xf0a", "\ufffd\ufffda", 2),
         (b"caf\xe9", "caf\ufffd", 1),
         (b"cut \xf0\x9f\x98", "cut \ufffd\ufffd\ufffd", 3),
         (b"cesu \xed\xa0\xbd", "cesu \ufffd\ufffd\ufffd", 3),
@@ -149,10 +150,11 @@ def test_a_file_that_vanishes_is_an_error(tmp_path):
 )
 @pytest.mark.parametrize("read_bytes", [1 << 18, 1])
 def test_odd_bytes_are_repaired_and_counted(tmp_path, monkeypatch, data, expected, replaced, read_bytes):
-    monkeypatch.setattr(corpora, "_READ_BYTES", read_bytes)
-    texts, counts = read_all(read_inputs([write(tmp_path / "a.txt", data)]))
+    monkeypatch.setattr(text_file, "_READ_BYTES", read_bytes)
+    texts, counts = read_all(read_inputs([write(tmp_path / "a.txt", data)], ReadOptions(encoding="utf-8")))
     assert texts == {"a.txt": expected}
     assert counts.replacements == replaced
+    assert counts.replaced_in == (["a.txt"] if replaced else [])
 
 
 def test_lone_surrogates_in_json_are_replaced_and_counted(tmp_path):

@@ -43,8 +43,21 @@ def test_the_genuine_tokenizer_has_its_known_properties(genuine_tokenizer):
     assert genuine_tokenizer.sha256 == SMOLLM2_TOKENIZER_SHA256
     assert (genuine_tokenizer.vocab_size, genuine_tokenizer.eos_id) == (49152, 0)
     assert genuine_tokenizer.untokenizable_bytes == UNTOKENIZABLE
-    assert (genuine_tokenizer.byte_lengths()[:17] == 0).all()
-    assert genuine_tokenizer.byte_lengths()[17:].min() == 1
+    assert genuine_tokenizer.byte_lengths()[0] == 0  # it ends documents
+    assert genuine_tokenizer.byte_lengths()[1:].min() == 1
+    assert list(genuine_tokenizer.special_tokens) == list(range(17))
+    assert genuine_tokenizer.special_tokens[6] == "<filename>"
+    assert genuine_tokenizer.byte_lengths()[6] == len("<filename>")
+    assert genuine_tokenizer.spelled_end_bytes(2) == 2 * len("<|endoftext|>")
+
+
+def test_control_tokens_can_be_text(genuine_tokenizer):
+    text = "Save it as <filename>, then <|endoftext|> and <|im_start|>."
+    as_text = genuine_tokenizer.with_special_tokens_as_text()
+    assert min(as_text.encode(text)) >= 17
+    assert as_text.decode(as_text.encode(text)) == text
+    assert [token for token in genuine_tokenizer.encode(text) if token < 17] == [6, 0, 1]  # the other one is unchanged
+    assert as_text.sha256 == genuine_tokenizer.sha256
 
 
 def test_ids_equal_the_library_s_on_all_reference_text(genuine_tokenizer, shared_dir):
@@ -60,8 +73,8 @@ def test_ids_equal_the_library_s_on_all_reference_text(genuine_tokenizer, shared
     for text, ids, wanted in zip(texts, genuine_tokenizer.encode_batch(texts), expected, strict=True):
         assert ids == wanted
         dropped = genuine_tokenizer.count_untokenizable(text)
-        specials = sum(len(genuine_tokenizer.token_bytes(token)) for token in ids if token < 17)
-        assert lengths[ids].sum() + specials + dropped == len(text.encode())
+        ends = genuine_tokenizer.spelled_end_bytes(ids.count(genuine_tokenizer.eos_id))
+        assert lengths[ids].sum() + ends + dropped == len(text.encode())
         if not dropped:
             assert genuine_tokenizer.decode(ids) == text
 

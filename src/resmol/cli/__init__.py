@@ -13,5 +13,9 @@ from resmol.cli import (  # each registers its commands
     verify,
 )
 from resmol.cli.app import app
+from resmol.cli.once import OnceCommand
+
+for command in (*app.registered_commands, *bench.bench.registered_commands):
+    command.cls = OnceCommand
 
 __all__ = ["app", "bench", "evaluate", "export", "generate", "train", "verify"]

@@ -1,20 +1,26 @@
 """Where prompts come from: the command line, standard input, a file with one on each line.
 
-Prompts are UTF-8. A text that is not is refused with the place of the first wrong byte, never repaired in silence.
+Prompts are UTF-8, or what a byte order mark says. A text that is not is refused with the place of the first wrong byte,
+never repaired in silence; a file in another format is refused by that format's name.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from resmol.data.format_signatures import UnsupportedFormat
+from resmol.data.formats import HEAD_BYTES, JSON_SUFFIXES, recognize
 from resmol.errors import DataError
+from resmol.system.byte_order_mark import decode_text, marked_encoding
 
 MAX_BYTES = 16 << 20  # a thousand times what the largest context of these models holds
 _SHOWN_PROBLEMS = 5
+_FIX = 'write a prompt on each line, or in a .jsonl file an object with a string "prompt" on each line'
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,12 @@ def given_prompt(text: str) -> str:
 def prompts_from(path: str) -> list[Prompt]:
     """Read the prompts of a file, in order; ``-`` is standard input.
 
-    A file whose name ends with .jsonl or .ndjson holds a JSON object with a string ``prompt`` on each line; other
-    fields are ignored. Any other file holds a prompt on each line. Lines with nothing but white space are left out.
+    JSON lines, recognized by a name such as .jsonl or by a first line with a ``prompt``, hold an object with a string
+    ``prompt`` on each line; other fields are ignored. Any other text holds a prompt on each line. Lines with nothing
+    but white space are left out.
 
     Raises:
-        DataError: The file is not there, too large, holds no prompt, or holds bad lines: all of them are named.
+        DataError: The file is not there, too large, no text, holds no prompt, or bad lines: all of them are named.
     """
     name = "standard input" if path == "-" else path
     if path == "-":
@@ -59,9 +66,9 @@ def prompts_from(path: str) -> list[Prompt]:
             raise DataError(f"{path} does not exist", fix="check --prompts")
         with Path(path).open("rb") as file:
             content = _read(file.read, name)
-    as_json = Path(path).suffix.lower() in (".jsonl", ".ndjson")
+    as_json = _is_json(path, content)
     found, problems = [], []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -75,6 +82,22 @@ def prompts_from(path: str) -> list[Prompt]:
     if not found:
         raise DataError(f"{name} holds no prompt", fix="write one on each line")
     return found
+
+
+def _is_json(path: str, content: bytes) -> bool:
+    """Return whether prompts are JSON lines; refuse what is neither these nor text."""
+    named_so = path.lower().endswith((*JSON_SUFFIXES, ".csv", ".tsv"))
+    kind = recognize(path, content[:HEAD_BYTES], "auto" if named_so else "text")
+    if isinstance(kind, UnsupportedFormat):
+        raise DataError(f"{path} is {kind.name}, which is not read as prompts", fix=_FIX)
+    if kind == "jsonl":
+        return True
+    first = next((line for line in content.split(b"\n") if line.strip()), b"")
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("prompt"), str)
 
 
 def decoded(data: bytes, name: str) -> str:
@@ -112,7 +135,16 @@ def _holds_surrogate(text: str) -> bool:
 
 
 def _read(read: Callable[[int], bytes], name: str) -> bytes:
+    """Return all there is as UTF-8 without a byte order mark; without one, the bytes as they are."""
     content = read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise DataError(f"{name} is larger than {MAX_BYTES >> 20} MiB", fix="shorten it, or cut it into several")
-    return content
+    encoding = marked_encoding(content)
+    if encoding in (None, "utf-8"):
+        return content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return decode_text(content).encode("utf-8")
+    except UnicodeError as error:
+        raise DataError(
+            f"{name} is not {encoding}, which its byte order mark says: {error}", fix="write it as UTF-8"
+        ) from None

@@ -34,7 +34,15 @@ def prepare(
     tokenizer: TokenizerSource = None,
     tokenizer_sha256: TokenizerHash = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.01,
-    text_field: Annotated[str, typer.Option(help="The field of a jsonl line that holds the text.")] = "text",
+    text_field: Annotated[str, typer.Option(help="The field of a JSON line with the text, e.g. data.text.")] = "text",
+    encoding: Annotated[
+        str | None, typer.Option(help="Of text without a byte order mark; UTF-8, strictly, if left out.")
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="auto, text or jsonl: what every input is.")] = "auto",
+    include_hidden: Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")] = False,
+    special_tokens: Annotated[
+        str, typer.Option(help="as-tokens, or as-text: what a spelling such as <|im_end|> in the text becomes.")
+    ] = "as-tokens",
     workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -42,10 +50,12 @@ def prepare(
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
     from resmol.data.resolve import Text, prepare_text
+    from resmol.data.text_file import ReadOptions
     from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
+    options = ReadOptions(text_field, encoding, format_, include_hidden)
+    text = Text(tuple(input_ or ()), corpus, val_fraction, options, special_tokens)
     found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
-    text = Text(tuple(input_ or ()), corpus, val_fraction, text_field)
     dataset = prepare_text(out, text, found)
     if json_:
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})

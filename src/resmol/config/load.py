@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from resmol.config.model_config import read_model_config
 from resmol.config.run_config import RunConfig, drift_classes
 from resmol.errors import ConfigError, DataError
+from resmol.system.byte_order_mark import decode_text
 
 
 def preset_names() -> list[str]:
@@ -121,7 +122,7 @@ def _table_with_base(path: Path) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decode_text(path.read_bytes()))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path of --config") from None
     except ValueError as error:  # TOML's error, UTF-8's, and numbers of thousands of digits

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from resmol.data.folders import Unused
 from resmol.data.shards import InputFacts
 
 PIECE_CHARACTERS = 1 << 16
 HARD_CUT_CHARACTERS = 1 << 18
 
 _CHUNK_CHARACTERS = 1 << 17
+_SHOWN_NAMES = 3
 _BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # The GPT-2 pattern joins white space to the word after it, never to the one before, so a piece may end
@@ -22,6 +24,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # agree: U+180E was a space in older versions of Unicode, and Python alone counts U+001C to U+001F as spaces.
 # Text without spaces may be cut between its punctuation and a kana or an ideograph, never one word either.
 _SAFE_CUT = re.compile(r"[^\s\u180e](?=[ \t\n\r])|[、。，！？](?=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff])")
+
+
+def _lone_surrogates(error: UnicodeError) -> tuple[str, int]:
+    """Handle bytes that an encoding does not have, as ``surrogateescape`` does for those that extend ASCII."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff" * (error.end - error.start), error.end
+
+
+_LONE_SURROGATES = "resmol-lone-surrogates"
+codecs.register_error(_LONE_SURROGATES, _lone_surrogates)
 
 
 @dataclass
@@ -49,13 +61,22 @@ class ReadCounts:
 
     Attributes:
         inputs: One entry for each input.
-        replacements: Invalid UTF-8 bytes and lone surrogates, each replaced by U+FFFD.
+        replacements: Invalid bytes and lone surrogates, each replaced by U+FFFD.
+        replaced_in: Names of the first files with invalid bytes.
         forced_cuts: Cuts inside 256 Ki characters without white space; each may change one token.
+        unused: Files and folders that were found in the inputs and not used.
     """
 
     inputs: list[InputCount] = field(default_factory=list)
     replacements: int = 0
+    replaced_in: list[str] = field(default_factory=list)
     forced_cuts: int = 0
+    unused: Unused = field(default_factory=Unused)
+
+    def add_replaced_in(self, name: str) -> None:
+        """Keep the name of a file with invalid bytes, if it is one of the first."""
+        if len(self.replaced_in) < _SHOWN_NAMES:
+            self.replaced_in.append(name)
 
     @property
     def bytes_read(self) -> int:
@@ -63,20 +84,30 @@ class ReadCounts:
         return sum(one.byte_count for one in self.inputs)
 
 
+def text_decoder(encoding: str) -> codecs.IncrementalDecoder:
+    """Return a decoder that makes each invalid byte one lone surrogate, for `repair`."""
+    # A valid text never holds a lone surrogate, so `repair` can recognize and count them; one for each byte makes the
+    # text independent of where its chunks are cut.
+    return codecs.getincrementaldecoder(encoding)(errors=_LONE_SURROGATES)
+
+
 def decoded(chunks: Iterable[bytes]) -> Iterator[str]:
     """Decode UTF-8 in chunks of any size; each invalid byte becomes one lone surrogate, for `repaired`."""
-    # Valid UTF-8 never holds a lone surrogate, so `repaired` can tell and count them; one for each byte makes
-    # the text independent of where the chunks are cut.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    decoder = text_decoder("utf-8")
     for chunk in chunks:
         yield decoder.decode(chunk)
     yield decoder.decode(b"", final=True)
 
 
+def repair(text: str) -> tuple[str, int]:
+    """Return the text with U+FFFD for each lone surrogate (from `decoded`, or escaped in JSON), and their number."""
+    return _SURROGATE.subn("\ufffd", text)
+
+
 def repaired(chunks: Iterable[str], counts: ReadCounts) -> Iterator[str]:
-    """Replace lone surrogates (from `decoded`, or escaped in JSON) by U+FFFD and count them."""
+    """Repair and count chunk by chunk."""
     for chunk in chunks:
-        text, number = _SURROGATE.subn("\ufffd", chunk)
+        text, number = repair(chunk)
         counts.replacements += number
         yield text
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from resmol.data.document_ends import count_spelled_ends
 from resmol.data.shards import TokenStream
 from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
@@ -139,6 +140,11 @@ class Loader:
         count = self.n_windows if limit is None else min(limit, self.n_windows)
         for first in range(0, count, batch_size):
             yield self._batch(range(first, min(first + batch_size, count)))
+
+    def spelled_ends(self, limit: int | None = None) -> int:
+        """Return how many targets of `sequential` are end tokens that the text spells, and no end of a document."""
+        count = self.n_windows if limit is None else min(limit, self.n_windows)
+        return count_spelled_ends(self._stream, self._eos_id, 1, min(count * self._seq_len + 1, len(self._stream)))
 
     def step_tokens(self, step: int) -> int:
         """Return the targets of a step over all processes, without reading any: the loss's divisor."""

@@ -8,15 +8,17 @@ folder appears whole or not at all, by the commit protocol of `atomic`.
 from __future__ import annotations
 
 import hashlib
-import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from resmol.data.chunking import ReadCounts
+from resmol.data.duplicates import Duplicates
+from resmol.data.folders import shown_unused
 from resmol.data.readers import Corpus, Document
 from resmol.data.shard_writer import SplitWriter, tokenizer_name
 from resmol.data.shards import (
@@ -35,8 +37,6 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.atomic_io import commit_directory
 from resmol.version import __version__
-
-logger = logging.getLogger(__name__)
 
 # An encoding takes about 150 bytes a token in Rust: this bounds the memory, whatever the input.
 BATCH_BYTES = 1 << 20
@@ -106,7 +106,7 @@ def prepare(
 
 
 def is_held_out(number: int, seed: int, val_fraction: float) -> bool:
-    """Tell whether document ``number`` (from 0) is held out, by its BLAKE2b keyed with the seed."""
+    """Return whether document ``number`` (from 0) is held out, by its BLAKE2b keyed with the seed."""
     if number == 0:
         return False  # so that there is always something to train on
     key = f"resmol val {seed}".encode("ascii")[:64]
@@ -129,6 +129,7 @@ class _Totals:
     empty_documents: int = 0
     text_bytes: int = 0
     untokenizable_bytes: int = 0
+    special_tokens: Counter[int] = field(default_factory=Counter)
     held_out: HeldOut = "none"
 
 
@@ -152,6 +153,7 @@ class _Job:
         self.on_progress = on_progress
         self.counts = ReadCounts()
         self.totals = _Totals()
+        self.duplicates = Duplicates()
         self.token_bytes = token_width(tokenizer.vocab_size)
         self.splits: dict[str, tuple[Shard, ...]] = {}
 
@@ -179,9 +181,13 @@ class _Job:
     def _write_tokens(self, writers: dict[str, SplitWriter]) -> None:
         reported = 0
         end = np.array([self.tokenizer.eos_id], dtype=np.int64)
+        is_special = np.zeros(self.tokenizer.vocab_size, dtype=np.bool_)
+        is_special[list(self.tokenizer.special_tokens)] = True
         for batch in self._batches():
             for item, ids in zip(batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True):
-                writers[item.split].append(np.array(ids, dtype=np.int64))
+                tokens = np.array(ids, dtype=np.int64)
+                writers[item.split].append(tokens)
+                self.totals.special_tokens.update(tokens[is_special[tokens]].tolist())
                 if item.ends:
                     writers[item.split].append(end)
                     writers[item.split].end_document()
@@ -190,19 +196,23 @@ class _Job:
                 self._report_progress(writers)
         self._report_progress(writers)
         if self.totals.documents == 0:
-            raise DataError(f"there is no text in {self.corpus.name}", fix="check that the input is not empty")
+            unused = "".join(f"; not used: {shown_unused(facts)}" for facts in self.counts.unused.facts())
+            raise DataError(f"there is no text in {self.corpus.name}{unused}", fix="check that the input is not empty")
 
     def _batches(self) -> Iterator[list[_Item]]:
         batch: list[_Item] = []
         size = 0
         for item in self._items():
-            length = len(item.text.encode("utf-8"))
-            if batch and size + length > BATCH_BYTES:
+            encoded = item.text.encode("utf-8")
+            if batch and size + len(encoded) > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append(item)
-            size += length
-            self.totals.text_bytes += length
+            size += len(encoded)
+            self.duplicates.add(encoded)
+            if item.ends:
+                self.duplicates.end_document(item.split)
+            self.totals.text_bytes += len(encoded)
             self.totals.untokenizable_bytes += self.tokenizer.count_untokenizable(item.text)
         if batch:
             yield batch
@@ -238,6 +248,7 @@ class _Job:
         if train.documents > 1 and 2 * last <= train.tokens:
             self.totals.held_out = "documents"
             val.append(train.take_back(last))
+            self.duplicates.hold_out_last()
         else:
             count = min(max(1, round(self.val_fraction * train.tokens)), last - 1)
             if count == 0:
@@ -255,6 +266,7 @@ class _Job:
     def manifest(self) -> Manifest:
         """Return the manifest; only after `write_files`."""
         tokenizer, totals = self.tokenizer, self.totals
+        duplicates, val_in_train = self.duplicates.count()
         return Manifest(
             created_with=f"resmol {__version__}",
             tokenizer=TokenizerFacts(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id),
@@ -267,8 +279,15 @@ class _Job:
                 empty_documents=totals.empty_documents,
                 text_bytes=totals.text_bytes,
                 replacements=self.counts.replacements,
+                replaced_in=tuple(self.counts.replaced_in),
                 untokenizable_bytes=totals.untokenizable_bytes,
                 forced_cuts=self.counts.forced_cuts,
+                special_tokens={
+                    tokenizer.special_tokens[token]: count for token, count in sorted(totals.special_tokens.items())
+                },
+                duplicates=duplicates,
+                val_in_train=val_in_train,
+                unused=self.counts.unused.facts(),
                 held_out=totals.held_out,
                 val_fraction=self.val_fraction,
                 seed=self.seed,
@@ -286,25 +305,3 @@ def _require_fresh(out: Path) -> None:
         raise UsageError(f"{out} exists and is not an empty folder", fix="name a folder that does not exist yet")
     if out.is_mount():
         raise UsageError(f"{out} is a mount point, which cannot appear at once", fix=f"name a folder in it: {out}/data")
-
-
-def log_summary(dataset: Dataset) -> None:
-    """Log what was prepared, and what was lost on the way (replaced, dropped or empty)."""
-    source, train, val = dataset.manifest.source, dataset.manifest.train, dataset.manifest.val
-    share = 100 * val.tokens / (train.tokens + val.tokens)
-    how = {
-        "documents": f"{val.documents} documents",
-        "position": "the end of the last document",
-        "none": "nothing",
-    }
-    logger.info(f"data: {source.documents} documents, {train.tokens + val.tokens} tokens in {dataset.root}")
-    logger.info(f"data: held out {how[source.held_out]}: {val.tokens} tokens, {share:.1f} %")
-    losses = {
-        "bytes or surrogates that are not Unicode, replaced by U+FFFD": source.replacements,
-        "bytes without a token, dropped": source.untokenizable_bytes,
-        "cuts inside text without white space": source.forced_cuts,
-        "empty documents": source.empty_documents,
-    }
-    for what, number in losses.items():
-        if number:
-            logger.info(f"data: {number} {what}")

@@ -5,26 +5,18 @@ Nothing here holds a whole document: a file of 1 GB, or a line of 1 GB, passes t
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import io
-import json
-import os
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from resmol.data.chunking import InputCount, ReadCounts, cut_into_pieces, decoded, repaired, without_mark
+from resmol.data.folders import SUFFIXES, Unused, find_text_files, shown_name, shown_unused
+from resmol.data.shards import InputFacts
+from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
-
-MAX_JSONL_LINE_BYTES = 64 << 20
-SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".txt.gz", ".jsonl.gz")
-
-_READ_BYTES = 1 << 18
 
 Split = Literal["train", "val"]
 
@@ -59,39 +51,51 @@ class Corpus:
     read: Callable[[ReadCounts], Iterator[Document]]
 
 
-def read_inputs(paths: Sequence[str | Path], *, text_field: str = "text") -> Corpus:
-    """Return the documents of files, of folders (recursive, see `SUFFIXES`) and of ``-``, standard input.
+def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None) -> Corpus:
+    """Return the documents of files, of folders (see `find_text_files`) and of ``-``, standard input.
 
-    A `.jsonl` file holds one document a line, in ``text_field``; any other file is one document. ``.gz`` is
-    unpacked on the way. Invalid UTF-8 is replaced and counted, a byte order mark is dropped, line ends stay
-    as they are.
+    JSON lines hold one document a line; any other text is one document. gzip is unpacked on the way. A text is
+    UTF-8, or what its byte order mark says; invalid bytes are replaced and counted, line ends stay as they are.
+    Files in a folder that are in no format that is read are counted as unused.
 
     Raises:
         DataError: Nothing was named, a path is missing or unreadable, or a folder holds no text; later, while
-            reading, a broken archive or a line that is not JSON.
+            reading: a named file in another format, one that hardly decodes, a broken archive, or a bad line.
     """
     if not paths:
         raise DataError("no input was named", fix="add --input PATH, or --corpus shakespeare")
-    inputs = [(str(path), _files_of(path)) for path in paths]
-    files = [file for _, group in inputs for file in group]
-    from_pipe = any(name == "-" for name, _ in inputs) or not all(file.is_file() for file in files)
+    options = options or ReadOptions()
+    inputs = [_Input.find(path, options) for path in paths]
+    files = [file for one in inputs for file in one.files]
+    from_pipe = any(one.name == "-" for one in inputs) or not all(file.is_file() for file in files)
 
     def read(counts: ReadCounts) -> Iterator[Document]:
-        for name, group in inputs:
-            count = InputCount("standard input" if name == "-" else Path(name).resolve().name)
-            counts.inputs.append(count)
-            if name == "-":
-                pipe = cast(io.BufferedIOBase, sys.stdin.buffer)
-                yield from _documents(pipe, Path("-"), text_field, count, counts)
-            for file in group:
-                with _open(file) as raw:
-                    yield from _documents(raw, file, text_field, count, counts)
+        for one in inputs:
+            yield from one.read(options, counts)
 
     return Corpus(
-        ", ".join(name for name, _ in inputs),
+        ", ".join(one.name for one in inputs),
         None if from_pipe else sum(file.stat().st_size for file in files),
         read,
     )
+
+
+def input_facts(source: Path) -> InputFacts:
+    """Return what the manifest records of an input that `read_inputs` reads with its default options, as it is now.
+
+    Raises:
+        DataError: As in `read_inputs`.
+    """
+    options = ReadOptions()
+    one = _Input.find(source, options)
+    count = InputCount(one.label)
+    for path in one.files:
+        with open_file(path) as raw:
+            file = TextFile(raw, path, options)
+            if not (one.is_folder and file.unsupported):
+                count.files += 1
+                file.read_through(count)
+    return count.facts()
 
 
 def from_texts(texts: Iterable[str], *, name: str = "texts") -> Corpus:
@@ -115,110 +119,58 @@ def document_of_bytes(name: str, data: bytes, counts: ReadCounts, *, split: Spli
     return Document(name, cut_into_pieces(text, counts), split)
 
 
-def _files_of(path: str | Path) -> list[Path]:
-    if str(path) == "-":
-        return []
-    root = Path(path)
-    if root.exists() and not root.is_dir():  # also a pipe, as a shell's <(command) makes it
-        return [root]
-    if not root.is_dir():
-        raise DataError(f"there is no file or folder {root}", fix="check the path after --input")
-    files = [Path(folder) / name for folder, _, names in os.walk(root) for name in names if _is_text(name)]
-    if not files:
-        raise DataError(f"{root} holds no text", fix=f"put files into it that end in {', '.join(SUFFIXES)}")
-    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+@dataclass(frozen=True)
+class _Input:
+    """One path that the user named, and the files that it stands for."""
+
+    name: str
+    files: tuple[Path, ...]
+    is_folder: bool
+    unused: Unused
+
+    @classmethod
+    def find(cls, path: str | Path, options: ReadOptions) -> _Input:
+        if str(path) == "-":
+            return cls("-", (), False, Unused())
+        root = Path(path).expanduser()
+        if root.exists() and not root.is_dir():  # also a pipe, as a shell's <(command) makes it
+            return cls(str(path), (root,), False, Unused())
+        if not root.is_dir():
+            raise DataError(f"there is no file or folder {root}", fix="check the path")
+        files, unused = find_text_files(root, include_hidden=options.include_hidden)
+        if not files:
+            found = "; ".join(f"not used: {shown_unused(facts)}" for facts in unused.facts())
+            raise DataError(
+                f"{root} holds no text" + (f" ({found})" if found else ""),
+                fix=f"put files into it that end in {', '.join(SUFFIXES)}, or name other text files one by one",
+            )
+        return cls(str(path), tuple(files), True, unused)
+
+    @property
+    def label(self) -> str:
+        """The input's name without its path."""
+        return "standard input" if self.name == "-" else Path(self.name).expanduser().resolve().name
+
+    def read(self, options: ReadOptions, counts: ReadCounts) -> Iterator[Document]:
+        count = InputCount(self.label)
+        counts.inputs.append(count)
+        counts.unused.update(self.unused)
+        if self.name == "-":
+            pipe = cast(io.BufferedIOBase, sys.stdin.buffer)
+            yield from _documents(TextFile(pipe, Path("-"), options), count, counts)
+        for path in self.files:
+            with open_file(path) as raw:
+                file = TextFile(raw, path, options)
+                if self.is_folder and file.unsupported:
+                    counts.unused.add(file.unsupported.name, shown_name(path, Path(self.name).expanduser()))
+                else:
+                    yield from _documents(file, count, counts)
 
 
-def _is_text(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[io.FileIO]:
-    try:
-        file = io.FileIO(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    with file:
-        yield file
-
-
-class _Counted(io.RawIOBase):
-    """A file that counts and hashes what is read through it."""
-
-    def __init__(self, file: io.FileIO | io.BufferedIOBase, count: InputCount) -> None:
-        self._file = file
-        self._count = count
-
-    def readable(self) -> bool:
-        """Say yes, as `io.BufferedReader` asks."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` from the file and count the bytes."""
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._count.add(data)
-        return len(data)
-
-
-def _documents(
-    raw: io.FileIO | io.BufferedIOBase, path: Path, text_field: str, count: InputCount, counts: ReadCounts
-) -> Iterator[Document]:
+def _documents(file: TextFile, count: InputCount, counts: ReadCounts) -> Iterator[Document]:
     count.files += 1
-    name = path.name.lower()
-    stream = io.BufferedReader(_Counted(raw, count), _READ_BYTES)
-    unpacked = gzip.GzipFile(fileobj=stream) if name.endswith(".gz") else stream
-    if name.removesuffix(".gz").endswith(".jsonl"):
-        yield from _jsonl_documents(unpacked, path, text_field, counts)
+    if file.is_json_lines:
+        for number, text in file.lines(count, counts):
+            yield Document(f"{file.path.name}:{number}", cut_into_pieces(repaired([text], counts), counts))
     else:
-        text = repaired(decoded(_chunks(unpacked, path)), counts)
-        yield Document(path.name, cut_into_pieces(without_mark(text), counts))
-
-
-def _chunks(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
-    while chunk := _checked(path, lambda: stream.read(_READ_BYTES)):
-        yield chunk
-
-
-def _checked(path: Path, read: Callable[[], bytes]) -> bytes:
-    try:
-        return read()
-    except (OSError, EOFError, zlib.error) as error:  # gzip reports damage as any of the three
-        raise _unreadable(path, error) from error
-
-
-def _jsonl_documents(stream: io.BufferedIOBase, path: Path, text_field: str, counts: ReadCounts) -> Iterator[Document]:
-    number = 0
-    while line := _checked(path, lambda: stream.readline(MAX_JSONL_LINE_BYTES + 1)):
-        number += 1
-        if len(line) > MAX_JSONL_LINE_BYTES:
-            raise _bad_line(path, number, "it is longer than 64 MB; a text file of its own may be of any length")
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            text = _text_of_line(line, path, number, text_field)
-            yield Document(f"{path.name}:{number}", cut_into_pieces(repaired([text], counts), counts))
-
-
-def _text_of_line(line: bytes, path: Path, number: int, text_field: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8", errors="surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise _bad_line(path, number, f"it is not JSON ({error})") from error
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise _bad_line(path, number, f"it is not an object with a text in {text_field!r}")
-    return text
-
-
-def _bad_line(path: Path, number: int, why: str) -> DataError:
-    return DataError(
-        f"{path}, line {number}: {why}",
-        fix="repair or drop the line; each line is one JSON object that holds a document in one field",
-    )
-
-
-def _unreadable(path: Path, error: BaseException) -> DataError:
-    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DataError(f"{path} cannot be read: {why}", fix="check the file and its permissions")
+        yield Document(file.path.name, cut_into_pieces(file.text(count, counts), counts))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.datatrove import import_datatrove, is_token_folder
-from resmol.data.prepare import Progress, log_summary, prepare
-from resmol.data.readers import Corpus, read_inputs
+from resmol.data.prepare import Progress, prepare
+from resmol.data.readers import Corpus, input_facts, read_inputs
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
+from resmol.data.summary import log_summary
+from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
-from resmol.system.atomic_io import file_sha256
 from resmol.system.progress import byte_progress
 
 logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = ("as-tokens", "as-text")
 
 
 @dataclass(frozen=True)
@@ -27,27 +30,42 @@ class Text:
         inputs: Files, folders, or ``-``.
         corpus: The name of a corpus; exclusive with ``inputs``.
         val_fraction: Share of the documents that is held out.
-        text_field: The field of a jsonl line that holds the text.
+        options: How to read the inputs.
+        special_tokens: ``as-tokens``: the spelling of a control token becomes that token; ``as-text``: it is text.
     """
 
     inputs: tuple[str, ...] = ()
     corpus: str | None = None
     val_fraction: float = 0.01
-    text_field: str = "text"
+    options: ReadOptions = field(default_factory=ReadOptions)
+    special_tokens: str = "as-tokens"
+
+    def __post_init__(self) -> None:
+        if self.special_tokens not in SPECIAL_TOKENS:
+            raise UsageError(
+                f"--special-tokens is {self.special_tokens!r}", fix=f"choose one of: {', '.join(SPECIAL_TOKENS)}"
+            )
 
     def open(self) -> Corpus:
         """Return the documents (`UsageError` unless exactly one of inputs and corpus is given)."""
         if bool(self.inputs) == (self.corpus is not None):
             raise UsageError("give either --input or --corpus", fix="e.g. --input input.txt, or --corpus shakespeare")
         if self.corpus is not None:
+            if self.options != ReadOptions():
+                raise UsageError("a named corpus is read in one way", fix="give options for reading with --input only")
             return named_corpus(self.corpus)
-        return read_inputs(self.inputs, text_field=self.text_field)
+        return read_inputs(self.inputs, self.options)
 
 
 def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
-    if any(is_token_folder(Path(path)) for path in text.inputs):
+    for path in text.inputs:
+        if is_prepared(Path(path).expanduser()):
+            raise UsageError(f"{path} is prepared already", fix=f"use it as it is: --data {path}")
+    if any(is_token_folder(Path(path).expanduser()) for path in text.inputs):
         return _adopt(out, text, tokenizer)
+    if text.special_tokens == "as-text":
+        tokenizer = tokenizer.with_special_tokens_as_text()
     corpus = text.open()
     with byte_progress("preparing") as advance:
 
@@ -70,7 +88,7 @@ def _adopt(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Tell whether a folder was prepared."""
+    """Return whether a folder was prepared."""
     return (folder / MANIFEST).is_file()
 
 
@@ -84,7 +102,8 @@ def data_folder(data: str | None, stored: str, own: Path) -> Path:
     """
     if data is None:
         return own.parent / stored if stored else own  # an absolute path stays as it is
-    return Path(data) if is_prepared(Path(data)) else own
+    folder = Path(data).expanduser()
+    return folder if is_prepared(folder) else own
 
 
 def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer) -> Dataset:
@@ -102,18 +121,27 @@ def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer) -> Dat
         logger.info(f"preparing {data} into {folder}")
         return prepare_text(folder, Text(inputs=(data,)), tokenizer)
     dataset = open_dataset(folder)
-    if data is not None and not is_prepared(Path(data)):
-        _check_same_text(dataset, Path(data))
+    if data is not None and not is_prepared(Path(data).expanduser()):
+        check_same_inputs(dataset, Path(data).expanduser())
     return dataset
 
 
-def _check_same_text(dataset: Dataset, path: Path) -> None:
-    """Refuse a text file that is not the one that was prepared; folders and pipes are bound by the fingerprint only."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist", fix="check --data, or leave it out to resume")
-    known = {facts.sha256 for facts in dataset.manifest.source.inputs}
-    if path.is_file() and file_sha256(path) not in known:
-        raise DataError(
-            f"{dataset.root} was prepared from another text than {path}",
-            fix="start a new run directory for another text, or leave --data out to resume",
-        )
+def check_same_inputs(dataset: Dataset, source: Path) -> None:
+    """Refuse a text file or a folder that does not hold what was prepared; a pipe cannot be compared.
+
+    Raises:
+        DataError: It does not exist, or holds other files or other text than the manifest records.
+    """
+    if not source.exists():
+        raise DataError(f"{source} does not exist", fix="check --data, or leave it out to resume")
+    if not (source.is_file() or source.is_dir()):
+        return
+    now, known = input_facts(source), dataset.manifest.source.inputs
+    if any((now.files, now.bytes, now.sha256) == (then.files, then.bytes, then.sha256) for then in known):
+        return
+    files, size = sum(then.files for then in known), sum(then.bytes for then in known)
+    raise DataError(
+        f"{dataset.root} was prepared from another text than {source} holds now: {files} files of {size:,} bytes then, "
+        f"{now.files} of {now.bytes:,} now",
+        fix="start a new run directory for another text, or leave --data out to resume",
+    )

@@ -100,6 +100,14 @@ class InputFacts(_Frozen):
     sha256: Digest
 
 
+class UnusedFacts(_Frozen):
+    """Files and folders that were found and not used, for one reason; the first few are named."""
+
+    reason: str
+    files: Count
+    names: tuple[str, ...]
+
+
 class SourceFacts(_Frozen):
     """What was read and what happened to it."""
 
@@ -110,6 +118,11 @@ class SourceFacts(_Frozen):
     replacements: Count
     untokenizable_bytes: Count
     forced_cuts: Count
+    replaced_in: tuple[str, ...] = ()
+    special_tokens: dict[str, Count] = {}
+    duplicates: Count = 0
+    val_in_train: Count = 0
+    unused: tuple[UnusedFacts, ...] = ()
     held_out: Literal["documents", "position", "none"]
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     seed: int
@@ -145,14 +158,15 @@ class TokenStream:
     """The tokens of one split as one sequence, read through memory maps.
 
     Attributes:
+        root: The folder of the dataset.
         shards: The shards in order.
         vocab_size: Ids must be below this.
     """
 
     def __init__(self, root: Path, shards: Sequence[Shard], *, token_bytes: int, vocab_size: int) -> None:
+        self.root = root
         self.shards = tuple(shards)
         self.vocab_size = vocab_size
-        self._root = root
         self._dtype = token_dtype(token_bytes)
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64).tolist()
         self._maps: dict[int, np.ndarray] = {}
@@ -194,7 +208,7 @@ class TokenStream:
     def _map(self, number: int) -> np.ndarray:
         if number not in self._maps:
             shard = self.shards[number]
-            path = self._root / shard.name
+            path = self.root / shard.name
             try:
                 whole = np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.bytes // self._dtype.itemsize,))
             except (OSError, ValueError) as error:

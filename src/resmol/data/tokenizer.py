@@ -83,6 +83,18 @@ class Tokenizer:
         """The byte values that have no token of their own, ascending."""
         return bytes(sorted(self._untokenizable))
 
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The control tokens: id -> spelling. A text that spells one gets the token."""
+        added = self._rust.get_added_tokens_decoder()
+        return {token: added[token].content for token in sorted(added) if added[token].special}
+
+    def with_special_tokens_as_text(self) -> Tokenizer:
+        """Return the same tokenizer, for which the spelling of a control token is text like any other."""
+        other = Tokenizer(self.data, self.path)
+        other._rust.encode_special_tokens = True
+        return other
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``; nothing is added before or after."""
         return self.encode_batch([text])[0]
@@ -108,14 +120,18 @@ class Tokenizer:
         return self._bytes[token] if 0 <= token < self.vocab_size else b""
 
     def byte_lengths(self) -> Int32[np.ndarray, " V"]:
-        """Return how many bytes of text each token stands for, 0 for special tokens.
+        """Return how many bytes of text each token stands for, 0 for the end token.
 
-        The divisor of bits per byte: sum of -log2 p over the targets / sum of their byte lengths.
+        The divisor of bits per byte: sum of -log2 p over the targets / sum of their byte lengths. A control token
+        other than the end token comes from a text that spells it, so it stands for these bytes.
         """
         lengths = np.array([len(piece) for piece in self._bytes], dtype=np.int32)
-        special = [token for token, added in self._rust.get_added_tokens_decoder().items() if added.special]
-        lengths[special] = 0
+        lengths[self.eos_id] = 0
         return lengths
+
+    def spelled_end_bytes(self, count: int) -> int:
+        """Return how many bytes of text ``count`` end tokens stand for, where the text spells them."""
+        return count * len(self._bytes[self.eos_id])
 
     def count_untokenizable(self, text: str) -> int:
         """Return how many UTF-8 bytes of ``text`` have no token and are dropped by `encode`."""

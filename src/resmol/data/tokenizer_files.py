@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -155,7 +156,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}", fix="check the path") from error
     if len(data) > _MAX_BYTES:
         raise DataError(f"the tokenizer {path} is larger than 64 MB", fix="name a real tokenizer.json")
-    return data
+    return data.removeprefix(codecs.BOM_UTF8)  # which an editor may have added; the hash is that of the JSON
 
 
 def _cached(sha256: str, cache: Path | None) -> bytes | None:

@@ -48,7 +48,10 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
         )  # fmt: skip
         runtime = Runtime(0, 1, loaded.model.lm_head.weight.device, None)
         batches = loader.sequential(max(1, 2048 // length), windows or None)
-        result = evaluate(loaded.model, batches, loaded.tokenizer.byte_lengths(), runtime)
+        result = evaluate(
+            loaded.model, batches, loaded.tokenizer.byte_lengths(), runtime,
+            spelled_bytes=loaded.tokenizer.spelled_end_bytes(loader.spelled_ends(windows or None)),
+        )  # fmt: skip
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,

@@ -49,15 +49,18 @@ def evaluate(
     byte_lengths: Int[np.ndarray, " V"],
     runtime: Runtime,
     chunk_tokens: int = 256,
+    *,
+    spelled_bytes: int = 0,
 ) -> Evaluation:
     """Return the loss of ``model`` on ``batches``; neither its mode nor any random state changes.
 
     Args:
         model: The model, on the runtime's device.
         batches: Windows in order, each token a target once.
-        byte_lengths: Bytes that each token id stands for; special tokens stand for none.
+        byte_lengths: Bytes that each token id stands for; the end token stands for none.
         runtime: Device and arithmetic, the same as in training.
         chunk_tokens: Tokens whose logits exist at the same time.
+        spelled_bytes: Bytes of the end tokens that the text spells (`Loader.spelled_ends`), in all batches.
 
     Raises:
         DataError: There is nothing to evaluate on.
@@ -77,4 +80,4 @@ def evaluate(
         raise DataError(
             "there are no held-out tokens to evaluate on", fix="prepare the data with --val-fraction above 0"
         )
-    return Evaluation(total / tokens, tokens, covered)
+    return Evaluation(total / tokens, tokens, covered + spelled_bytes)

@@ -229,9 +229,11 @@ def record_evaluation(state: TrainState, session: Session) -> None:
     session.runtime.begin(f"the evaluation after step {state.step}")
     started = time.perf_counter()
     config = session.config
-    batches = session.held_out.sequential(config.batch.micro_batch_size, config.evaluation.windows or None)
+    windows, tokenizer = config.evaluation.windows or None, session.tokenizer
+    batches = session.held_out.sequential(config.batch.micro_batch_size, windows)
+    spelled = tokenizer.spelled_end_bytes(session.held_out.spelled_ends(windows))
     with torch.compiler.set_stance("force_eager"):
-        result = evaluate(state.model, batches, session.tokenizer.byte_lengths(), session.runtime)
+        result = evaluate(state.model, batches, tokenizer.byte_lengths(), session.runtime, spelled_bytes=spelled)
     session.journal.write(
         "eval",
         step=state.step,

@@ -20,6 +20,7 @@ from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.llama import CausalLM
+from resmol.system.byte_order_mark import decode_text
 from resmol.verify.capture import next_token_loss, observe
 from resmol.verify.parity import GUARDS, Baseline, arithmetic, baseline, errors, greedy_check, ids_for
 from resmol.verify.rmsnorm import check_norm, norm_weight
@@ -238,7 +239,7 @@ def read_name_map(path: Path | None) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}", fix=NAME_MAP_FIX) from None
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
