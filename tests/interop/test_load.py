@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
-from resmol.inference.generate import SamplingParams
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop import load as load_module
 from resmol.interop import resolve as model_sources
 from resmol.interop.load import LoadedModel, load_model

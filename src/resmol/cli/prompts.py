@@ -1,6 +1,6 @@
-"""Where prompts come from: the command line, standard input, a file with one on each line.
+"""Read prompts from the command line, standard input or a file.
 
-Prompts are UTF-8. A text that is not is refused with the place of the first wrong byte, never repaired in silence.
+Prompts are UTF-8. Other text is refused with the place of the first wrong byte, never repaired silently.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from pathlib import Path
 
 from resmol.errors import DataError
 
-MAX_BYTES = 16 << 20  # a thousand times what the largest context of these models holds
+MAX_BYTES = 16 << 20  # a thousand times the largest context of these models
 _SHOWN_PROBLEMS = 5
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it comes from, such as ``line 3``."""
+    """A prompt and its place in the input, such as ``line 3``."""
 
     text: str
     place: str
 
 
 def given_prompt(text: str) -> str:
-    """Return the prompt that a command line gave; ``-`` reads it from standard input.
+    """Return the prompt given on the command line; ``-`` reads it from standard input.
 
-    One line break at the end of standard input is left out, as ``$(...)`` does: ``echo`` adds it, nobody means it.
+    One line break at the end of standard input is dropped, as ``$(...)`` does, since ``echo`` adds one.
 
     Raises:
         DataError: It is not UTF-8, or too large.
     """
     if text == "-":
         return one_line(decoded(_read(sys.stdin.buffer.read, "standard input"), "standard input"))
-    if _holds_surrogate(text):  # how Python hands over bytes that are not UTF-8
+    if _holds_surrogate(text):  # Python decodes arguments that are not UTF-8 to surrogates
         raise DataError("--prompt is not UTF-8", fix="pass the text as UTF-8")
     return text
 
@@ -44,10 +44,10 @@ def prompts_from(path: str) -> list[Prompt]:
     """Read the prompts of a file, in order; ``-`` is standard input.
 
     A file whose name ends with .jsonl or .ndjson holds a JSON object with a string ``prompt`` on each line; other
-    fields are ignored. Any other file holds a prompt on each line. Lines with nothing but white space are left out.
+    fields are ignored. Any other file holds a prompt on each line. Lines with nothing but white space are skipped.
 
     Raises:
-        DataError: The file is not there, too large, holds no prompt, or holds bad lines: all of them are named.
+        DataError: The file does not exist, is too large, holds no prompt, or holds bad lines; all of these are named.
     """
     name = "standard input" if path == "-" else path
     if path == "-":
@@ -78,7 +78,7 @@ def prompts_from(path: str) -> list[Prompt]:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Return UTF-8 as text (`DataError` names the first byte that is not)."""
+    """Return UTF-8 as text (`DataError` names the first wrong byte)."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,7 +89,7 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text without the line break at its end, if there is one."""
+    """Return the text without a line break at its end."""
     return text.removesuffix("\n").removesuffix("\r")
 
 
