@@ -99,7 +99,9 @@ def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> 
         title=f"greedy decoding with {config.name}, {batch} x ({bench.prompt} + {bench.new}) tokens, float32",
         metric=DECODING,
         columns=(PREFILL, MEMORY),
-        variants=make_variants(resmol, baselines if bench.baseline else {}, ("roofline: reading the weights", roofline)),
+        variants=make_variants(
+            resmol, baselines if bench.baseline else {}, ("roofline: reading the weights", roofline)
+        ),
         facts={**machine_facts(config.runtime.threads), "parameters": total_parameters(config.model)},
         notes=generation_notes,
     )

@@ -76,7 +76,7 @@ def preparation_comparison(bench: PrepareBench, tokenizer: Tokenizer, folder: Pa
         ),
         facts={**machine_facts(0), "threads": bench.threads or os.cpu_count(), "text_bytes": size},
         notes=lambda _comparison: [
-            "The text repeats a corpus, so words are found in the library's cache more often than usual, in all rows alike."
+            "The text repeats a corpus, so the library's cache has more hits than usual, in all rows alike."
         ],
     )
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
@@ -125,11 +125,12 @@ def run_process(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         took = time.perf_counter() - started
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-    return Finished(took, process.returncode, *texts, timed_out=timed_out)
+        return Finished(took, process.returncode, _text(out), _text(err), timed_out)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def run_worker(

@@ -45,9 +45,7 @@ def bench_train(
     preset: Preset = None,
     config: ConfigFile = None,
     set_: Set = None,
-    batch: Annotated[
-        list[str] | None, typer.Option(help="Windows x tokens of a step, e.g. 2x512; repeatable.")
-    ] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Windows x tokens of a step, e.g. 2x512; repeatable.")] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     baseline: Baseline = None,
     repeats: Repeats = 5,

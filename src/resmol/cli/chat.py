@@ -101,7 +101,9 @@ def _repl(loaded: LoadedModel, sampling: SamplingParams, stop: Sequence[str], *,
             if isinstance(error, _LineTooLarge):
                 break
     if failed and not at_terminal:
-        raise DataError(f"{failed} of {continued + failed} prompts could not be continued", fix="see the messages above")
+        raise DataError(
+            f"{failed} of {continued + failed} prompts could not be continued", fix="see the messages above"
+        )
 
 
 def warn_untokenizable(loaded: LoadedModel, prompt: str) -> None:

@@ -35,7 +35,10 @@ def generate(
 ) -> None:
     """Continue a prompt, the prompts of a file, or typed prompts."""
     if (prompt is not None) + (prompts is not None) + interactive != 1:
-        raise UsageError("there must be exactly one source of prompts", fix="give one of --prompt TEXT, --prompts FILE, --interactive")
+        raise UsageError(
+            "there must be exactly one source of prompts",
+            fix="give one of --prompt TEXT, --prompts FILE, --interactive",
+        )
     if interactive and json_:
         raise UsageError("--interactive and --json exclude each other", fix="use --prompts - with --json")
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)

@@ -57,7 +57,7 @@ def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: b
 
 
 def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
-    """Return a table of checks that fits 80 columns; the expectation is shown for failed checks, or with ``explain``."""
+    """Return a table of checks that fits 80 columns; expectations are shown for failed checks, or with ``explain``."""
     table = Table(title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1))
     for check in checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"

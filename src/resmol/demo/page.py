@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from resmol.audit.plots import curves
-from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
+from resmol.audit.report import MALFORMED_RECORD, samples, summary_facts
 from resmol.demo.provenance import Identity
 from resmol.demo.request_limits import Limits, parse
 from resmol.errors import ResmolError
@@ -180,14 +180,14 @@ def record_page(identity: Identity) -> str:
         return _render("demo_record.html.j2", why="No record of a training came with these weights.")
     try:
         content = read_ledger(run.ledger)
-        facts, drawn, said = headline_facts(content.records), curves(content.records), samples(content.records)
+        facts, drawn, said = summary_facts(content.records), curves(content.records), samples(content.records)
         return _render(
             "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=said[:1],
             head=content.head, lines=len(content.records),
         )  # fmt: skip
     except LedgerTampered as error:
         return _render("demo_record.html.j2", why=f"The record of this run does not hold together: {error.what}.")
-    except FOREIGN_RECORD as error:
+    except MALFORMED_RECORD as error:
         why = f"The record of this run is none that resmol wrote ({type(error).__name__}: {error})."
         return _render("demo_record.html.j2", why=why)
 

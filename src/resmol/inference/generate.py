@@ -71,7 +71,7 @@ class DecodingState:
         self._seen = torch.tensor(self.prompt + [0] * self.limit)  # filled in place, not allocated for each token
 
     def add(self, logits: Float[Tensor, " V"]) -> bool:
-        """Sample the next token from the logits of the last one; return whether a token was added (or the text ended)."""
+        """Sample the next token from the logits of the last one; return whether it was added (or ended the text)."""
         length = len(self.prompt) + len(self.tokens)
         token = sample_token(logits, self._seen[:length], self.sampling, self._generator)
         if token == self._eos_id:

@@ -146,7 +146,7 @@ def sum_seconds(matmuls: list[Matmul], dtype: torch.dtype) -> tuple[float, list[
 
 
 def bandwidth(size: int = STREAM_BYTES) -> dict[str, float]:
-    """Return the bandwidth of memory in bytes per second: reading (a sum, or a matrix by a vector) and updating in place."""
+    """Return the bytes per second of reading memory (a sum, or a matrix by a vector) and of updating it in place."""
     numbers, vector = torch.ones(size // 4), torch.ones(1024)
     matrix = numbers.view(-1, 1024)
     read = min(best_seconds(numbers.sum, 0.5), best_seconds(lambda: torch.mv(matrix, vector), 0.5))

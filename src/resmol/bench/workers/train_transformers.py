@@ -65,7 +65,7 @@ def build_model(task: Mapping[str, Any]) -> Any:
 
 
 def training_arguments(task: Mapping[str, Any], folder: str) -> Any:
-    """Return the Trainer's arguments: the task's hyperparameters, nothing besides training, and otherwise its defaults."""
+    """Return the Trainer's arguments: the task's hyperparameters, training alone, and otherwise the defaults."""
     optimizer, tuned, on_cpu = task["optimizer"], task["tuned"], task["device"] == "cpu"
     faster = {"torch_compile": True, "optim": "adamw_torch_fused"} if tuned else {}
     return transformers.TrainingArguments(
