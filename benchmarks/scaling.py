@@ -36,7 +36,8 @@ from resmol.train.autotune import needed_memory, resolve_auto
 
 logger = logging.getLogger("resmol.benchmarks.scaling")
 
-OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # in messages of PyTorch, C++ and the loader of libraries
+# Signs of a lack of memory in messages of PyTorch, C++ and the loader of libraries.
+OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map", "failed to map")
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
 TITLES = ("preset", "batch", "step, s", "tokens/s", "peak memory, MiB", "estimated, MiB", "GFLOP/token", "GFLOP/s", "")
 

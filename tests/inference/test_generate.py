@@ -18,15 +18,15 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import NonFiniteError, UsageError
 from resmol.inference.generate import (
     DecodingState,
-    SamplingParams,
     apply_repetition_penalty,
-    choose,
     decode,
     decode_batch,
     generate,
     generate_batch,
+    sample_token,
     top_k_top_p,
 )
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM
 
 
@@ -228,7 +228,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         logits = torch.tensor([0.0, value])
         for temperature in (0.0, 1.0):
             with pytest.raises(NonFiniteError):
-                choose(logits, torch.tensor([0]), SamplingParams(temperature=temperature), torch.Generator())
+                sample_token(logits, torch.tensor([0]), SamplingParams(temperature=temperature), torch.Generator())
 
 
 def test_ids_outside_the_vocabulary(model: CausalLM) -> None:
