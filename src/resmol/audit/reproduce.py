@@ -198,7 +198,7 @@ def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str]) -> None:
         )
     if code < 0:
         killer = signal.Signals(-code).name
-        raise _PartFailed(f"`resmol {arguments[0]}` was killed by {killer}, perhaps because memory was short", 128 - code)
+        raise _PartFailed(f"`resmol {arguments[0]}` was killed by {killer}; memory may have been short", 128 - code)
     if code and not (name == "audit" and code == 1 and output.strip()):  # a failed audit becomes a failed claim
         raise _PartFailed(f"`resmol {arguments[0]}` ended with exit code {code}", code)
 
