@@ -22,7 +22,6 @@ from resmol.inference.generate import (
     decode,
     decode_batch,
     generate,
-    generate_batch,
     sample_token,
     top_k_top_p,
 )
@@ -141,6 +140,15 @@ def test_ends_with_the_context(model: CausalLM) -> None:
 def test_an_empty_prompt_starts_a_document(model: CausalLM) -> None:
     greedy = SamplingParams(5, temperature=0.0)
     assert list(generate(model, [], greedy, eos_id=None)) == list(generate(model, [0], greedy, eos_id=None))
+
+
+def generate_batch(
+    model: CausalLM, prompts: list[list[int]], sampling: SamplingParams, *, eos_id: int | None
+) -> list[list[int]]:
+    rows = [DecodingState(model.config, prompt, sampling, eos_id=eos_id) for prompt in prompts]
+    for _ in decode_batch(model, rows):
+        pass
+    return [row.tokens for row in rows]
 
 
 PROMPTS = [[5, 9, 200, 31], [7], [], [300, 2, 2, 451, 17, 80, 9, 33, 12], [5, 9]]

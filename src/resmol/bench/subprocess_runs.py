@@ -1,4 +1,4 @@
-"""Run what is measured in processes of their own: training by `resmol train`, everything else by a worker.
+"""Measured processes: training runs in `resmol train`, everything else in a worker.
 
 Nothing is shared between two measurements, and each process reports its own peak memory when it ends.
 """

@@ -31,11 +31,11 @@ TokenizerHash = Annotated[str | None, typer.Option(help="sha256 of a tokenizer t
 Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"resmol {__version__}")
         raise typer.Exit
-    return wanted
+    return requested
 
 
 @app.callback()

@@ -68,7 +68,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Start a run, or resume it bit for bit."""
-    wanted = chosen_config(preset, config)
+    chosen = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     tune_allocator()
     from resmol.cli.console import console_views
@@ -76,7 +76,7 @@ def train(
     from resmol.train.start import train_model
 
     state = train_model(
-        wanted,
+        chosen,
         run,
         data=data,
         overrides=overrides,

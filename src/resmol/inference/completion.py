@@ -245,7 +245,7 @@ def complete_batches(
     """Continue several texts in batches, each as if it were alone; yield batch by batch, in order.
 
     All prompts are checked before the first is read; caches and buffers exist for one batch at a time. See
-    `generate.generate_batch` for the effect of rounding.
+    `generate.decode_batch` for the effect of rounding.
 
     Args:
         model: The model.

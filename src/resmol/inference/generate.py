@@ -113,26 +113,6 @@ def generate(model: CausalLM, prompt: Sequence[int], sampling: SamplingParams, *
     return decode(model, DecodingState(model.config, prompt, sampling, eos_id=eos_id))
 
 
-def generate_batch(
-    model: CausalLM, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, eos_id: int | None
-) -> list[list[int]]:
-    """Return the new token ids for each prompt, decoded together.
-
-    Each row has its own random generator, seeded with ``sampling.seed``, so its tokens are those of `generate` with
-    the same seed, whatever the other rows are. A matmul may sum in another order for another number of rows, so logits
-    may differ from those of `generate` in their last bits; where two tokens are equally probable to that precision,
-    the sampled one may differ too.
-
-    Raises:
-        UsageError: A prompt fills the model's context, or holds an id outside the vocabulary.
-        NonFiniteError: The model's logits are not finite.
-    """
-    rows = [DecodingState(model.config, prompt, sampling, eos_id=eos_id) for prompt in prompts]
-    for _ in decode_batch(model, rows):
-        pass
-    return [row.tokens for row in rows]
-
-
 def decode(model: CausalLM, text: DecodingState) -> Iterator[int]:
     """Decode one text; yield each token after adding it."""
     weight = model.lm_head.weight
@@ -149,6 +129,13 @@ def decode_batch(model: CausalLM, rows: Sequence[DecodingState]) -> Iterator[lis
     The first passes are the prefill, one for each text. Each writes the prompt right-aligned into its row of one
     cache, so all rows write their next token into the same slot, while each keeps its own positions. A row that has
     ended leaves the batch.
+
+    Each row has its own random generator, so its tokens are those of `decode`, whatever the other rows are. A matmul
+    may sum in another order for another number of rows, so logits may differ in their last bits; where two tokens are
+    equally probable to that precision, the sampled one may differ too.
+
+    Raises:
+        NonFiniteError: The model's logits are not finite.
     """
     if not rows:
         return
