@@ -113,6 +113,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(os.environ["XDG_CACHE_HOME"]) / "resmol"
 
 
+@pytest.fixture
+def tokenizer_in_cache(tiny_tokenizer: Tokenizer, own_cache: Path) -> Tokenizer:
+    """The tiny tokenizer, where a process that this test starts finds it by its hash."""
+    path = cache_path(tiny_tokenizer.sha256, own_cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tiny_tokenizer.data)
+    return tiny_tokenizer
+
+
 TINY_RUN = """
 name = "tiny"
 [model]

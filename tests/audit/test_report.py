@@ -11,7 +11,7 @@ import pytest
 from tiny import TrainTiny, rewrite
 
 from resmol.audit.plots import smoothed, thin
-from resmol.audit.report import duration, headline_facts, write_report
+from resmol.audit.report import duration, summary_facts, write_report
 from resmol.errors import DataError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, LedgerTampered, float_bits
@@ -146,7 +146,7 @@ def test_a_ledger_without_a_loss_is_an_error_in_words(run: RunDir) -> None:
 
 
 def test_facts() -> None:
-    facts = dict(headline_facts([{"kind": "step", **step_record(step)} for step in (1, 2)]))
+    facts = dict(summary_facts([{"kind": "step", **step_record(step)} for step in (1, 2)]))
     assert facts["tokens seen"].startswith("128 ")
     assert facts["tokens per second, median"] == "6,400"
     assert [duration(s) for s in (5.0, 65.0, 3700.0)] == ["5 s", "1 min 5 s", "1 h 1 min"]

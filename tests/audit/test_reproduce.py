@@ -1,4 +1,4 @@
-"""The spec: separate processes, an exact boundary, claims that can fail."""
+"""The reproduction: separate processes, an exact boundary, claims that can fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tiny import TrainTiny
 from waiting import until
 
 from resmol.audit import reproduce as module
-from resmol.audit.reproduce import ReproduceSpec, claims, estimate_seconds, reproduce
+from resmol.audit.evidence import claims
+from resmol.audit.reproduce import ReproduceSpec, estimate_seconds, reproduce
 from resmol.cli.console import console_views
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
@@ -36,7 +37,7 @@ def spec(
     tiny_tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> ReproduceSpec:
-    """A spec of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
+    """A reproduction of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
     monkeypatch.setattr(module, "load_preset", lambda _name, _overrides=(): tiny_config)
     return ReproduceSpec(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ("checkpoint.permanent=[20]",))
 
@@ -95,10 +96,10 @@ def test_claims_fail_when_the_evidence_does(
 ) -> None:
     train_tiny(spec.run.path, 25)
     spec.run.evidence.mkdir()
-    checks = {check.name: check.passed for check in claims(spec)}
+    checks = {check.name: check.passed for check in claims(spec.run, spec.config(), 20, 25)}
     assert not checks["architecture and parity with transformers"]
     assert not checks["a new process resumed at step 21"], "one process went through"
-    assert not checks["it speaks"]
+    assert not checks["generates text"]
     assert checks["one continuous run"]
     steps = [r for r in read_ledger(spec.run.ledger).records if r["kind"] == "step"]
     assert len(steps) == 25
@@ -127,7 +128,7 @@ def test_evidence_of_an_earlier_time_proves_nothing(spec: ReproduceSpec, monkeyp
     spec.run.evidence.mkdir(parents=True)
     evidence = spec.run.evidence / "audit.json"
     evidence.write_text('{"checks": []}')
-    with pytest.raises(CheckFailed, match="was ended by SIGKILL") as failed:
+    with pytest.raises(CheckFailed, match="was killed by SIGKILL") as failed:
         module._part(spec, "audit", ["audit", "x"])
     assert (failed.value.exit_code, evidence.exists()) == (137, False)
 

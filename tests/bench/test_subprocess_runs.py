@@ -1,4 +1,4 @@
-"""Measured processes: their memory is their own, they end when their time is over, and turns are taken."""
+"""Measured processes: their memory is their own, and they end when their time is over."""
 
 from __future__ import annotations
 
@@ -10,18 +10,44 @@ from pathlib import Path
 
 import pytest
 
-from resmol.bench.subprocess_runs import run_process, take_turns
+from resmol.bench.subprocess_runs import run_process, run_worker
+from resmol.errors import CheckFailed
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 
 
-def test_peak_memory_is_that_of_the_process_and_not_of_its_parent() -> None:
+WORKER = """
+from resmol.bench.workers.main import worker_main
+
+def work(task):
+    if task["held"] < 0:
+        raise SystemExit("no such thing")
+    return {"length": len(b"x" * (task["held"] << 20))}
+
+worker_main(work)
+"""
+
+
+def test_peak_memory_is_that_of_the_worker_and_not_of_its_parent(tmp_path: Path) -> None:
     ballast = b"x" * (400 << 20)  # what this process holds must not appear in its children
-    small = run_process([*PYTHON, "pass"])
-    large = run_process([*PYTHON, "held = b'x' * (200 << 20)"])
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    small, large = (run_worker("worker", {"held": held}, tmp_path, path) for held in (0, 300))
     assert len(ballast) > 0
-    assert small.peak_bytes < 60 << 20
-    assert 200 << 20 < large.peak_bytes < 260 << 20
+    assert large["length"] == 300 << 20
+    assert small["peak_bytes"] < 60 << 20
+    assert 299 << 20 < large["peak_bytes"] - small["peak_bytes"] < 305 << 20
+
+
+def test_a_worker_that_fails_leaves_no_result_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run_worker("worker", {"held": 0}, tmp_path, path)
+    with pytest.raises(CheckFailed, match="worker failed: no such thing"):
+        run_worker("worker", {"held": -1}, tmp_path, path)
+    (tmp_path / "worker.py").write_text("pass", encoding="utf-8")
+    with pytest.raises(CheckFailed, match="worker failed: it ended with code 0"):
+        run_worker("worker", {"held": 0}, tmp_path, path)
 
 
 def test_a_failure_keeps_its_code_and_its_last_words() -> None:
@@ -54,35 +80,11 @@ def test_a_process_is_ended_with_its_time(tmp_path: Path) -> None:
 def test_memory_beyond_the_limit_is_refused_inside_the_process() -> None:
     done = run_process([*PYTHON, "held = bytearray(600 << 20)"], memory_bytes=300 << 20)
     assert done.code == 1
-    assert "MemoryError" in done.said
+    assert "MemoryError" in done.stderr
 
 
-def test_an_allocator_of_this_process_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.top_pad=1")
-    code = "import os, sys; sys.exit(os.environ.get('GLIBC_TUNABLES', 'none'))"
-    assert run_process([*PYTHON, code]).error_tail == "none"
-    given = run_process([*PYTHON, code], environment={"GLIBC_TUNABLES": "glibc.malloc.top_pad=2"})
-    assert given.error_tail == "glibc.malloc.top_pad=2"
-
-
-def test_everything_is_measured_once_a_round_in_changing_order(messages: list[str]) -> None:
-    seen: list[int] = []
-
-    def measure(index: int) -> str:
-        seen.append(index)
-        return f"number {index}"
-
-    assert take_turns(4, 6, 0, measure)
-    rounds = [seen[start : start + 4] for start in range(0, 24, 4)]
-    assert all(sorted(order) == [0, 1, 2, 3] for order in rounds)
-    assert len({tuple(order) for order in rounds}) > 1
-    assert "round 6 of 6" in messages[-1]
-    assert "about 0 s left" in messages[-1]
-
-
-def test_an_interruption_is_an_answer(messages: list[str]) -> None:
-    def interrupted(_: int) -> str:
-        raise KeyboardInterrupt
-
-    assert not take_turns(2, 2, 0, interrupted)
-    assert messages == ["interrupted: this is what was measured"]
+def test_variables_are_added_to_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESMOL_TEST", "inherited")
+    code = "import os, sys; sys.exit(os.environ.get('RESMOL_TEST', 'none'))"
+    assert "inherited" in run_process([*PYTHON, code]).stderr
+    assert "given" in run_process([*PYTHON, code], environment={"RESMOL_TEST": "given"}).stderr

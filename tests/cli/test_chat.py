@@ -1,4 +1,4 @@
-"""A model at a terminal, which is a pseudo-terminal here: answers stream, Ctrl-C ends one of them, Ctrl-D leaves."""
+"""Generation at a pseudo-terminal: text streams, Ctrl-C stops one continuation, Ctrl-D exits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from resmol.cli import chat as speaking
+from resmol.cli import chat
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ main(sys.argv[1:])
 def run(
     tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    path = tmp_path_factory.mktemp("speaking") / "run"
+    path = tmp_path_factory.mktemp("chat") / "run"
     changes = ["train.steps=2", "model.max_position_embeddings=1024", "sampling.every=0"]
     train_model(tiny_config, path, data=str(tiny_dataset.root), tokenizer=tiny_tokenizer.path, overrides=changes)
     return path
@@ -123,7 +123,7 @@ LONG = "--max-new-tokens=1000", "--temperature=0"
 
 @pytest.mark.parametrize("terminal", [("--interactive", *LONG)], indirect=True)
 def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
-    terminal.wait_for("Ctrl-C stops an answer, Ctrl-D leaves.*> ")
+    terminal.wait_for("Ctrl-C stops a continuation, Ctrl-D exits.*> ")
     terminal.type("ka lo\n")
     terminal.wait_for(r"ka lo\r\n.*\S")  # text is there long before the answer is complete
     terminal.type("\x03")
@@ -156,15 +156,15 @@ def test_an_impatient_second_interrupt_does_not_take_the_line_about_the_answer(
 ) -> None:
     written: list[str] = []
 
-    def show(text: str) -> None:  # Ctrl-C with the first piece, and again with the line break behind the answer
+    def write(text: str) -> None:  # Ctrl-C with the first piece, and again with the line break behind the answer
         written.append(text)
         if len(written) == 1 or text == "\n":
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(speaking, "show", show)
+    monkeypatch.setattr(chat, "write", write)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        speaking._answer(load_model(run), "ka lo", SamplingParams(temperature=0.0), ())
+        chat._stream_interruptibly(load_model(run), "ka lo", SamplingParams(temperature=0.0), ())
     except KeyboardInterrupt:
         pytest.fail("the second interrupt was not ignored")
     finally:
@@ -183,11 +183,11 @@ def test_an_impatient_second_interrupt_at_the_prompt_does_not_leave(run: Path, m
         raise EOFError
 
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda _: True})())
-    monkeypatch.setattr(speaking, "_typed", typed)
-    monkeypatch.setattr(speaking, "say", lambda _line: signal.raise_signal(signal.SIGINT) if asked else None)
+    monkeypatch.setattr(chat, "_typed", typed)
+    monkeypatch.setattr(chat, "say", lambda _line: signal.raise_signal(signal.SIGINT) if asked else None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        speaking.repl(load_model(run), SamplingParams(), ())
+        chat.repl(load_model(run), SamplingParams(), ())
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     except KeyboardInterrupt:
         pytest.fail("the second interrupt was not ignored")
@@ -206,9 +206,9 @@ def test_a_pipe_is_answered_line_by_line_and_its_bad_lines_decide_the_exit_code(
     done = piped(run, b"ka\n\n\xff\nlo", "--max-new-tokens=4", "--temperature=0")
     assert done.returncode == 3
     told = done.stderr.decode()
-    assert told.count("as long as asked for") == 2
+    assert told.count("token limit") == 2
     assert "the line is not UTF-8: byte 1 is 0xff" in told
-    assert "1 of 3 prompts could not be answered" in told
+    assert "1 of 3 prompts could not be continued" in told
     assert b"> " not in done.stdout
     assert "Ctrl-C" not in told
     fine = piped(run, b"ka\nlo\n", "--max-new-tokens=4", "--temperature=0")
@@ -219,12 +219,12 @@ def test_a_line_without_an_end_is_not_read_into_memory(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(speaking, "MAX_BYTES", 4 << 20)
-    monkeypatch.setattr(speaking, "stream", lambda _loaded, prompt, *_: asked.append(prompt))
+    monkeypatch.setattr(chat, "MAX_BYTES", 4 << 20)
+    monkeypatch.setattr(chat, "stream", lambda _loaded, prompt, *_: asked.append(prompt))
     content = io.BytesIO(b"ka\n" + b"x" * (10 << 20) + b"\nlo\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content))
-    with pytest.raises(DataError, match="1 of 2 prompts could not be answered"):
-        speaking.repl(load_model(run), SamplingParams(), ())
+    with pytest.raises(DataError, match="1 of 2 prompts could not be continued"):
+        chat.repl(load_model(run), SamplingParams(), ())
     assert asked == ["ka"]
     assert "error: the line is larger than 4 MiB\n  fix: " in capsys.readouterr().err
     assert content.tell() < 5 << 20
@@ -293,5 +293,5 @@ def test_control_characters_are_shown_at_a_terminal_and_kept_elsewhere(monkeypat
     for at_terminal, expected in ((True, "a␛[2J␇\ufffd\tb\n␡"), (False, text)):
         out = Out(at_terminal)
         monkeypatch.setattr(sys, "stdout", out)
-        speaking.show(text)
+        chat.write(text)
         assert out.written == expected

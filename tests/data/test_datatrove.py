@@ -78,9 +78,9 @@ def test_documents_without_their_end_token_are_said(tiny_tokenizer, tmp_path, do
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "no file of 2-byte tokens"),
-        (lambda path: path.write_bytes(b""), "no file of 2-byte tokens"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "does not fit"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not a file of 2-byte tokens"),
+        (lambda path: path.write_bytes(b""), "not a file of 2-byte tokens"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "does not match"),
         (lambda path: path.write_bytes(b"\xff\xff" + path.read_bytes()[2:]), "holds token 65535"),
         (lambda path: Path(f"{path}.index").write_bytes(b"123"), "8-byte numbers"),
     ],

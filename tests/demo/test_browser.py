@@ -86,13 +86,13 @@ def test_type_generate_and_watch_it_stream(visit: Visit, demo_model: LoadedModel
         assert len(lengths) < 500
     assert len(lengths) > 5, "it came at once"
     expect(visit.page.locator("#status")).to_contain_text("tokens/s")
-    expect(visit.page.locator("#status")).to_contain_text("done")
+    expect(visit.page.locator("#status")).to_contain_text("token limit")
     assert visit.errors == []
 
 
 def test_the_fields_reach_the_model(visit: Visit, served: Served) -> None:
     visit.generate("ka", max_new_tokens=9, temperature=1.5, top_p=0.8, top_k=20, seed=5)
-    expect(visit.page.locator("#status")).to_contain_text("done")
+    expect(visit.page.locator("#status")).to_contain_text("token limit")
     assert visit.text == final_text(ask(served.url, ["ka", 9, 1.5, 0.8, 20, 5], "fields1"))
 
 
@@ -106,7 +106,7 @@ def test_stop(visit: Visit, served: Served) -> None:
     assert 0 < computed < 300
     stopped = visit.text
     visit.generate("lo", max_new_tokens=3)  # and it goes on with the next
-    expect(visit.page.locator("#status")).to_contain_text("done")
+    expect(visit.page.locator("#status")).to_contain_text("token limit")
     assert visit.text.startswith("lo") != stopped.startswith("lo")
     assert visit.errors == []
 
@@ -133,7 +133,7 @@ def test_a_bad_number_is_named_beside_its_field(visit: Visit, value: str) -> Non
     assert visit.text == ""
     visit.page.fill("#seed input", "1")
     visit.generate("ka", max_new_tokens=2)
-    expect(visit.page.locator("#status")).to_contain_text("done")
+    expect(visit.page.locator("#status")).to_contain_text("token limit")
     expect(visit.page.locator("#seed")).not_to_contain_text("seed must")
 
 
@@ -149,7 +149,7 @@ def test_a_prompt_beyond_the_context_is_a_message(visit: Visit) -> None:
 def test_text_is_only_text(visit: Visit) -> None:
     prompt = "<img src=x onerror=document.title='hit'> {{value}} ${value} `x` </textarea><b>bold</b>"
     visit.generate(prompt, max_new_tokens=2)
-    expect(visit.page.locator("#status")).to_contain_text("done")
+    expect(visit.page.locator("#status")).to_contain_text("token limit")
     assert visit.text.startswith(prompt)
     assert "hit" not in visit.page.title()
     assert visit.page.locator("img[src=x]").count() == 0

@@ -14,7 +14,7 @@ from waiting import HANGS
 
 from resmol.demo.server import listening_socket
 from resmol.errors import UsageError
-from resmol.inference.generate import SamplingParams
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import LoadedModel
 
 LONG = ["ka", 500, 0.0, 1, 0, 0]

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,8 +14,14 @@ from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
 from resmol.inference import completion as module
-from resmol.inference.completion import TextStreamer, Timings, complete_batches
-from resmol.inference.generate import DecodingState, decode_batch
+from resmol.inference.completion import (
+    FINISH_REASONS,
+    TextStreamer,
+    Timings,
+    complete_batches,
+    untokenizable_notice,
+)
+from resmol.inference.generate import DecodingState, FinishReason, decode_batch
 from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import LoadedModel
 from resmol.interop.resolve import Source
@@ -171,6 +177,15 @@ def test_timings_add_up_and_nothing_divides_by_zero() -> None:
     empty = Timings(0.0, 0, 0.0, 0)
     assert all(math.isfinite(value) for value in empty.to_dict().values())
     assert empty.describe()
+
+
+def test_every_finish_reason_has_words() -> None:
+    assert set(FINISH_REASONS) == set(get_args(FinishReason))
+
+
+def test_bytes_without_a_token_are_counted_in_a_notice(genuine_tokenizer: Tokenizer) -> None:
+    assert untokenizable_notice(genuine_tokenizer, "plain text") == ""
+    assert untokenizable_notice(genuine_tokenizer, "a\x04b\x04").startswith("2 bytes of the prompt have no token")
 
 
 def test_an_empty_stop_string_is_refused(loaded: LoadedModel) -> None:

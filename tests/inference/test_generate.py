@@ -19,15 +19,14 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import NonFiniteError, UsageError
 from resmol.inference.generate import (
     DecodingState,
-    SamplingParams,
     apply_repetition_penalty,
-    choose,
     decode,
     decode_batch,
     generate,
-    generate_batch,
+    sample_token,
     top_k_top_p,
 )
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM
 
 
@@ -144,6 +143,15 @@ def test_an_empty_prompt_starts_a_document(model: CausalLM) -> None:
     assert list(generate(model, [], greedy, eos_id=None)) == list(generate(model, [0], greedy, eos_id=None))
 
 
+def generate_batch(
+    model: CausalLM, prompts: list[list[int]], sampling: SamplingParams, *, eos_id: int | None
+) -> list[list[int]]:
+    rows = [DecodingState(model.config, prompt, sampling, eos_id=eos_id) for prompt in prompts]
+    for _ in decode_batch(model, rows):
+        pass
+    return [row.tokens for row in rows]
+
+
 PROMPTS = [[5, 9, 200, 31], [7], [], [300, 2, 2, 451, 17, 80, 9, 33, 12], [5, 9]]
 
 
@@ -229,7 +237,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
         logits = torch.tensor([0.0, value])
         for temperature in (0.0, 1.0):
             with pytest.raises(NonFiniteError):
-                choose(logits, torch.tensor([0]), SamplingParams(temperature=temperature), torch.Generator())
+                sample_token(logits, torch.tensor([0]), SamplingParams(temperature=temperature), torch.Generator())
 
 
 def test_ids_outside_the_vocabulary(model: CausalLM) -> None:

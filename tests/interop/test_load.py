@@ -20,7 +20,7 @@ from tiny import TrainTiny
 
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError, ResmolError, UsageError
-from resmol.inference.generate import SamplingParams
+from resmol.inference.sampling_params import SamplingParams
 from resmol.interop import load as load_module
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.checkpoint import weight_tensors

@@ -14,8 +14,9 @@ from bench import Bench, Mistake, mistake
 from typer.testing import CliRunner
 
 from resmol.bench import ablate as ablation
-from resmol.bench import subprocess_runs as measurement
-from resmol.bench.ablate import Ablation, Measurement
+from resmol.bench import comparison
+from resmol.bench.ablate import Ablation
+from resmol.bench.workers.main import Metrics
 from resmol.cli import app
 from resmol.errors import CheckFailed, ResmolError
 from resmol.interop import load
@@ -87,12 +88,13 @@ def table_guard(bench: Bench) -> set[str]:
     for pace in (0.0, 0.1):  # a quiet machine, and one that becomes faster all the time
         clock, wanted = [0.0], Ablation(bench.config, ("runtime.attention=sdpa,eager",), str(bench.data.root))
 
-        def measure(*_: Any, _pace: float = pace, _clock: list[float] = clock) -> Measurement:
+        def measure(*_: Any, _pace: float = pace, _clock: list[float] = clock) -> Metrics:
             _clock[0] += 1
             noise = [0.99, 1.01, 1.0, 1.015, 0.985, 1.005, 0.995][int(_clock[0] * 3) % 7]
-            return Measurement(100.0 * (1 + _pace * _clock[0]) * noise, 1 << 20, 2.0, "40000000")
+            speed = 100.0 * (1 + _pace * _clock[0]) * noise
+            return {"tokens_per_second": speed, "peak_bytes": 1 << 20, "loss": 2.0, "loss_bits": "40000000"}
 
-        result = ablation.ablate(wanted, lambda _: None, measure)
+        result = ablation.ablate(wanted, measure)
         if not result.variants[-1].name.startswith("control"):
             found.add("a control")
         if any(word in result.verdict(row) for row in result.variants[1:] for word in ("faster", "slower")):
@@ -102,13 +104,13 @@ def table_guard(bench: Bench) -> set[str]:
 
 def one_after_the_other(patch: pytest.MonkeyPatch) -> None:
     """All repeats of a variant in a row, each compared with the mean of the first, without an interval."""
-    patch.setattr(measurement, "interleaved", lambda variants, rounds, seed: [[i] * rounds for i in range(variants)])
-    patch.setattr(ablation, "verdict", lambda ratio, control: "faster" if ratio.middle > 1.02 else "")
+    patch.setattr(comparison, "interleaved", lambda variants, rounds, seed: [[i] * rounds for i in range(variants)])
+    patch.setattr(comparison, "verdict", lambda ratio, control: "faster" if ratio.middle > 1.02 else "")
 
 
 def no_control(patch: pytest.MonkeyPatch) -> None:
-    genuine = ablation.variants_of
-    patch.setattr(ablation, "variants_of", lambda wanted: genuine(wanted)[:-1])
+    genuine = ablation.Comparison
+    patch.setattr(ablation, "Comparison", lambda variants, **options: genuine(variants=variants[:-1], **options))
 
 
 # --- exports -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from resmol.config.load import with_overrides
 from resmol.data.loader import IGNORE_INDEX, Batch, Loader
 from resmol.errors import ConfigError
-from resmol.inference.generate import SamplingParams
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM, Decoder
 from resmol.run.checkpoint_manifest import load_state
 from resmol.run.ledger import effective_steps, read_ledger, select

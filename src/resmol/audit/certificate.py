@@ -1,4 +1,4 @@
-"""A run signed off on one page: what was recorded, what was checked, what it survived, and what that does not prove."""
+"""`resmol audit --certify`: a run's record, its checks, its restarts and crashes, and the limits of the proof."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resmol.version import __version__
 
 LIMITS = (
     "The chain proves that the record was not changed after its head was known; keep the head somewhere else.",
-    "It does not prove that the data is what it is called, nor that nobody trained twice and kept the better run.",
+    "It does not prove that the data is what its name says, nor that nobody trained twice and kept the better run.",
     "Replayed segments prove the recorded bits on this kind of machine; the others are bound to them by the chain.",
     "Bits are the same on the same kind of processor, with the same versions and threads; elsewhere they may differ.",
 )
@@ -27,10 +27,10 @@ def write_certificate(run: RunDir, checks: Sequence[Check]) -> str:
 
     Args:
         run: The run directory.
-        checks: An audit of it, just made.
+        checks: The checks of an audit of it.
 
     Raises:
-        CheckFailed: A check failed: there is nothing to certify.
+        CheckFailed: A check failed.
     """
     if not all_passed(checks):
         raise CheckFailed("the audit failed: there is nothing to certify", fix="see the table of `resmol audit`")
@@ -40,7 +40,7 @@ def write_certificate(run: RunDir, checks: Sequence[Check]) -> str:
 
 
 def certificate(run: RunDir, checks: Sequence[Check]) -> dict[str, Any]:
-    """Return what a certificate says, as a JSON object."""
+    """Return the content of a certificate as a JSON object."""
     content = read_ledger(run.ledger)
     records, steps = content.records, effective_steps(content.records)
     start = next(select(records, "start"))
@@ -70,7 +70,7 @@ def certificate(run: RunDir, checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def current_certificate(run: RunDir) -> dict[str, Any] | None:
-    """Return the certificate of a run if it speaks of the ledger as it is now; one of an earlier head says nothing."""
+    """Return the certificate of a run if it is about the current head of the ledger, else None."""
     try:
         found: dict[str, Any] = json.loads(run.certificate.read_text(encoding="utf-8"))
         return found if found["ledger"]["head"] == read_ledger(run.ledger).head else None

@@ -1,4 +1,4 @@
-"""The curves of a run: SVG for a page, PNG for a model card; drawn with matplotlib, without pyplot's global state."""
+"""Training curves: SVG for the report, PNG for a model card; drawn by matplotlib without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def curves(records: Sequence[Record]) -> dict[str, str]:
 
 
 def curve_images(records: Sequence[Record]) -> dict[str, bytes]:
-    """Return title -> PNG of the same curves, for pages that show no SVG from elsewhere."""
+    """Return title -> PNG of the same curves, for pages that do not show embedded SVG."""
     return {title: _draw(records, paint, size, _png) for title, (paint, size) in _panels(records).items()}
 
 
@@ -71,11 +71,11 @@ def _draw(
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as an SVG element for a page."""
+    """Return a figure as an SVG element."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = out.getvalue()
-    return text[text.index("<svg") :]  # without the XML declaration, which does not belong inside a page
+    return text[text.index("<svg") :]  # without the XML declaration, which is not allowed inside HTML
 
 
 def _png(figure: Figure) -> bytes:
@@ -99,14 +99,14 @@ def _mark_resumes(axes: Any, records: Sequence[Record], *, labelled: bool) -> No
 
 
 def thin(steps: Sequence[Record], limit: int = MAX_POINTS) -> list[Record]:
-    """Keep every n-th record, and always the first and the last."""
+    """Return every n-th record, always including the first and the last."""
     stride = max(1, len(steps) // limit)
     kept = list(steps[::stride])
     return kept if kept[-1] is steps[-1] else [*kept, steps[-1]]
 
 
 def smoothed(values: Sequence[float], span: int) -> list[float]:
-    """Return the exponential moving average corrected at the beginning (Kingma & Ba 2015, section 3)."""
+    """Return the exponential moving average with bias correction (Kingma & Ba 2015, section 3)."""
     decay, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
     for value in values:
         total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
@@ -144,9 +144,9 @@ def _gradient_norm(axes: Any, steps: list[Record], _records: Sequence[Record]) -
 
 
 def _speed(axes: Any, steps: list[Record], _records: Sequence[Record]) -> None:
-    """Plot medians over stretches: single steps of a shared machine are noise."""
-    stretch = max(1, len(steps) // 200)
-    groups = [steps[start : start + stretch] for start in range(0, len(steps), stretch)]
+    """Plot medians over several steps: single steps on a shared machine are noisy."""
+    span = max(1, len(steps) // 200)
+    groups = [steps[start : start + span] for start in range(0, len(steps), span)]
     rates = [statistics.median(r["tokens"] / max(r["seconds"], 1e-9) for r in group) for group in groups]
     axes.plot([group[-1]["step"] for group in groups], rates, color=BLUE, linewidth=1.2)
     axes.set_ylabel("tokens per second")

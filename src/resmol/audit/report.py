@@ -1,4 +1,4 @@
-"""A run as one self-contained page: for a person who wants to know whether to trust it."""
+"""`resmol report`: a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from resmol.version import __version__
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
 SMOOTHED_STEPS = 50
-# What comes of a ledger whose chain holds and whose records lack a field, or have another type in it.
-FOREIGN_RECORD = (TypeError, ValueError, KeyError, AttributeError, IndexError, StopIteration, jinja2.TemplateError)
+# Raised by records whose chain holds but in which a field is missing or has another type.
+MALFORMED_RECORD = (TypeError, ValueError, KeyError, AttributeError, IndexError, StopIteration, jinja2.TemplateError)
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
-    """Write the page and return where it is.
+    """Write the page and return its path.
 
     Args:
         run: The run directory.
-        out: Where to write; ``RUN/report.html`` if None.
+        out: The file to write; None writes ``RUN/report.html``.
 
     Raises:
-        DataError: This is not a run directory, it has no ledger, or the ledger's records do not say what resmol's say.
-        LedgerTampered: The ledger does not hold together; a page about it would mean nothing.
+        DataError: This is not a run directory, it has no ledger, or records of the ledger are malformed.
+        LedgerTampered: The hash chain of the ledger is broken.
     """
     run.require()
     content = read_ledger(run.ledger)
@@ -46,7 +46,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
             title=run.path.resolve().name,
             config=load_config(run.config),
             config_text=run.config.read_text(encoding="utf-8"),
-            facts=headline_facts(content.records),
+            facts=summary_facts(content.records),
             curves=curves(content.records),
             samples=samples(content.records),
             timeline=timeline(content.records),
@@ -58,7 +58,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
             lines=len(content.records),
             torn=len(content.torn),
         )
-    except FOREIGN_RECORD as error:
+    except MALFORMED_RECORD as error:
         raise DataError(
             f"{run.path} cannot be put into a report ({type(error).__name__}: {error})",
             fix="its records were not written by this version of resmol; report on another run",
@@ -68,8 +68,8 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     return target
 
 
-def headline_facts(records: list[Record]) -> list[tuple[str, str]]:
-    """Return what to know first, as name and value."""
+def summary_facts(records: list[Record]) -> list[tuple[str, str]]:
+    """Return the most important facts of a run, as names and values."""
     facts = [("parameters", f"{record['parameters']:,}") for record in select(records, "start")]
     steps = list(effective_steps(records).values())
     if steps:
@@ -95,7 +95,7 @@ def headline_facts(records: list[Record]) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time as a person says it."""
+    """Return a duration as text, such as ``1 h 5 min``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -107,7 +107,7 @@ def samples(records: list[Record]) -> list[Record]:
 
 
 def timeline(records: list[Record]) -> list[tuple[str, str, str]]:
-    """Return time, kind and text of everything that happened to the run besides its steps."""
+    """Return time, kind and text of every event of the run besides its steps."""
     return [
         (
             datetime.fromisoformat(record["time"]).strftime("%Y-%m-%d %H:%M:%S"),
@@ -120,6 +120,6 @@ def timeline(records: list[Record]) -> list[tuple[str, str, str]]:
 
 
 def last_environment(records: list[Record]) -> dict[str, Any]:
-    """Return the facts about machine and libraries that were recorded last."""
+    """Return the last recorded facts about machine and libraries."""
     found = [record["environment"] for record in records if record["kind"] in ("start", "resume")]
     return dict(found[-1]) if found else {}

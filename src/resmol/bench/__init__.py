@@ -1,1 +1,1 @@
-"""`resmol bench`: speed and memory against what one would use instead, and against what the machine allows."""
+"""`resmol bench`: speed and memory compared with other libraries and with the roofline of the machine."""

@@ -1,7 +1,7 @@
-"""`resmol bench checkpoint`: how long a save and a load take, against torch.save, safetensors and the bare disk.
+"""`resmol bench checkpoint`: saving and loading, compared with torch.save, safetensors and the bare disk.
 
-Ours is what `resmol train` does: atomic, durable, every tensor and every file hashed, verified before it is believed.
-The peers do none of this; they are the price of it.
+resmol does what `resmol train` does: an atomic, durable save in which every tensor and every file is hashed, and a
+load that verifies them. The baselines do none of this, so the difference is its price.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, make_variants
 from resmol.bench.machine import machine_facts
-from resmol.bench.run_worker import run_worker
-from resmol.bench.subprocess_runs import QUIET, run_training
+from resmol.bench.subprocess_runs import QUIET, run_training, run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
@@ -24,16 +23,16 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, select
 
 SAVE = Quantity("save_seconds", "save, s", ".2f")
-STALLED = Quantity("stalled_seconds", "training stands still, s", ".2f")
+STALL = Quantity("stalled_seconds", "training stalls, s", ".2f")
 LOAD = Quantity("load_seconds", "load, s", ".2f")
-# Two short steps: the first save is one in the middle of a run, the second is that of its end.
+# Two short steps: the first save happens in the middle of a run, the second at its end.
 SHORT = ("data.seq_len=16", "batch.micro_batch_size=1", "batch.global_batch_tokens=16", "runtime.precision=float32",
          "runtime.compile=off", *QUIET, "checkpoint.every=1")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CheckpointBench:
-    """What to compare: a configuration whose model is saved, and the number of rounds."""
+    """What to compare: a configuration whose model is saved, the user's ``key=value``, and the number of rounds."""
 
     config: RunConfig
     overrides: tuple[str, ...] = ()
@@ -44,26 +43,32 @@ class CheckpointBench:
             raise UsageError(f"--repeats is {self.repeats}", fix="give at least 1")
 
     @property
-    def settled(self) -> RunConfig:
+    def short_config(self) -> RunConfig:
         """The configuration of the short run."""
         return with_overrides(self.config, [*SHORT, *self.overrides])
 
 
-def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Comparison:
-    """Return the comparison, ready to run; all its files are below ``folder``, on whose disk it is held."""
-    config = wanted.settled
-    file, out = folder / "wanted.toml", folder / "peer"
+def checkpoint_comparison(bench: CheckpointBench, folder: Path, data: str) -> Comparison:
+    """Return the comparison, ready to run.
+
+    Args:
+        bench: What to compare.
+        folder: For all files; the disk that it is on is measured.
+        data: A prepared folder.
+    """
+    config = bench.short_config
+    file, out = folder / "bench.toml", folder / "baseline"
     file.write_text(config.to_toml(), encoding="utf-8")
     size = 3 * 4 * total_parameters(config.model)
 
-    def ours() -> Metrics:
+    def resmol() -> Metrics:
         try:
             return _save_and_load(config, folder, file, data)
         finally:
             shutil.rmtree(folder / "run", ignore_errors=True)
 
-    def other(who: str) -> Metrics:
-        task = {"who": who, "config": str(file), "out": str(out), "bytes": size}
+    def other(role: str) -> Metrics:
+        task = {"role": role, "config": str(file), "out": str(out), "bytes": size}
         try:
             return run_worker("resmol.bench.workers.checkpoint", task, folder)
         finally:
@@ -72,15 +77,15 @@ def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Comp
     return Comparison(
         title=f"a checkpoint of {config.name}, {size / 1e6:,.0f} MB of weights and moments",
         metric=SAVE,
-        columns=(STALLED, LOAD, MEMORY),
+        columns=(STALL, LOAD, MEMORY),
         more_is_better=False,
-        variants_=variants(
-            ours,
+        variants=make_variants(
+            resmol,
             {
                 "torch.save, fsync; torch.load": lambda: other("torch"),
                 "safetensors, fsync; load_file": lambda: other("safetensors"),
             },
-            ("limit: write and fsync; read", lambda: other("disk")),
+            ("roofline: write and fsync; read", lambda: other("disk")),
         ),
         facts={**machine_facts(config.runtime.threads), "bytes": size},
         notes=checkpoint_notes,
@@ -88,25 +93,23 @@ def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Comp
 
 
 def _save_and_load(config: RunConfig, folder: Path, file: Path, data: str) -> Metrics:
-    done, records = run_training(config, folder, data, steps=2)
-    if done.code:
-        raise CheckFailed(f"a measured process failed: {done.error_tail}", fix="correct the configuration")
+    run = run_training(config, folder, data, steps=2)
+    run.process.require_success()
     newest = max(RunDir(folder / "run").checkpoints.glob("step-*"))
-    task = {"who": "ours", "config": str(file), "checkpoint": str(newest)}
+    task = {"role": "resmol", "config": str(file), "checkpoint": str(newest)}
     loaded = run_worker("resmol.bench.workers.checkpoint", task, folder)
-    return {**saved(records), "load_seconds": loaded["load_seconds"], "peak_bytes": done.peak_bytes}
+    return {**first_save(run.records), "load_seconds": loaded["load_seconds"], "peak_bytes": run.peak_bytes}
 
 
-def saved(records: list[Record]) -> Metrics:
-    """Return the times of the first save of a ledger; a save in the background says for how long training stood still.
+def first_save(records: list[Record]) -> Metrics:
+    """Return the times of the first save of a ledger; training stalls for less than all of a save in the background.
 
     Raises:
         CheckFailed: Nothing was saved.
     """
-    saves = list(select(records, "save"))
-    if not saves:
-        raise CheckFailed("the run saved nothing", fix="report this")
-    first = saves[0]
+    first = next(select(records, "save"), None)
+    if first is None:
+        raise CheckFailed("the run saved nothing", fix="report this as a bug")
     return {
         "save_seconds": first["seconds"],
         "stalled_seconds": first.get("stalled_seconds", first["seconds"]),
@@ -115,12 +118,12 @@ def saved(records: list[Record]) -> Metrics:
 
 
 def checkpoint_notes(comparison: Comparison) -> list[str]:
-    """Say what the disk and the hash can do."""
-    limit = comparison.of_kind("limit")
-    if limit is None:
+    """Describe the speeds of the disk and of the hash."""
+    roofline = comparison.of_kind("roofline")
+    if roofline is None:
         return []
-    write, sha = (statistics.median(limit.values(f"{key}_bytes_per_second")) for key in ("write", "sha256"))
+    write, sha = (statistics.median(roofline.values(f"{key}_bytes_per_second")) for key in ("write", "sha256"))
     return [
-        f"The disk takes {write / 1e6:,.0f} MB/s with fsync; one thread hashes {sha / 1e6:,.0f} MB/s. "
-        "Files that were just written are read from memory, on all rows alike."
+        f"The disk writes {write / 1e6:,.0f} MB/s with fsync; one thread hashes {sha / 1e6:,.0f} MB/s. "
+        "Files that were just written are read from memory, in all rows alike."
     ]

@@ -1,13 +1,16 @@
-"""Contenders that take turns, and the table of what they did.
+"""Variants that are measured in interleaved rounds, and the table of their results.
 
-Ours is measured twice under two names: what the two differ by is noise. A ratio is taken within a round, and counts
-only beyond that noise; the share of a limit is taken within a round as well, since the limit is measured in each.
+The first variant, the reference, is measured twice under two names: the difference between the two is noise. Ratios
+are taken within a round and count only beyond that noise. The share of the roofline is taken within a round as well,
+since the roofline is measured in each.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -16,19 +19,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from resmol.bench.paired_stats import Ratio, is_too_noisy, paired_ratio, verdict
-from resmol.bench.subprocess_runs import take_turns
+from resmol.bench.paired_stats import Ratio, interleaved, is_too_noisy, paired_ratio, verdict
 from resmol.bench.workers.main import Metrics
 from resmol.errors import CheckFailed
 
-OURS, CONTROL = "resmol", "control: resmol again"
-FAR = 100.0  # an interval that reaches this far says nothing
-Kind = Literal["ours", "control", "peer", "limit"]
+logger = logging.getLogger(__name__)
+
+UNBOUNDED = 100.0  # an interval that reaches this far has no useful end
+Kind = Literal["reference", "control", "other", "roofline"]
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column: a key of the measurements, its title, how a number is written, and by what it is divided first."""
+    """A column: the key of its values, its title, their format, and the unit that they are divided by first."""
 
     key: str
     title: str
@@ -43,12 +46,13 @@ class Quantity:
         return middle if low == high else f"{middle} ({low} to {high})"
 
 
+SPEED = Quantity("tokens_per_second", "tokens/s")
 MEMORY = Quantity("peak_bytes", "peak memory, MiB", unit=2.0**20)
 
 
 @dataclass
 class Variant:
-    """A row: a name, what measures it once in a process of its own, and what came out of each round."""
+    """A row: a name, a function that measures it once in a process of its own, and the metrics of each round."""
 
     name: str
     kind: Kind
@@ -57,123 +61,150 @@ class Variant:
     failure: str = ""
 
     def values(self, key: str, rounds: int | None = None) -> list[float]:
-        """Return a quantity of each round; nothing where it was not measured."""
-        return [float(numbers[key]) for numbers in self.measurements[:rounds] if numbers.get(key) is not None]
+        """Return a quantity of each round; empty if it was not measured."""
+        return [float(metrics[key]) for metrics in self.measurements[:rounds] if metrics.get(key) is not None]
 
 
-def variants(
-    ours: Callable[[], Metrics],
-    peers: Mapping[str, Callable[[], Metrics]],
-    limit: tuple[str, Callable[[], Metrics]] | None = None,
+def make_variants(
+    resmol: Callable[[], Metrics],
+    baselines: Mapping[str, Callable[[], Metrics]],
+    roofline: tuple[str, Callable[[], Metrics]] | None = None,
 ) -> list[Variant]:
-    """Return the rows of a comparison: ours, ours again as a control, the peers, and the limit.
+    """Return the rows of a benchmark: resmol, resmol again as a control, the baselines, and the roofline.
 
     Args:
-        ours: Measures ours once.
-        peers: The same for each peer, by name.
-        limit: Name and measurement of what the machine allows; its memory says nothing about the work, and is left out.
+        resmol: Measures resmol once.
+        baselines: The same for each baseline, by name.
+        roofline: Name and measurement of the most that the machine allows. The memory of its process has no meaning
+            and is left out.
     """
-    rows = [Variant(OURS, "ours", ours), Variant(CONTROL, "control", ours)]
-    rows += [Variant(name, "peer", measure) for name, measure in peers.items()]
-    if limit is not None:
-        name, measure = limit
-        rows.append(Variant(name, "limit", lambda: {**measure(), "peak_bytes": None}))
+    rows = [Variant("resmol", "reference", resmol), Variant("control: resmol again", "control", resmol)]
+    rows += [Variant(name, "other", measure) for name, measure in baselines.items()]
+    if roofline is not None:
+        name, measure = roofline
+        rows.append(Variant(name, "roofline", lambda: {**measure(), "peak_bytes": None}))
     return rows
 
 
 @dataclass
 class Comparison:
-    """What is compared.
+    """Variants that do the same work.
 
     Attributes:
-        title: What all of them do.
+        title: The work.
         metric: The quantity that is compared.
-        more_is_better: Whether it is a speed, and not a time.
-        columns: The other quantities to show.
-        variants_: Ours first.
+        columns: Further quantities to show.
+        variants: The rows; the reference is the first.
         facts: The machine, the versions, the sizes.
-        notes: Sentences below the table, made of the finished comparison.
+        more_is_better: Whether the metric is a speed, and not a time.
+        inverted: A benchmark shows how many times as fast the reference is as each other variant; inverted, as an
+            ablation shows it, how many times as fast each other variant is as the reference.
+        notes: Returns sentences to print below the table, given the finished comparison.
         complete: Whether all rounds were measured.
     """
 
     title: str
     metric: Quantity
     columns: tuple[Quantity, ...]
-    variants_: list[Variant]
+    variants: list[Variant]
     facts: dict[str, Any]
     more_is_better: bool = True
-    notes: Callable[[Comparison], list[str]] = lambda _contest: []
+    inverted: bool = False
+    notes: Callable[[Comparison], list[str]] = lambda _comparison: []
     complete: bool = False
 
     def run(self, rounds: int, seed: int) -> None:
-        """Measure every variant once a round; a peer that fails is not tried again, anything else that does ends it.
+        """Measure every variant once a round, in another order each round; Ctrl-C ends it early, incomplete.
+
+        A variant that fails is left out of the other rounds.
 
         Raises:
-            CheckFailed: Ours, or the measurement of a limit, failed.
+            CheckFailed: The reference or the roofline failed.
         """
+        total, done, started = len(self.variants) * rounds, 0, time.monotonic()
+        try:
+            for number, order in enumerate(interleaved(len(self.variants), rounds, seed), 1):
+                for index in order:
+                    result = self._measure(self.variants[index])
+                    done += 1
+                    left = (time.monotonic() - started) / done * (total - done)
+                    logger.info(f"round {number} of {rounds}, {result}, about {left:.0f} s left")
+        except KeyboardInterrupt:
+            logger.info("interrupted; the results so far follow")
+            return
+        self.complete = True
 
-        def once(index: int) -> str:
-            variant = self.variants_[index]
-            if variant.failure:
-                return f"{variant.name}: left out, since it failed"
-            try:
-                variant.measurements.append(variant.measure())
-            except CheckFailed as error:
-                if variant.kind != "peer":
-                    raise
-                variant.failure = error.what
-                return f"{variant.name}: {error.what}"
-            latest = variant.values(self.metric.key)[-1:]
-            return f"{variant.name}: {self.metric.show(latest)} {self.metric.title}" if latest else variant.name
+    def _measure(self, variant: Variant) -> str:
+        """Measure a variant once and return a phrase about it."""
+        if variant.failure:
+            return f"{variant.name}: left out, since it failed"
+        try:
+            variant.measurements.append(variant.measure())
+        except CheckFailed as error:
+            if variant.kind != "other":
+                raise
+            variant.failure = error.what
+            return f"{variant.name}: {error.what}"
+        latest = variant.values(self.metric.key)[-1:]
+        return f"{variant.name}: {self.metric.show(latest)} {self.metric.title}" if latest else variant.name
 
-        self.complete = take_turns(len(self.variants_), rounds, seed, once)
+    @property
+    def reference(self) -> Variant:
+        """The variant that is compared with the others."""
+        return self.variants[0]
 
     @property
     def rounds(self) -> int:
         """Rounds in which every variant that works was measured."""
-        return min((len(one.measurements) for one in self.variants_ if not one.failure), default=0)
+        return min((len(one.measurements) for one in self.variants if not one.failure), default=0)
 
     def of_kind(self, kind: Kind) -> Variant | None:
         """Return the first variant of a kind."""
-        return next((one for one in self.variants_ if one.kind == kind), None)
+        return next((one for one in self.variants if one.kind == kind), None)
 
-    def ratio(self, other: Variant) -> Ratio | None:
-        """Return how many times as fast ours is, with its interval; None where there is nothing to compare."""
-        ours = self.variants_[0].values(self.metric.key, self.rounds)
-        theirs = other.values(self.metric.key, self.rounds)
+    def ratio(self, variant: Variant) -> Ratio | None:
+        """Return how many times as fast one is as the other (see ``inverted``); None if they cannot be compared."""
+        ours = self.reference.values(self.metric.key, self.rounds)
+        theirs = variant.values(self.metric.key, self.rounds)
         if not ours or len(ours) != len(theirs) or min(*ours, *theirs) <= 0:
             return None
-        return paired_ratio(ours, theirs) if self.more_is_better else paired_ratio(theirs, ours)
+        return paired_ratio(ours, theirs) if self.more_is_better != self.inverted else paired_ratio(theirs, ours)
+
+    @property
+    def control(self) -> Ratio | None:
+        """The ratio of the reference to itself, which is noise."""
+        control = self.of_kind("control")
+        return self.ratio(control) if control else None
 
     def share(self, variant: Variant) -> list[float]:
-        """Return the share of the limit that was reached, in each round."""
-        limit = self.of_kind("limit")
-        if limit is None or variant is limit:
+        """Return the share of the roofline that a variant reached in each round."""
+        roofline = self.of_kind("roofline")
+        if roofline is None or variant is roofline:
             return []
         pairs = zip(
-            variant.values(self.metric.key, self.rounds), limit.values(self.metric.key, self.rounds), strict=False
+            variant.values(self.metric.key, self.rounds), roofline.values(self.metric.key, self.rounds), strict=False
         )
         return [value / most if self.more_is_better else most / value for value, most in pairs]
 
     def verdict(self, variant: Variant) -> str:
-        """Say in words how ours compares."""
-        ratio, again = self.ratio(variant), self.of_kind("control")
-        control = self.ratio(again) if again else None
-        if ratio is None or variant is self.variants_[0] or variant.kind == "limit":
+        """Describe the ratio of a variant."""
+        ratio = self.ratio(variant)
+        if ratio is None or variant is self.reference or variant.kind == "roofline":
             return ""
         if variant.kind == "control":
-            known = ratio.reach < math.log(FAR)
-            return f"noise: up to {100 * math.expm1(ratio.reach):.0f} %" if known else "noise: without bound"
-        high = f"{ratio.high:.2f}" if ratio.high < FAR else "any"
-        words = f"{ratio.middle:.2f}x ({ratio.low:.2f} to {high})"
-        return f"{words}: {verdict(ratio, control)}" if control else words
+            bounded = ratio.reach < math.log(UNBOUNDED)
+            return f"noise: up to {100 * math.expm1(ratio.reach):.0f} %" if bounded else "noise: without bound"
+        high = f"{ratio.high:.2f}" if ratio.high < UNBOUNDED else "any"
+        text = f"{ratio.middle:.2f}x ({ratio.low:.2f} to {high})"
+        return f"{text}: {verdict(ratio, self.control)}" if self.control else text
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Return the titles and the rows of the table."""
-        limit = self.of_kind("limit")
+        roofline = self.of_kind("roofline")
         titles = ["", self.metric.title, *(column.title for column in self.columns)]
-        titles += (["share of the limit"] if limit else []) + ["resmol against it"]
-        return titles, [self._row(variant, with_share=limit is not None) for variant in self.variants_]
+        titles += ["share of the roofline"] if roofline else []
+        titles.append("against the first row" if self.inverted else "resmol against it")
+        return titles, [self._row(variant, with_share=roofline is not None) for variant in self.variants]
 
     def _row(self, variant: Variant, *, with_share: bool) -> list[str]:
         row = [variant.name]
@@ -187,14 +218,9 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """Return the sentences below the table."""
-        again = self.of_kind("control")
-        control = self.ratio(again) if again else None
-        noisy = (
-            ["The control differs from itself: this machine is too noisy for these rounds."]
-            if control and is_too_noisy(control)
-            else []
-        )
-        return [*(self.notes(self) if self.rounds else []), *noisy]
+        noisy = self.control is not None and is_too_noisy(self.control)
+        warning = ["The control differs from itself: this machine is too noisy for these rounds."] if noisy else []
+        return [*(self.notes(self) if self.rounds else []), *warning]
 
     @property
     def heading(self) -> str:
@@ -202,7 +228,7 @@ class Comparison:
         return f"{self.title}; {self.rounds} rounds, interleaved" + ("" if self.complete else " (interrupted)")
 
     def render(self, console: Console) -> None:
-        """Print the table, for people."""
+        """Print the table to a terminal."""
         titles, rows = self.cells()
         table = Table(*titles, title=escape(self.heading), title_justify="left")
         for row in rows:
@@ -212,7 +238,7 @@ class Comparison:
             console.print(sentence, markup=False, highlight=False)
 
     def markdown(self) -> str:
-        """Return the table as Markdown, with the machine below it."""
+        """Return the table as Markdown, with the facts below it."""
         titles, rows = self.cells()
         lines = [f"**{self.heading}**", "", *markdown_table(titles, rows), ""]
         facts = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in self.facts.items())
@@ -220,25 +246,24 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object with every single measurement."""
-        rows = []
-        for one in self.variants_:
-            ratio = self.ratio(one)
-            rows.append(
-                {
-                    "name": one.name,
-                    "kind": one.kind,
-                    "measurements": one.measurements,
-                    "failure": one.failure or None,
-                    "resmol_is_faster_by": _finite(asdict(ratio)) if ratio else None,
-                    "share_of_limit": self.share(one),
-                    "verdict": self.verdict(one),
-                }
-            )
+        rows = [
+            {
+                "name": one.name,
+                "kind": one.kind,
+                "measurements": one.measurements,
+                "failure": one.failure or None,
+                "ratio": _finite(asdict(ratio)) if (ratio := self.ratio(one)) else None,
+                "share_of_roofline": self.share(one),
+                "verdict": self.verdict(one),
+            }
+            for one in self.variants
+        ]
         return {
             "title": self.title,
             "complete": self.complete,
             "rounds": self.rounds,
             "metric": self.metric.key,
+            "ratio_is": "row / reference" if self.inverted else "reference / row",
             "rows": rows,
             "remarks": self.remarks(),
             "facts": self.facts,
@@ -246,7 +271,7 @@ class Comparison:
 
 
 def _finite(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity: an interval without an end has None there."""
+    """Replace infinity, which JSON does not have, by None."""
     return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 

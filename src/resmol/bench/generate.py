@@ -1,4 +1,4 @@
-"""`resmol bench generate`: greedy decoding of ours, of transformers, and as fast as memory can be read."""
+"""`resmol bench generate`: greedy decoding of resmol, of transformers, and at the bandwidth of memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
-from resmol.bench.machine import machine_facts, require_peer
-from resmol.bench.run_worker import run_worker
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, make_variants
+from resmol.bench.machine import machine_facts, require_baseline
+from resmol.bench.subprocess_runs import run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
@@ -21,10 +21,9 @@ from resmol.errors import UsageError
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
-from resmol.system.host import allocator_environment
 from resmol.train.parallel import find_device
 
-PEERS = ("transformers",)
+BASELINES = ("transformers",)
 DECODING = Quantity("tokens_per_second", "tokens/s", ",.1f")
 PREFILL = Quantity("prefill_per_second", "prompt, tokens/s")
 
@@ -34,11 +33,11 @@ class GenerateBench:
     """What to compare.
 
     Attributes:
-        config: Its model and runtime are used.
-        batches: Sequences at once; each is a comparison of its own.
+        config: The configuration; only its model and runtime are used.
+        batches: Sequences that are decoded together; each number is a comparison of its own.
         prompt: Tokens of the prompt.
-        new: Tokens to add.
-        peer: ``transformers``, or None to measure only ours.
+        new: Tokens to generate.
+        baseline: ``transformers``, or None to measure resmol alone.
         repeats: Rounds.
     """
 
@@ -46,7 +45,7 @@ class GenerateBench:
     batches: tuple[int, ...] = (1,)
     prompt: int = 128
     new: int = 128
-    peer: str | None = None
+    baseline: str | None = None
     repeats: int = 5
 
     def __post_init__(self) -> None:
@@ -58,55 +57,56 @@ class GenerateBench:
         context = self.config.model.max_position_embeddings
         if self.prompt + self.new > context:
             raise UsageError(f"{self.prompt} + {self.new} tokens exceed the context of {context}", fix="give fewer")
-        require_peer(self.peer, PEERS, ("transformers",))
+        require_baseline(self.baseline, BASELINES, ("transformers",))
 
 
-def generation_contests(wanted: GenerateBench, folder: Path) -> list[Comparison]:
+def generation_comparisons(bench: GenerateBench, folder: Path) -> list[Comparison]:
     """Return a comparison for each batch, ready to run; all read the model that is written to ``folder`` once."""
     model = folder / "model"
-    write_model(wanted.config, model)
-    return [_contest(wanted, batch, model, folder) for batch in wanted.batches]
+    write_model(bench.config, model)
+    return [_comparison(bench, batch, model, folder) for batch in bench.batches]
 
 
-def _contest(wanted: GenerateBench, batch: int, model: Path, folder: Path) -> Comparison:
-    config = wanted.config
+def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> Comparison:
+    config = bench.config
     task = {
         "folder": str(model),
-        "prompts": prompts(config.model, batch, wanted.prompt),
-        "new": wanted.new,
+        "prompts": random_prompts(config.model, batch, bench.prompt),
+        "new": bench.new,
         "threads": config.runtime.threads,
         "device": find_device(config.runtime.device).type,
     }
-    tuned = allocator_environment({})  # `resmol generate` restarts itself with it
 
-    def ours() -> Metrics:
-        return run_worker("resmol.bench.workers.generate", task, folder, tuned)
+    def resmol() -> Metrics:
+        return run_worker("resmol.bench.workers.generate", {**task, "keep_freed_memory": True}, folder)
 
-    def peer(*, faster: bool) -> Metrics:
-        wish = {**task, "tuned": faster}
-        return run_worker("resmol.bench.workers.generate_transformers", wish, folder, tuned if faster else {})
+    def transformers(*, tuned: bool) -> Metrics:
+        own = {**task, "tuned": tuned, "keep_freed_memory": tuned}
+        return run_worker("resmol.bench.workers.generate_transformers", own, folder)
 
-    def limit() -> Metrics:
-        sizes = {"of": "generation", "batch": batch, "prompt": wanted.prompt, "new": wanted.new}
-        wish = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
-        return run_worker("resmol.bench.workers.roofline", wish, folder, tuned)
+    def roofline() -> Metrics:
+        sizes = {"of": "generation", "batch": batch, "prompt": bench.prompt, "new": bench.new}
+        own = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
+        return run_worker("resmol.bench.workers.roofline", {**own, "keep_freed_memory": True}, folder)
 
-    peers: dict[str, Callable[[], Metrics]] = {
-        "transformers generate": lambda: peer(faster=False),
-        "transformers generate, tuned": lambda: peer(faster=True),
+    baselines: dict[str, Callable[[], Metrics]] = {
+        "transformers generate": lambda: transformers(tuned=False),
+        "transformers generate, tuned": lambda: transformers(tuned=True),
     }
     return Comparison(
-        title=f"greedy decoding with {config.name}, {batch} x ({wanted.prompt} + {wanted.new}) tokens, float32",
+        title=f"greedy decoding with {config.name}, {batch} x ({bench.prompt} + {bench.new}) tokens, float32",
         metric=DECODING,
         columns=(PREFILL, MEMORY),
-        variants_=variants(ours, peers if wanted.peer else {}, ("limit: reading the weights", limit)),
+        variants=make_variants(
+            resmol, baselines if bench.baseline else {}, ("roofline: reading the weights", roofline)
+        ),
         facts={**machine_facts(config.runtime.threads), "parameters": total_parameters(config.model)},
         notes=generation_notes,
     )
 
 
 def write_model(config: RunConfig, folder: Path) -> None:
-    """Write a model with random weights as a Hugging Face folder, which ours and the peer's loader both read."""
+    """Write a model with random weights as a Hugging Face folder, which both loaders read."""
     model = CausalLM.empty(config.model)
     model.init_weights(config.train.seed)
     folder.mkdir(parents=True)
@@ -115,8 +115,8 @@ def write_model(config: RunConfig, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
-    """Return the same random prompts each time, without the tokens that begin or end a text."""
+def random_prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
+    """Return the same random prompts on each call, without the tokens that begin or end a text."""
     draw = random.Random(0)  # noqa: S311 - a prompt, no secret
     special = {config.bos_token_id, config.eos_token_id}
     ordinary = [token for token in range(config.vocab_size) if token not in special] or [config.eos_token_id]
@@ -124,26 +124,26 @@ def prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
 
 
 def generation_notes(comparison: Comparison) -> list[str]:
-    """Say what the limits are, and how many of the tokens are the same."""
+    """Describe the roofline, and count the tokens that are the same."""
     notes = []
-    ours = comparison.variants_[0].measurements[0]["tokens"]
-    if limit := comparison.of_kind("limit"):
-        read = statistics.median(limit.values("read_bytes_per_second"))
-        prompt = statistics.median(limit.values(PREFILL.key))
-        reached = 100 * statistics.median(comparison.variants_[0].values(PREFILL.key)) / prompt
+    ours = comparison.reference.measurements[0]["tokens"]
+    if roofline := comparison.of_kind("roofline"):
+        read = statistics.median(roofline.values("read_bytes_per_second"))
+        prompt = statistics.median(roofline.values(PREFILL.key))
+        reached = 100 * statistics.median(comparison.reference.values(PREFILL.key)) / prompt
         notes.append(
-            f"Memory is read at {read / 1e9:.1f} GB/s. The products of the prompt alone would take it at "
+            f"Memory is read at {read / 1e9:.1f} GB/s. The matmuls of the prompt alone would run at "
             f"{prompt:,.0f} tokens/s, of which resmol has {reached:.0f} %."
         )
-    for one in comparison.variants_:
-        if one.kind == "peer" and one.measurements:
+    for one in comparison.variants:
+        if one.kind == "other" and one.measurements:
             same, total = equal_tokens(ours, one.measurements[0]["tokens"])
-            notes.append(f"{one.name} gave the same {same} of {total} tokens, counted up to the first difference.")
+            notes.append(f"{one.name} generated the same {same} of {total} tokens, counted up to the first difference.")
     return notes
 
 
 def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> tuple[int, int]:
-    """Return how many tokens are the same before the first difference in each sequence, and how many there are."""
+    """Return the number of equal tokens before the first difference in each sequence, and the number of all tokens."""
     same = 0
     for left, right in zip(ours, theirs, strict=True):
         differing = [number for number, pair in enumerate(zip(left, right, strict=True)) if pair[0] != pair[1]]

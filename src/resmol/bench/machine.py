@@ -1,4 +1,4 @@
-"""The circumstances that a measurement belongs to: the machine, the versions, and whether the peers are installed."""
+"""The facts that a measurement belongs to: the machine, the versions, and which baselines are installed."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import torch
 from resmol.errors import DataError, UsageError
 from resmol.train.parallel import Runtime
 
-PEER_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
+BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
-    """Return processor, system, versions and the number of threads (0: what PyTorch takes); no name, no path."""
+    """Return processor, system, versions and the number of threads (0: PyTorch's default); no host name, no path."""
     environment = Runtime(0, 1, torch.device("cpu"), None).environment()
     facts: dict[str, Any] = {
         key: value for key, value in environment.items() if key not in ("world_size", "device", "threads")
     }
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {package: _version(package) for package in PEER_PACKAGES}
+    found = {package: _version(package) for package in BASELINE_PACKAGES}
     versions = {package: number for package, number in found.items() if number}
     return {**facts, "processors": usable, "threads": threads or environment["threads"], **versions}
 
 
-def require_peer(peer: str | None, known: tuple[str, ...], packages: tuple[str, ...]) -> None:
-    """Raise `UsageError` for a peer that is unknown, and `DataError` for one that is not installed."""
-    if peer is None:
+def require_baseline(baseline: str | None, known: tuple[str, ...], packages: tuple[str, ...]) -> None:
+    """Raise `UsageError` for a baseline that is unknown, and `DataError` for one that is not installed."""
+    if baseline is None:
         return
-    if peer not in known:
-        raise UsageError(f"there is no peer {peer!r}", fix=f"choose one of: {', '.join(known)}")
+    if baseline not in known:
+        raise UsageError(f"there is no peer {baseline!r}", fix=f"choose one of: {', '.join(known)}")
     for package in packages:
         if _version(package) is None:
-            raise DataError(f"this peer needs {package}", fix="install it: pip install 'resmol[verify]'")
+            raise DataError(f"--peer {baseline} needs {package}", fix="install it: pip install 'resmol[verify]'")
 
 
 def _version(package: str) -> str | None:

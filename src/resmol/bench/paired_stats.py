@@ -1,8 +1,8 @@
-"""Is one variant faster than another? Paired measurements, with an interval and a control.
+"""Statistics of paired measurements: is one variant faster than another?
 
-Each round measures every variant once, one after the other, so that what slows the machine down for a minute slows
-all of them. What is compared is the ratio within a round. One variant is measured twice under two names: the spread
-of that ratio is what this machine shows where there is no difference.
+Each round measures every variant once, so a slow minute of the machine slows all of them, and the ratio within a
+round is compared. One variant is measured twice under two names (an A/A control): the interval of that ratio is the
+noise of this machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOO_NOISY = 0.15  # a control whose interval reaches further than this from 1 al
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio with its 95 % interval; 1 is no difference."""
+    """A ratio with its 95 % confidence interval; 1 is no difference."""
 
     middle: float
     low: float
@@ -33,14 +33,14 @@ class Ratio:
         return max(abs(math.log(self.low)), abs(math.log(self.high))) if self.low > 0 else math.inf
 
     def contains(self, value: float) -> bool:
-        """Tell whether a ratio lies within the interval."""
+        """Return whether a ratio lies within the interval."""
         return self.low <= value <= self.high
 
 
 def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """Return the ratio of two series that were measured in pairs.
 
-    The logarithms of the ratios are taken as normal (Student 1908); two pairs at least, or the interval is infinite.
+    The logarithms of the ratios are taken as normal (Student 1908). The interval of a single pair is infinite.
     """
     logs = [math.log(value / base) for value, base in zip(values, baseline, strict=True)]
     middle = statistics.fmean(logs)
@@ -51,14 +51,14 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
 
 
 def is_too_noisy(control: Ratio) -> bool:
-    """Tell whether the control, which has no difference, shows too much of one for any verdict."""
+    """Return whether the interval of the control is too wide, or excludes 1, so that no verdict is possible."""
     return control.reach > TOO_NOISY or not control.contains(1.0)
 
 
 def verdict(ratio: Ratio, control: Ratio) -> str:
-    """Say in words what a ratio of speeds shows, given what the control shows.
+    """Describe what a ratio of speeds shows, given the control.
 
-    A difference counts only when its interval lies beyond what the control reaches: the machine's own noise.
+    A difference counts only if its interval lies beyond the reach of the control's, which is the machine's noise.
     """
     if is_too_noisy(control):
         return "no verdict: the control differs from itself"
@@ -71,7 +71,7 @@ def verdict(ratio: Ratio, control: Ratio) -> str:
 
 
 def interleaved(variants: int, rounds: int, seed: int) -> list[list[int]]:
-    """Return the order of each round: every variant once, shuffled, so that none always follows the same one."""
+    """Return the order of each round: every variant once, shuffled, so that none always follows the same other."""
     draw = random.Random(seed)  # noqa: S311 - an order, no secret
     return [draw.sample(range(variants), variants) for _ in range(rounds)]
 

@@ -1,4 +1,4 @@
-"""`resmol bench prepare`: text to tokens, ours against the bare tokenizers library, and the memory it takes."""
+"""`resmol bench prepare`: text to tokens by resmol and by the bare tokenizers library, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
+from resmol.bench.comparison import MEMORY, Comparison, Quantity, make_variants
 from resmol.bench.machine import machine_facts
-from resmol.bench.run_worker import run_worker
+from resmol.bench.subprocess_runs import run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.data.chunking import ReadCounts
 from resmol.data.readers import Corpus
@@ -29,9 +29,9 @@ class PrepareBench:
     """What to compare.
 
     Attributes:
-        text: The corpus that is repeated.
-        megabytes: Millions of bytes of text to make of it.
-        threads: Of the tokenizers library; 0 takes all.
+        text: The corpus to repeat.
+        megabytes: Size of the repeated text in millions of bytes.
+        threads: Threads of the tokenizers library; 0 takes all cores.
         repeats: Rounds.
     """
 
@@ -48,18 +48,18 @@ class PrepareBench:
                 raise UsageError(f"--{name} is {value}", fix=f"give at least {least}")
 
 
-def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path) -> Comparison:
+def preparation_comparison(bench: PrepareBench, tokenizer: Tokenizer, folder: Path) -> Comparison:
     """Write the text to ``folder`` and return the comparison, ready to run."""
     text, out = folder / "text.jsonl", folder / "out"
-    size, documents = write_text(wanted.text.open(), text, wanted.megabytes * 1_000_000)
+    size, documents = write_text(bench.text.open(), text, bench.megabytes * 1_000_000)
     saved = folder / "tokenizer.json"
     saved.write_bytes(tokenizer.data)
-    environment = {"RAYON_NUM_THREADS": str(wanted.threads)} if wanted.threads else {}
+    environment = {"RAYON_NUM_THREADS": str(bench.threads)} if bench.threads else {}
     task = {"text": str(text), "text_bytes": size, "tokenizer": str(saved), "sha256": tokenizer.sha256, "out": str(out)}
 
-    def once(who: str, *, tuned: bool = False) -> Metrics:
+    def once(worker: str, *, tuned: bool = False) -> Metrics:
         try:
-            return run_worker(f"resmol.bench.{who}", {**task, "tuned": tuned}, folder, environment)
+            return run_worker(f"resmol.bench.workers.{worker}", {**task, "tuned": tuned}, folder, environment)
         finally:
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
 
@@ -67,25 +67,25 @@ def preparation_contest(wanted: PrepareBench, tokenizer: Tokenizer, folder: Path
         title=f"preparing {size / 1e6:,.0f} MB in {documents:,} documents",
         metric=SPEED,
         columns=(MEMORY, TOKENS),
-        variants_=variants(
-            lambda: once("prepare_ours"),
+        variants=make_variants(
+            lambda: once("prepare"),
             {
-                "tokenizers": lambda: once("tokenizers_peer"),
-                "tokenizers, tuned, ids thrown away": lambda: once("tokenizers_peer", tuned=True),
+                "tokenizers": lambda: once("prepare_tokenizers"),
+                "tokenizers, tuned, ids discarded": lambda: once("prepare_tokenizers", tuned=True),
             },
         ),
-        facts={**machine_facts(0), "threads": wanted.threads or os.cpu_count(), "text_bytes": size},
-        notes=lambda _contest: [
-            "The text repeats a corpus, which the library's cache of words likes, on all rows alike."
+        facts={**machine_facts(0), "threads": bench.threads or os.cpu_count(), "text_bytes": size},
+        notes=lambda _comparison: [
+            "The text repeats a corpus, so the library's cache has more hits than usual, in all rows alike."
         ],
     )
 
 
 def write_text(corpus: Corpus, path: Path, size: int) -> tuple[int, int]:
-    """Write a corpus again and again as JSON lines until ``size`` bytes of text are reached, a piece at a time.
+    """Write a corpus repeatedly as JSON lines until ``size`` bytes of text are reached, a piece at a time.
 
     Returns:
-        The bytes of text and the documents that were written.
+        The numbers of bytes of text and of documents that were written.
 
     Raises:
         DataError: The corpus holds no text.

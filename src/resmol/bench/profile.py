@@ -17,37 +17,37 @@ OPERATORS = 25
 
 
 def trace_training(config: RunConfig, data: str, file: Path, *, steps: int, warmup: int) -> str:
-    """Profile training steps in this process; nothing is measured beside it, since watching slows what is watched.
+    """Profile training steps in this process; profiling slows them, so nothing else is measured.
 
     Args:
         config: What to train.
         data: A prepared folder.
         file: Gets the trace, for chrome://tracing or ui.perfetto.dev.
-        steps: Steps to watch.
-        warmup: Steps before them, which compile and fill the allocator.
+        steps: Steps to profile.
+        warmup: Steps before them, which compile and warm up the allocator.
 
     Returns:
         A table of the most expensive operators.
     """
-    settled, _ = resolve_auto(config)
-    check_memory(settled)
-    with open_runtime(settled) as runtime:
-        state = new_state(settled, runtime)
-        loader = make_loader(settled, open_dataset(Path(data)).train)
-        compile_blocks(state.model, settled)
+    resolved, _ = resolve_auto(config)
+    check_memory(resolved)
+    with open_runtime(resolved) as runtime:
+        state = new_state(resolved, runtime)
+        loader = make_loader(resolved, open_dataset(Path(data)).train)
+        compile_blocks(state.model, resolved)
 
         def step() -> None:
             number = state.step + 1
-            train_step(state, list(loader.micro_batches(number)), loader.step_tokens(number), settled, runtime)
+            train_step(state, list(loader.micro_batches(number)), loader.step_tokens(number), resolved, runtime)
 
         for _ in range(warmup):
             step()
-        with profile(activities=_activities(runtime), record_shapes=True) as watched:
+        with profile(activities=_activities(runtime), record_shapes=True) as profiler:
             for _ in range(steps):
                 step()
-    watched.export_chrome_trace(str(file))
-    on = "cuda" if runtime.device.type == "cuda" else "cpu"
-    return str(watched.key_averages().table(sort_by=f"self_{on}_time_total", row_limit=OPERATORS))
+    profiler.export_chrome_trace(str(file))
+    kind = "cuda" if runtime.device.type == "cuda" else "cpu"
+    return str(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=OPERATORS))
 
 
 def _activities(runtime: Runtime) -> list[ProfilerActivity]:

@@ -1,4 +1,4 @@
-"""`resmol bench train`: a training step of ours, of transformers.Trainer, and of an ideal machine."""
+"""`resmol bench train`: training steps of resmol, of transformers.Trainer, and at the roofline."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import logging
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
-from resmol.bench.machine import machine_facts, require_peer
-from resmol.bench.run_worker import run_worker
-from resmol.bench.subprocess_runs import measure_training
+from resmol.bench.comparison import MEMORY, SPEED, Comparison, Quantity, make_variants
+from resmol.bench.machine import machine_facts, require_baseline
+from resmol.bench.subprocess_runs import measure_training, run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
@@ -24,17 +23,15 @@ from resmol.data.shards import open_dataset
 from resmol.errors import UsageError
 from resmol.model.flops import total_parameters, training_flops_per_token
 from resmol.run.checkpoint import weight_tensors
-from resmol.system.host import allocator_environment
 from resmol.train.autotune import resolve_auto
 from resmol.train.build import make_loader, new_state
 from resmol.train.parallel import Runtime
 
 logger = logging.getLogger(__name__)
 
-# The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
+# What the Trainer computes: a constant learning rate from the first step, and weight decay that spares the norms.
 COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")
-PEERS = ("transformers",)
-SPEED = Quantity("tokens_per_second", "tokens/s")
+BASELINES = ("transformers",)
 LOSS = Quantity("mean_loss", "mean loss", ".4f")
 
 
@@ -47,22 +44,20 @@ class TrainBench:
         overrides: ``key=value`` of the user, laid over everything.
         batches: (windows, tokens in each) of a step; each is a comparison of its own.
         precision: ``float32`` or ``bfloat16``.
-        peer: ``transformers``, or None to measure only ours.
+        baseline: ``transformers``, or None to measure resmol alone.
         repeats: Rounds.
-        steps: Steps that are timed.
+        steps: Timed steps of a measurement.
         warmup: Steps before them.
-        seed: Of the order within the rounds.
     """
 
     config: RunConfig
     overrides: tuple[str, ...] = ()
     batches: tuple[tuple[int, int], ...] = ()
     precision: str = "float32"
-    peer: str | None = None
+    baseline: str | None = None
     repeats: int = 5
     steps: int = 8
     warmup: int = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("repeats", 1), ("steps", 1), ("warmup", 0)):
@@ -70,7 +65,7 @@ class TrainBench:
                 raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
         if self.precision not in ("float32", "bfloat16"):
             raise UsageError(f"--precision is {self.precision!r}", fix="choose float32 or bfloat16")
-        require_peer(self.peer, PEERS, ("transformers", "accelerate"))
+        require_baseline(self.baseline, BASELINES, ("transformers", "accelerate"))
 
     def configurations(self) -> list[RunConfig]:
         """Return the configuration of each batch.
@@ -107,72 +102,80 @@ def parse_batch(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def training_contests(wanted: TrainBench, folder: Path, data: str) -> list[Comparison]:
+def training_comparisons(bench: TrainBench, folder: Path, data: str) -> list[Comparison]:
     """Return a comparison for each batch, ready to run.
 
     Args:
-        wanted: What to compare.
+        bench: What to compare.
         folder: For the files of the processes.
         data: A prepared folder.
     """
-    contests = []
-    for number, config in enumerate(wanted.configurations()):
-        settled, decisions = resolve_auto(config)  # once, for the length of the real run, not for the steps measured
-        for sentence in decisions:
+    comparisons = []
+    for number, config in enumerate(bench.configurations()):
+        resolved, choices = resolve_auto(config)  # once, for the length of the real run, not for the steps measured
+        for sentence in choices:
             logger.info(sentence)
         own = folder / f"batch-{number}"
         own.mkdir()
-        contests.append(_contest(wanted, settled, own, data))
-    return contests
+        comparisons.append(_comparison(bench, resolved, own, data))
+    return comparisons
 
 
-def _contest(wanted: TrainBench, config: RunConfig, folder: Path, data: str) -> Comparison:
+def _comparison(bench: TrainBench, config: RunConfig, folder: Path, data: str) -> Comparison:
     rows, length = config.batch.micro_batch_size, config.data.seq_len
 
-    def ours() -> Metrics:
-        return asdict(measure_training(config, folder, data, wanted.steps, wanted.warmup))
+    def resmol() -> Metrics:
+        return measure_training(config, folder, data, bench.steps, bench.warmup)
 
-    def limit() -> Metrics:
-        return run_worker("resmol.bench.workers.roofline", limit_task(config), folder, allocator_environment({}))
+    def roofline() -> Metrics:
+        return run_worker("resmol.bench.workers.roofline", {**roofline_task(config), "keep_freed_memory": True}, folder)
 
-    peers = {}
-    if wanted.peer:
-        peers = trainers(wanted, config, folder, shared_inputs(config, folder, data, wanted.warmup + wanted.steps))
+    baselines = {}
+    if bench.baseline:
+        inputs = shared_inputs(config, folder, data, bench.warmup + bench.steps)
+        baselines = trainer_measurements(bench, config, folder, inputs)
     return Comparison(
         title=f"training {config.name}, {rows} x {length} tokens a step, {config.runtime.precision}",
         metric=SPEED,
         columns=(MEMORY, LOSS),
-        variants_=variants(ours, peers, ("limit: matrix products only", limit)),
-        facts=training_facts(config, wanted),
+        variants=make_variants(resmol, baselines, ("roofline: matmuls only", roofline)),
+        facts=training_facts(config, bench),
         notes=training_notes,
     )
 
 
-def trainers(
-    wanted: TrainBench, config: RunConfig, folder: Path, files: dict[str, str]
+def trainer_measurements(
+    bench: TrainBench, config: RunConfig, folder: Path, inputs: dict[str, str]
 ) -> dict[str, Callable[[], Metrics]]:
-    """Return what measures transformers.Trainer as it is, and tuned as well as we know how."""
+    """Return functions that measure transformers.Trainer, as it is and tuned.
 
-    def peer(*, tuned: bool) -> Metrics:
+    Args:
+        bench: What to compare.
+        config: The resolved configuration.
+        folder: For the files of the processes.
+        inputs: The files of `shared_inputs`.
+    """
+
+    def trainer(*, tuned: bool) -> Metrics:
         task = {
-            **files,
+            **inputs,
             "model": config.model.to_hf(),
             "rows": config.batch.micro_batch_size,
             "seq_len": config.data.seq_len,
-            "steps": wanted.warmup + wanted.steps,
-            "warmup": wanted.warmup,
+            "steps": bench.warmup + bench.steps,
+            "warmup": bench.warmup,
             "optimizer": config.optimizer.model_dump(),
             "precision": config.runtime.precision,
             "device": config.runtime.device,
             "threads": config.runtime.threads,
             "tuned": tuned,
+            "keep_freed_memory": tuned,
         }
-        environment = allocator_environment({}) if tuned else {}
-        return run_worker("resmol.bench.workers.train_transformers", task, folder, environment)
+        return run_worker("resmol.bench.workers.train_transformers", task, folder)
 
     return {
-        "transformers.Trainer": lambda: peer(tuned=False),
-        "transformers.Trainer, tuned": lambda: peer(tuned=True),
+        "transformers.Trainer": lambda: trainer(tuned=False),
+        "transformers.Trainer, tuned": lambda: trainer(tuned=True),
     }
 
 
@@ -191,8 +194,8 @@ def shared_inputs(config: RunConfig, folder: Path, data: str, steps: int) -> dic
     return {name: str(path) for name, path in files.items()}
 
 
-def limit_task(config: RunConfig) -> dict[str, Any]:
-    """Return what the process that measures the limit is asked for."""
+def roofline_task(config: RunConfig) -> dict[str, Any]:
+    """Return the task of the worker that measures the roofline of a training step."""
     return {
         "of": "training",
         "model": config.model.model_dump(),
@@ -203,31 +206,31 @@ def limit_task(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def training_facts(config: RunConfig, wanted: TrainBench) -> dict[str, Any]:
+def training_facts(config: RunConfig, bench: TrainBench) -> dict[str, Any]:
     """Return the machine, the versions and the sizes that the numbers belong to."""
     return {
         **machine_facts(config.runtime.threads),
         "device": config.runtime.device,
         "parameters": total_parameters(config.model),
         "compile": config.runtime.compile,
-        "timed_steps": wanted.steps,
-        "warmup_steps": wanted.warmup,
+        "timed_steps": bench.steps,
+        "warmup_steps": bench.warmup,
         "flops_per_token": training_flops_per_token(config.model, config.data.seq_len),
     }
 
 
 def training_notes(comparison: Comparison) -> list[str]:
-    """Say what the limit is made of, and whether the losses agree."""
+    """Describe the roofline, and how far the losses agree."""
     notes = []
-    if limit := comparison.of_kind("limit"):
-        rate, both = (statistics.median(limit.values(key)) for key in ("flops_per_second", "with_update"))
-        update = statistics.median(limit.values("update_bytes_per_second"))
-        ours = statistics.median(comparison.variants_[0].values(SPEED.key))
+    if roofline := comparison.of_kind("roofline"):
+        rate, both = (statistics.median(roofline.values(key)) for key in ("flops_per_second", "with_update"))
+        update = statistics.median(roofline.values("update_bytes_per_second"))
+        ours = statistics.median(comparison.reference.values(SPEED.key))
         notes.append(
-            f"The products alone run at {rate / 1e9:,.0f} GFLOP/s. With AdamW's traffic at {update / 1e9:.1f} GB/s an "
+            f"The matmuls alone run at {rate / 1e9:,.0f} GFLOP/s. With AdamW's traffic at {update / 1e9:.1f} GB/s an "
             f"ideal step would reach {both:,.0f} tokens/s, of which resmol has {100 * ours / both:.0f} %."
         )
-    losses = {one.name: one.values(LOSS.key)[0] for one in comparison.variants_ if one.values(LOSS.key)}
+    losses = {one.name: one.values(LOSS.key)[0] for one in comparison.variants if one.values(LOSS.key)}
     if len(losses) > 1:
         spread = max(losses.values()) - min(losses.values())
         notes.append(f"From the same weights on the same windows, the mean losses differ by {spread:.1e} at most.")

@@ -1,7 +1,7 @@
-"""The command line: it parses, calls and prints, and holds no logic.
+"""The command line: it parses arguments, calls the package and prints results, and holds no logic.
 
-PyTorch takes seconds to import, so each command imports what it needs when it runs; ``--help`` and usage errors
-answer at once.
+PyTorch takes seconds to import, so each command imports what it needs when it runs. ``--help`` and usage errors do
+not import it.
 """
 
 from resmol.cli import (  # each registers its commands

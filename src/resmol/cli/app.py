@@ -1,4 +1,4 @@
-"""The application that the commands register with, and the options that several of them share."""
+"""The Typer application that the commands register with, and the options that several of them share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, may be repeated.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")]
 Preset = Annotated[str | None, typer.Option(help="Name of a preset, e.g. nano or smollm2-135m-cpu.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML configuration.")]
 TokenizerSource = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id.")]
@@ -31,17 +31,17 @@ TokenizerHash = Annotated[str | None, typer.Option(help="sha256 of a tokenizer t
 Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"resmol {__version__}")
         raise typer.Exit
-    return wanted
+    return requested
 
 
 @app.callback()
 def options(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -50,7 +50,7 @@ def options(
 
 
 def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
-    """Return the configuration that the options name, or None when they name none."""
+    """Return the configuration that the options name, or None if they name none."""
     if preset is not None and config is not None:
         raise UsageError(
             "--preset and --config are both given", fix="a configuration can name the preset as its `base`"

@@ -1,4 +1,4 @@
-"""What a trained model says: generate."""
+"""Command: generate."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from resmol.system.process_setup import set_up_process
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads it from standard input.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help='A prompt on each line, or jsonl with "prompt"; - is stdin.')
     ] = None,
-    interactive: Annotated[bool, typer.Option("--interactive", help="Ask for prompts, one after the other.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Read prompts in a loop (REPL).")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 50,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 0.95,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens that were seen; 1 is off.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens seen before; 1 is off.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are decoded together.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file to decode together.")] = 8,
     json_: Json = False,
 ) -> None:
-    """Continue a text, the texts of a file, or what is typed."""
+    """Continue a prompt, the prompts of a file, or typed prompts."""
     if (prompt is not None) + (prompts is not None) + interactive != 1:
-        raise UsageError("say what to continue", fix="give one of --prompt TEXT, --prompts FILE, --interactive")
+        raise UsageError(
+            "there must be exactly one source of prompts",
+            fix="give one of --prompt TEXT, --prompts FILE, --interactive",
+        )
     if interactive and json_:
         raise UsageError("--interactive and --json exclude each other", fix="use --prompts - with --json")
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
@@ -48,7 +51,7 @@ def generate(
     text = None if prompt is None else given_prompt(prompt)
     several = None if prompts is None else prompts_from(prompts)
     loaded = load_model(model)
-    say(loaded.source.describe())  # whoever reads the text can tell which weights spoke
+    say(loaded.source.describe())
     facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.source.to_dict()}
     if text is not None:
         _generate_one(loaded, text, sampling, stops, facts if json_ else None)
@@ -71,17 +74,17 @@ def _generate_one(
     warn_untokenizable(loaded, prompt)
     pieces = loaded.stream(prompt, sampling, stop=stop, with_logprobs=True)
 
-    def tell() -> None:
+    def report() -> None:
         done = pieces.completion()
         print_json({**done.to_dict(), **facts, "timings": done.timings.to_dict()})
 
     try:
         for _ in pieces:
             pass
-    except KeyboardInterrupt:  # what there is so far, as `interrupted`
-        tell()
+    except KeyboardInterrupt:  # report the text so far, as `interrupted`
+        report()
         raise
-    tell()
+    report()
 
 
 def _generate_several(
@@ -99,10 +102,10 @@ def _generate_several(
     for text in texts:
         warn_untokenizable(loaded, text)
     rows: list[dict[str, Any]] = []
-    tokens: list[int] = []  # how many each text has
+    tokens: list[int] = []  # the number for each text
     timings: list[Timings] = []
 
-    def tell() -> None:
+    def report() -> None:
         total = Timings.total(timings)
         if facts is None:
             say(f"[{len(tokens)} prompts, {sum(tokens):,} tokens; {total.describe()}]")
@@ -121,7 +124,7 @@ def _generate_several(
                 rows += [{"place": place, **one.to_dict()} for place, one in zip(here, batch, strict=True)]
             tokens += [len(one.token_ids) for one in batch]
             timings.append(batch[0].timings)
-    except KeyboardInterrupt:  # what there is so far; texts that were not begun are missing
-        tell()
+    except KeyboardInterrupt:  # report the texts so far, without those that were not begun
+        report()
         raise
-    tell()
+    report()

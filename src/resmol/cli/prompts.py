@@ -1,4 +1,4 @@
-"""Where prompts come from: the command line, standard input, a file with one on each line.
+"""Read prompts from the command line, standard input or a file.
 
 Prompts are UTF-8, or what a byte order mark says. A text that is not is refused with the place of the first wrong byte,
 never repaired in silence; a file in another format is refused by that format's name.
@@ -18,30 +18,30 @@ from resmol.data.formats import HEAD_BYTES, JSON_SUFFIXES, recognize
 from resmol.errors import DataError
 from resmol.system.byte_order_mark import decode_text, marked_encoding
 
-MAX_BYTES = 16 << 20  # a thousand times what the largest context of these models holds
+MAX_BYTES = 16 << 20  # a thousand times the largest context of these models
 _SHOWN_PROBLEMS = 5
 _FIX = 'write a prompt on each line, or in a .jsonl file an object with a string "prompt" on each line'
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and where it comes from, such as ``line 3``."""
+    """A prompt and its place in the input, such as ``line 3``."""
 
     text: str
     place: str
 
 
 def given_prompt(text: str) -> str:
-    """Return the prompt that a command line gave; ``-`` reads it from standard input.
+    """Return the prompt given on the command line; ``-`` reads it from standard input.
 
-    One line break at the end of standard input is left out, as ``$(...)`` does: ``echo`` adds it, nobody means it.
+    One line break at the end of standard input is dropped, as ``$(...)`` does, since ``echo`` adds one.
 
     Raises:
         DataError: It is not UTF-8, or too large.
     """
     if text == "-":
         return one_line(decoded(_read(sys.stdin.buffer.read, "standard input"), "standard input"))
-    if _holds_surrogate(text):  # how Python hands over bytes that are not UTF-8
+    if _holds_surrogate(text):  # Python decodes arguments that are not UTF-8 to surrogates
         raise DataError("--prompt is not UTF-8", fix="pass the text as UTF-8")
     return text
 
@@ -101,7 +101,7 @@ def _is_json(path: str, content: bytes) -> bool:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Return UTF-8 as text (`DataError` names the first byte that is not)."""
+    """Return UTF-8 as text (`DataError` names the first wrong byte)."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -112,7 +112,7 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text without the line break at its end, if there is one."""
+    """Return the text without a line break at its end."""
     return text.removesuffix("\n").removesuffix("\r")
 
 

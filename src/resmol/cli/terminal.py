@@ -1,4 +1,4 @@
-"""What the commands print: sentences on standard error, results and tables on standard output."""
+"""Terminal output: messages on standard error, results and tables on standard output."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from resmol.errors import CheckFailed
 
 
 def say(text: str) -> None:
-    """Print a sentence for the user, on standard error; a run goes on when nobody listens any more."""
+    """Print a message on standard error; a closed stream is ignored, so that a run goes on."""
     with suppress(OSError):
         typer.echo(text, err=True)
 
 
 class _MessageHandler(logging.Handler):
-    """Shows what the package logs, as plain sentences."""
+    """Prints log records of the package as plain sentences."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 
 
 def show_messages() -> None:
-    """Show the messages of the package on standard error from here on; a library stays silent by itself."""
+    """Print the log records of the package (INFO and above) on standard error from now on."""
     package = logging.getLogger("resmol")
     if not any(isinstance(handler, _MessageHandler) for handler in package.handlers):
         package.addHandler(_MessageHandler())
@@ -45,7 +45,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: bool = False) -> None:
-    """Print checks as a table or as JSON; raise `CheckFailed` if one failed."""
+    """Print checks as a table or as JSON (`CheckFailed` if one failed)."""
     passed = all_passed(checks)
     if as_json:
         print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
@@ -57,7 +57,7 @@ def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: b
 
 
 def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
-    """Return checks as a table that also fits 80 columns: what is not needed to see that all is well stays away."""
+    """Return a table of checks that fits 80 columns; expectations are shown for failed checks, or with ``explain``."""
     table = Table(title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1))
     for check in checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"

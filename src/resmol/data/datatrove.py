@@ -1,4 +1,4 @@
-"""Takes over a folder that datatrove tokenised, in place: only `manifest.json` is added."""
+"""Import a folder that datatrove tokenized, in place: only a manifest and missing indexes are added."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SCAN_TOKENS = 1 << 22
 
 
 def is_token_folder(folder: Path) -> bool:
-    """Tell whether a folder holds `.ds` files, itself or in train/ and val/, but no manifest of ours."""
+    """Return whether a folder holds `.ds` files, itself or in train/ and val/, but no manifest of ours."""
     return folder.is_dir() and not (folder / MANIFEST).exists() and bool(_token_files(folder))
 
 
@@ -45,22 +45,22 @@ def import_datatrove(
     *,
     val_fraction: float = 0.01,
 ) -> Dataset:
-    """Make a folder of `.ds` files a dataset by reading it once and writing its manifest.
+    """Read a folder of `.ds` files once, write its manifest, and return it as a dataset.
 
-    With subfolders train/ and val/, these are the splits. Else the last documents are held out, about
+    Subfolders train/ and val/ become the splits. Without them, the last documents are held out, about
     ``val_fraction`` of the tokens: datatrove shuffles the documents of a file, so its end is a fair sample.
 
     Args:
-        folder: The folder; a `.ds.index` that is missing is made from the end-of-document tokens.
-        tokenizer: The tokenizer that made the tokens. The files do not say which one that was.
+        folder: The folder; a missing `.ds.index` is made from the end-of-document tokens.
+        tokenizer: The tokenizer that the tokens were made with, which the files do not record.
         val_fraction: Share of the tokens to hold out, in [0, 1).
 
     Raises:
-        UsageError: The folder has a manifest already, or ``val_fraction`` is outside [0, 1).
-        DataError: There are no `.ds` files, or they do not fit together or to the tokenizer.
+        UsageError: The folder already has a manifest, or ``val_fraction`` is outside [0, 1).
+        DataError: There are no `.ds` files, or they are inconsistent with each other or with the tokenizer.
     """
     if (folder / MANIFEST).exists():
-        raise UsageError(f"{folder} has a manifest.json already", fix=f"use it as it is: --data {folder}")
+        raise UsageError(f"{folder} already has a manifest.json", fix=f"use it as it is: --data {folder}")
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1")
     files = _token_files(folder)
@@ -82,7 +82,7 @@ def _token_files(folder: Path) -> list[str]:
 
 
 def _token_bytes(folder: Path, files: list[str], tokenizer: Tokenizer) -> int:
-    """Return the width that the first `.metadata` states, else the one that the vocabulary implies."""
+    """Return the bytes of a token that the first `.metadata` states, or else those that the vocabulary needs."""
     metadata = folder / f"{files[0]}.metadata"
     if metadata.is_file():
         with metadata.open("rb") as file:
@@ -105,7 +105,9 @@ def _describe_all(
         shards.append(describe_shard(folder, name, ends.tolist()))
         all_ends.append(ends)
     if open_ends:
-        logger.info(f"data: {open_ends} documents do not end with token {tokenizer.eos_id}: masks miss their ends")
+        logger.info(
+            f"data: {open_ends} documents do not end with token {tokenizer.eos_id}; document masks miss their ends"
+        )
     return shards, all_ends
 
 
@@ -113,14 +115,14 @@ def _tokens_of(path: Path, width: int) -> np.ndarray:
     size = path.stat().st_size
     if path.is_symlink() or size == 0 or size % width:
         raise DataError(
-            f"{path} is no file of {width}-byte tokens ({size} bytes)",
-            fix="links and empty files are refused; leave out the file, or tokenise again",
+            f"{path} is not a file of {width}-byte tokens ({size} bytes)",
+            fix="links and empty files are refused; leave out the file, or tokenize again",
         )
     return np.memmap(path, dtype=token_dtype(width), mode="r")
 
 
 def _scan(tokens: np.ndarray, tokenizer: Tokenizer, name: str) -> Int64[np.ndarray, " n"]:
-    """Return the positions after each end-of-document token; refuse ids outside the vocabulary."""
+    """Return the position after each end-of-document token (`DataError` for ids outside the vocabulary)."""
     ends = [np.zeros(0, dtype=np.int64)]
     for start in range(0, len(tokens), _SCAN_TOKENS):
         block = tokens[start : start + _SCAN_TOKENS]
@@ -140,10 +142,10 @@ def _index_of(path: Path, tokens: int, ends_by_token: Int64[np.ndarray, " _"]) -
         write_index(path, ends.tolist())
         return ends
     if index.is_symlink() or index.stat().st_size % 8:
-        raise DataError(f"{index} is no list of 8-byte numbers", fix="remove it, and it is made from the tokens")
+        raise DataError(f"{index} is not a list of 8-byte numbers", fix="remove it; it is then made from the tokens")
     ends = np.fromfile(index, dtype="<u8").astype(np.int64)
     if len(ends) == 0 or ends[-1] != tokens or ends[0] < 0 or (np.diff(ends) < 0).any():
-        raise DataError(f"{index} does not fit to {tokens} tokens", fix="remove it, and it is made from the tokens")
+        raise DataError(f"{index} does not match {tokens} tokens", fix="remove it; it is then made from the tokens")
     return ends
 
 
@@ -157,7 +159,7 @@ def _split_by_folder(shards: list[Shard]) -> tuple[Split, Split] | None:
 def _split_by_position(
     shards: list[Shard], ends: list[Int64[np.ndarray, " _"]], val_fraction: float
 ) -> tuple[Split, Split]:
-    """Hold out the last documents: the border is the last document end that leaves at least the fraction."""
+    """Hold out the last documents, from the last document end that leaves at least ``val_fraction`` of the tokens."""
     total = sum(shard.tokens for shard in shards)
     starts = np.cumsum([0, *(shard.tokens for shard in shards)])
     borders = np.concatenate([one + start for one, start in zip(ends, starts, strict=False)])

@@ -9,20 +9,17 @@ from importlib.resources import files
 from typing import Any
 
 from resmol.audit.plots import curves
-from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
+from resmol.audit.report import MALFORMED_RECORD, samples, summary_facts
 from resmol.demo.provenance import Provenance
 from resmol.demo.request_limits import Limits, parse
 from resmol.errors import ResmolError
+from resmol.inference.completion import FINISH_REASONS, untokenizable_notice
 from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger
 from resmol.system.templates import template_environment
 
 EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
-ENDS = {
-    "eos": "end of the text", "length": "done", "context": "the model's context is full", "stop": "done",
-    "interrupted": "stopped",
-}  # fmt: skip
 UPDATE_SECONDS = 0.05  # the text on the page grows twenty times a second, however fast the model is
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -139,10 +136,10 @@ def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[]
         UsageError: A value is outside the limits, or the prompt fills the model's context.
     """
     request = parse(values, limits)
-    dropped = loaded.tokenizer.count_untokenizable(request.prompt)
+    notice = untokenizable_notice(loaded.tokenizer, request.prompt)
     tokens: list[int] = []
     text, shown, started, end = request.prompt, 0.0, time.monotonic(), ""
-    yield text, _status("reading the prompt", 0, 0.0, dropped)
+    yield text, _status("reading the prompt", 0, 0.0, notice)
     stream = loaded.stream(request.prompt, request.sampling, on_token=tokens.append)
     for piece in stream:
         text += piece
@@ -154,16 +151,15 @@ def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[]
             break
         if now - shown >= UPDATE_SECONDS:
             shown = now
-            yield text, _status("writing", len(tokens), now - started, dropped)
-    end = end or ENDS[stream.completion().finish_reason]
-    yield text, _status(end, len(tokens), time.monotonic() - started, dropped)
+            yield text, _status("writing", len(tokens), now - started, notice)
+    end = end or FINISH_REASONS[stream.completion().finish_reason]
+    yield text, _status(end, len(tokens), time.monotonic() - started, notice)
 
 
-def _status(state: str, tokens: int, seconds: float, dropped: int) -> str:
+def _status(state: str, tokens: int, seconds: float, notice: str) -> str:
     rate = f"{tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else ""
     count = f"{tokens:,} token{'' if tokens == 1 else 's'}" if tokens else ""
-    note = f"{dropped} bytes of the prompt have no token and were left out" if dropped else ""
-    return "<span>" + "</span><span>".join(part for part in (state, count, rate, note) if part) + "</span>"
+    return "<span>" + "</span><span>".join(part for part in (state, count, rate, notice) if part) + "</span>"
 
 
 # --- provenance and record -----------------------------------------------------------------------------------
@@ -184,14 +180,14 @@ def record_page(provenance: Provenance) -> str:
         return _render("demo_record.html.j2", why="No record of a training came with these weights.")
     try:
         content = read_ledger(run.ledger)
-        facts, drawn, texts = headline_facts(content.records), curves(content.records), samples(content.records)
+        facts, drawn, texts = summary_facts(content.records), curves(content.records), samples(content.records)
         return _render(
             "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=texts[:1],
             head=content.head, lines=len(content.records),
         )  # fmt: skip
     except LedgerTampered as error:
         return _render("demo_record.html.j2", why=f"The record of this run does not hold together: {error.what}.")
-    except FOREIGN_RECORD as error:
+    except MALFORMED_RECORD as error:
         why = f"The record of this run is none that resmol wrote ({type(error).__name__}: {error})."
         return _render("demo_record.html.j2", why=why)
 

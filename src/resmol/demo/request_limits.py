@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resmol.errors import UsageError
-from resmol.inference.generate import SamplingParams
+from resmol.inference.sampling_params import SamplingParams
 
 FIELDS = ("prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # in the order of the page
 

@@ -1,1 +1,1 @@
-"""From token ids to text."""
+"""Generation: from token ids to text."""

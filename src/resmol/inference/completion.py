@@ -1,4 +1,4 @@
-"""From token ids to text that is given out piece by piece: stop strings, why it ended, how long it took."""
+"""Text completion: streamed or in batches, with stop strings, finish reasons and timings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,31 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.inference.stop_strings import StopStrings
 from resmol.model.llama import CausalLM
 
-_CHECKED_TOGETHER = 1024  # prompts whose tokens exist at the same time while all are checked
+FINISH_REASONS: dict[FinishReason, str] = {
+    "eos": "end of the text",
+    "length": "token limit",
+    "context": "context full",
+    "stop": "stop string",
+    "interrupted": "interrupted",
+}
+_CHECKED_TOGETHER = 1024  # prompts that are tokenized at a time while all are checked
+
+
+def untokenizable_notice(tokenizer: Tokenizer, prompt: str) -> str:
+    """Return a sentence about the bytes of a prompt that have no token, which the model cannot see; "" if all have."""
+    dropped = tokenizer.count_untokenizable(prompt)
+    return f"{dropped} bytes of the prompt have no token in this vocabulary and are left out" if dropped else ""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """How long it took, reading the prompt (prefill) and writing (decoding) apart; what a reader does is not counted.
+    """The times of prefill and decoding, without the time that the reader spends between two pieces.
 
     Attributes:
-        prefill_seconds: From the start to the first token.
+        prefill_seconds: Time until each text has its first token.
         prefill_tokens: Tokens of the prompts.
-        decode_seconds: From there to the end.
-        decode_tokens: Passes over one new token each: all chosen tokens but the first of each text.
+        decode_seconds: Time of all further passes.
+        decode_tokens: Passes over one new token each: all sampled tokens but the first of each text.
     """
 
     prefill_seconds: float
@@ -35,17 +48,17 @@ class Timings:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Tokens of the prompts per second."""
+        """Prompt tokens per second."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """New tokens per second, without the first of each text; 0 where there was no further one."""
+        """New tokens per second, without the first of each text; 0 if there was no other."""
         return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
 
     @classmethod
     def total(cls, parts: Sequence[Timings]) -> Timings:
-        """Return the sum of what was measured one after the other."""
+        """Return the sum of consecutive timings."""
         return cls(
             sum((part.prefill_seconds for part in parts), start=0.0),
             sum(part.prefill_tokens for part in parts),
@@ -55,12 +68,12 @@ class Timings:
 
     def describe(self) -> str:
         """Return both rates as a phrase."""
-        read = f"prompt {self.prefill_tokens:,} tokens in {self.prefill_seconds:.2f} s"
+        prefill = f"prompt {self.prefill_tokens:,} tokens in {self.prefill_seconds:.2f} s"
         rate = f", then {self.decode_tokens_per_second:,.1f} tokens/s" if self.decode_tokens else ""
-        return f"{read}{rate}"
+        return f"{prefill}{rate}"
 
     def to_dict(self) -> dict[str, float]:
-        """Return the fields and the two rates for JSON."""
+        """Return the fields and the two rates as a JSON object."""
         return {
             **asdict(self),
             "prefill_tokens_per_second": self.prefill_tokens_per_second,
@@ -70,16 +83,17 @@ class Timings:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, its continuation, and what there is to know about it.
+    """A prompt and its generated text.
 
     Attributes:
-        prompt: The text that was given.
-        text: What follows; it ends before a stop string.
-        prompt_ids: What the model read; of an empty prompt the end-of-document token.
-        token_ids: What it added: also the tokens that a stop string cut off, but not the end-of-document token.
-        logprobs: Of these tokens, in nats: log-softmax of the raw logits, before penalty, temperature and filters.
-        finish_reason: ``eos``, ``length``, ``context``, ``stop`` or ``interrupted``, as in `generate.DecodingState`.
-        timings: Of this text, or of the whole batch that it was part of.
+        prompt: The text of the prompt.
+        text: The generated text; it ends before a stop string.
+        prompt_ids: The tokens that the model read; for an empty prompt, the end-of-document token.
+        token_ids: The generated tokens, including those that a stop string cut off, without the end-of-document token.
+        logprobs: Their log-probabilities in nats: log-softmax of the raw logits, before penalty, temperature and
+            filters. Empty unless asked for.
+        finish_reason: A key of `FINISH_REASONS`; see `generate.DecodingState`.
+        timings: The timings of this text, or of the whole batch that it was decoded in.
     """
 
     prompt: str
@@ -91,14 +105,14 @@ class Completion:
     timings: Timings
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all but the timings for JSON."""
+        """Return all fields but the timings as a JSON object."""
         values = asdict(self)
         del values["timings"]
         return values
 
 
 class _Writer:
-    """The text of one `DecodingState`, as far as it is certain."""
+    """Decodes the tokens of one `DecodingState` to text, and holds back text that may still change."""
 
     def __init__(self, tokens: DecodingState, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.tokens = tokens
@@ -111,7 +125,7 @@ class _Writer:
         return self._emit(self._decoder.push(token))
 
     def finish(self) -> str:
-        """Return what was held back till the end: half a character, the beginning of a stop string."""
+        """Return the text that was held back: half a character, or the beginning of a stop string."""
         rest, held = self._emit(self._decoder.flush()), self._stop.flush()
         self.text += held
         return rest + held
@@ -128,7 +142,7 @@ Step = TypeVar("Step")
 
 
 class _Clock(Generic[Step]):
-    """Passes the steps of a decoding on and takes the time of each, but not of what is done between them."""
+    """Iterates over decoding steps and times each, without the time between them."""
 
     def __init__(self, steps: Iterator[Step], *, prefills: int = 1) -> None:
         self._steps = steps
@@ -147,7 +161,7 @@ class _Clock(Generic[Step]):
             yield step
 
     def timings(self, rows: Sequence[DecodingState]) -> Timings:
-        """Return what was measured so far; a text that ended with eos took a pass more than it has tokens."""
+        """Return the timings so far; a text that ended with eos took one pass more than it has tokens."""
         passes = [len(row.tokens) + (row.finish_reason == "eos") for row in rows]
         return Timings(
             prefill_seconds=sum(self._seconds[: self._prefills], start=0.0),
@@ -161,23 +175,23 @@ def _completion(prompt: str, writer: _Writer, timings: Timings) -> Completion:
     row = writer.tokens
     reason = row.finish_reason
     assert reason is not None
-    logprobs = row.logprobs[: len(row.tokens)]  # one more, where Ctrl-C came before its token
+    logprobs = row.logprobs[: len(row.tokens)]  # one too many, if Ctrl-C came before its token
     return Completion(prompt, writer.text, row.prompt, row.tokens, logprobs, reason, timings)
 
 
 class TextStreamer:
-    """One text, piece by piece: iterate over it, once; `completion` then says what there is to know.
+    """The generated text as an iterator over pieces, to be read once; `completion` returns the result.
 
-    Whoever stops iterating calls `completion` all the same and gets what was written so far, as ``interrupted``.
+    `completion` can be called before the end as well: it returns the text so far, as ``interrupted``.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompt: The text to go on from.
-        sampling: How to choose tokens.
+        prompt: The text to continue.
+        sampling: How to sample.
         stop: Stop strings: the text ends before the first of them.
-        on_token: Is told every token, also one that completes no character.
-        with_logprobs: Keep the tokens' log-probabilities for `completion`; they cost a softmax for each token.
+        on_token: Called with every token id, also one that completes no character.
+        with_logprobs: Keep the tokens' log-probabilities for `completion`; each costs a softmax.
 
     Raises:
         UsageError: On creation: the prompt fills the context, or a stop string is empty.
@@ -211,7 +225,7 @@ class TextStreamer:
             yield text
 
     def completion(self) -> Completion:
-        """Return what was written so far."""
+        """Return the text so far."""
         if self._tokens.finish_reason is None:
             self._tokens.finish_reason = "interrupted"
         return _completion(self._prompt, self._writer, self._clock.timings([self._tokens]))
@@ -228,30 +242,30 @@ def complete_batches(
     names: Sequence[str] = (),
     with_logprobs: bool = False,
 ) -> Iterator[list[Completion]]:
-    """Continue several texts, ``batch_size`` together, each as if it were alone; yield batch by batch, in order.
+    """Continue several texts in batches, each as if it were alone; yield batch by batch, in order.
 
-    All prompts are checked before the first is read; what decoding needs exists for one batch at a time. See
-    `generate.generate_batch` on what rounding may change.
+    All prompts are checked before the first is read; caches and buffers exist for one batch at a time. See
+    `generate.decode_batch` for the effect of rounding.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompts: The texts to go on from.
-        sampling: How to choose tokens; each text has a random generator that begins at the seed.
+        prompts: The texts to continue.
+        sampling: How to sample; each text has its own random generator with the same seed.
         stop: Stop strings.
-        batch_size: How many are decoded together.
-        names: What to call the prompts in an error; by default ``prompt 1``, ``prompt 2``, ...
-        with_logprobs: Keep the tokens' log-probabilities; they cost a softmax for each token.
+        batch_size: Texts that are decoded together.
+        names: Names of the prompts for error messages; by default ``prompt 1``, ``prompt 2``, ...
+        with_logprobs: Keep the tokens' log-probabilities; each costs a softmax.
 
     Raises:
-        UsageError: A prompt fills the context (the message says which), or another argument makes no sense.
-        KeyboardInterrupt: Ctrl-C, after a batch of what there was by then, its unfinished texts as ``interrupted``.
+        UsageError: A prompt fills the context (the message says which), or ``batch_size`` is below 1.
+        KeyboardInterrupt: Ctrl-C, after yielding the texts so far, the unfinished ones as ``interrupted``.
     """
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
     _check_prompts(model, tokenizer, prompts, names)
     eos = model.config.eos_token_id
-    for part in _slices(len(prompts), batch_size):  # a row holds a random generator and a buffer: no more than a batch
+    for part in _slices(len(prompts), batch_size):  # a row holds a random generator and a buffer, so only for a batch
         rows = [
             DecodingState(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
             for ids in tokenizer.encode_batch(prompts[part])
@@ -260,7 +274,7 @@ def complete_batches(
 
 
 def _check_prompts(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], names: Sequence[str]) -> None:
-    """Raise `UsageError` with the name of a prompt that cannot be read; tokens are made anew, which costs little."""
+    """Raise `UsageError` with the name of a prompt that the model cannot read; tokenizing twice costs little."""
     for part in _slices(len(prompts), _CHECKED_TOGETHER):
         for number, ids in enumerate(tokenizer.encode_batch(prompts[part]), start=part.start):
             try:
@@ -277,7 +291,7 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 def _complete_together(
     model: CausalLM, prompts: Sequence[str], writers: Sequence[_Writer]
 ) -> Iterator[list[Completion]]:
-    """Yield the texts of one batch; after Ctrl-C what there is of them, and then raise it."""
+    """Yield the texts of one batch; after Ctrl-C yield the texts so far, and then raise it."""
     rows = [writer.tokens for writer in writers]
     writer_of = dict(zip(map(id, rows), writers, strict=True))
     clock = _Clock(decode_batch(model, rows), prefills=len(rows))

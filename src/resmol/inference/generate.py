@@ -1,10 +1,10 @@
-"""One token after the other, with a cache of keys and values: one text, or several at once.
+"""Autoregressive decoding with a KV cache, of one text or of a batch.
 
-The first token that a `decode` or a `decode_batch` yields for a text costs the pass over its prompt (prefill), every
-further one a pass over one token; who wants to time the two apart looks at the clock around the first.
+The first token that `decode` or `decode_batch` yields for a text costs the pass over its prompt (prefill), every
+further one a pass over a single token.
 
-Logits become a choice in the order of transformers: repetition penalty, temperature, top-k, top-p. The penalty also
-counts for greedy decoding; the other three do not.
+Logits are processed in the order of transformers: repetition penalty, temperature, top-k, top-p. Greedy decoding
+applies the penalty and none of the other three.
 """
 
 from __future__ import annotations
@@ -23,34 +23,27 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM
 
-__all__ = [
-    "DecodingState",
-    "FinishReason",
-    "SamplingParams",
-    "apply_repetition_penalty",
-    "check_prompt",
-    "choose",
-    "decode",
-    "decode_batch",
-    "generate",
-    "generate_batch",
-    "top_k_top_p",
-]
-
 FinishReason = Literal["eos", "length", "context", "stop", "interrupted"]
 
 
 class DecodingState:
-    """A prompt and the tokens that were added to it.
+    """A prompt and the tokens that were generated after it.
+
+    Args:
+        config: The architecture of the model.
+        prompt: Token ids; an empty prompt becomes the end-of-document token, which starts a new document.
+        sampling: How to sample.
+        eos_id: The token that ends the text; None if no token does.
+        with_logprobs: Whether to keep the log-probability of each token.
 
     Attributes:
-        prompt: Its token ids; an empty prompt becomes the end-of-document token, so that a new document begins.
-        tokens: What was added; the token that ended the text (``eos_id``) is not among them.
-        logprobs: For each of the tokens, its log-probability in nats by the model's own distribution: log-softmax
-            of the raw logits, before penalty, temperature and filters. Empty unless asked for.
-        finish_reason: None while it goes on; ``eos``: the model ended the text; ``length``: ``max_new_tokens``;
-            ``context``: the model sees no further. Whoever reads along may set another (``stop``, ``interrupted``),
-            which ends it before the next token.
+        prompt: The token ids of the prompt.
+        tokens: The generated token ids, without the token that ended the text (``eos_id``).
+        logprobs: The log-probability of each generated token in nats, by the model's own distribution: log-softmax of
+            the raw logits, before penalty, temperature and filters. Empty unless ``with_logprobs``.
+        finish_reason: None while decoding goes on; ``eos``: the model ended the text; ``length``: ``max_new_tokens``
+            was reached; ``context``: the context is full. A reader may set another one (``stop``, ``interrupted``),
+            which ends decoding before the next token.
 
     Raises:
         UsageError: On creation: the prompt fills the model's context, or holds an id outside the vocabulary.
@@ -71,25 +64,20 @@ class DecodingState:
         self.logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
         self.sampling = sampling
-        self.room = config.max_position_embeddings - len(self.prompt)
+        self.limit = min(sampling.max_new_tokens, config.max_position_embeddings - len(self.prompt))
         self._eos_id = eos_id
         self._with_logprobs = with_logprobs
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._seen = torch.tensor(self.prompt + [0] * self.limit)  # filled as it goes, not made anew for each token
-
-    @property
-    def limit(self) -> int:
-        """The most tokens that can be added."""
-        return min(self.sampling.max_new_tokens, self.room)
+        self._seen = torch.tensor(self.prompt + [0] * self.limit)  # filled in place, not allocated for each token
 
     def add(self, logits: Float[Tensor, " V"]) -> bool:
-        """Choose the next token by the logits behind the last one; tell whether there is one (or the text ended)."""
+        """Sample the next token from the logits of the last one; return whether it was added (or ended the text)."""
         length = len(self.prompt) + len(self.tokens)
-        token = choose(logits, self._seen[:length], self.sampling, self._generator)
+        token = sample_token(logits, self._seen[:length], self.sampling, self._generator)
         if token == self._eos_id:
             self.finish_reason = "eos"
             return False
-        if self._with_logprobs:  # before the token: Ctrl-C in between must not leave a token without one
+        if self._with_logprobs:  # first, so that Ctrl-C in between cannot leave a token without one
             self.logprobs.append(float(logits.float().log_softmax(-1)[token]))
         self.tokens.append(token)
         self._seen[length] = token
@@ -114,9 +102,9 @@ def check_prompt(config: ModelConfig, ids: Sequence[int]) -> None:
 
 
 def generate(model: CausalLM, prompt: Sequence[int], sampling: SamplingParams, *, eos_id: int | None) -> Iterator[int]:
-    """Yield new token ids until ``eos_id`` (which is not yielded), the limit, or the end of the context.
+    """Yield new token ids until ``eos_id`` (which is not yielded), ``max_new_tokens`` or the end of the context.
 
-    An empty prompt starts a new document: the model sees its end-of-document token first.
+    An empty prompt starts a new document: the model reads its end-of-document token first.
 
     Raises:
         UsageError: The prompt fills the model's context, or holds an id outside the vocabulary.
@@ -125,28 +113,8 @@ def generate(model: CausalLM, prompt: Sequence[int], sampling: SamplingParams, *
     return decode(model, DecodingState(model.config, prompt, sampling, eos_id=eos_id))
 
 
-def generate_batch(
-    model: CausalLM, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, eos_id: int | None
-) -> list[list[int]]:
-    """Return the new token ids for each prompt, decoded together.
-
-    Each row draws with its own random generator, which begins at ``sampling.seed``: its tokens are those of `generate`
-    with the same seed, whatever its neighbours are. The sums of a product may be ordered otherwise for another
-    number of rows, so logits may differ in their last bits from those of `generate`, and where two tokens are as
-    probable as each other to that precision, so may the choice.
-
-    Raises:
-        UsageError: A prompt fills the model's context, or holds an id outside the vocabulary.
-        NonFiniteError: The model's logits are not finite.
-    """
-    rows = [DecodingState(model.config, prompt, sampling, eos_id=eos_id) for prompt in prompts]
-    for _ in decode_batch(model, rows):
-        pass
-    return [row.tokens for row in rows]
-
-
 def decode(model: CausalLM, text: DecodingState) -> Iterator[int]:
-    """Continue one text; yield each token as it is added to it."""
+    """Decode one text; yield each token after adding it."""
     weight = model.lm_head.weight
     cache = KVCache(model.config, 1, len(text.prompt) + text.limit, weight.dtype, weight.device)
     new = text.prompt
@@ -156,12 +124,18 @@ def decode(model: CausalLM, text: DecodingState) -> Iterator[int]:
 
 
 def decode_batch(model: CausalLM, rows: Sequence[DecodingState]) -> Iterator[list[DecodingState]]:
-    """Continue several texts together; yield after each pass those that got a token in it.
+    """Decode several texts together; yield after each pass the rows that it added a token to.
 
-    The first passes, one for each text, are those over the prompts.
+    The first passes are the prefill, one for each text. Each writes the prompt right-aligned into its row of one
+    cache, so all rows write their next token into the same slot, while each keeps its own positions. A row that has
+    ended leaves the batch.
 
-    Prompts are read one by one, each by a pass of its own into its row of one cache, right-aligned: so all rows write
-    their next token at the same place, and each keeps its own positions. A row that ended leaves the batch.
+    Each row has its own random generator, so its tokens are those of `decode`, whatever the other rows are. A matmul
+    may sum in another order for another number of rows, so logits may differ in their last bits; where two tokens are
+    equally probable to that precision, the sampled one may differ too.
+
+    Raises:
+        NonFiniteError: The model's logits are not finite.
     """
     if not rows:
         return
@@ -174,12 +148,12 @@ def decode_batch(model: CausalLM, rows: Sequence[DecodingState]) -> Iterator[lis
         yield [row] if grew else []
     cache.align([width - len(row.prompt) for row in rows], width)
     active = list(rows)
-    while going_on := [number for number, row in enumerate(active) if row.finish_reason is None]:
-        if len(going_on) < len(active):
-            cache.keep(going_on)
-            active = [active[number] for number in going_on]
+    while unfinished := [number for number, row in enumerate(active) if row.finish_reason is None]:
+        if len(unfinished) < len(active):
+            cache.keep(unfinished)
+            active = [active[number] for number in unfinished]
         logits = _next_logits(model, [row.tokens[-1] for row in active], cache)
-        yield [row for row, behind in zip(active, logits, strict=True) if row.add(behind)]
+        yield [row for row, own in zip(active, logits, strict=True) if row.add(own)]
 
 
 def apply_repetition_penalty(
@@ -187,7 +161,7 @@ def apply_repetition_penalty(
 ) -> Float[Tensor, " V"]:
     """Return the logits with those of the ``seen`` tokens made less likely (Keskar et al. 2019, section 4.1).
 
-    A token counts once, however often it was seen. A penalty of 1 returns the logits as they are.
+    A token counts once, however often it was seen. A penalty of 1 returns the logits unchanged.
     """
     if penalty == 1.0:
         return logits
@@ -197,10 +171,10 @@ def apply_repetition_penalty(
 
 
 def top_k_top_p(logits: Float[Tensor, " V"], sampling: SamplingParams) -> Float[Tensor, " V"]:
-    """Return the distribution to draw from: temperature, then top-k, then top-p.
+    """Return the probabilities to sample from, after temperature, top-k and top-p in this order.
 
     The most probable token is always kept. Ties at the border of top-k are all kept, as in transformers. Of ties at
-    the border of top-p as many are kept as there; which of them, neither sort promises.
+    the border of top-p as many are kept as in transformers; which of them is up to the sort, there as here.
     """
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.numel():
@@ -208,29 +182,29 @@ def top_k_top_p(logits: Float[Tensor, " V"], sampling: SamplingParams) -> Float[
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1.0:
-        kept = int(probabilities.count_nonzero())  # after top-k these are few, and sorting all would take milliseconds
+        kept = int(probabilities.count_nonzero())  # few after top-k; sorting the whole vocabulary takes milliseconds
         ordered, order = probabilities.topk(max(1, kept))
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the mass before a token already reaches p
+        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the tokens before it already add up to p
         probabilities = probabilities.scatter(0, order[beyond], 0.0)
     return probabilities / probabilities.sum()
 
 
-def choose(
+def sample_token(
     logits: Float[Tensor, " V"], seen: Int[Tensor, " N"], sampling: SamplingParams, generator: torch.Generator
 ) -> int:
     """Return the id of the next token.
 
     Args:
-        logits: Of the model, as they are.
-        seen: The ids of all tokens so far, those of the prompt included.
-        sampling: How to choose.
-        generator: On the CPU, so that the same seed draws the same tokens whatever the model computes on.
+        logits: The raw logits of the model.
+        seen: The ids of all tokens so far, including the prompt's.
+        sampling: How to sample.
+        generator: A generator on the CPU, so that a seed samples the same tokens on every device.
 
     Raises:
-        NonFiniteError: The model gave NaN or infinity; nothing can be chosen then.
+        NonFiniteError: The logits hold NaN or infinity.
     """
     scores = apply_repetition_penalty(logits.float(), seen, sampling.repetition_penalty)
-    if not all(map(math.isfinite, torch.stack(scores.aminmax()).tolist())):  # NaN is passed on by both
+    if not all(map(math.isfinite, torch.stack(scores.aminmax()).tolist())):  # NaN propagates through both
         raise NonFiniteError("the model's logits hold NaN or infinity", fix="check the weights; training diverged")
     if sampling.temperature == 0:
         return int(scores.argmax())
@@ -239,7 +213,7 @@ def choose(
 
 @torch.inference_mode()
 def _logits(model: CausalLM, new: Sequence[int], cache: KVCache) -> Float[Tensor, " V"]:
-    """Return the logits behind the last of the ``new`` tokens of one text; no other position is needed."""
+    """Return the logits of the last of the ``new`` tokens of one text; no other position is needed."""
     hidden = model.hidden(torch.tensor([new], device=model.lm_head.weight.device), cache=cache)
     logits: Tensor = model.lm_head(hidden[0, -1])
     return logits
@@ -247,7 +221,7 @@ def _logits(model: CausalLM, new: Sequence[int], cache: KVCache) -> Float[Tensor
 
 @torch.inference_mode()
 def _next_logits(model: CausalLM, new: Sequence[int], cache: KVCache) -> Float[Tensor, "B V"]:
-    """Return the logits behind one new token for each of B texts."""
+    """Return the logits of one new token for each of B texts."""
     hidden = model.hidden(torch.tensor(new, device=model.lm_head.weight.device)[:, None], cache=cache)
     logits: Tensor = model.lm_head(hidden[:, -1])
     return logits

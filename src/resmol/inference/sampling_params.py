@@ -1,4 +1,4 @@
-"""The options of a generation, checked before PyTorch is loaded; what they do to the logits is in generate.py."""
+"""Sampling parameters, checked without PyTorch; generate.py applies them to the logits."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 from resmol.errors import UsageError
 
-SMALLEST = 1e-5  # a logit of 1e3 divided twice by so little is still far from float32's largest number
-LARGEST_PENALTY = 1e5  # the other way round, and not 1 / SMALLEST, which rounds to less
-LARGEST_SEED = 2**64 - 1  # what PyTorch's generator takes
+SMALLEST = 1e-5  # a logit of 1e3 divided by it twice is still far below float32's maximum
+LARGEST_PENALTY = 1e5  # written out, since 1 / SMALLEST rounds to less
+LARGEST_SEED = 2**64 - 1  # the range of PyTorch's generator
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose the next token.
+    """How to sample the next token.
 
     Attributes:
-        max_new_tokens: Stop after so many.
-        temperature: Divides the logits; 0 always takes the most probable token.
+        max_new_tokens: The most tokens to generate.
+        temperature: Divides the logits; 0 is greedy and takes the most probable token.
         top_k: Keep the k most probable tokens; 0 keeps all.
         top_p: Keep the most probable tokens whose probabilities add up to p (Holtzman et al. 2020); 1 keeps all.
-        seed: The same seed gives the same text; the generator is this call's own, training's is not touched.
-        repetition_penalty: Divides positive and multiplies negative logits of all tokens that were seen, those of
-            the prompt included (Keskar et al. 2019); 1 is off.
+        seed: Seed of the call's own random generator; the same seed gives the same text.
+        repetition_penalty: Divides positive and multiplies negative logits of all tokens seen so far, including the
+            prompt's (Keskar et al. 2019); 1 is off.
 
     Raises:
-        UsageError: On creation, with one sentence for every value that makes no sense.
+        UsageError: On creation: values are out of range; all of them are named.
     """
 
     max_new_tokens: int = 64

@@ -122,7 +122,7 @@ class LoadedModel:
         """Return what `complete` returns for each of several prompts, ``batch_size`` decoded together, which is faster.
 
         Each draws with a random generator of its own that begins at the seed, so that its text does not depend on its
-        neighbours; see `generate.generate_batch` for what rounding may change. Timings are those of its batch.
+        neighbours; see `generate.decode_batch` for the effect of rounding. Timings are those of its batch.
 
         Raises:
             UsageError: An unknown or impossible option, or a prompt that fills the context; the message says which.

@@ -19,7 +19,8 @@ from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, Loader
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
-from resmol.inference.generate import SamplingParams, generate
+from resmol.inference.generate import generate
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.llama import CausalLM
 from resmol.run.async_save import AsyncCheckpointer

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
-from resmol.inference.generate import SamplingParams, generate
+from resmol.inference.generate import generate
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM
 from resmol.verify.capture import (
     Observation,

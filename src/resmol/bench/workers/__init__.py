@@ -1,1 +1,1 @@
-"""The programs that `bench` measures, each in a process of its own."""
+"""Worker processes of `resmol bench`, each measured as a process of its own."""

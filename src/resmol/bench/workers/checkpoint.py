@@ -1,4 +1,4 @@
-"""The measured processes of `resmol bench checkpoint` besides training itself: our load, the peers, the disk."""
+"""Worker of `resmol bench checkpoint` for all but the training: our load, the baselines, the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resmol.bench.workers.main import Metrics, answer
+from resmol.bench.workers.main import Metrics, worker_main
 from resmol.config.load import load_config
 from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import verify_checkpoint
@@ -26,7 +26,7 @@ PIECE = 1 << 24
 
 
 def fresh_state(config_file: Path) -> TrainState:
-    """Return a model and an optimizer whose moments exist, as after a step."""
+    """Return a model and an optimizer with moments, as after a step."""
     state = new_state(load_config(config_file), Runtime(0, 1, torch.device("cpu"), None))
     for parameter in state.model.parameters():
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -35,12 +35,12 @@ def fresh_state(config_file: Path) -> TrainState:
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return everything that a checkpoint of it holds: weights and moments, by name."""
+    """Return the tensors of its checkpoint, weights and moments, by name."""
     tensors = {**weight_tensors(state.model), **moment_tensors(state.model, state.optimizer)}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def load_ours(task: Mapping[str, Any]) -> Metrics:
+def load_with_resmol(task: Mapping[str, Any]) -> Metrics:
     """Verify a checkpoint and fill model and optimizer from it, as a resume does."""
     path, state = Path(task["checkpoint"]), fresh_state(Path(task["config"]))
     started = time.perf_counter()
@@ -50,22 +50,22 @@ def load_ours(task: Mapping[str, Any]) -> Metrics:
     return {"load_seconds": time.perf_counter() - started}
 
 
-def save_and_load_peer(task: Mapping[str, Any]) -> Metrics:
-    """Save the same tensors by torch.save or by safetensors, make them durable, and load them back into place.
+def save_and_load_baseline(task: Mapping[str, Any]) -> Metrics:
+    """Save the same tensors with torch.save or safetensors, fsync them, and load them back into place.
 
-    ``stalled_seconds`` is the call that its users make; ``save_seconds`` includes the fsync that they leave out.
+    ``stalled_seconds`` is the call that their users make; ``save_seconds`` includes the fsync that users leave out.
     """
     state, path = fresh_state(Path(task["config"])), Path(task["out"])
     tensors = state_tensors(state)
     started = time.perf_counter()
-    if task["who"] == "torch":
+    if task["role"] == "torch":
         torch.save(tensors, path)
     else:
         save_file(tensors, path)
     saved = time.perf_counter()
     fsync_path(path)
     durable = time.perf_counter()
-    loaded = torch.load(path, weights_only=True) if task["who"] == "torch" else load_file(path)
+    loaded = torch.load(path, weights_only=True) if task["role"] == "torch" else load_file(path)
     for name, tensor in tensors.items():
         tensor.copy_(loaded[name])
     return {
@@ -76,8 +76,8 @@ def save_and_load_peer(task: Mapping[str, Any]) -> Metrics:
     }
 
 
-def disk_limit(task: Mapping[str, Any]) -> Metrics:
-    """Write as many bytes, fsync them, read them back; and hash them, since both directions of ours do."""
+def disk_roofline(task: Mapping[str, Any]) -> Metrics:
+    """Write and fsync as many bytes, read them back, and hash some, as resmol does in both directions."""
     path, size, piece = Path(task["out"]), int(task["bytes"]), os.urandom(PIECE)
     pieces = -(-size // PIECE)
     started = time.perf_counter()
@@ -101,9 +101,10 @@ def disk_limit(task: Mapping[str, Any]) -> Metrics:
 
 
 ROLES: dict[str, Callable[[Mapping[str, Any]], Metrics]] = {
-    "ours": load_ours, "torch": save_and_load_peer, "safetensors": save_and_load_peer, "disk": disk_limit,
+    "resmol": load_with_resmol, "torch": save_and_load_baseline, "safetensors": save_and_load_baseline,
+    "disk": disk_roofline,
 }  # fmt: skip
 
 
 if __name__ == "__main__":
-    answer(lambda task: ROLES[task["who"]](task))
+    worker_main(lambda task: ROLES[task["role"]](task))

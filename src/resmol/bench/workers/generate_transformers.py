@@ -1,6 +1,6 @@
-"""The peer of `resmol bench generate`: transformers' ``model.generate``, greedy, with its cache, as its users call it.
+"""Worker of `resmol bench generate`: transformers' ``model.generate``, greedy, with its cache, as its users call it.
 
-``tuned`` adds what its documentation offers for speed: a static cache and a compiled forward pass.
+``tuned`` adds what its documentation recommends for speed: a static cache and a compiled forward pass.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 import torch
 import transformers
 
-from resmol.bench.workers.generate import generation_numbers
-from resmol.bench.workers.main import Metrics, answer
+from resmol.bench.workers.generate import generation_metrics
+from resmol.bench.workers.main import Metrics, worker_main
 
 
-class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers is prefilled without types
-    """Is asked after each token whether to stop; says no, and notes the time."""
+class Clock(transformers.StoppingCriteria):  # type: ignore[misc] # transformers has no types here
+    """Records the time of each token, as a stopping criterion that never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Note the time."""
+        """Record the time; never stop."""
         self.times.append(time.perf_counter())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def generate_peer(task: Mapping[str, Any]) -> Metrics:
-    """Load the model, decode once as a warm-up (and to compile), and once for the clock."""
+def generate_with_transformers(task: Mapping[str, Any]) -> Metrics:
+    """Load the model, decode once as a warm-up (and to compile), and decode once more for the measurement."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(task["folder"], dtype=torch.float32).eval()
@@ -51,9 +51,9 @@ def generate_peer(task: Mapping[str, Any]) -> Metrics:
         found = model.generate(prompts, stopping_criteria=criteria, **options)
     times = clock.times
     new = found[:, prompts.shape[1] :].tolist()
-    numbers = generation_numbers(new, prompts.shape[1], times[0] - started, times[-1] - times[0])
-    return {**numbers, "versions": {"transformers": transformers.__version__}}
+    metrics = generation_metrics(new, prompts.shape[1], times[0] - started, times[-1] - times[0])
+    return {**metrics, "versions": {"transformers": transformers.__version__}}
 
 
 if __name__ == "__main__":
-    answer(generate_peer)
+    worker_main(generate_with_transformers)

@@ -1,7 +1,7 @@
-"""How a measured process is told what to do, and how it answers: one JSON file in, one out.
+"""The entry point of the worker processes: a task as JSON in, metrics as JSON out.
 
-Standard output is not used, since libraries print there as well. Nothing else of resmol is imported, so that a peer
-carries only what its own users would.
+The two are files, since libraries print to standard output. Of the rest of resmol only two small modules are imported,
+so that the worker of a baseline loads what the baseline's own users would.
 """
 
 from __future__ import annotations
@@ -12,11 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from resmol.system.peak_memory import peak_memory_bytes
+from resmol.system.process_setup import keep_freed_memory
+
 Metrics = dict[str, Any]
 
 
-def answer(work: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Do the task that the arguments name, and write the answer: the whole life of a measured process."""
-    given, answered = (Path(name) for name in sys.argv[1:3])
-    numbers = work(json.loads(given.read_text(encoding="utf-8")))
-    answered.write_text(json.dumps(numbers), encoding="utf-8")
+def worker_main(work: Callable[[Mapping[str, Any]], Metrics]) -> None:
+    """Do the task in the file ``sys.argv[1]``; write its metrics and the peak memory to the file ``sys.argv[2]``.
+
+    A task with ``keep_freed_memory`` gets the allocator of `resmol train`; a baseline as its users run it does not.
+    """
+    file, result = (Path(name) for name in sys.argv[1:3])
+    task = json.loads(file.read_text(encoding="utf-8"))
+    if task.get("keep_freed_memory"):
+        keep_freed_memory()
+    metrics = work(task)
+    result.write_text(json.dumps({**metrics, "peak_bytes": peak_memory_bytes()}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ours in `resmol bench prepare`: shards, hashes, manifest and held-out documents, durable; in a process of its own."""
+"""Worker of `resmol bench prepare`: resmol writes shards, hashes, a manifest and held-out documents, durably."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resmol.bench.workers.main import Metrics, answer
+from resmol.bench.workers.main import Metrics, worker_main
 from resmol.data.resolve import Text, prepare_text
 from resmol.data.tokenizer import load_tokenizer
 
 
-def prepare_ours(task: Mapping[str, Any]) -> Metrics:
-    """Prepare the text as `resmol prepare` does; what is timed begins after the imports."""
+def prepare_with_resmol(task: Mapping[str, Any]) -> Metrics:
+    """Prepare the text as `resmol prepare` does; imports are not timed."""
     tokenizer = load_tokenizer(task["tokenizer"], sha256=task["sha256"])
     started = time.perf_counter()
     dataset = prepare_text(Path(task["out"]), Text(inputs=(task["text"],)), tokenizer)
@@ -23,4 +23,4 @@ def prepare_ours(task: Mapping[str, Any]) -> Metrics:
 
 
 if __name__ == "__main__":
-    answer(prepare_ours)
+    worker_main(prepare_with_resmol)

@@ -1,7 +1,7 @@
-"""The peer of `resmol bench prepare`: the bare tokenizers library, in a script as its users write it.
+"""Worker of `resmol bench prepare`: the bare tokenizers library, in a script as its users write it.
 
-It reads the same JSON lines with the same number of threads and writes the ids; ``tuned`` takes the call that
-computes no offsets, in smaller batches, and throws the ids away. What is timed begins after the imports.
+It reads the same JSON lines with the same number of threads and writes the ids. ``tuned`` uses the call that computes
+no offsets, in smaller batches, and discards the ids. Imports are not timed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from resmol.bench.workers.main import Metrics, answer
+from resmol.bench.workers.main import Metrics, worker_main
 
-DOCUMENTS_AT_ONCE, TUNED_DOCUMENTS = 1000, 256  # the first is the batch that `datasets.map` takes by default
+DOCUMENTS_AT_ONCE, TUNED_DOCUMENTS = 1000, 256  # the first is the default batch of `datasets.map`
 
 
-def encode_bare(task: Mapping[str, Any]) -> Metrics:
-    """Encode the text, one end token after each document, as ours does."""
+def encode_with_tokenizers(task: Mapping[str, Any]) -> Metrics:
+    """Encode the text with one end-of-document token after each document, as resmol does."""
     tokenizer, tuned = tokenizers.Tokenizer.from_file(task["tokenizer"]), task["tuned"]
     encode = tokenizer.encode_batch_fast if tuned else tokenizer.encode_batch
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
@@ -39,11 +39,11 @@ def encode_bare(task: Mapping[str, Any]) -> Metrics:
 
 
 def batches(path: Path, size: int) -> Iterator[list[str]]:
-    """Yield the texts of a file of JSON lines, ``size`` at once."""
+    """Yield the texts of a file of JSON lines in lists of ``size``."""
     with path.open(encoding="utf-8") as lines:
         while batch := [json.loads(line)["text"] for line in itertools.islice(lines, size)]:
             yield batch
 
 
 if __name__ == "__main__":
-    answer(encode_bare)
+    worker_main(encode_with_tokenizers)

@@ -1,8 +1,8 @@
-"""The peer of `resmol bench train`: transformers.Trainer, used as its users use it, in a process of its own.
+"""Worker of `resmol bench train`: transformers.Trainer, used as its users use it.
 
-It gets our initial weights and our windows in our order, so that its losses must be ours; the same batch, steps and
-hyperparameters; and nothing that would hold it back: no logging, no saving, no evaluation, no progress bar. All else
-is its default. ``tuned`` adds what its documentation offers for speed: torch_compile and the fused optimizer.
+It gets our initial weights and our windows in our order, so its losses must be ours; the same batch, steps and
+hyperparameters; and no logging, saving, evaluation or progress bar, which would slow it down. All else is its default.
+``tuned`` adds what its documentation recommends for speed: torch_compile and the fused optimizer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from resmol.bench.workers.main import Metrics, answer
+from resmol.bench.workers.main import Metrics, worker_main
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows of T tokens with the token after each; ``shift_labels`` are targets that need no shift by one."""
+    """Windows of T tokens and their targets; ``shift_labels`` keeps the model from shifting the targets once more."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._inputs, self._targets = tensors["input_ids"], tensors["targets"]
@@ -36,25 +36,25 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self._inputs[index], "labels": targets, "shift_labels": targets}
 
 
-class Stopwatch(transformers.TrainerCallback):  # type: ignore[misc] # transformers is prefilled without types
-    """The time of each step, from after its batch was fetched until its update is done."""
+class Stopwatch(transformers.TrainerCallback):  # type: ignore[misc] # transformers has no types here
+    """Times each step, from the fetched batch to the finished update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Start."""
+        """Start the time of a step."""
         self._started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Stop."""
+        """Record the time of the step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def peer_model(task: Mapping[str, Any]) -> Any:
+def build_model(task: Mapping[str, Any]) -> Any:
     """Return transformers' model with the weights of the task."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**task["model"]))
     missing, unexpected = model.load_state_dict(load_file(task["weights"]), strict=False)
@@ -64,8 +64,8 @@ def peer_model(task: Mapping[str, Any]) -> Any:
     return model
 
 
-def arguments(task: Mapping[str, Any], folder: str) -> Any:
-    """Return the Trainer's arguments: the given hyperparameters, nothing beside the training, and else its defaults."""
+def training_arguments(task: Mapping[str, Any], folder: str) -> Any:
+    """Return the Trainer's arguments: the task's hyperparameters, training alone, and otherwise the defaults."""
     optimizer, tuned, on_cpu = task["optimizer"], task["tuned"], task["device"] == "cpu"
     faster = {"torch_compile": True, "optim": "adamw_torch_fused"} if tuned else {}
     return transformers.TrainingArguments(
@@ -99,8 +99,8 @@ def train_with_trainer(task: Mapping[str, Any]) -> Metrics:
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
-            model=peer_model(task),
-            args=arguments(task, folder),
+            model=build_model(task),
+            args=training_arguments(task, folder),
             train_dataset=Windows(load_file(task["windows"])),
             callbacks=[watch],
         )
@@ -115,4 +115,4 @@ def train_with_trainer(task: Mapping[str, Any]) -> Metrics:
 
 
 if __name__ == "__main__":
-    answer(train_with_trainer)
+    worker_main(train_with_trainer)

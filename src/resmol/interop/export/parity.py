@@ -18,7 +18,8 @@ from torch import Tensor
 from resmol.checks import Check, largest
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
-from resmol.inference.generate import SamplingParams, generate
+from resmol.inference.generate import generate
+from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM
 
 NEW_TOKENS = 16

@@ -1,8 +1,8 @@
-"""`resmol bench scaling`: step time, speed and memory of training against length, batch and size of the model.
+"""How step time, speed and memory of training grow with length, batch and size: ``python benchmarks/scaling.py``.
 
-Each point is a process of its own with a time and a memory of its own to spend. A point that needs more is a result as
-well, and is shown as such. Points are kept as lines of OUT/points.jsonl as they come, and one that is there under the
-same circumstances is not measured again.
+Each point is a process of its own with a limit on its time and memory. A point that exceeds a limit is a result too,
+and is shown as such. Points are appended to OUT/points.jsonl as soon as they are measured, and one that is there under
+the same conditions is not measured again.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ import json
 import logging
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib as mpl
+import typer
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from resmol.audit.plots import STYLE, WIDE, svg
 from resmol.bench.comparison import markdown_table
 from resmol.bench.machine import machine_facts
-from resmol.bench.subprocess_runs import QUIET, run_training, training_measurement
+from resmol.bench.subprocess_runs import QUIET, prepared_folder, run_training
+from resmol.cli.terminal import show_messages
 from resmol.config.load import load_preset, with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, UsageError
@@ -31,9 +34,10 @@ from resmol.model.flops import training_flops_per_token
 from resmol.system.host import free_memory
 from resmol.train.autotune import needed_memory, resolve_auto
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("resmol.benchmarks.scaling")
 
-OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map")  # as PyTorch, C++ and the loader of libraries say it
+# Signs of a lack of memory in messages of PyTorch, C++ and the loader of libraries.
+OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map", "failed to map")
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
 TITLES = ("preset", "batch", "step, s", "tokens/s", "peak memory, MiB", "estimated, MiB", "GFLOP/token", "GFLOP/s", "")
 
@@ -49,8 +53,8 @@ class Scaling:
         overrides: ``key=value``, laid over each.
         steps: Timed steps of a point.
         warmup: Steps before them.
-        seconds: The time of a point.
-        memory_bytes: The memory of a point.
+        seconds: The time limit of a point.
+        memory_bytes: The memory limit of a point; 0 takes what is free.
     """
 
     presets: tuple[str, ...]
@@ -112,74 +116,79 @@ def step_flops(config: RunConfig) -> int:
     return config.batch.global_batch_tokens * training_flops_per_token(config.model, config.data.seq_len)
 
 
-def scale(
-    wanted: Scaling, folder: Path, data: str, out: Path, measure: Callable[..., dict[str, Any]] | None = None
+def measure_all(
+    scaling: Scaling,
+    folder: Path,
+    data: str,
+    out: Path,
+    measure: Callable[[Scaling, RunConfig, Path, str], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure every point that is not known yet, and write table and plot after each, so that Ctrl-C loses one point.
+    """Measure every new point, and write table and plot after each, so that Ctrl-C loses one point at most.
 
     Args:
-        wanted: What to measure.
+        scaling: What to measure.
         folder: For the files of the processes.
         data: A prepared folder.
         out: Gets points.jsonl, scaling.md and scaling.svg.
-        measure: Takes (wanted, configuration, folder, data); by default `measure_point`.
+        measure: By default `measure_point`.
 
     Returns:
-        The points of this call, known ones included.
+        The points of this call, including those measured before.
     """
     measure = measure or measure_point
     out.mkdir(parents=True, exist_ok=True)
-    configurations, found = wanted.configurations(), []
+    configurations, points = scaling.configurations(), []
     for number, config in enumerate(configurations, 1):
-        key = circumstances(wanted, config)
+        key = conditions(scaling, config)
         point = known_points(out).get(json.dumps(key, sort_keys=True))
         if point is None:
-            point = {"key": key, **measure(wanted, config, folder, data)}
+            point = {"key": key, **measure(scaling, config, folder, data)}
             with (out / POINTS).open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(point) + "\n")
-        found.append(point)
+        points.append(point)
         logger.info(f"point {number} of {len(configurations)}: {', '.join(filter(None, row(point)))}")
-        (out / TABLE).write_text(table(found), encoding="utf-8")
-        (out / PLOT).write_text(scaling_plot(found), encoding="utf-8")
-    return found
+        (out / TABLE).write_text(table(points), encoding="utf-8")
+        (out / PLOT).write_text(scaling_plot(points), encoding="utf-8")
+    return points
 
 
-def circumstances(wanted: Scaling, config: RunConfig) -> dict[str, Any]:
-    """Return what a point depends on; another value is another point."""
+def conditions(scaling: Scaling, config: RunConfig) -> dict[str, Any]:
+    """Return what the result of a point depends on; points with other values are other points."""
     sizes = {"preset": config.name, "rows": config.batch.micro_batch_size, "seq_len": config.data.seq_len}
-    spent = {"steps": wanted.steps, "warmup": wanted.warmup, "seconds": wanted.seconds}
-    return {**sizes, **spent, "config": config.sha256, **machine_facts(config.runtime.threads)}
+    limits = {"steps": scaling.steps, "warmup": scaling.warmup, "seconds": scaling.seconds}
+    return {**sizes, **limits, "config": config.sha256, **machine_facts(config.runtime.threads)}
 
 
 def known_points(out: Path) -> dict[str, dict[str, Any]]:
-    """Return the points of an earlier call by their circumstances; a line that was cut off is none."""
+    """Return the points that were measured before, by their conditions; a line that was cut off is ignored."""
     points = {}
     for line in (out / POINTS).read_text(encoding="utf-8").splitlines() if (out / POINTS).is_file() else []:
         try:
             point = json.loads(line)
         except ValueError:
             continue
-        if isinstance(point, dict) and point.get("outcome") == "measured":  # what did not fit is tried again
+        if isinstance(point, dict) and point.get("outcome") == "measured":  # what exceeded a limit is tried again
             points[json.dumps(point["key"], sort_keys=True)] = point
     return points
 
 
-def measure_point(wanted: Scaling, config: RunConfig, folder: Path, data: str) -> dict[str, Any]:
-    """Train a few steps in a process of its own; what it could not do is its outcome."""
-    settled, _ = resolve_auto(config)
-    recompute = settled.runtime.activation_checkpointing == "on"
+def measure_point(scaling: Scaling, config: RunConfig, folder: Path, data: str) -> dict[str, Any]:
+    """Train a few steps in a process of its own; return its metrics, or the limit that it exceeded."""
+    resolved, _ = resolve_auto(config)
+    recompute = resolved.runtime.activation_checkpointing == "on"
     point: dict[str, Any] = {
-        "estimated_bytes": needed_memory(settled, recompute=recompute),
+        "estimated_bytes": needed_memory(resolved, recompute=recompute),
         "flops_per_token": training_flops_per_token(config.model, config.data.seq_len),
     }
-    steps, limit = wanted.warmup + wanted.steps, wanted.memory_bytes or free_memory()
-    done, records = run_training(settled, folder, data, steps, seconds=wanted.seconds, memory_bytes=limit)
-    if done.timed_out:
-        return {**point, "outcome": f"took more than {wanted.seconds:.0f} s"}
-    if done.code:
-        out_of_memory = done.code == -9 or any(sign in done.error_tail.lower() for sign in OUT_OF_MEMORY)
-        return {**point, "outcome": "did not fit in memory" if out_of_memory else f"failed: {done.error_tail}"}
-    return {**point, "outcome": "measured", **asdict(training_measurement(done, records, wanted.warmup))}
+    steps, most = scaling.warmup + scaling.steps, scaling.memory_bytes or free_memory()
+    run = run_training(resolved, folder, data, steps, seconds=scaling.seconds, memory_bytes=most)
+    if run.process.timed_out:
+        return {**point, "outcome": f"took more than {scaling.seconds:.0f} s"}
+    if run.process.code:
+        error = run.process.error_tail
+        out_of_memory = run.process.code == -9 or any(sign in error.lower() for sign in OUT_OF_MEMORY)
+        return {**point, "outcome": "did not fit in memory" if out_of_memory else f"failed: {error}"}
+    return {**point, "outcome": "measured", **run.metrics(scaling.warmup)}
 
 
 def row(point: dict[str, Any]) -> list[str]:
@@ -200,7 +209,7 @@ def row(point: dict[str, Any]) -> list[str]:
 
 
 def table(points: list[dict[str, Any]]) -> str:
-    """Return the table of points, as Markdown; GFLOP/s are counted operations by measured time."""
+    """Return the table of points as Markdown; GFLOP/s are counted operations divided by measured time."""
     return "\n".join([*markdown_table(TITLES, [row(point) for point in points]), ""])
 
 
@@ -208,7 +217,7 @@ def scaling_plot(points: Sequence[dict[str, Any]]) -> str:
     """Return an SVG of speed and memory against the length of a window: a line for each preset and batch.
 
     Args:
-        points: As `resmol bench scaling` keeps them; those that were not measured are left out.
+        points: As in points.jsonl; those that were not measured are left out.
     """
     lines: dict[str, list[dict[str, Any]]] = {}
     for point in (point for point in points if point["outcome"] == "measured"):
@@ -231,3 +240,38 @@ def scaling_plot(points: Sequence[dict[str, Any]]) -> str:
         if lines:
             memory.legend(*speed.get_legend_handles_labels(), frameon=False, fontsize=8)
         return svg(figure)
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return the numbers of a comma-separated list (`UsageError` if it is something else)."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}", fix=f"write e.g. {option} 128,256") from None
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the points, the table and the plot.")],
+    presets: Annotated[str, typer.Option(help="Names, separated by commas.")] = "nano,smollm2-135m,smollm2-360m",
+    lengths: Annotated[str, typer.Option(help="Tokens of a window.")] = "128,256,512,1024,2048,4096,8192",
+    batches: Annotated[str, typer.Option(help="Windows of a step.")] = "1",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of a point.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 2,
+    seconds: Annotated[float, typer.Option(help="The time limit of a point.")] = 600.0,
+    memory: Annotated[float, typer.Option(help="The memory limit of a point in GiB; 0 takes what is free.")] = 0.0,
+    data: Annotated[str | None, typer.Option(help="Prepared folder or text; Shakespeare by default.")] = None,
+) -> None:
+    """Measure training against length, batch and size; points that were measured before are not measured again."""
+    show_messages()
+    names = tuple(filter(None, presets.split(",")))
+    sizes = (numbers("--lengths", lengths), numbers("--batches", batches))
+    scaling = Scaling(names, *sizes, tuple(set_ or ()), steps, warmup, seconds, int(memory * 2**30))
+    first = scaling.configurations()[0]
+    with tempfile.TemporaryDirectory(prefix="resmol-scaling-") as name:
+        folder = Path(name)
+        typer.echo(table(measure_all(scaling, folder, prepared_folder(data, first, folder / "data"), out)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,27 @@
+"""The peak memory of this process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory_bytes(status: Path = STATUS) -> int:
+    """Return the largest resident size that this process has had, in bytes.
+
+    Linux counts it for the running program (``VmHWM``). Its ``ru_maxrss`` is no substitute: `exec` keeps the maximum,
+    so a child begins with the size of the parent that started it. It is used only where there is no ``/proc``.
+
+    Args:
+        status: The file to read it from.
+    """
+    with suppress(OSError):
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
