@@ -40,8 +40,8 @@ from trials import (
 
 import resmol.run.async_save
 import resmol.run.ledger
+import resmol.system.host
 import resmol.train.loop
-import resmol.train.parallel
 import resmol.train.start
 from resmol.config.load import load_config, with_overrides
 from resmol.config.run_config import RunConfig, drift_classes, flatten
@@ -391,7 +391,7 @@ def command_elsewhere(fact: str, run: Path, setting: Setting, *arguments: str) -
     elif fact == "torch":
         torch.__version__ = "2.99.0"
     elif fact == "processor":
-        resmol.train.parallel._processor_name = lambda: "another processor"
+        resmol.system.host.processor_name = lambda: "another processor"
     elif fact == "system":
         platform.machine = lambda: "another machine"
     return command(run, setting, *arguments)

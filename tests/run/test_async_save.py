@@ -88,7 +88,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    state = new_state(tiny_config, Runtime(0, 1, torch.device("cpu"), None))
+    state = new_state(tiny_config, Runtime.single())
     for parameter in state.model.parameters():
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}

@@ -17,7 +17,7 @@ from resmol.train.build import make_loader
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
 
-RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
+RUNTIME = Runtime.single()
 
 
 def test_loss_and_bits_per_byte(tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer) -> None:

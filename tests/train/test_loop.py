@@ -27,7 +27,7 @@ from resmol.train.loop import TrainState, accumulate_gradients, is_due, train_st
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, open_runtime
 
-RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
+RUNTIME = Runtime.single()
 GOLDEN = Path(__file__).with_name("three_steps.json")
 
 

@@ -22,6 +22,7 @@ from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted
 from resmol.run.checkpoint_manifest import read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.system import host
 from resmol.train import loop as module
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 
@@ -257,11 +258,9 @@ def test_going_to_another_machine_and_back_before_the_first_save_compares_nothin
 ) -> None:
     """Each machine has bits of its own; a record of the second one must not be held against the first."""
 
-    from resmol.train import parallel as distributed
-
-    genuine, here = module.train_step, distributed._processor_name()
+    genuine, here = module.train_step, host.processor_name()
     for processor, shift in ((here, 0.0), ("another", 1e-3), (here, 0.0)):
-        monkeypatch.setattr(distributed, "_processor_name", lambda name=processor: name)
+        monkeypatch.setattr(host, "processor_name", lambda name=processor: name)
         monkeypatch.setattr(
             module, "train_step", lambda *args, by=shift: (lambda loss, norm: (loss + by, norm))(*genuine(*args))
         )

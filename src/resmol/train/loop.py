@@ -37,7 +37,7 @@ from resmol.train.parallel import Runtime
 
 # A re-executed step must give these again, bit for bit.
 REPRODUCIBLE_FIELDS = ("loss_bits", "grad_norm_bits", "lr", "tokens", "windows")
-SLOWNESS_STEPS = 10  # over which the work of several processes is compared
+STRAGGLER_STEPS = 10  # the work of the ranks is compared every so many steps
 
 
 @dataclass
@@ -84,14 +84,14 @@ def train(state: TrainState, session: Session) -> None:
     while state.step < config.train.steps:
         started = time.perf_counter()
         step = state.step + 1
-        runtime.begin(f"step {step}")
+        runtime.set_phase(f"step {step}")
         batches = list(session.loader.micro_batches(step, runtime.rank, runtime.world_size))
         loss, grad_norm = train_step(state, batches, session.loader.step_tokens(step), config, runtime)
         seconds = time.perf_counter() - started
 
         record_step(state, session, loss, grad_norm, seconds)
         spike = notice_spike(state, session, loss)
-        notice_slow_process(state, session, seconds)
+        record_straggler(state, session, seconds)
         stopping = runtime.any_rank(session.stop.requested)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
@@ -212,21 +212,21 @@ def notice_spike(state: TrainState, session: Session, loss: float) -> bool:
     return spike
 
 
-def notice_slow_process(state: TrainState, session: Session, seconds: float) -> None:
-    """Record which of several processes the others wait for; looked at every few steps."""
-    siblings = session.runtime.siblings
-    if siblings is None:
+def record_straggler(state: TrainState, session: Session, seconds: float) -> None:
+    """Record the rank that the others wait for, if there is one; the ranks are compared every few steps."""
+    monitor = session.runtime.monitor
+    if monitor is None:
         return
-    siblings.count_work(seconds)
-    if state.step % SLOWNESS_STEPS == 0 and (slow := siblings.slowest(session.runtime.device)):
-        session.journal.write("warn", what="slow process", step=state.step, reason=slow)
+    monitor.count_work(seconds)
+    if state.step % STRAGGLER_STEPS == 0 and (reason := monitor.straggler(session.runtime.device)):
+        session.journal.write("warn", what="straggler", step=state.step, reason=reason)
 
 
 def record_evaluation(state: TrainState, session: Session) -> None:
     """Measure the held-out loss, without compiled code, so that it does not depend on how training computes."""
     if session.held_out is None:
         return
-    session.runtime.begin(f"the evaluation after step {state.step}")
+    session.runtime.set_phase(f"evaluation after step {state.step}")
     started = time.perf_counter()
     config = session.config
     batches = session.held_out.sequential(config.batch.micro_batch_size, config.evaluation.windows or None)
@@ -246,7 +246,7 @@ def record_evaluation(state: TrainState, session: Session) -> None:
 
 def record_sample(state: TrainState, session: Session) -> None:
     """Let the model speak; its own random generator keeps this from touching anything else."""
-    session.runtime.begin(f"the sample after step {state.step}")
+    session.runtime.set_phase(f"sample after step {state.step}")
     wish = session.config.sampling
     sampling = SamplingParams(wish.max_new_tokens, wish.temperature, wish.top_k, wish.top_p, wish.seed)
     prompt = session.tokenizer.encode(wish.prompt)[-(state.model.config.max_position_embeddings - 1) :]
@@ -261,9 +261,9 @@ def save(state: TrainState, session: Session, *, permanent: bool = False, wait: 
 
     Only the main process writes.
     """
-    if not session.runtime.is_main:
+    if not session.runtime.is_rank_zero:
         return
-    session.runtime.begin(f"the save of step {state.step}")
+    session.runtime.set_phase(f"checkpoint of step {state.step}")
     saved = SavedState(
         step=state.step,
         tokens_seen=state.tokens_seen,
