@@ -273,7 +273,12 @@ def record_evaluation(state: TrainState, session: Session) -> None:
 
 
 def record_sample(state: TrainState, session: Session) -> None:
-    """Sample from the model; the sample has a random generator of its own, so that training's is not touched."""
+    """Sample from the model, on rank 0 alone; the other ranks go on and wait for it in the next step's all-reduce.
+
+    The sample has a random generator of its own, so that training's is not touched.
+    """
+    if not session.runtime.is_rank_zero:
+        return
     session.runtime.set_phase(f"sample after step {state.step}")
     wanted = session.config.sampling
     sampling = SamplingParams(wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.top_p, wanted.seed)
