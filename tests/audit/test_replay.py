@@ -38,8 +38,8 @@ def run(finished: Path, train_tiny: TrainTiny, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def replayed(run: RunDir, wish: ReplayOptions = ALL) -> list[Check]:
-    return [check for check in audit(run, wish=wish) if check.name.startswith("replay")]
+def replayed(run: RunDir, options: ReplayOptions = ALL) -> list[Check]:
+    return [check for check in audit(run, replay_options=options) if check.name.startswith("replay")]
 
 
 def test_every_segment_of_an_honest_run_is_met(run: RunDir) -> None:
@@ -111,7 +111,7 @@ def test_without_the_tokens_nothing_is_claimed(run: RunDir) -> None:
 
 
 def test_a_certificate_says_what_was_seen_and_expires_with_the_next_line(run: RunDir, train_tiny: TrainTiny) -> None:
-    write_certificate(run, audit(run, strict=True, wish=ALL))
+    write_certificate(run, audit(run, strict=True, replay_options=ALL))
     content: dict[str, Any] = json.loads(run.certificate.read_text(encoding="utf-8"))
     assert content["ledger"]["head"] == read_ledger(run.ledger).head
     assert (content["steps"], content["survived"]["restarts"]) == (25, 1)

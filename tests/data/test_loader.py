@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from resmol.data.loader import IGNORE_INDEX, Loader
+from resmol.data.loader import IGNORE_INDEX, Batches, Loader
 from resmol.data.shards import Shard, TokenStream
 from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
@@ -83,13 +83,14 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
     step = 0
     while len(windows) < 2 * loader.n_windows:
         step += 1
-        batches = list(loader.micro_batches(step))
+        found = loader.step(step)
+        batches = list(found.batches)
         assert [window for batch in batches for window in batch.window_ids] == loader.step_windows(step).tolist()
-        assert loader.step_tokens(step) == sum(batch.tokens for batch in batches)
+        assert found.tokens == sum(batch.tokens for batch in batches)
         for batch in batches:
             windows += batch.window_ids
             targets += [tuple(row[row != IGNORE_INDEX].tolist()) for row in batch.targets]
-        assert loader.epoch_of(step) == step * per_step / loader.n_windows
+        assert found.epoch == step * per_step / loader.n_windows
     for epoch in range(2):
         part = slice(epoch * loader.n_windows, (epoch + 1) * loader.n_windows)
         assert sorted(windows[part]) == list(range(loader.n_windows))
@@ -103,23 +104,23 @@ def test_steps_continue_across_the_border_of_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_processes_share_a_step_without_overlap(tmp_path, world_size):
+def test_ranks_share_a_step_without_overlap(tmp_path, world_size):
     loader = loader_of(stream_of(tmp_path, range(1, 500)))
     for step in (1, 2, 7, 8, 9, 100):
-        together = [
-            window
-            for rank in range(world_size)
-            for batch in loader.micro_batches(step, rank, world_size)
-            for window in batch.window_ids
-        ]
+        shares = [loader.step(step, rank, world_size) for rank in range(world_size)]
+        together = [window for share in shares for batch in share.batches for window in batch.window_ids]
         assert together == loader.step_windows(step).tolist()
+        alone = loader.step(step)
+        assert {(share.tokens, share.window_digest, share.epoch) for share in shares} == {
+            (alone.tokens, alone.window_digest, alone.epoch)
+        }
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (0, 8), (2, 2), (-1, 2), (0, 0)])
-def test_processes_that_cannot_share_are_refused(tmp_path, rank, world_size):
+def test_ranks_that_cannot_share_are_refused(tmp_path, rank, world_size):
     loader = loader_of(stream_of(tmp_path, range(1, 500)))
     with pytest.raises(ConfigError):
-        next(loader.micro_batches(1, rank, world_size))
+        loader.step(1, rank, world_size)
 
 
 def test_the_order_does_not_depend_on_how_a_step_is_cut(tmp_path):
@@ -127,16 +128,35 @@ def test_the_order_does_not_depend_on_how_a_step_is_cut(tmp_path):
     one = loader_of(stream, micro_batch_size=8, grad_accum_steps=1)
     other = loader_of(stream, micro_batch_size=1, grad_accum_steps=8)
     for step in (1, 5, 50):
-        assert one.window_digest(step) == other.window_digest(step)
+        assert one.step(step).window_digest == other.step(step).window_digest
 
 
 def test_the_digest_names_the_windows(tmp_path):
     stream = stream_of(tmp_path, range(1, 500))
     loader = loader_of(stream)
     ids = loader.step_windows(3)
-    assert loader.window_digest(3) == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
-    assert len({loader.window_digest(step) for step in range(1, 100)}) == 99
-    assert loader_of(stream, seed=2).window_digest(3) != loader.window_digest(3)
+    assert loader.step(3).window_digest == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
+    assert len({loader.step(step).window_digest for step in range(1, 100)}) == 99
+    assert loader_of(stream, seed=2).step(3).window_digest != loader.step(3).window_digest
+
+
+def test_the_facts_of_a_step_are_computed_once(tmp_path, monkeypatch):
+    loader, calls, windows = loader_of(stream_of(tmp_path, range(1, 500))), [], WindowShuffle.windows
+    monkeypatch.setattr(WindowShuffle, "windows", lambda self, places: calls.append(1) or windows(self, places))
+    step = loader.step(2)
+    first, again = [[batch.window_ids for batch in step.batches] for _ in range(2)]
+    assert (first, len(first)) == (again, 4), "a step that is computed again reads the same"
+    assert len(calls) == 1
+
+
+def test_batches_are_read_when_they_are_asked_for(tmp_path):
+    loader, reads = loader_of(stream_of(tmp_path, range(1, 500))), []
+    assert isinstance(loader.step(1).batches, Batches)
+    batches = Batches(lambda windows: reads.append(windows) or loader._batch(windows), [[4, 2], [7], [3]])
+    assert (len(batches), len(batches[::2]), reads) == (3, 2, [])
+    assert [batch.window_ids for batch in batches[::2]] == [(4, 2), (3,)]
+    assert batches[-1].window_ids == (3,)
+    assert reads == [[4, 2], [3], [3]]
 
 
 # Documents
@@ -162,13 +182,13 @@ def test_document_ids_count_the_ends_before(tmp_path):
 )
 def test_document_ids_are_left_out_where_plain_attention_is_the_same(tmp_path, tokens, needed):
     stream = stream_of(tmp_path, tokens)
-    assert (next(loader_of(stream).sequential(1)).document_ids is not None) == needed
-    assert next(loader_of(stream, document_mask=False).sequential(1)).document_ids is None
+    assert (loader_of(stream).sequential(1)[0].document_ids is not None) == needed
+    assert loader_of(stream, document_mask=False).sequential(1)[0].document_ids is None
 
 
 def test_real_documents_are_separated(tiny_dataset, tiny_tokenizer):
     loader = loader_of(tiny_dataset.train, seq_len=64)
-    for batch in loader.micro_batches(1):
+    for batch in loader.step(1).batches:
         borders = batch.input_ids == tiny_tokenizer.eos_id
         if batch.document_ids is not None:
             steps = batch.document_ids.diff(dim=1)

@@ -52,7 +52,7 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
-from resmol.train.loop import Session, TrainState, record_step, save
+from resmol.train.loop import Session, StepResult, TrainState, record_step, save
 from resmol.train.start import Launch, launch
 
 Script = Callable[[TrainState, Session], None]
@@ -111,8 +111,13 @@ def go_to(state: TrainState, session: Session, step: int) -> None:
     """Make up the steps up to ``step``, recorded as real ones are."""
     while state.step < step:
         state.step += 1
-        state.tokens_seen += session.loader.step_tokens(state.step)
-        record_step(state, session, loss=1 / state.step, grad_norm=1.0, seconds=0.1)
+        batch = session.loader.step(state.step)
+        state.tokens_seen += batch.tokens
+        result = StepResult(
+            step=state.step, loss=1 / state.step, grad_norm=1.0, lr=0.01, tokens=batch.tokens,
+            tokens_seen=state.tokens_seen, windows=batch.window_digest, epoch=batch.epoch,
+        )  # fmt: skip
+        record_step(session, result, seconds=0.1)
     for parameter in state.model.parameters():
         if not state.optimizer.state[parameter]:
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def train_with_a_spike(run: Path, setting: Setting, step: int, stop: int) -> int
     """Train to ``stop``; the recorded loss of one step is a thousand times what it is."""
     genuine = train.train_step
 
-    def jumping(state: Any, *rest: Any) -> tuple[float, float]:
-        loss, norm = genuine(state, *rest)
-        return (loss * 1000 if state.step == step else loss), norm
+    def jumping(state: Any, *rest: Any) -> train.StepResult:
+        result = genuine(state, *rest)
+        return dataclasses.replace(result, loss=result.loss * 1000) if state.step == step else result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", jumping)

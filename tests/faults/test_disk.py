@@ -399,9 +399,9 @@ def take_away(what: str, run: Path, setting: Setting) -> int:
     """Train; in the middle of it somebody moves the run away, deletes it, or puts another one in its place."""
     real = resmol.train.loop.record_step
 
-    def record(state: Any, session: Any, *arguments: Any) -> None:
-        real(state, session, *arguments)
-        if state.step == 12:
+    def record(session: Any, result: Any, seconds: float) -> None:
+        real(session, result, seconds)
+        if result.step == 12:
             session.saver.settle(wait=True)
             run.rename(run.with_name("moved"))
             if what == "deleted":

@@ -264,15 +264,15 @@ def die_after_step(step: int, trace: Path, run: Path, setting: Setting, *overrid
     """Train; write down which windows the model is given; be killed after a step (never, where it is 0)."""
     real_step, real_record = resmol.train.loop.train_step, resmol.train.loop.record_step
 
-    def trace_step(state: Any, batches: Any, *arguments: Any) -> Any:
-        ids = " ".join(str(window) for batch in batches for window in batch.window_ids)
+    def trace_step(state: Any, step_batch: Any, *arguments: Any) -> Any:
+        ids = " ".join(str(window) for batch in step_batch.batches for window in batch.window_ids)
         with trace.open("a") as file:
             file.write(f"{state.step + 1} {ids}\n")
-        return real_step(state, batches, *arguments)
+        return real_step(state, step_batch, *arguments)
 
-    def record_and_die(state: Any, *arguments: Any) -> None:
-        real_record(state, *arguments)
-        if state.step == step:
+    def record_and_die(session: Any, result: Any, seconds: float) -> None:
+        real_record(session, result, seconds)
+        if result.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     resmol.train.loop.train_step, resmol.train.loop.record_step = trace_step, record_and_die

@@ -1,4 +1,4 @@
-"""Rows W1 to W4: several processes train one run, and one of them dies, freezes, is slow, or works on something else.
+"""Rows W1 to W4: two ranks train one run, and one of them dies, freezes, is slow, or works on something else.
 
 The processes are children of the fork server that think torchrun had started them; their store is in the test. What
 torchrun does when one of its processes ends with an error, ending the others, is tried once, with the real one.
@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from campaign import Campaign
-from test_distributed import torchrun_words
+from test_parallel import torchrun_words
 from test_processes import goes_on, reached, records_of, set_all
 from trials import (
     INTERVAL,
@@ -45,7 +45,7 @@ from resmol.run.ledger import select
 
 PATIENCE = 60  # runtime.collective_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
-LOST = r"process (\d) is gone or frozen \(last at (.*)\)"
+LOST = r"rank (\d) died or froze \(last phase: (.*)\)"
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +163,12 @@ FAULTS = {
 
 
 def lost(run: Path, survivor: int, code: int, seconds: float, limit: float) -> list[str]:
-    """Look at the process that lost its sibling: its exit code, whom it names and how long it took."""
+    """Look at the rank that lost the other: its exit code, which rank it names, and how long it took."""
     text = error_file(run, survivor).read_text(encoding="utf-8")
     found = [] if code == 1 else [f"exit code {code}: {text.strip()}"]
     named = re.search(LOST, text)
     if named is None or named[1] != str(1 - survivor):
-        found.append(f"process {1 - survivor} is not named: {text.strip()}")
+        found.append(f"rank {1 - survivor} is not named: {text.strip()}")
     return found + ([] if seconds <= limit else [f"noticed after {seconds:.1f} s"])
 
 
@@ -185,8 +185,8 @@ def lose(
         if code == 0:
             return None
         found = lost(run, 1 - rank, code, seconds, limit)
-        if rank == 1 and not any("lost each other" in str(w["what"]) for w in select(records_of(run), "warn")):
-            found.append("the ledger does not say it")
+        if rank == 1 and not any(w["what"] == "a collective failed" for w in select(records_of(run), "warn")):
+            found.append("the ledger does not record it")
         return found, seconds
 
 
@@ -242,7 +242,7 @@ def test_w2_one_of_two_freezes(
 def test_w2s_one_of_two_is_slow(
     campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
 ) -> None:
-    """A process ten times as slow as its sibling is named in the ledger, and nothing else changes."""
+    """A rank ten times as slow as the other is recorded as a straggler, and nothing else changes."""
     problems = []
     for rank in (0, 1):
         run = tmp_path / f"run-{rank}"
@@ -250,9 +250,9 @@ def test_w2s_one_of_two_is_slow(
             forks, run, setting, "--steps", "10", faults=("slow" * (rank == 0), "slow" * (rank == 1))
         ) as two:
             codes = [finish(process) for process in two]
-        reasons = [str(w["reason"]) for w in select(records_of(run), "warn") if w["what"] == "slow process"]
+        reasons = [str(w["reason"]) for w in select(records_of(run), "warn") if w["what"] == "straggler"]
         found = [] if codes == [0, 0] else [f"exit codes {codes}"]
-        found += [] if [reason[:9] for reason in reasons] == [f"process {rank}"] else [f"recorded: {reasons}"]
+        found += [] if [reason[:6] for reason in reasons] == [f"rank {rank}"] else [f"recorded: {reasons}"]
         found += shared_oracle.differences(run)
         problems += [f"process {rank}: {'; '.join(found)}"] if found else []
     campaign.record(
@@ -294,7 +294,7 @@ def test_w4_processes_that_work_on_different_things(
             codes = [finish(process) for process in started]
         texts = [error_file(run, one).read_text(encoding="utf-8") for one in (0, 1)]
         found = [] if codes == [2, 2] else [f"exit codes {codes}: {texts}"]
-        found += [text for text in texts if f"process 1 has another {what} than process 0" not in text]
+        found += [text for text in texts if f"rank 1 has a different {what} from rank 0" not in text]
         found += [f"step {reached(run)} was executed"] if reached(run) else []
         problems += [f"{what} of process {rank}: {'; '.join(found)}"] if found else []
     campaign.record(

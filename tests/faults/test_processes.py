@@ -41,8 +41,8 @@ from waiting import HANGS
 
 import resmol.run.async_save
 import resmol.run.ledger
+import resmol.system.host
 import resmol.train.loop
-import resmol.train.parallel
 import resmol.train.start
 from resmol.config.load import load_config, with_overrides
 from resmol.config.run_config import RunConfig, drift_classes, flatten
@@ -86,9 +86,9 @@ def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
     """Train; be killed once a step is recorded and no save is on its way: no timing decides where it goes on."""
     real = resmol.train.loop.record_step
 
-    def record_and_die(state: Any, session: Any, *values: Any) -> None:
-        real(state, session, *values)
-        if state.step == step:
+    def record_and_die(session: Any, result: Any, seconds: float) -> None:
+        real(session, result, seconds)
+        if result.step == step:
             session.saver.settle(wait=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -392,7 +392,7 @@ def command_elsewhere(fact: str, run: Path, setting: Setting, *arguments: str) -
     elif fact == "torch":
         torch.__version__ = "2.99.0"
     elif fact == "processor":
-        resmol.train.parallel._processor_name = lambda: "another processor"
+        resmol.system.host.processor_name = lambda: "another processor"
     elif fact == "system":
         platform.machine = lambda: "another machine"
     return command(run, setting, *arguments)
@@ -613,14 +613,14 @@ def command_into_full_pipe(pipe: Path, run: Path, setting: Setting, *arguments: 
     descriptor = os.open(pipe, os.O_WRONLY)
     real = resmol.train.loop.record_step
 
-    def fill(state: Any, *others: Any) -> None:
-        if state.step == 2:
+    def fill(session: Any, result: Any, seconds: float) -> None:
+        if result.step == 2:
             os.set_blocking(descriptor, False)
             with contextlib.suppress(BlockingIOError):
                 while True:
                     os.write(descriptor, b".")
             os.set_blocking(descriptor, True)
-        real(state, *others)
+        real(session, result, seconds)
 
     resmol.train.loop.record_step = fill
     os.dup2(descriptor, 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
@@ -16,7 +15,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
 
-RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
+RUNTIME = Runtime.single()
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def reference_step(bench: Bench, step: int) -> tuple[float, dict[str, Tensor], i
 
 def step_guard(bench: Bench) -> set[str]:
     """Compare loss and gradients of a step of unequal micro-batches with transformers, on one process and on two."""
-    step = next(s for s in range(1, 40) if make_loader(bench.config, bench.short_data.train).step_tokens(s) != 64)
+    step = next(s for s in range(1, 40) if make_loader(bench.config, bench.short_data.train).step(s).tokens != 64)
     loss, gradients, tokens = reference_step(bench, step)
     found = set()
     for micro, world in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 2)):
@@ -81,7 +81,7 @@ def _on_processes(state: Any, loader: Loader, step: int, config: Any, world: int
             patch.setattr(distributed.dist, "all_reduce", all_reduce)
             state.optimizer.zero_grad(set_to_none=True)
             runtime = Runtime(rank, world, RUNTIME.device, None)
-            batches = list(loader.micro_batches(step, rank, world))
+            batches = loader.step(step, rank, world).batches
             total = train.accumulate_gradients(state.model, batches, config, runtime)
             others.append(computed)
     return float(total)
@@ -217,7 +217,7 @@ def zero_guard(bench: Bench) -> set[str]:
     if (bench.config.model.bos_token_id, bench.config.model.eos_token_id, bench.tokenizer.eos_id) != (0, 0, 0):
         found.add("configuration with bos = eos = 0")
     loader = make_loader(bench.config, bench.short_data.train)
-    batches = [batch for step in range(1, 10) for batch in loader.micro_batches(step)]
+    batches = [batch for step in range(1, 10) for batch in loader.step(step).batches]
     ends = [batch for batch in batches if bool((batch.input_ids[:, :-1] == 0).any())]
     if not ends or any(batch.document_ids is None for batch in ends):
         found.add("documents that end with token 0")
@@ -252,7 +252,7 @@ def figures_guard(bench: Bench) -> set[str]:
     records = effective_steps(read_ledger(bench.folder / "figures" / "ledger.jsonl").records)
     found = {"seconds of a step"} if {record["seconds"] for record in records.values()} != {0.0} else set()
     model, losses = new_state(bench.config, RUNTIME).model, []
-    for batch in make_loader(bench.config, bench.data.train).micro_batches(1):
+    for batch in make_loader(bench.config, bench.data.train).step(1).batches:
         logits = model(batch.input_ids, batch.document_ids).flatten(0, 1).detach()
         losses.append(F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"))
     mean = float(torch.cat(losses).sum()) / sum(int((loss != 0).sum()) for loss in losses)
@@ -270,10 +270,10 @@ def _after_1000_seconds(now: list[float], genuine: Any) -> Any:
 def since_the_last_step(patch: pytest.MonkeyPatch) -> None:
     genuine, last = train.record_step, [0.0]
 
-    def record(state: Any, session: Any, loss: float, grad_norm: float, _seconds: float) -> None:
+    def record(session: Any, result: Any, _seconds: float) -> None:
         now = train.time.perf_counter()
         seconds, last[0] = now - last[0], now
-        genuine(state, session, loss, grad_norm, seconds)
+        genuine(session, result, seconds)
 
     patch.setattr(train, "record_step", record)
 

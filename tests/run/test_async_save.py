@@ -88,7 +88,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    state = new_state(tiny_config, Runtime(0, 1, torch.device("cpu"), None))
+    state = new_state(tiny_config, Runtime.single())
     for parameter in state.model.parameters():
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
@@ -402,7 +402,7 @@ def test_whoever_reads_the_record_copes_with_late_saves(
     }
     assert all(before[step] >= min(step + 2, 13 if step <= 13 else 20) for step in before), before
     assert set(before) == {5, 7, 10, 13, 15, 20}
-    checks = audit(run, strict=True, wish=ReplayOptions(count=3))
+    checks = audit(run, strict=True, replay_options=ReplayOptions(count=3))
     assert all_passed(checks), [check for check in checks if not check.passed]
     assert "restarts" in Path(write_certificate(run, checks)).read_text(encoding="utf-8")
     assert "step-00000007" in write_report(run).read_text(encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from contextlib import suppress
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from resmol.train.build import make_loader
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
 
-RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
+RUNTIME = Runtime.single()
 
 
 def test_loss_and_bits_per_byte(tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer) -> None:
@@ -68,6 +70,37 @@ def test_mode_and_gradients_stay(
     assert model.training is training
     assert torch.is_grad_enabled()
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 9])
+def test_ranks_share_the_batches_and_get_the_bits_of_one(
+    tiny_config: RunConfig,
+    tiny_dataset: Dataset,
+    tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    world_size: int,
+) -> None:
+    """The ranks run one after the other, twice: up to the all-reduce, and with the result that it then has."""
+    model, lengths = CausalLM(tiny_config.model), tiny_tokenizer.byte_lengths()
+    model.init_weights(1)
+    batches = make_loader(tiny_config, tiny_dataset.val).sequential(2, 11)
+    alone = evaluate(model, batches, lengths, RUNTIME)
+    ranks = [Runtime(rank, world_size, torch.device("cpu"), None) for rank in range(world_size)]
+    parts: list[torch.Tensor] = []
+    forwards: Counter[int] = Counter()
+
+    def stop(runtime: Runtime, tensors: list[torch.Tensor]) -> None:
+        parts.extend(tensors)
+        raise InterruptedError
+
+    monkeypatch.setattr(Runtime, "all_reduce_sum", stop)
+    for runtime in ranks:
+        hook = model.model.register_forward_hook(lambda *_, rank=runtime.rank: forwards.update([rank]))
+        with hook, suppress(InterruptedError):
+            evaluate(model, batches, lengths, runtime)
+    assert (forwards.total(), max(forwards.values())) == (len(batches), math.ceil(len(batches) / world_size))
+    monkeypatch.setattr(Runtime, "all_reduce_sum", lambda _, tensors: tensors[0].copy_(torch.stack(parts).sum(0)))
+    assert [evaluate(model, batches, lengths, runtime) for runtime in ranks] == [alone] * world_size
 
 
 def test_nothing_to_evaluate(tiny_config: RunConfig, tiny_tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import IGNORE_INDEX, Batch, Loader
+from resmol.data.loader import IGNORE_INDEX, Batch, StepBatch
 from resmol.data.shards import Dataset
 from resmol.errors import DataError, DiskFull, NonFiniteError
 from resmol.run import async_save as saving
@@ -23,16 +24,19 @@ from resmol.run.checkpoint_manifest import load_state
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.train import loop as module
 from resmol.train.build import make_loader, new_state
-from resmol.train.loop import TrainState, accumulate_gradients, is_due, train_step
+from resmol.train.loop import (
+    REPRODUCIBLE_FIELDS,
+    TrainState,
+    accumulate_gradients,
+    first_difference,
+    is_due,
+    train_step,
+)
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, open_runtime
 
-RUNTIME = Runtime(0, 1, torch.device("cpu"), None)
+RUNTIME = Runtime.single()
 GOLDEN = Path(__file__).with_name("three_steps.json")
-
-
-def batches_of(loader: Loader, step: int) -> list[Batch]:
-    return list(loader.micro_batches(step))
 
 
 def gradients(state: TrainState) -> dict[str, torch.Tensor]:
@@ -44,7 +48,7 @@ def test_accumulation_is_one_large_batch(tiny_config: RunConfig, tiny_dataset: D
     for micro in (1, 2, 4):
         config = with_overrides(tiny_config, [f"batch.micro_batch_size={micro}"])
         state = new_state(config, RUNTIME)
-        batches = batches_of(make_loader(config, tiny_dataset.train), 3)
+        batches = make_loader(config, tiny_dataset.train).step(3).batches
         assert len({window for batch in batches for window in batch.window_ids}) == 4, "no window twice"
         loss = accumulate_gradients(state.model, batches, config, RUNTIME)
         found.append((float(loss), gradients(state)))
@@ -77,7 +81,7 @@ def test_two_threads_give_the_same_bits_each_time(tiny_config: RunConfig) -> Non
 
 def test_unequal_micro_batches_are_weighted_by_tokens(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
     """Against transformers: one mean over all tokens of the step, not a mean of the micro-batches' means."""
-    batches = batches_of(make_loader(tiny_config, tiny_dataset.train), 1)
+    batches = make_loader(tiny_config, tiny_dataset.train).step(1).batches
     targets = batches[0].targets.clone()
     targets[:, 3:] = IGNORE_INDEX
     short = Batch(batches[0].input_ids, targets, None, batches[0].window_ids, int((targets != IGNORE_INDEX).sum()))
@@ -103,7 +107,7 @@ def test_loss_is_that_of_the_next_token(tiny_config: RunConfig, tiny_dataset: Da
     reference = LlamaForCausalLM(LlamaConfig(**tiny_config.model.to_hf()))
     reference.load_state_dict(state.model.state_dict(), strict=True)
     config = with_overrides(tiny_config, ["data.document_mask=false"])
-    batch = batches_of(make_loader(config, tiny_dataset.train), 1)[0]
+    batch = make_loader(config, tiny_dataset.train).step(1).batches[0]
     whole = torch.cat([batch.input_ids, batch.targets[:, -1:]], dim=1)
     expected = reference(whole, labels=whole).loss
     found = accumulate_gradients(state.model, [batch], config, RUNTIME) / batch.tokens
@@ -113,7 +117,7 @@ def test_loss_is_that_of_the_next_token(tiny_config: RunConfig, tiny_dataset: Da
 def test_documents_do_not_see_each_other(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
     """With the mask, the hidden states after an end-of-document token do not depend on what came before it."""
     loader = make_loader(tiny_config, tiny_dataset.train)
-    batch = next(b for step in range(1, 200) for b in batches_of(loader, step) if b.document_ids is not None)
+    batch = next(b for step in range(1, 200) for b in loader.step(step).batches if b.document_ids is not None)
     row = next(i for i, ids in enumerate(batch.document_ids) if ids.max() > 0)
     border = int((batch.document_ids[row] == 0).sum())
     model = new_state(tiny_config, RUNTIME).model
@@ -126,6 +130,31 @@ def test_documents_do_not_see_each_other(tiny_config: RunConfig, tiny_dataset: D
         )
     assert torch.equal(before[row, border:], after[row, border:])
     assert not torch.equal(before[row, :border], after[row, :border])
+
+
+def test_the_record_of_a_step_is_what_the_step_returns(
+    tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset
+) -> None:
+    train_tiny(tmp_path / "run", 2)
+    records = effective_steps(read_ledger(tmp_path / "run" / "ledger.jsonl").records)
+    state, loader = new_state(tiny_config, RUNTIME), make_loader(tiny_config, tiny_dataset.train)
+    for step in (1, 2):
+        result = train_step(state, loader.step(step), tiny_config, RUNTIME).to_record()
+        assert records[step].items() >= result.items()
+        assert set(REPRODUCIBLE_FIELDS) < set(result)
+        assert records[step].keys() - result.keys() == {"seconds", "seq", "prev", "time", "kind"}
+    assert result["tokens_seen"] == records[1]["tokens"] + records[2]["tokens"]
+
+
+def test_the_first_difference_is_the_one_that_the_others_follow_from(
+    tiny_config: RunConfig, tiny_dataset: Dataset
+) -> None:
+    loader = make_loader(tiny_config, tiny_dataset.train)
+    result = train_step(new_state(tiny_config, RUNTIME), loader.step(1), tiny_config, RUNTIME)
+    changed = dataclasses.replace(result, loss=1.5, windows="other")
+    assert first_difference(result.to_record(), changed.to_record()) == "windows"
+    assert first_difference(result.to_record(), dataclasses.replace(result, loss=1.5).to_record()) == "loss_bits"
+    assert first_difference(result.to_record(), result.to_record()) is None
 
 
 def test_learning_rate_logged_is_the_closed_form(tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig) -> None:
@@ -145,7 +174,7 @@ def test_loss_of_the_step_is_the_mean_over_its_tokens(
     record = effective_steps(read_ledger(tmp_path / "run" / "ledger.jsonl").records)[1]
     model = new_state(tiny_config, RUNTIME).model
     total = tokens = 0.0
-    for batch in batches_of(make_loader(tiny_config, tiny_dataset.train), 1):
+    for batch in make_loader(tiny_config, tiny_dataset.train).step(1).batches:
         logits = model(batch.input_ids, batch.document_ids)
         loss = F.cross_entropy(
             logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -183,21 +212,31 @@ def test_evaluation_and_sampling_change_nothing(tmp_path: Path, train_tiny: Trai
     assert found[0] == found[1]
 
 
+def test_a_rank_other_than_0_evaluates_but_neither_samples_nor_saves(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "is_rank_zero", False)
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("a sample"))
+    train_tiny(tmp_path / "run", 4, "evaluation.every=2", "sampling.every=2", "checkpoint.every=2")
+    kinds = [record["kind"] for record in read_ledger(tmp_path / "run" / "ledger.jsonl").records]
+    assert kinds == ["start", "step", "step", "eval", "step", "step", "eval", "stop"]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_loss_leaves_everything_as_it_was(
     tiny_config: RunConfig, tiny_dataset: Dataset, bad: float, monkeypatch: Any
 ) -> None:
     state = new_state(tiny_config, RUNTIME)
     loader = make_loader(tiny_config, tiny_dataset.train)
-    train_step(state, batches_of(loader, 1), loader.step_tokens(1), tiny_config, RUNTIME)
+    first = train_step(state, loader.step(1), tiny_config, RUNTIME)
     weights = {name: t.clone() for name, t in state.model.state_dict().items()}
     moments = [state.optimizer.state[p]["exp_avg_sq"].clone() for p in state.model.parameters()]
     genuine = module.cross_entropy_sum
     monkeypatch.setattr(module, "cross_entropy_sum", lambda *a: genuine(*a) * bad)
     with pytest.raises(NonFiniteError, match=r"step 2 .*windows") as stopped:
-        train_step(state, batches_of(loader, 2), loader.step_tokens(2), tiny_config, RUNTIME)
+        train_step(state, loader.step(2), tiny_config, RUNTIME)
     assert stopped.value.exit_code == 70
-    assert (state.step, state.tokens_seen) == (1, loader.step_tokens(1))
+    assert (state.step, state.tokens_seen) == (1, first.tokens)
     assert all(torch.equal(t, weights[name]) for name, t in state.model.state_dict().items())
     assert all(
         torch.equal(state.optimizer.state[p]["exp_avg_sq"], m)
@@ -219,7 +258,7 @@ def test_a_fault_that_does_not_come_twice_is_survived(
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "cross_entropy_sum", flaky)
-            results.append(train_step(state, batches_of(loader, 1), loader.step_tokens(1), tiny_config, RUNTIME))
+            results.append(train_step(state, loader.step(1), tiny_config, RUNTIME))
     assert results[0] == results[1]
 
 
@@ -278,9 +317,8 @@ def test_three_steps_give_the_golden_numbers(tiny_config: RunConfig) -> None:
     for step in range(1, 4):
         ids = (torch.arange(4 * 17).reshape(4, 17) * 7919 * step) % 512
         batches = [Batch(rows[:, :-1], rows[:, 1:], None, (0, 1), 32) for rows in ids.split(2)]
-        found.append(
-            dict(zip(("loss", "grad_norm"), train_step(state, batches, 64, tiny_config, RUNTIME), strict=True))
-        )
+        result = train_step(state, StepBatch(batches, 64, "", 0.0), tiny_config, RUNTIME)
+        found.append({"loss": result.loss, "grad_norm": result.grad_norm})
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         pytest.fail("the golden file was missing and has been written; run again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tiny import TrainTiny
 from resmol.errors import CheckFailed
 from resmol.run.ledger import read_ledger, select
 from resmol.train import loop as module
+from resmol.train.loop import StepResult
 from resmol.train.loss_spikes import HISTORY, MIN_HISTORY, append_loss, is_spike
 
 
@@ -42,9 +44,9 @@ def a_bad_batch(monkeypatch: pytest.MonkeyPatch) -> Any:
     def at(step: int) -> None:
         genuine = module.train_step
 
-        def jumping(state: Any, *rest: Any) -> tuple[float, float]:
-            loss, norm = genuine(state, *rest)
-            return (loss * 1000 if state.step == step else loss), norm
+        def jumping(state: Any, *rest: Any) -> StepResult:
+            result = genuine(state, *rest)
+            return dataclasses.replace(result, loss=result.loss * 1000) if state.step == step else result
 
         monkeypatch.setattr(module, "train_step", jumping)
 

@@ -1,4 +1,4 @@
-"""Two gloo processes give the bits of one; `auto` is decided once; the environment holds no secrets."""
+"""Two gloo ranks give the bits of one process, evaluations included; the environment holds no secrets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import ConfigError
-from resmol.run.ledger import read_ledger, select
+from resmol.run.ledger import Kind, Record, read_ledger, select
 from resmol.train.parallel import Runtime, open_runtime
+
+OFTEN = ["evaluation.every=5", "evaluation.windows=7", "sampling.every=5"]  # 4 batches, the last one of one window
 
 
 def torchrun_words(processes: int) -> list[str]:
@@ -48,6 +50,12 @@ def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def outputs(run: Path, kind: Kind) -> list[Record]:
+    """Return the records of a kind, without what differs between equal runs."""
+    records = select(read_ledger(run / "ledger.jsonl").records, kind)
+    return [{key: record[key] for key in record.keys() - {"seconds", "seq", "prev", "time"}} for record in records]
+
+
 def test_one_process_two_and_one_again(
     tmp_path: Path,
     train_tiny: TrainTiny,
@@ -55,11 +63,16 @@ def test_one_process_two_and_one_again(
     tiny_dataset: Dataset,
     tiny_tokenizer: Tokenizer,
 ) -> None:
-    train_tiny(tmp_path / "straight", 15)
-    train_tiny(tmp_path / "run", 5)
-    torchrun(2, tiny_config, tmp_path / "run", tiny_dataset.root, tiny_tokenizer.path, 10)
-    train_tiny(tmp_path / "run", 15)
+    config = with_overrides(tiny_config, OFTEN)
+    train_tiny(tmp_path / "straight", 15, *OFTEN)
+    train_tiny(tmp_path / "run", 5, *OFTEN)
+    torchrun(2, config, tmp_path / "run", tiny_dataset.root, tiny_tokenizer.path, 10)
+    train_tiny(tmp_path / "run", 15, *OFTEN)
     assert_equal_runs(tmp_path / "run", tmp_path / "straight", 15)
+    evaluations = outputs(tmp_path / "run", "eval")
+    assert [record["step"] for record in evaluations] == [5, 10, 15]
+    assert evaluations == outputs(tmp_path / "straight", "eval"), "the last bit of the loss included"
+    assert outputs(tmp_path / "run", "sample") == outputs(tmp_path / "straight", "sample")
     records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
     assert [r["environment"]["world_size"] for r in records if r["kind"] in ("start", "resume")] == [1, 2, 1]
     assert not list(select(records, "warn"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted
 from resmol.run.checkpoint_manifest import read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.system import host
 from resmol.train import loop as module
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 
@@ -204,8 +206,8 @@ def compute_wrongly_at(step: int, monkeypatch: Any) -> None:
     genuine = module.train_step
 
     def faulty(state: Any, *arguments: Any) -> Any:
-        loss, norm = genuine(state, *arguments)
-        return (loss + 1e-3 if state.step == step else loss), norm
+        result = genuine(state, *arguments)
+        return dataclasses.replace(result, loss=result.loss + 1e-3) if state.step == step else result
 
     monkeypatch.setattr(module, "train_step", faulty)
 
@@ -257,14 +259,15 @@ def test_going_to_another_machine_and_back_before_the_first_save_compares_nothin
 ) -> None:
     """Each machine has bits of its own; a record of the second one must not be held against the first."""
 
-    from resmol.train import parallel as distributed
-
-    genuine, here = module.train_step, distributed._processor_name()
+    genuine, here = module.train_step, host.processor_name()
     for processor, shift in ((here, 0.0), ("another", 1e-3), (here, 0.0)):
-        monkeypatch.setattr(distributed, "_processor_name", lambda name=processor: name)
-        monkeypatch.setattr(
-            module, "train_step", lambda *args, by=shift: (lambda loss, norm: (loss + by, norm))(*genuine(*args))
-        )
+
+        def shifted(*arguments: Any, by: float = shift) -> Any:
+            result = genuine(*arguments)
+            return dataclasses.replace(result, loss=result.loss + by)
+
+        monkeypatch.setattr(host, "processor_name", lambda name=processor: name)
+        monkeypatch.setattr(module, "train_step", shifted)
         with pytest.raises(Crash):
             train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(3, die)])
     warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))

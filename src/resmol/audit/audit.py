@@ -1,4 +1,4 @@
-"""Does the record of a run hold together? Chain, continuity, learning rate, data order, checkpoints.
+"""Audit the record of a run: hash chain, continuity, learning rate, data order, checkpoints.
 
 An audit reads; it never repairs, and nothing that it finds is a reason to delete anything.
 """
@@ -31,30 +31,30 @@ from resmol.run.ledger import (
     select,
 )
 from resmol.train.build import make_loader
-from resmol.train.loop import REPRODUCIBLE_FIELDS
+from resmol.train.loop import REPRODUCIBLE_FIELDS, first_difference
 from resmol.train.lr_schedule import lr_at
 
 logger = logging.getLogger(__name__)
 
-FIELDS = {  # that are read here, of each kind
+FIELDS = {  # the fields of each kind of record that an audit reads
     "start": ("data_fingerprint", "config_sha256", "environment"),
-    "step": ("loss", "grad_norm", "lr", "tokens", "tokens_seen", "windows", "seconds", *REPRODUCIBLE_FIELDS),
+    "step": ("loss", "grad_norm", "tokens_seen", "seconds", *REPRODUCIBLE_FIELDS),
     "save": ("permanent",),
     "resume": ("step", "next_step", "checkpoint", "manifest_sha256", "config_sha256", "environment"),
     "drift": ("changes",),
 }
 
 
-def audit(run: RunDir, *, strict: bool = False, wish: ReplayOptions | None = None) -> list[Check]:
+def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | None = None) -> list[Check]:
     """Check a run directory.
 
     Args:
         run: The run directory.
-        strict: For a third party: what cannot be checked here, and a ledger with a torn end, is a failure.
-        wish: Which parts to execute again.
+        strict: For a third party: a check that cannot be made here, and a ledger with a torn end, is a failure.
+        replay_options: How much to execute again; None replays nothing.
 
     Returns:
-        The checks, failed ones included; an unreadable ledger ends them early.
+        The checks, failed ones included; with an unreadable ledger, that check alone.
 
     Raises:
         DataError: This is not a run directory, or it has no ledger.
@@ -90,17 +90,17 @@ def audit(run: RunDir, *, strict: bool = False, wish: ReplayOptions | None = Non
     ]  # fmt: skip
     logger.info("reading every checkpoint back")
     checks += [_configuration(records, config), *_checkpoints(run, records)]
-    return [*checks, *(replay(run, config, records, wish) if wish is not None else [])]
+    return [*checks, *(replay(run, config, records, replay_options) if replay_options is not None else [])]
 
 
 def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:
-    """Make a check that passes when there are no problems and shows the first ones when there are."""
+    """Return a check that passes when there are no problems and shows the first ones when there are."""
     shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
     return Check(name, not problems, shown or measured, expected, guards, evidence)
 
 
 def _incomplete(records: list[Record]) -> Iterator[str]:
-    """A chain can be forged whole; what is read below must be there."""
+    """Yield the records without a field that an audit reads: a chain can be forged whole."""
     for record in records:
         missing = [name for name in FIELDS.get(record["kind"], ()) if name not in record]
         if missing:
@@ -138,7 +138,7 @@ def _jumps(records: list[Record]) -> Iterator[str]:
 
 
 def _executions(records: list[Record]) -> Check:
-    """A step that a crash took back and that came again must have the same bits, unless the machine changed."""
+    """Check that a step that was executed again after a crash has the same bits, unless the machine changed."""
     first: dict[int, Record] = {}
     again, problems = 0, []
     for record in records:
@@ -147,16 +147,15 @@ def _executions(records: list[Record]) -> Check:
         elif record["kind"] == "step":
             before = first.setdefault(record["step"], record)
             again += before is not record
-            differing = [name for name in REPRODUCIBLE_FIELDS if before[name] != record[name]]
-            if differing:
-                problems.append(f"line {record['seq']}: step {record['step']} came again with another {differing[0]}")
+            if name := first_difference(before, record):
+                problems.append(f"line {record['seq']}: step {record['step']} was executed again with another {name}")
     measured = f"{again} executions compared with the first ones"
     guards = "a machine or code that gives other bits each time"
     return _check("executions", problems, measured, "the same bits each time", guards)
 
 
 def _resumes(records: list[Record]) -> Check:
-    """A resume must continue at the step after the checkpoint, and name a checkpoint that was saved."""
+    """Check that each resume continues at the step after its checkpoint, and names a checkpoint that was saved."""
     saved: dict[str, Record] = {}
     problems, step, count = [], 0, 0
     for record in records:
@@ -218,7 +217,7 @@ def _learning_rate(records: list[Record], config: RunConfig) -> Check:
 
 
 def _data_order(records: list[Record], config: RunConfig, run: RunDir, strict: bool) -> Check:
-    """Recompute which windows each step had to read; needs the data's manifest, not its tokens."""
+    """Recompute the windows that each step had to read; needs the data's manifest, not its tokens."""
     name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
     drifted = any(key.startswith("batch.") for r in select(records, "drift") for key in r["changes"])
     try:
@@ -236,7 +235,7 @@ def _data_order(records: list[Record], config: RunConfig, run: RunDir, strict: b
 
 def _wrong_windows(records: list[Record], loader: Loader) -> Iterator[str]:
     for step, record in effective_steps(records).items():
-        if record["windows"] != loader.window_digest(step):
+        if record["windows"] != loader.step(step).window_digest:
             yield f"step {step} read other windows"
 
 

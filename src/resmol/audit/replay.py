@@ -1,8 +1,8 @@
 """Replay: execute parts of a run again, from its own checkpoints, and compare every recorded bit.
 
-A segment begins at the initial weights (a function of the seed) or at a checkpoint that is still there, and ends at
-the next one, at the end of the run, or after a limit of steps. Where it ends at a checkpoint, weights and moments are
-compared as well. Another machine than the recorded one is no failure: bits are promised only on the same kind.
+A segment starts at the initial weights (a function of the seed) or at a checkpoint that is still there, and ends at
+the next one, at the end of the run, or after a limit of steps. If it ends at a checkpoint, weights and moments are
+compared as well. A different machine from the recorded one is no failure: bits are promised only on the same kind.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from resmol.errors import ConfigError, ResmolError
 from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Record, effective_steps, float_bits, last_fact, select
+from resmol.run.ledger import Record, effective_steps, last_fact, select
 from resmol.train.build import compile_blocks, make_loader, new_state
-from resmol.train.loop import TrainState, train_step
-from resmol.train.lr_schedule import lr_at
+from resmol.train.loop import TrainState, first_difference, train_step
 from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import bitwise_facts, restore
 
@@ -46,13 +45,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """What to replay.
+    """How much to replay.
 
     Attributes:
         count: Segments to draw.
         limit: Steps of a segment at most.
-        seed: Of the draw; whoever audits chooses it, after the run.
-        strict: What cannot be replayed here is a failure.
+        seed: Seed of the random choice of segments, picked by the auditor after the run.
+        strict: Whether a segment that cannot be replayed here is a failure.
     """
 
     count: int
@@ -69,59 +68,55 @@ def segments(run: RunDir, records: list[Record], limit: int) -> list[Segment]:
     return [Segment(a, min(b, a + limit)) for a, b in zip(starts, ends, strict=True) if min(b, a + limit) > a]
 
 
-def replay(
-    run: RunDir,
-    config: RunConfig,
-    records: list[Record],
-    wish: ReplayOptions,
-) -> list[Check]:
-    """Execute drawn segments again.
+def replay(run: RunDir, config: RunConfig, records: list[Record], options: ReplayOptions) -> list[Check]:
+    """Execute randomly chosen segments again.
 
     Args:
         run: The run directory.
         config: Its configuration.
         records: Its ledger, whose chain was verified.
-        wish: How much.
+        options: How much to replay.
 
     Returns:
-        A check for each segment (PASS, FAIL or UNSUPPORTED in its words) and one that says what they prove together.
+        A check for each segment, whose measured text begins with PASS, FAIL or UNSUPPORTED, and one about them all.
     """
-    start, possible = next(select(records, "start"), None), segments(run, records, wish.limit)
+    start, possible = next(select(records, "start"), None), segments(run, records, options.limit)
     if start is None or not possible:
-        return [_unsupported("replay", "there is no step to execute again", wish)]
-    drawn = sorted(random.Random(wish.seed).sample(possible, min(wish.count, len(possible))), key=lambda s: s.start)  # noqa: S311
+        return [_unsupported("replay", "there is no step to execute again", options)]
+    draw = random.Random(options.seed)  # noqa: S311
+    drawn = sorted(draw.sample(possible, min(options.count, len(possible))), key=lambda s: s.start)
     try:
         dataset = open_dataset(data_folder(None, config.data.path, run.data))
         if dataset.fingerprint != start["data_fingerprint"]:
             return [Check("replay", False, "FAIL: the data here is not the data of the run", EXPECTED, GUARDS)]
         verify_shards(dataset)
     except ResmolError as error:
-        return [_unsupported("replay", f"the tokens are not here ({error.what})", wish)]
+        return [_unsupported("replay", f"the tokens are not here ({error.what})", options)]
     checks, started = [], time.perf_counter()
     loader = make_loader(config, dataset.train)
     for segment in drawn:
         logger.info(f"replay: steps {segment.start + 1} to {segment.end}")
-        checks.append(_replay_segment(run, config, records, segment, loader, wish))
-    return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, wish)]
+        checks.append(_replay_segment(run, config, records, segment, loader, options))
+    return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, options)]
 
 
 def _replay_segment(
-    run: RunDir, config: RunConfig, records: list[Record], segment: Segment, loader: Loader, wish: ReplayOptions
+    run: RunDir, config: RunConfig, records: list[Record], segment: Segment, loader: Loader, options: ReplayOptions
 ) -> Check:
     name = f"replay of steps {segment.start + 1} to {segment.end}"
     steps = effective_steps(records)
     first = steps[segment.start + 1]["seq"]
     if any(record["seq"] > first for record in select(records, "drift")):
-        return _unsupported(name, "the configuration was changed after these steps", wish)
+        return _unsupported(name, "the configuration was changed after these steps", options)
     environment = _environment_at(records, first)
     same_threads = with_overrides(config, [f"runtime.threads={environment['threads']}"])
     try:
         find_device(config.runtime.device)
     except ConfigError as error:
-        return _unsupported(name, error.what, wish)
+        return _unsupported(name, error.what, options)
     with open_runtime(same_threads) as runtime:
         if differences := _differences(environment, runtime, config):
-            return _unsupported(name, f"another machine or library: {differences}", wish)
+            return _unsupported(name, f"another machine or library: {differences}", options)
         state = new_state(config, runtime)
         path = run.checkpoints / checkpoint_name(segment.start)
         try:
@@ -140,20 +135,13 @@ def _execute(
     state: TrainState, step: int, record: Record, config: RunConfig, loader: Loader, runtime: Runtime
 ) -> str | None:
     """Execute a step and return the first field that is not as recorded."""
-    tokens = loader.step_tokens(step)
-    loss, norm = train_step(state, list(loader.micro_batches(step)), tokens, config, runtime)
-    found: dict[str, Any] = {
-        "windows": loader.window_digest(step),
-        "tokens": tokens,
-        "lr": lr_at(step, config.schedule, config.optimizer.lr),
-        "loss_bits": float_bits(loss),
-        "grad_norm_bits": float_bits(norm),
-    }
-    return next((f"{n} is {v}, recorded is {record[n]}" for n, v in found.items() if record[n] != v), None)
+    found = train_step(state, loader.step(step), config, runtime).to_record()
+    name = first_difference(record, found)
+    return None if name is None else f"{name} is {found[name]}, recorded is {record[name]}"
 
 
 def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) -> Check:
-    """Compare weights and moments with the checkpoint at the segment's end, where there is one."""
+    """Compare weights and moments with the checkpoint at the segment's end, if there is one."""
     path, count = run.checkpoints / checkpoint_name(segment.end), segment.end - segment.start
     if not path.is_dir():
         return Check(name, True, f"PASS: {count} steps", EXPECTED, GUARDS)
@@ -181,18 +169,18 @@ def _differences(recorded: dict[str, Any], runtime: Runtime, config: RunConfig) 
     return ", ".join(f"{n} {recorded.get(n)} -> {here[n]}" for n in facts if recorded.get(n) != here[n])
 
 
-def _unsupported(name: str, why: str, wish: ReplayOptions) -> Check:
-    return Check(name, not wish.strict, f"UNSUPPORTED: {why}", EXPECTED, GUARDS)
+def _unsupported(name: str, why: str, options: ReplayOptions) -> Check:
+    return Check(name, not options.strict, f"UNSUPPORTED: {why}", EXPECTED, GUARDS)
 
 
 def _summary(
     records: list[Record], possible: list[Segment], drawn: list[Segment], checks: list[Check], seconds: float,
-    wish: ReplayOptions,
+    options: ReplayOptions,
 ) -> Check:  # fmt: skip
-    """Say what was executed again, what it cost, and which share of wrong segments it would have missed.
+    """Summarize what was executed again, what it cost, and which share of wrong segments the draw would have missed.
 
-    Each drawn segment is a right one with probability 1 - f if a share f is wrong, so that all K are with (1 - f)^K at
-    most (the draw is without replacement); that is 5 % at ``f = 1 - 0.05^(1/K)``.
+    If a share f of the segments is wrong, each drawn one is right with probability 1 - f, and all K are with
+    (1 - f)^K at most (the draw is without replacement); that is 5 % at ``f = 1 - 0.05^(1/K)``.
     """
     steps = effective_steps(records)
     passed = [s for s, check in zip(drawn, checks, strict=True) if check.measured.startswith("PASS")]
@@ -200,13 +188,14 @@ def _summary(
     reachable = sum(s.end - s.start for s in possible)
     cost = seconds / max(1e-9, sum(record["seconds"] for record in steps.values()))
     bound = 0.0 if len(passed) == len(possible) else 1 - 0.05 ** (1 / len(passed)) if passed else 1.0
+    claim = (
+        f"if over {100 * bound:.0f} % of those were wrong, this draw would have met one with 95 % probability"
+        if bound
+        else "all of them were replayed"
+    )
     words = (
         f"{executed:,} of {len(steps):,} steps executed again in {seconds:.0f} s ({100 * cost:.1f} % of the run's "
-        f"time; draw {wish.seed}); {reachable:,} steps lie in the {len(possible)} segments that the checkpoints allow: "
-        + (
-            "all of them were replayed"
-            if not bound
-            else f"if over {100 * bound:.0f} % of those were wrong, this draw would have met one with 95 % probability"
-        )
+        f"time; draw {options.seed}); {reachable:,} steps lie in the {len(possible)} segments that the checkpoints "
+        f"allow: {claim}"
     )
-    return Check("replay in all", bool(passed) or not wish.strict, words, "at least one segment replayed", GUARDS)
+    return Check("replay in all", bool(passed) or not options.strict, words, "at least one segment replayed", GUARDS)

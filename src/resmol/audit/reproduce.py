@@ -25,7 +25,7 @@ from resmol.audit.report import write_report
 from resmol.checks import Check, all_passed
 from resmol.config.load import load_preset
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Batch
+from resmol.data.loader import Batch, StepBatch
 from resmol.data.resolve import is_prepared
 from resmol.errors import CheckFailed, Interrupted
 from resmol.model.flops import total_parameters
@@ -146,13 +146,14 @@ def estimate_seconds(config: RunConfig, steps: int) -> float:
         (config.batch.micro_batch_size, config.data.seq_len),
         generator=torch.Generator().manual_seed(0),
     )
-    batch = Batch(ids, ids, None, tuple(range(len(ids))), ids.numel())
+    micro_batch = Batch(ids, ids, None, tuple(range(len(ids))), ids.numel())
+    batch = StepBatch([micro_batch] * config.grad_accum_steps, config.batch.global_batch_tokens, "", 0.0)
     times = []
     with open_runtime(resolved) as runtime:
         state = new_state(resolved, runtime)
         for _ in range(ESTIMATE_STEPS):
             started = time.perf_counter()
-            train_step(state, [batch] * config.grad_accum_steps, config.batch.global_batch_tokens, resolved, runtime)
+            train_step(state, batch, resolved, runtime)
             times.append(time.perf_counter() - started)
     return min(times) * steps
 

@@ -9,21 +9,18 @@ from typing import Any
 import torch
 
 from resmol.errors import DataError, UsageError
-from resmol.train.parallel import Runtime
+from resmol.system.host import host_facts
 
 BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
     """Return processor, system, versions and the number of threads (0: PyTorch's default); no host name, no path."""
-    environment = Runtime(0, 1, torch.device("cpu"), None).environment()
-    facts: dict[str, Any] = {
-        key: value for key, value in environment.items() if key not in ("world_size", "device", "threads")
-    }
+    facts = {**host_facts(), "torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {package: _version(package) for package in BASELINE_PACKAGES}
     versions = {package: number for package, number in found.items() if number}
-    return {**facts, "processors": usable, "threads": threads or environment["threads"], **versions}
+    return {**facts, "processors": usable, "threads": threads or torch.get_num_threads(), **versions}
 
 
 def require_baseline(baseline: str | None, known: tuple[str, ...], packages: tuple[str, ...]) -> None:

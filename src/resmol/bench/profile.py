@@ -37,8 +37,7 @@ def trace_training(config: RunConfig, data: str, file: Path, *, steps: int, warm
         compile_blocks(state.model, resolved)
 
         def step() -> None:
-            number = state.step + 1
-            train_step(state, list(loader.micro_batches(number)), loader.step_tokens(number), resolved, runtime)
+            train_step(state, loader.step(state.step + 1), resolved, runtime)
 
         for _ in range(warmup):
             step()

@@ -182,10 +182,10 @@ def trainer_measurements(
 def shared_inputs(config: RunConfig, folder: Path, data: str, steps: int) -> dict[str, str]:
     """Write our initial weights, and the windows of the first steps in our order; return the two paths."""
     files = {"weights": folder / "weights.safetensors", "windows": folder / "windows.safetensors"}
-    state = new_state(config, Runtime(0, 1, torch.device("cpu"), None))
+    state = new_state(config, Runtime.single())
     save_file({name: tensor.contiguous() for name, tensor in weight_tensors(state.model).items()}, files["weights"])
     loader = make_loader(config, open_dataset(Path(data)).train)
-    batches = [batch for step in range(1, steps + 1) for batch in loader.micro_batches(step)]
+    batches = [batch for step in range(1, steps + 1) for batch in loader.step(step).batches]
     windows = {
         "input_ids": torch.cat([batch.input_ids for batch in batches]),
         "targets": torch.cat([batch.targets for batch in batches]),

@@ -79,12 +79,12 @@ def audit(
     from resmol.audit.certificate import write_certificate
     from resmol.audit.replay import ReplayOptions
 
-    wish = (
+    replay_options = (
         ReplayOptions(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict)
         if replay
         else None
     )
-    checks = run_audit(RunDir(run), strict=strict, wish=wish)
+    checks = run_audit(RunDir(run), strict=strict, replay_options=replay_options)
     report_checks(f"audit of {run}", checks, json_)
     if certify:
         say(f"certificate: {write_certificate(RunDir(run), checks)}")

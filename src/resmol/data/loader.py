@@ -1,6 +1,6 @@
-"""From token shards to batches: fixed windows, in the order that `order` computes.
+"""From token shards to batches: fixed windows, in the order that `resmol.data.shuffle` computes.
 
-Window w is the tokens [w*T, w*T + T + 1): its first T are the inputs, its last T the targets, so neighbouring
+Window w is the tokens [w*T, w*T + T + 1): its first T are the inputs, its last T the targets, so neighboring
 windows share one token and every token but the stream's first is a target exactly once an epoch. The last
 window may be short; it is padded, and the padding is no target. Which windows step s sees is arithmetic on
 (seed, s); there is no other state, so a resumed run needs the step's number and nothing else.
@@ -9,8 +9,9 @@ window may be short; it is padded, and the padding is no target. Which windows s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -32,10 +33,9 @@ class Batch:
         input_ids: Token ids.
         targets: The token after each input; IGNORE_INDEX where there is none.
         document_ids: The number of the document in its row, from 0; the end token belongs to the document it
-            ends. None when masks are off, or when no row has a border, so that plain causal attention is the
-            same.
+            ends. None when masks are off, or when no row has a border: plain causal attention is then the same.
         window_ids: The window of each row.
-        tokens: Targets that count.
+        tokens: Targets other than IGNORE_INDEX.
     """
 
     input_ids: Int64[Tensor, "B T"]
@@ -45,12 +45,55 @@ class Batch:
     tokens: int
 
 
+class Batches(Sequence[Batch]):
+    """Batches that are read from the shards when they are asked for, each time anew; a slice reads nothing.
+
+    Args:
+        read: Reads the batch of some windows (`DataError` when a shard is damaged).
+        windows: The windows of each batch.
+    """
+
+    def __init__(self, read: Callable[[Sequence[int]], Batch], windows: Sequence[Sequence[int]]) -> None:
+        self._read = read
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
+        if isinstance(index, slice):
+            return Batches(self._read, self._windows[index])
+        return self._read(self._windows[index])
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The data of one optimizer step, as one rank sees it.
+
+    Attributes:
+        batches: The micro-batches of this rank.
+        tokens: Targets of the step over all ranks: the divisor of the loss.
+        window_digest: The first 16 hex digits of the SHA-256 of the step's window ids (little-endian int64), over all
+            ranks.
+        epoch: Passes over the stream that are done after this step.
+    """
+
+    batches: Sequence[Batch]
+    tokens: int
+    window_digest: str
+    epoch: float
+
+
 class Loader:
     """The batches of a token stream.
 
     Attributes:
         n_windows: Windows per epoch, ceil((N - 1) / T) for N tokens.
-        windows_per_step: Windows that one optimizer step sees, over all processes.
+        windows_per_step: Windows of one optimizer step, over all ranks.
     """
 
     def __init__(
@@ -71,12 +114,11 @@ class Loader:
             stream: The tokens.
             seq_len: T.
             micro_batch_size: B.
-            grad_accum_steps: Micro-batches of one optimizer step, over all processes.
+            grad_accum_steps: Micro-batches of one optimizer step, over all ranks.
             seed: Seed of the order.
             eos_id: The token that ends a document; also the padding of the last window's inputs.
             document_mask: Whether batches carry document ids.
-            allow_short: Accept a stream of less than one full window (two tokens at least), as evaluation
-                does.
+            allow_short: Accept a stream of less than one full window (two tokens at least), for evaluation.
 
         Raises:
             ConfigError: A size below 1.
@@ -101,7 +143,7 @@ class Loader:
         self._stream = stream
         self._seq_len = seq_len
         self._micro_batch_size = micro_batch_size
-        self._micro_batches = grad_accum_steps
+        self._grad_accum_steps = grad_accum_steps
         self._eos_id = eos_id
         self._document_mask = document_mask
         self._order = WindowShuffle(self.n_windows, seed)
@@ -113,51 +155,46 @@ class Loader:
         first = (step - 1) * self.windows_per_step
         return self._order.windows(np.arange(first, first + self.windows_per_step, dtype=np.int64))
 
-    def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield this process's micro-batches of a step: the rank-th contiguous block of all of them.
+    def step(self, step: int, rank: int = 0, world_size: int = 1) -> StepBatch:
+        """Return the data of step ``step`` (from 1); no token is read until its batches are.
+
+        The ranks share the micro-batches in contiguous blocks, in the order of the ranks.
 
         Raises:
-            ConfigError: The processes cannot share the micro-batches equally.
-            DataError: A shard is damaged.
+            ConfigError: The ranks cannot share the micro-batches equally.
         """
-        if world_size < 1 or not 0 <= rank < world_size or self._micro_batches % world_size:
+        if world_size < 1 or not 0 <= rank < world_size or self._grad_accum_steps % world_size:
             raise ConfigError(
-                f"{self._micro_batches} micro-batches a step do not divide by {world_size} processes",
-                fix="choose a number of micro-batches per step that the number of processes divides",
+                f"{self._grad_accum_steps} micro-batches a step do not divide by {world_size} ranks",
+                fix="choose a number of micro-batches per step that the number of ranks divides",
             )
+        windows = self.step_windows(step)
         share = self.windows_per_step // world_size
-        windows = self.step_windows(step)[rank * share : (rank + 1) * share]
-        for first in range(0, share, self._micro_batch_size):
-            yield self._batch(windows[first : first + self._micro_batch_size].tolist())
+        short = int(np.count_nonzero(windows == self.n_windows - 1))
+        return StepBatch(
+            batches=self._batches(windows[rank * share : (rank + 1) * share].tolist(), self._micro_batch_size),
+            tokens=self.windows_per_step * self._seq_len - short * (self._seq_len - self._last_targets()),
+            window_digest=hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()[:16],
+            epoch=step * self.windows_per_step / self.n_windows,
+        )
 
-    def sequential(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Yield the windows in the order of the text, for evaluation; the last batch may have fewer rows.
+    def sequential(self, batch_size: int, limit: int | None = None) -> Batches:
+        """Return the windows in the order of the text, for evaluation; the last batch may have fewer rows.
 
         Args:
             batch_size: Rows of a batch.
             limit: Windows to read at most.
         """
         count = self.n_windows if limit is None else min(limit, self.n_windows)
-        for first in range(0, count, batch_size):
-            yield self._batch(range(first, min(first + batch_size, count)))
+        return self._batches(range(count), batch_size)
 
     def spelled_ends(self, limit: int | None = None) -> int:
         """Return how many targets of `sequential` are end tokens that the text spells, and no end of a document."""
         count = self.n_windows if limit is None else min(limit, self.n_windows)
         return count_spelled_ends(self._stream, self._eos_id, 1, min(count * self._seq_len + 1, len(self._stream)))
 
-    def step_tokens(self, step: int) -> int:
-        """Return the targets of a step over all processes, without reading any: the loss's divisor."""
-        short = int(np.count_nonzero(self.step_windows(step) == self.n_windows - 1))
-        return self.windows_per_step * self._seq_len - short * (self._seq_len - self._last_targets())
-
-    def window_digest(self, step: int) -> str:
-        """Return the first 16 hex digits of the SHA-256 of the step's window ids (little-endian int64)."""
-        return hashlib.sha256(self.step_windows(step).astype("<i8").tobytes()).hexdigest()[:16]
-
-    def epoch_of(self, step: int) -> float:
-        """Return how many passes over the stream are done when ``step`` is done."""
-        return step * self.windows_per_step / self.n_windows
+    def _batches(self, windows: Sequence[int], size: int) -> Batches:
+        return Batches(self._batch, [windows[first : first + size] for first in range(0, len(windows), size)])
 
     def _last_targets(self) -> int:
         return len(self._stream) - 1 - (self.n_windows - 1) * self._seq_len

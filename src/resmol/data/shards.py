@@ -50,7 +50,7 @@ class _Frozen(BaseModel):
 
 
 class Shard(_Frozen):
-    """One token file and the part of it that belongs to a split (for shards of our own: all of it)."""
+    """One token file and the part of it that belongs to a split (all of it, in shards that resmol wrote)."""
 
     name: str
     bytes: Count
@@ -109,7 +109,7 @@ class UnusedFacts(_Frozen):
 
 
 class SourceFacts(_Frozen):
-    """What was read and what happened to it."""
+    """What was read, and what was dropped or replaced in it."""
 
     inputs: tuple[InputFacts, ...]
     documents: Count
@@ -228,8 +228,8 @@ class Dataset:
         tokenizer_sha256: The hash of the `tokenizer.json` that made the tokens.
         vocab_size: Its vocabulary.
         eos_id: The token at the end of each document.
-        fingerprint: SHA-256 over all that determines the tokens and their order; not the folder's place.
-        manifest: Everything that is known about the data.
+        fingerprint: SHA-256 over all that determines the tokens and their order; the folder's path does not.
+        manifest: All that is recorded about the data.
     """
 
     root: Path
@@ -243,7 +243,7 @@ class Dataset:
 
 
 def open_dataset(root: Path) -> Dataset:
-    """Open a prepared folder: validate the manifest and the size of every file. Reads no tokens.
+    """Open a prepared folder: validate the manifest and the size of every file; read no tokens.
 
     Raises:
         DataError: No manifest, an invalid one, or a file that is missing, a link, or of another size.
@@ -269,7 +269,7 @@ def verify_shards(dataset: Dataset) -> None:
     """Compare the SHA-256 of every shard and index with the manifest (about 1.4 GB/s).
 
     Raises:
-        DataError: Names the first file that differs.
+        DataError: A file differs; the message names the first one.
     """
     files: dict[str, str] = {}
     for shard in (*dataset.manifest.train.shards, *dataset.manifest.val.shards):
@@ -283,7 +283,7 @@ def verify_shards(dataset: Dataset) -> None:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """Return the SHA-256 that two folders share exactly when they hold the same tokens in the same order."""
+    """Return a SHA-256 that is equal for two folders exactly when they hold the same tokens in the same order."""
     identity = {
         "format_version": manifest.format_version,
         "tokenizer": manifest.tokenizer.sha256,
@@ -300,7 +300,7 @@ def token_width(vocab_size: int) -> Literal[2, 4]:
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
-    """Return the little-endian type of a token on disk, whatever the machine's own order is."""
+    """Return the type of a token on disk: little-endian, also on a big-endian machine."""
     return np.dtype("<u2") if token_bytes == 2 else np.dtype("<u4")
 
 

@@ -1,8 +1,8 @@
-"""Which window is seen when: a keyed permutation, computed for any position without looking at the others.
+"""Shuffling: a keyed permutation of the windows, computed for any position without looking at the others.
 
 Position p = epoch * n + i is the p-th window that training sees. Within an epoch, i -> window is a bijection
 of [0, n), re-keyed every epoch, so that each window is seen exactly once an epoch and a run can start at any
-step with no state but the step's number. The batch size and the number of processes play no role.
+step with no state but the step's number. The batch size and the number of ranks play no role.
 
 The bijection is a Feistel network, which permutes [0, 2^b) whatever its round function is (Luby and Rackoff,
 "How to construct pseudorandom permutations from pseudorandom functions", 1988); values that fall outside [0,
@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-# Four make it pseudorandom; an even number leaves both halves in place, also where they differ in width.
+# Four make it pseudorandom; an even number leaves both halves in place, also if they differ in width.
 _ROUNDS = 6
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: a product spreads low bits to the top
 _HALF_WORD = np.uint64(32)

@@ -46,7 +46,7 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
             stream, seq_len=length, micro_batch_size=1, grad_accum_steps=1, seed=0,
             eos_id=dataset.eos_id, document_mask=settings.data.document_mask if settings else True, allow_short=True,
         )  # fmt: skip
-        runtime = Runtime(0, 1, loaded.model.lm_head.weight.device, None)
+        runtime = Runtime.single(loaded.model.lm_head.weight.device)
         batches = loader.sequential(max(1, 2048 // length), windows or None)
         result = evaluate(
             loaded.model, batches, loaded.tokenizer.byte_lengths(), runtime,

@@ -54,6 +54,20 @@ def processor_field(name: str, facts: Path = CPU_FACTS) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
+def processor_name() -> str:
+    """Return the model of the processor."""
+    return processor_field("model name") or platform.processor() or platform.machine()
+
+
+def host_facts() -> dict[str, str]:
+    """Return Python's version, the operating system and the processor; no variable, no path, no host name."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+    }
+
+
 def free_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that this process could still take, or None where the system does not say.
 

@@ -173,7 +173,7 @@ def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dic
             backend: MatmulBackend = "onednn" if candidate == "onednn" else "mkl"
             set_matmul_backend(model, backend)
             started = time.perf_counter()
-            with Runtime(0, 1, torch.device("cpu"), torch.bfloat16 if narrow else None).autocast():
+            with Runtime.single("cpu", torch.bfloat16 if narrow else None).autocast():
                 hidden = model.hidden(ids)
                 chunk = config.runtime.loss_chunk_tokens
                 loss = cross_entropy_sum(hidden, model.lm_head.weight, ids, chunk, backend)

@@ -1,14 +1,19 @@
-"""The held-out loss, as a mean over tokens and as bits per byte of text."""
+"""The held-out loss, as a mean over tokens and as bits per byte of text.
+
+Several ranks share the batches, and the sums are added in the order of the text on each of them, so that the loss
+does not depend on the number of ranks, not even in its last bit.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from resmol.data.loader import Batch
 from resmol.errors import DataError
@@ -23,8 +28,8 @@ class Evaluation:
 
     Attributes:
         loss: Nats per token, a mean over all tokens (not a mean of means).
-        tokens: How many tokens were predicted.
-        bytes: How many bytes of UTF-8 these tokens stand for.
+        tokens: Tokens that were predicted.
+        bytes: Bytes of UTF-8 that these tokens stand for.
     """
 
     loss: float
@@ -45,7 +50,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: CausalLM,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     byte_lengths: Int[np.ndarray, " V"],
     runtime: Runtime,
     chunk_tokens: int = 256,
@@ -54,9 +59,11 @@ def evaluate(
 ) -> Evaluation:
     """Return the loss of ``model`` on ``batches``; neither its mode nor any random state changes.
 
+    Each rank evaluates every ``world_size``-th batch; all of them must call this, and get the same result.
+
     Args:
         model: The model, on the runtime's device.
-        batches: Windows in order, each token a target once.
+        batches: Windows in order, each token a target once; the same on every rank.
         byte_lengths: Bytes that each token id stands for; the end token stands for none.
         runtime: Device and arithmetic, the same as in training.
         chunk_tokens: Tokens whose logits exist at the same time.
@@ -65,19 +72,30 @@ def evaluate(
     Raises:
         DataError: There is nothing to evaluate on.
     """
-    total, tokens, covered = 0.0, 0, 0
-    for batch in batches:
+    if not batches:
+        raise DataError(
+            "there are no held-out tokens to evaluate on", fix="prepare the data with --val-fraction above 0"
+        )
+    # A row for each batch: summed loss, tokens, bytes. Rows of other ranks stay zero here, so adding them up is exact.
+    sums = torch.zeros(len(batches), 3, dtype=torch.float64)
+    for number in range(runtime.rank, len(batches), runtime.world_size):
+        batch = batches[number]
         targets = batch.targets.to(runtime.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
             hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
             weight, backend = model.lm_head.weight, model.lm_head.backend
-            total += float(cross_entropy_sum(hidden, weight, targets, chunk_tokens, backend))
-        tokens += batch.tokens
-        counted = batch.targets[batch.targets != IGNORE_INDEX].numpy()
-        covered += int(byte_lengths[counted].sum())
-    if not tokens:
-        raise DataError(
-            "there are no held-out tokens to evaluate on", fix="prepare the data with --val-fraction above 0"
-        )
-    return Evaluation(total / tokens, tokens, covered + spelled_bytes)
+            loss = cross_entropy_sum(hidden, weight, targets, chunk_tokens, backend)
+        covered = byte_lengths[batch.targets[batch.targets != IGNORE_INDEX].numpy()].sum()
+        sums[number] = torch.tensor([float(loss), batch.tokens, int(covered)], dtype=torch.float64)
+    return _add_up(sums, runtime, spelled_bytes)
+
+
+def _add_up(sums: Float[Tensor, "N 3"], runtime: Runtime, spelled_bytes: int) -> Evaluation:
+    """Collect the rows of all ranks, and add them one after the other, as a single rank does."""
+    everything = sums.to(runtime.device)
+    runtime.all_reduce_sum([everything])
+    loss = tokens = covered = 0.0
+    for row in everything.tolist():
+        loss, tokens, covered = loss + row[0], tokens + row[1], covered + row[2]
+    return Evaluation(loss / tokens, int(tokens), int(covered) + spelled_bytes)

@@ -1,8 +1,8 @@
-"""The processes of a run watch each other: who is gone or frozen, who is slow, and do all work on the same thing?
+"""Heartbeats of the ranks: which rank died or froze, which is a straggler, and do all work on the same thing?
 
-Each process tells a store that they share (torchrun's) once a second, from a thread, that it lives and what it is at.
-An operation of all processes fails when one of them is gone, and after a while when one does not come; whoever fails
-reads there who has fallen silent, and says so. Nothing that travels is a pickle.
+Each rank writes a heartbeat and its phase to torchrun's store once a second, from a thread. A collective fails when
+a rank is gone, and after a while when one does not reach it; a rank whose collective fails reads the heartbeats to
+name the rank that stopped. Everything in the store is JSON, nothing is a pickle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -25,30 +25,42 @@ from resmol.errors import ConfigError, ProcessLost
 Store: TypeAlias = Any  # torch.distributed.Store; PyTorch's stubs lack some of its methods
 
 BEAT_SECONDS = 1.0
-SILENT_BEATS = 3  # without a sign of life for so many beats, a process is gone or frozen
-SLOW_RATIO = 3.0  # slower than the others by this is worth a warning
-SLOW_SECONDS = 1.0  # but not when all that is compared takes less: a busy machine would set it off
-GOING_ON = "run the same command again: it goes on from the last checkpoint"
+MISSED_BEATS = 3  # a rank that misses so many died or froze
+STRAGGLER_RATIO = 3.0  # a rank that computes so many times as long as the others is a straggler
+STRAGGLER_SECONDS = 1.0  # but not below this: on a busy machine, short times differ by any factor
+GO_ON = "run the same command again: it goes on from the last checkpoint"
+
+
+class Heartbeat(NamedTuple):
+    """What a rank writes once a second.
+
+    Attributes:
+        beat: Counts up.
+        phase: What the rank does, in words.
+        waiting: Whether it waits for the others in a collective.
+    """
+
+    beat: int = 0
+    phase: str = "start"
+    waiting: bool = False
 
 
 class RankMonitor:
-    """All processes of a run, as one of them sees them; a context in which this one gives signs of life.
+    """Writes this rank's heartbeat while the context is open, and reads those of the other ranks.
 
     Args:
-        store: What the processes share.
-        rank: The number of this one.
-        world_size: How many there are.
+        store: The store that the ranks share.
+        rank: This rank.
+        world_size: Number of ranks.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._at = "its start"
+        self._phase = Heartbeat().phase
         self._waiting, self._waited, self._worked = False, 0.0, 0.0
-        self._ending = threading.Event()
-        # The thread has a connection of its own: the store's may wait for an answer.
-        self._thread = threading.Thread(
-            target=self._beat, args=(self._store.clone(),), name="signs of life", daemon=True
-        )
+        self._stopped = threading.Event()
+        # The thread has a connection of its own: the store's may be blocked by a wait.
+        self._thread = threading.Thread(target=self._run, args=(self._store.clone(),), name="heartbeat", daemon=True)
 
     def __enter__(self) -> RankMonitor:
         self._thread.start()
@@ -57,99 +69,115 @@ class RankMonitor:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._ending.set()
+        self._stopped.set()
         self._thread.join()
 
-    def _beat(self, store: Store) -> None:
+    def _run(self, store: Store) -> None:
         with suppress(RuntimeError):  # the store is gone: so is torchrun, and with it the run
-            for number in itertools.count():
-                waiting = ", waiting for the others" if self._waiting else ""
-                store.set(f"siblings/sign of {self._rank}", f"{number} {self._at}{waiting}")
-                if self._ending.wait(BEAT_SECONDS):
+            for beat in itertools.count(1):
+                store.set(_heartbeat_key(self._rank), json.dumps(Heartbeat(beat, self._phase, self._waiting)))
+                if self._stopped.wait(BEAT_SECONDS):
                     return
 
-    def begin(self, what: str) -> None:
-        """Say what this process is at now, in words for a person."""
-        self._at, self._waited = what, 0.0
+    def set_phase(self, phase: str) -> None:
+        """Set what this rank does from now on, in words for a person."""
+        self._phase, self._waited = phase, 0.0
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Surround an operation that all processes take part in (`ProcessLost` when one of them does not)."""
+    def collective(self, operation: str) -> Iterator[None]:
+        """Surround an operation that all ranks take part in.
+
+        Args:
+            operation: Its name, for the message.
+
+        Raises:
+            ProcessLost: The operation failed; the message names the ranks that died, froze or did not reach it.
+        """
         started, self._waiting = time.perf_counter(), True
         try:
             yield
         except RuntimeError as error:
-            raise ProcessLost(self._name_the_lost(), fix=GOING_ON) from error
+            raise ProcessLost(self._describe_failure(operation, time.perf_counter() - started), fix=GO_ON) from error
         finally:
             self._waiting = False
             self._waited += time.perf_counter() - started
 
-    def _name_the_lost(self) -> str:
+    def _describe_failure(self, operation: str, seconds: float) -> str:
         try:
-            before = self._signs()
-            time.sleep(SILENT_BEATS * BEAT_SECONDS)
-            after = self._signs()
+            before = self._heartbeats()
+            time.sleep(MISSED_BEATS * BEAT_SECONDS)
+            after = self._heartbeats()
         except RuntimeError:
-            return "the processes cannot reach each other, nor torchrun"
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-        silent = [rank for rank in others if before[rank] == after[rank]]
-        absent = [rank for rank in others if not after[rank].endswith("waiting for the others")]
-        named = [f"process {rank} is gone or frozen (last at {_doing(after[rank])})" for rank in silent]
-        named += [
-            f"process {rank} did not come (it is at {_doing(after[rank])})" for rank in absent if rank not in silent
+            return f"the {operation} failed, and torchrun's store cannot be reached"
+        dead, absent = [], []
+        for rank, last in enumerate(after):
+            if rank != self._rank and last.beat == before[rank].beat:
+                dead.append(f"rank {rank} died or froze (last phase: {last.phase})")
+            elif rank != self._rank and not last.waiting:
+                absent.append(
+                    f"rank {rank} did not reach the {operation} within {seconds:.0f} s (last phase: {last.phase})"
+                )
+        return (
+            "; ".join(dead + absent)
+            or f"the {operation} failed, though all ranks are alive (last phase: {self._phase})"
+        )
+
+    def _heartbeats(self) -> list[Heartbeat]:
+        keys = [_heartbeat_key(rank) for rank in range(self._world_size)]
+        return [
+            Heartbeat(*json.loads(self._store.get(key))) if self._store.check([key]) else Heartbeat() for key in keys
         ]
-        return "; ".join(named) or f"the processes lost each other at {self._at}"
 
-    def _signs(self) -> list[str]:
-        keys = [f"siblings/sign of {rank}" for rank in range(self._world_size)]
-        return [self._store.get(key).decode() if self._store.check([key]) else "0 its start" for key in keys]
-
-    def agree(self, facts: Mapping[str, str]) -> None:
-        """Compare facts with those of all other processes.
+    def check_consistent(self, facts: Mapping[str, str]) -> None:
+        """Compare facts with those of all other ranks.
 
         Raises:
-            ConfigError: They differ; all processes raise it, and it names the first process that is unlike process 0.
+            ConfigError: They differ; all ranks raise it, and it names the first rank that differs from rank 0.
         """
-        self._store.set(f"siblings/facts of {self._rank}", json.dumps(dict(facts)))
-        with self.together():  # waits for those that have not said theirs yet
-            all_facts = [json.loads(self._store.get(f"siblings/facts of {rank}")) for rank in range(self._world_size)]
+        self._store.set(_facts_key(self._rank), json.dumps(dict(facts)))
+        with self.collective("comparison"):  # `get` waits for a rank that has not written its facts yet
+            all_facts = [json.loads(self._store.get(_facts_key(rank))) for rank in range(self._world_size)]
         for rank, theirs in enumerate(all_facts):
             for name, value in all_facts[0].items():
                 if theirs.get(name) != value:
                     raise ConfigError(
-                        f"process {rank} has another {name} than process 0: {theirs.get(name)} instead of {value}",
-                        fix="give all processes the same command, data and installation",
+                        f"rank {rank} has a different {name} from rank 0: {theirs.get(name)} instead of {value}",
+                        fix="give all ranks the same command, data and installation",
                     )
 
     def count_work(self, seconds: float) -> None:
-        """Add what was begun last and took so long; waiting for the others meanwhile is not this process's own work."""
+        """Add the seconds since `set_phase` to this rank's work, less those that it waited in collectives."""
         self._worked += seconds - self._waited
 
-    def slowest(self, device: torch.device) -> str:
-        """Say which process is much slower than the others since this was asked last; empty where none is.
+    def straggler(self, device: torch.device) -> str:
+        """Describe the rank that worked much longer than the others since the last call; empty if there is none.
 
-        All processes must ask at the same step.
+        A collective: all ranks must call it at the same step.
         """
         own = torch.tensor([self._worked], dtype=torch.float32, device=device)
         worked = [torch.empty_like(own) for _ in range(self._world_size)]
-        with self.together():
+        with self.collective("all-gather"):
             dist.all_gather(worked, own)
         self._worked = 0.0
-        return describe_slowest([float(seconds) for seconds in worked])
+        return describe_straggler([float(seconds) for seconds in worked])
 
 
-def describe_slowest(seconds: list[float]) -> str:
-    """Say which process took much longer than the others for the same steps; empty where none did.
+def describe_straggler(seconds: list[float]) -> str:
+    """Describe the rank that took much longer than the others for the same steps; empty if there is none.
 
     Args:
-        seconds: What each process worked, two at least.
+        seconds: The work of each rank; two ranks at least.
     """
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     usual = statistics.median(seconds[:slowest] + seconds[slowest + 1 :])
-    if seconds[slowest] < SLOW_SECONDS or seconds[slowest] < SLOW_RATIO * usual:
+    if seconds[slowest] < STRAGGLER_SECONDS or seconds[slowest] < STRAGGLER_RATIO * usual:
         return ""
-    return f"process {slowest} worked {seconds[slowest]:.1f} s where the others took {usual:.1f} s"
+    return f"rank {slowest} worked {seconds[slowest]:.1f} s, the other ranks {usual:.1f} s"
 
 
-def _doing(sign: str) -> str:
-    return sign.partition(" ")[2]
+def _heartbeat_key(rank: int) -> str:
+    return f"resmol/heartbeat/{rank}"
+
+
+def _facts_key(rank: int) -> str:
+    return f"resmol/facts/{rank}"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Batch, Loader
+from resmol.data.loader import Batch, Loader, StepBatch
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.inference.generate import generate
@@ -36,9 +36,9 @@ from resmol.train.lr_schedule import lr_at
 from resmol.train.optimizer import apply_update, gradient_norm
 from resmol.train.parallel import Runtime
 
-# A re-executed step must give these again, bit for bit.
-REPRODUCIBLE_FIELDS = ("loss_bits", "grad_norm_bits", "lr", "tokens", "windows")
-SLOWNESS_STEPS = 10  # over which the work of several processes is compared
+# A step that is executed again must give these again, bit for bit; what comes first decides what comes after it.
+REPRODUCIBLE_FIELDS = ("windows", "tokens", "lr", "loss_bits", "grad_norm_bits")
+STRAGGLER_STEPS = 10  # the work of the ranks is compared every so many steps
 
 
 @dataclass
@@ -50,49 +50,85 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     parent: str | None = None  # sha256 of the manifest of the last checkpoint that was durable when one was saved
-    recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see spikes.py
+    recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see loss_spikes.py
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one invocation of training works with; nothing in it influences the numbers but the configuration."""
+    """What one invocation of training works with; only the configuration and the data influence the numbers."""
 
     run: RunDir
     config: RunConfig
     runtime: Runtime
     loader: Loader
-    held_out: Loader | None
+    val: Loader | None
     data_fingerprint: str
     tokenizer: Tokenizer
     journal: RunLog
     saver: AsyncCheckpointer
     stop: StopSignal
-    recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be met again
+    recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be compared with
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did, under the names of the ledger's ``step`` record.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Nats, a mean over all tokens of the step.
+        grad_norm: The norm of the mean gradient, before clipping.
+        lr: The learning rate of the update.
+        tokens: Targets of the step over all ranks.
+        tokens_seen: Targets of this step and all before it.
+        windows: The digest of the step's window ids.
+        epoch: Passes over the data that are done after this step.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_seen: int
+    windows: str
+    epoch: float
+
+    def to_record(self) -> Record:
+        """Return the fields of the ledger's record, without the time that the step took."""
+        return {**asdict(self), "loss_bits": float_bits(self.loss), "grad_norm_bits": float_bits(self.grad_norm)}
+
+
+def first_difference(one: Record, other: Record) -> str | None:
+    """Return the first of REPRODUCIBLE_FIELDS in which two executions of a step differ, or None if they are equal."""
+    return next((name for name in REPRODUCIBLE_FIELDS if one[name] != other[name]), None)
 
 
 def train(state: TrainState, session: Session) -> None:
-    """Go on from ``state.step`` to ``config.train.steps``; evaluate, sample and save on the way.
+    """Train from ``state.step`` to ``config.train.steps``; evaluate, sample and save on the way.
 
     Raises:
-        Interrupted: A signal came; the step was finished and saved.
+        Interrupted: A signal arrived; the step was finished and saved.
         NonFiniteError: A loss or gradient is not finite twice in a row; the weights were not updated with it.
         CheckFailed: A step that is executed again after a crash gives other bits than the ledger recorded, or the
             loss jumped and ``train.on_spike`` is stop.
+        DataError: A shard is damaged.
         DiskFull: A checkpoint could not be written, even after older ones were pruned.
-        ProcessLost: Another process died, froze, or did not come for ``runtime.collective_timeout`` seconds.
+        ProcessLost: Another rank died, froze, or did not reach a collective within ``runtime.collective_timeout``
+            seconds.
     """
     config, runtime = session.config, session.runtime
     while state.step < config.train.steps:
         started = time.perf_counter()
         step = state.step + 1
-        runtime.begin(f"step {step}")
-        batches = list(session.loader.micro_batches(step, runtime.rank, runtime.world_size))
-        loss, grad_norm = train_step(state, batches, session.loader.step_tokens(step), config, runtime)
+        runtime.set_phase(f"step {step}")
+        batch = session.loader.step(step, runtime.rank, runtime.world_size)
+        result = train_step(state, batch, config, runtime)
         seconds = time.perf_counter() - started
 
-        record_step(state, session, loss, grad_norm, seconds)
-        spike = notice_spike(state, session, loss)
-        notice_slow_process(state, session, seconds)
+        record_step(session, result, seconds)
+        spike = record_spike(state, session, result.loss)
+        record_straggler(session, step, seconds)
         stopping = runtime.any_rank(session.stop.requested)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
@@ -105,56 +141,63 @@ def train(state: TrainState, session: Session) -> None:
             save(state, session, permanent=permanent, wait=stopping or last)
         if spike and config.train.on_spike == "stop":
             raise CheckFailed(
-                f"the loss of step {step} is {loss:.4f}, far above the recent ones; train.on_spike is stop",
+                f"the loss of step {step} is {result.loss:.4f}, far above the recent ones; train.on_spike is stop",
                 fix="look at its windows and at the learning rate; to go on all the same: --set train.on_spike=warn",
             )
         if stopping:
-            session.journal.write("stop", step=step, reason=session.stop.name or "stop in another process")
+            session.journal.write("stop", step=step, reason=session.stop.name or "a signal to another rank")
             raise Interrupted(
-                f"stopped by {session.stop.name or 'another process'} after step {step}, which is saved",
+                f"stopped by {session.stop.name or 'a signal to another rank'} after step {step}, which is saved",
                 fix="run the same command again to go on",
                 signal_number=session.stop.number or 15,
             )
     session.journal.write("stop", step=state.step, reason="finished")
 
 
-def train_step(
-    state: TrainState, batches: Sequence[Batch], tokens: int, config: RunConfig, runtime: Runtime
-) -> tuple[float, float]:
+def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: Runtime) -> StepResult:
     """Do one optimizer step and count it.
 
     Args:
         state: Model, optimizer and counters; changed in place, or not at all if this raises.
-        batches: This process's micro-batches of the step.
-        tokens: Targets of the step over all micro-batches and processes.
+        batch: The data of step ``state.step`` + 1.
         config: Learning rate, clipping, chunking.
-        runtime: Device, arithmetic and siblings.
+        runtime: Device, arithmetic and the other ranks.
 
-    Returns:
-        The loss in nats, a mean over all tokens of the step, and the norm of the mean gradient before clipping.
+    Raises:
+        NonFiniteError: The loss or the gradient is not finite, twice.
+        DataError: A shard is damaged.
     """
-    for _attempt in range(2):  # a flipped bit does not come twice; bad data or a diverged model does
-        total = accumulate_gradients(state.model, batches, config, runtime)
-        norm = gradient_norm(state.model, tokens)
-        loss, grad_norm = float(total) / tokens, float(norm)
+    for _attempt in range(2):  # a flipped bit does not happen twice; bad data or a diverged model does
+        total = accumulate_gradients(state.model, batch.batches, config, runtime)
+        norm = gradient_norm(state.model, batch.tokens)
+        loss, grad_norm = float(total) / batch.tokens, float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             break
         state.optimizer.zero_grad(set_to_none=True)
     else:
-        windows = [window for batch in batches for window in batch.window_ids]
+        windows = [window for micro_batch in batch.batches for window in micro_batch.window_ids]
         raise NonFiniteError(
             f"step {state.step + 1} has loss {loss} and gradient norm {grad_norm}, twice (windows {windows[:16]})",
             fix="the weights are those of the step before; look at these windows, or start with a lower optimizer.lr",
         )
-    learning_rate = lr_at(state.step + 1, config.schedule, config.optimizer.lr)
-    apply_update(state.optimizer, lr=learning_rate, tokens=tokens, norm=norm, clip_norm=config.optimizer.clip_norm)
+    lr = lr_at(state.step + 1, config.schedule, config.optimizer.lr)
+    apply_update(state.optimizer, lr=lr, tokens=batch.tokens, norm=norm, clip_norm=config.optimizer.clip_norm)
     state.step += 1
-    state.tokens_seen += tokens
-    return loss, grad_norm
+    state.tokens_seen += batch.tokens
+    return StepResult(
+        step=state.step,
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=batch.tokens,
+        tokens_seen=state.tokens_seen,
+        windows=batch.window_digest,
+        epoch=batch.epoch,
+    )
 
 
-def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], config: RunConfig, runtime: Runtime) -> Tensor:
-    """Add up the gradients of the *summed* loss over micro-batches and processes; return the summed loss."""
+def accumulate_gradients(model: CausalLM, batches: Iterable[Batch], config: RunConfig, runtime: Runtime) -> Tensor:
+    """Add up the gradients of the *summed* loss over micro-batches and ranks; return the summed loss."""
     total = torch.zeros((), device=runtime.device)
     for batch in batches:
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
@@ -170,41 +213,26 @@ def accumulate_gradients(model: CausalLM, batches: Sequence[Batch], config: RunC
 
 
 def is_due(every: int, step: int, last: int) -> bool:
-    """Tell whether something that happens every so many steps (0: never) and at the last one happens now."""
+    """Return whether something that happens every so many steps (0: never) and at the last one happens now."""
     return every > 0 and (step % every == 0 or step == last)
 
 
-def record_step(state: TrainState, session: Session, loss: float, grad_norm: float, seconds: float) -> None:
+def record_step(session: Session, result: StepResult, seconds: float) -> None:
     """Write the step into the ledger; if it was executed before, it must be the same step again."""
-    step, config = state.step, session.config
-    record = session.journal.write(
-        "step",
-        step=step,
-        loss=loss,
-        loss_bits=float_bits(loss),
-        grad_norm=grad_norm,
-        grad_norm_bits=float_bits(grad_norm),
-        lr=lr_at(step, config.schedule, config.optimizer.lr),
-        tokens=session.loader.step_tokens(step),
-        tokens_seen=state.tokens_seen,
-        windows=session.loader.window_digest(step),
-        epoch=session.loader.epoch_of(step),
-        seconds=round(seconds, 6),
-    )
-    before = session.recorded.pop(step, record)
-    for name in REPRODUCIBLE_FIELDS:
-        if before[name] != record[name]:
-            session.journal.write("warn", what="re-executed step differs", step=step, field=name)
-            session.journal.sync()
-            raise CheckFailed(
-                f"step {step} was executed again after a crash and its {name} is {record[name]}; the ledger has "
-                f"{before[name]} from the first time",
-                fix="check the machine's memory and whether code, libraries or data changed since",
-            )
+    record = session.journal.write("step", **result.to_record(), seconds=round(seconds, 6))
+    before = session.recorded.pop(result.step, record)
+    if name := first_difference(before, record):
+        session.journal.write("warn", what="re-executed step differs", step=result.step, field=name)
+        session.journal.sync()
+        raise CheckFailed(
+            f"step {result.step} was executed again after a crash and its {name} is {record[name]}; the ledger has "
+            f"{before[name]} from the first time",
+            fix="check the machine's memory and whether code, libraries or data changed since",
+        )
 
 
-def notice_spike(state: TrainState, session: Session, loss: float) -> bool:
-    """Remember the loss, and record it when it lies far above the ones before; every process decides the same."""
+def record_spike(state: TrainState, session: Session, loss: float) -> bool:
+    """Keep the loss, and record it if it lies far above those before; the decision is the same on every rank."""
     spike = is_spike(loss, state.recent_losses)
     if spike:
         median = statistics.median(state.recent_losses)
@@ -213,26 +241,26 @@ def notice_spike(state: TrainState, session: Session, loss: float) -> bool:
     return spike
 
 
-def notice_slow_process(state: TrainState, session: Session, seconds: float) -> None:
-    """Record which of several processes the others wait for; looked at every few steps."""
-    siblings = session.runtime.siblings
-    if siblings is None:
+def record_straggler(session: Session, step: int, seconds: float) -> None:
+    """Record the rank that the others wait for, if there is one; the ranks are compared every few steps."""
+    monitor = session.runtime.monitor
+    if monitor is None:
         return
-    siblings.count_work(seconds)
-    if state.step % SLOWNESS_STEPS == 0 and (slow := siblings.slowest(session.runtime.device)):
-        session.journal.write("warn", what="slow process", step=state.step, reason=slow)
+    monitor.count_work(seconds)
+    if step % STRAGGLER_STEPS == 0 and (reason := monitor.straggler(session.runtime.device)):
+        session.journal.write("warn", what="straggler", step=step, reason=reason)
 
 
 def record_evaluation(state: TrainState, session: Session) -> None:
     """Measure the held-out loss, without compiled code, so that it does not depend on how training computes."""
-    if session.held_out is None:
+    if session.val is None:
         return
-    session.runtime.begin(f"the evaluation after step {state.step}")
+    session.runtime.set_phase(f"evaluation after step {state.step}")
     started = time.perf_counter()
     config = session.config
     windows, tokenizer = config.evaluation.windows or None, session.tokenizer
-    batches = session.held_out.sequential(config.batch.micro_batch_size, windows)
-    spelled = tokenizer.spelled_end_bytes(session.held_out.spelled_ends(windows))
+    batches = session.val.sequential(config.batch.micro_batch_size, windows)
+    spelled = tokenizer.spelled_end_bytes(session.val.spelled_ends(windows))
     with torch.compiler.set_stance("force_eager"):
         result = evaluate(state.model, batches, tokenizer.byte_lengths(), session.runtime, spelled_bytes=spelled)
     session.journal.write(
@@ -248,15 +276,20 @@ def record_evaluation(state: TrainState, session: Session) -> None:
 
 
 def record_sample(state: TrainState, session: Session) -> None:
-    """Let the model speak; its own random generator keeps this from touching anything else."""
-    session.runtime.begin(f"the sample after step {state.step}")
-    wish = session.config.sampling
-    sampling = SamplingParams(wish.max_new_tokens, wish.temperature, wish.top_k, wish.top_p, wish.seed)
-    prompt = session.tokenizer.encode(wish.prompt)[-(state.model.config.max_position_embeddings - 1) :]
+    """Sample from the model, on rank 0 alone; the other ranks go on and wait for it in the next step's all-reduce.
+
+    The sample has a random generator of its own, so that training's is not touched.
+    """
+    if not session.runtime.is_rank_zero:
+        return
+    session.runtime.set_phase(f"sample after step {state.step}")
+    wanted = session.config.sampling
+    sampling = SamplingParams(wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.top_p, wanted.seed)
+    prompt = session.tokenizer.encode(wanted.prompt)[-(state.model.config.max_position_embeddings - 1) :]
     with torch.compiler.set_stance("force_eager"):
         new = list(generate(state.model, prompt, sampling, eos_id=session.tokenizer.eos_id))
     text = session.tokenizer.decode(new)
-    session.journal.write("sample", step=state.step, prompt=wish.prompt, text=text, seed=wish.seed)
+    session.journal.write("sample", step=state.step, prompt=wanted.prompt, text=text, seed=wanted.seed)
 
 
 def save(state: TrainState, session: Session, *, permanent: bool = False, wait: bool = False) -> None:
@@ -264,9 +297,9 @@ def save(state: TrainState, session: Session, *, permanent: bool = False, wait: 
 
     Only the main process writes.
     """
-    if not session.runtime.is_main:
+    if not session.runtime.is_rank_zero:
         return
-    session.runtime.begin(f"the save of step {state.step}")
+    session.runtime.set_phase(f"checkpoint of step {state.step}")
     saved = SavedState(
         step=state.step,
         tokens_seen=state.tokens_seen,

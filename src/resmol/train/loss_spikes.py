@@ -1,29 +1,29 @@
-"""Is a loss out of line with the ones before it? A robust rule, whose whole state is a short list of losses."""
+"""Loss spikes: a robust outlier rule, whose whole state is a short list of losses."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 
-HISTORY = 64  # losses that are kept; they are part of a checkpoint, so that a resume does not change a decision
-MIN_HISTORY = 16  # with fewer than these there is no opinion
-THRESHOLD = 8.0  # deviations; of a normal number, fewer than one in 10^14 lies further out
-LEAST_DEVIATION = 0.01  # of the median: losses that hardly vary at all are no reason for alarm
+HISTORY = 64  # losses to keep; they are part of a checkpoint, so that a resume does not change a decision
+MIN_HISTORY = 16  # no decision with fewer losses
+THRESHOLD = 8.0  # deviations above the median; a normal variable exceeds that with probability below 10^-14
+MIN_DEVIATION = 0.01  # as a share of the median: small steps of losses that hardly vary are no spikes
 
 
 def is_spike(loss: float, recent: Sequence[float]) -> bool:
-    """Tell whether ``loss`` lies far above the median of ``recent``.
+    """Return whether ``loss`` lies far above the median of ``recent``.
 
-    The deviation is 1.4826 times the median absolute one, which for normal numbers is the standard deviation (Hampel
-    1974); unlike it, half of the losses may be spikes without moving the rule.
+    The deviation is 1.4826 times the median absolute deviation, which estimates the standard deviation of a normal
+    distribution (Hampel 1974), and which up to half of the losses can be spikes without spoiling.
     """
     if len(recent) < MIN_HISTORY:
         return False
     median = statistics.median(recent)
     deviation = 1.4826 * statistics.median(abs(value - median) for value in recent)
-    return loss > median + THRESHOLD * max(deviation, LEAST_DEVIATION * abs(median))
+    return loss > median + THRESHOLD * max(deviation, MIN_DEVIATION * abs(median))
 
 
 def append_loss(loss: float, recent: Sequence[float]) -> tuple[float, ...]:
-    """Return the losses to remember after ``loss``."""
+    """Return ``recent`` with ``loss`` at its end, cut to the last HISTORY losses."""
     return (*recent, loss)[-HISTORY:]

@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step.
 
-Nothing is stored and nothing depends on where a run stops, so stopping at 5000 and going on to 5050 cannot bend
-the curve. Steps count from 1, the first update.
+Nothing is stored and nothing depends on the step at which a run stops, so stopping at 5000 and going on to 5050 cannot
+bend the curve. Steps count from 1, the first update.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def lr_at(step: int, schedule: ScheduleConfig, peak: float) -> float:
         peak: The learning rate after the warm-up.
 
     Returns:
-        The learning rate: ``peak x step / warmup_steps`` during the linear warm-up, then the shape's value.
+        ``peak x step / warmup_steps`` during the linear warm-up, then the value of the schedule's shape.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, not {step}")

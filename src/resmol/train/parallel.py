@@ -1,14 +1,13 @@
-"""Where a process computes and how it works with its siblings: passed in as a `Runtime`, never global.
+"""Data parallelism: the device, rank and world size of this process, passed in as a `Runtime`, never global.
 
-One process is the ordinary case. Under ``torchrun`` every process takes its share of a step's micro-batches, and
-the gradients, which are sums over tokens, are summed over the processes: two processes with one micro-batch each
-give the bits of one process with two.
+One process is the ordinary case. Under ``torchrun`` each rank takes its share of a step's micro-batches, and the
+gradients, which are sums over tokens, are all-reduced: two ranks with one micro-batch each give the bits of one
+process with two.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,34 +21,39 @@ from torch.distributed.rendezvous import rendezvous
 
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
-from resmol.system.host import processor_field
+from resmol.system.host import host_facts
 from resmol.train.heartbeat import RankMonitor
 
-PREPARED = "the main process is ready"  # a key of the store that the processes share
-LONGEST_PREPARATION = timedelta(days=2)  # of a text, by the main process alone; if it dies, torchrun ends the others
+RANK_0_READY = "resmol/rank 0 is ready"  # a key of torchrun's store
+LONGEST_PREPARATION = timedelta(days=2)  # of a text, by rank 0 alone; if it dies, torchrun ends the others
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process of a run.
+    """Where this process computes, and its place among the ranks of the run.
 
     Attributes:
-        rank: Number of this process, from 0.
-        world_size: Number of processes.
+        rank: From 0.
+        world_size: Number of ranks.
         device: Where it computes.
         autocast_dtype: Type of the matrix products, or None for the type of the weights.
-        siblings: The other processes; None where there are none.
+        monitor: The heartbeats of the ranks; None if there is one rank.
     """
 
     rank: int
     world_size: int
     device: torch.device
     autocast_dtype: torch.dtype | None
-    siblings: RankMonitor | None = None
+    monitor: RankMonitor | None = None
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu", autocast_dtype: torch.dtype | None = None) -> Runtime:
+        """Return the runtime of a process that has no other ranks."""
+        return cls(0, 1, torch.device(device), autocast_dtype)
 
     @property
-    def is_main(self) -> bool:
-        """Tell whether this process writes the files."""
+    def is_rank_zero(self) -> bool:
+        """Whether this rank writes the files."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -59,43 +63,45 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
-        """Add up each tensor over all processes, in place."""
+        """Add up each tensor over all ranks, in place.
+
+        One all-reduce for each tensor, after the backward pass: simple rather than fast. DDP's buckets, whose
+        reduction overlaps with the backward pass, are for ranks that a network connects.
+        """
         if self.world_size > 1:
-            with self._together():
+            with self._collective("all-reduce"):
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the main process's values of these tensors, in place."""
+        """Give every rank the values that these tensors have on rank 0, in place."""
         if self.world_size > 1:
-            with self._together():
+            with self._collective("broadcast"):
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
     def any_rank(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process; a barrier when there are several."""
+        """Return whether the flag is set on any rank; a barrier when there are several."""
         if self.world_size == 1:
             return flag
         votes = torch.tensor(int(flag), device=self.device)
-        with self._together():
+        with self._collective("all-reduce"):
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             return bool(votes.item())
 
-    def begin(self, what: str) -> None:
-        """Tell the siblings what this process is at now, for them to say if it does not come back."""
-        if self.siblings is not None:
-            self.siblings.begin(what)
+    def set_phase(self, phase: str) -> None:
+        """Publish what this rank does from now on: the other ranks name it if this one is lost."""
+        if self.monitor is not None:
+            self.monitor.set_phase(phase)
 
-    def _together(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.siblings is None else self.siblings.together()
+    def _collective(self, operation: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.monitor is None else self.monitor.collective(operation)
 
     def environment(self) -> dict[str, str | int]:
         """Return the facts that bitwise equality depends on, and nothing else: no variable, no path, no secret."""
         return {
-            "python": platform.python_version(),
+            **host_facts(),
             "torch": torch.__version__,
-            "system": f"{platform.system()} {platform.machine()}",
-            "processor": _processor_name(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "world_size": self.world_size,
@@ -103,22 +109,18 @@ class Runtime:
         }
 
 
-def _processor_name() -> str:
-    return processor_field("model name") or platform.processor() or platform.machine()
-
-
-def is_main_process() -> bool:
-    """Tell whether this is the process that writes the files, also before there is a `Runtime`."""
+def is_rank_zero() -> bool:
+    """Return whether this process writes the files, also before there is a `Runtime`."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def open_runtime(config: RunConfig) -> Iterator[Runtime]:
-    """Set up this process as the configuration (without ``auto``) and torchrun's environment say.
+    """Set up this process by the configuration (without ``auto``) and torchrun's environment variables.
 
     Raises:
         ConfigError: The device does not exist here.
-        ProcessLost: The processes do not find each other.
+        ProcessLost: The ranks cannot connect to each other.
     """
     device = find_device(config.runtime.device)
     if config.runtime.threads:
@@ -126,27 +128,27 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     precision = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
     with deterministic_kernels(device):
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            yield Runtime(0, 1, device, precision)
+            yield Runtime.single(device, precision)
         else:
-            with _process_group(device, config.runtime.collective_timeout) as siblings:
-                yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, siblings)
+            with _process_group(device, config.runtime.collective_timeout) as monitor:
+                yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, monitor)
 
 
 @contextmanager
 def _process_group(device: torch.device, timeout: int) -> Iterator[RankMonitor]:
-    """Join the processes that torchrun's environment names; the main one may come late, it prepares the data first."""
+    """Initialize the process group by torchrun's environment variables; the other ranks wait until rank 0 is ready."""
     store, rank, world_size = next(rendezvous("env://"))
     wait = timedelta(seconds=timeout)
     store.set_timeout(wait)
     if rank == 0:
-        store.set(PREPARED, "")
-    with RankMonitor(store, rank, world_size) as siblings:
-        with siblings.together():
-            store.wait([PREPARED], LONGEST_PREPARATION)
+        store.set(RANK_0_READY, "")  # it prepares the data before
+    with RankMonitor(store, rank, world_size) as monitor:
+        with monitor.collective("rendezvous"):
+            store.wait([RANK_0_READY], LONGEST_PREPARATION)
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
         try:
-            yield siblings
+            yield monitor
         finally:
             dist.destroy_process_group()
 
@@ -156,8 +158,8 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
     """Let PyTorch choose kernels that give the same bits each time.
 
     Without it, threads add to the rows of the embedding's gradient in whatever order they arrive, also on a CPU.
-    There, a kernel that PyTorch knows to be nondeterministic is an error; on CUDA it is a warning, since not every
-    version has another one for all that is used here.
+    There, a kernel that PyTorch knows to be nondeterministic is an error; on CUDA it is a warning, since some
+    versions have no deterministic kernel for an operation that is used here.
     """
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
@@ -174,7 +176,7 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
 
 
 def find_device(wanted: str) -> torch.device:
-    """Return the device that ``runtime.device`` means here (`ConfigError` when it does not exist)."""
+    """Return the device that ``runtime.device`` names on this machine (`ConfigError` when it does not exist)."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -38,7 +38,7 @@ from resmol.system.signals import StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.loop import Session, TrainState, train
-from resmol.train.parallel import Runtime, is_main_process, open_runtime
+from resmol.train.parallel import Runtime, is_rank_zero, open_runtime
 from resmol.train.resume import Beginning, begin, share_state
 from resmol.version import __version__
 
@@ -147,7 +147,7 @@ def launch(wanted: Launch) -> TrainState:
         CheckpointError: The run has checkpoints, and none of them is whole.
         ResmolError: What `train` raises.
     """
-    run, is_main = wanted.run, is_main_process()
+    run, is_main = wanted.run, is_rank_zero()
     settle_configuration(wanted)  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
         if is_main:
@@ -190,7 +190,7 @@ def launch(wanted: Launch) -> TrainState:
         try:
             train(state, session)
         except ProcessLost as error:
-            journal.write("warn", what="processes lost each other", step=state.step, reason=error.what)
+            journal.write("warn", what="a collective failed", step=state.step, reason=error.what)
             raise
     return state
 
@@ -214,7 +214,7 @@ def settle_configuration(wanted: Launch) -> tuple[RunConfig, dict[str, Any]]:
 
 def check_siblings_agree(state: TrainState, config: RunConfig, dataset: Dataset, runtime: Runtime) -> None:
     """Compare what the processes are about to work on (`ConfigError` when it is not the same)."""
-    if runtime.siblings is None:
+    if runtime.monitor is None:
         return
     weights = json.dumps(digest_all(weight_tensors(state.model)), sort_keys=True)
     facts = {
@@ -225,7 +225,7 @@ def check_siblings_agree(state: TrainState, config: RunConfig, dataset: Dataset,
         "step": str(state.step),
         "weights": hashlib.sha256(weights.encode()).hexdigest(),
     }
-    runtime.siblings.agree(facts)
+    runtime.monitor.check_consistent(facts)
 
 
 # --- what is checked before anything is written --------------------------------------------------------------

@@ -27,7 +27,7 @@ PIECE = 1 << 24
 
 def fresh_state(config_file: Path) -> TrainState:
     """Return a model and an optimizer with moments, as after a step."""
-    state = new_state(load_config(config_file), Runtime(0, 1, torch.device("cpu"), None))
+    state = new_state(load_config(config_file), Runtime.single())
     for parameter in state.model.parameters():
         moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
