@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from resmol.data.loader import Batch
 from resmol.errors import DataError
-from resmol.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum
+from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.model.llama import CausalLM
 from resmol.train.parallel import Runtime
 
@@ -64,12 +64,10 @@ def evaluate(
     """
     total, tokens, covered = 0.0, 0, 0
     for batch in batches:
-        targets = batch.targets.to(runtime.device)
+        input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
-            hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
-            weight, backend = model.lm_head.weight, model.lm_head.backend
-            total += float(cross_entropy_sum(hidden, weight, targets, chunk_tokens, backend))
+            total += float(model.loss(input_ids, targets, documents, chunk_tokens))
         tokens += batch.tokens
         counted = batch.targets[batch.targets != IGNORE_INDEX].numpy()
         covered += int(byte_lengths[counted].sum())
