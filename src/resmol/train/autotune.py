@@ -22,7 +22,7 @@ from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.model.linear import has_onednn, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.system.host import free_memory
-from resmol.train.parallel import Runtime, find_device
+from resmol.train.parallel import Runtime, deterministic_kernels, find_device
 
 Arithmetic: TypeAlias = Literal["mkl", "onednn", "bfloat16"]
 
@@ -154,11 +154,11 @@ def _several_processes() -> bool:
 
 
 def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, float]:
-    """Return how long forward and backward take on a slice of the model: in float32 by a library, or in bfloat16.
+    """Return the seconds of forward and backward on a slice of the model: in float32 by a library, or in bfloat16.
 
-    The slice has one block and as much of the vocabulary as belongs to one block, so that blocks and output layer
-    weigh as they do in the whole. The candidates take turns, and their best times are compared: other programs that
-    compete for the processor only ever make a measurement longer.
+    The slice has one block and its share of the vocabulary, so that blocks and output layer have the weight that they
+    have in the whole model. The candidates alternate, and their best times are compared: other programs that compete
+    for the processor can only make a measurement longer.
     """
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
@@ -167,8 +167,8 @@ def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dic
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % model.config.vocab_size
     documents = torch.zeros_like(ids) if config.data.document_mask else None
     seconds: dict[Arithmetic, float] = dict.fromkeys(candidates, math.inf)
-    for _ in range(MEASUREMENTS):
-        for candidate in candidates:
+    with deterministic_kernels(torch.device("cpu")):
+        for candidate in [*candidates] * MEASUREMENTS:
             set_matmul_backend(model, "onednn" if candidate == "onednn" else "mkl")
             precision = torch.bfloat16 if candidate == "bfloat16" else None
             started = time.perf_counter()
