@@ -37,6 +37,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_compiled() -> Iterator[None]:
+    """Code whose shapes are checked at every call cannot be compiled; a test that compiles starts a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("resmol.verify.training.has_compiler", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE tokenizer.json like SmolLM2's, with 512 tokens and <|endoftext|> as id 0."""

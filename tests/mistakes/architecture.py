@@ -77,8 +77,8 @@ def repeated_along_the_wrong_axis(query: Tensor, key: Tensor, value: Tensor, mas
 
 
 def epsilon_outside(self: Any, x: Tensor) -> Tensor:
-    wide = x.float()
-    return self.weight * (wide / (wide.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)).to(x.dtype)
+    in_float32 = x.float()
+    return self.weight * (in_float32 / (in_float32.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)).to(x.dtype)
 
 
 def norm_in_half_precision(self: Any, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def drawn_with(std: float) -> Any:
 
 
 def pytorch_default(self: CausalLM, seed: int) -> None:
-    """No initialisation of one's own: what nn.Linear and nn.Embedding do by themselves."""
+    """No initialization of one's own: what nn.Linear and nn.Embedding do by themselves."""
     torch.manual_seed(seed)
     for part in self.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
@@ -117,6 +117,16 @@ def untied(cls: type[CausalLM], config: ModelConfig, *, attention: str = "sdpa")
     model.to_empty(device="cpu")  # and the two names are left with a tensor each
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
+
+
+def tied_gradient(output_share: float) -> Any:
+    """Return a tied gradient in which the output layer's part has another weight than 1."""
+
+    def backward(ctx: Any, grad_rows: Tensor, grad_weight: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        return None, (grad_weight * output_share).index_put_((ids,), grad_rows, accumulate=True)
+
+    return staticmethod(backward)
 
 
 def parameters_guard(_bench: Bench) -> set[str]:
@@ -137,12 +147,13 @@ def never_tied(patch: Any) -> None:
 
 
 ROTATE, TABLES, ATTEND = "resmol.model.llama.rotate", "resmol.model.llama.rotation_tables", "resmol.model.llama.attend"
-NORM, INITIALISE = "resmol.model.llama.RMSNorm.forward", "resmol.model.llama.CausalLM.init_weights"
+NORM, INITIALIZE = "resmol.model.llama.RMSNorm.forward", "resmol.model.llama.CausalLM.init_weights"
+TIED_GRADIENT = "resmol.model.llama._TiedEmbedding.backward"
 V = verify_guard
 MISTAKES: list[Mistake] = [
     mistake(
-        1, "RoPE: neighbours turned by the tables of the half-split layout", replaced(ROTATE, interleaved), V,
-        "rotation keeps lengths", "rotation is relative", "logits", "gradients", "twins, float32",
+        1, "RoPE: neighbors turned by the tables of the half-split layout", replaced(ROTATE, interleaved), V,
+        "rotation keeps lengths", "rotation is relative", "logits", "gradients", "tiny models, float32",
     ),
     mistake(2, "RoPE: over the heads instead of the positions", replaced(ROTATE, over_heads), V, "logits"),
     mistake(2, "RoPE: on half of the head", replaced(ROTATE, half_of_the_head), V, "logits", "late positions"),
@@ -154,12 +165,17 @@ MISTAKES: list[Mistake] = [
     mistake(14, "untied in training: a copy of the embeddings", replaced("resmol.model.llama.CausalLM.empty",
             classmethod(untied)), V, "tying"),
     mistake(14, "untied in training: 162,826,560 parameters", never_tied, parameters_guard, "parameters: 162826560"),
-    mistake(15, "initialisation: none of one's own", replaced(INITIALISE, pytorch_default), V, "initial weights"),
-    mistake(15, "initialisation: 0.02", replaced(INITIALISE, drawn_with(0.02)), V, "initial weights"),
-    mistake(15, "initialisation: N(0, 1)", replaced(INITIALISE, drawn_with(1.0)), V, "initial weights", "first loss"),
-    mistake(16, "norm: epsilon outside the root", replaced(NORM, epsilon_outside), V, "twins, float32"),
+    mistake(14, "tied gradient: the output layer's part is dropped", replaced(TIED_GRADIENT, tied_gradient(0.0)), V,
+            "gradients", "training, mkl", "tiny models, float32"),
+    mistake(14, "tied gradient: the output layer's part is doubled", replaced(TIED_GRADIENT, tied_gradient(2.0)), V,
+            "gradients", "training, mkl", "tiny models, float32"),
+    mistake(15, "initialization: none of one's own", replaced(INITIALIZE, pytorch_default), V, "initial weights"),
+    mistake(15, "initialization: 0.02", replaced(INITIALIZE, drawn_with(0.02)), V, "initial weights"),
+    mistake(15, "initialization: N(0, 1)", replaced(INITIALIZE, drawn_with(1.0)), V, "initial weights", "first loss"),
+    mistake(16, "norm: epsilon outside the root", replaced(NORM, epsilon_outside), V, "tiny models, float32"),
     mistake(16, "norm: not in float32", replaced(NORM, norm_in_half_precision), V, "norm in bfloat16"),
     mistake(16, "attention scaled twice", replaced(ATTEND, scaled_twice), V, "logits"),
     mistake(16, "dropout in evaluation", replaced(NORM, dropout_in_evaluation), V, "training mode", "logits"),
-    mistake(17, "repeat_kv along the wrong axis", replaced(ATTEND, repeated_along_the_wrong_axis), V, "twins, float32"),
+    mistake(17, "repeat_kv along the wrong axis", replaced(ATTEND, repeated_along_the_wrong_axis), V,
+            "tiny models, float32"),
 ]  # fmt: skip

@@ -153,7 +153,7 @@ for bfloat16, documents, recompute in ((False, apart, True), (True, None, False)
         calls.clear()
         model = CausalLM(config)
         model.init_weights(2)
-        model.model.recompute_blocks = recompute
+        model.model.activation_checkpointing = recompute
         if compiled:
             for layer in model.model.layers:
                 layer.compile(dynamic=False)

@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.load import load_preset, preset_names
 from resmol.config.model_config import ModelConfig
-from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.flops import (
     forward_flops_per_token,
     inference_memory,
@@ -145,11 +144,8 @@ def kept_for_backward(config: ModelConfig, batch: int, seq_len: int, attention: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = cross_entropy_sum(
-            model.hidden(torch.zeros(batch, seq_len, dtype=torch.long)),
-            model.lm_head.weight,
-            torch.zeros(batch, seq_len, dtype=torch.long),
-        )
+        ids = torch.zeros(batch, seq_len, dtype=torch.long)
+        loss = model.loss(ids, ids)
         total = sum(kept.values())
     loss.backward()
     return total
@@ -167,7 +163,7 @@ def test_the_estimate_with_recomputed_blocks_is_near_what_autograd_keeps_at_once
     config = TINY.model_copy(update={"num_hidden_layers": 8, "vocab_size": 64})
     one = TINY.model_copy(update={"num_hidden_layers": 1, "vocab_size": 64})
     inputs = 4 * 4 * 64 * 8 * config.hidden_size
-    estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, recompute=True)["activations"]
+    estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, activation_checkpointing=True)["activations"]
     assert estimate == pytest.approx(inputs + kept_for_backward(one, batch=4, seq_len=64), rel=0.15)
 
 

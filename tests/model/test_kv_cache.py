@@ -44,6 +44,26 @@ def test_any_way_of_filling_it_gives_the_whole(model: CausalLM, parts: list[int]
     assert cache.length == sum(parts)
 
 
+def test_positions_and_mask_of_the_next_tokens(tiny_config: RunConfig) -> None:
+    cache = KVCache(tiny_config.model, batch_size=2, capacity=8)
+    assert cache.mask(4) is None
+    cache.layers[0].extend(*torch.zeros(2, 2, 1, 2, tiny_config.model.head_dim))
+    assert cache.positions(2).tolist() == [2, 3]
+    assert cache.mask(1) is None
+    past = cache.mask(2)
+    assert past is not None
+    assert past[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_rows_that_begin_in_different_slots_count_from_their_own(tiny_config: RunConfig) -> None:
+    cache = KVCache(tiny_config.model, batch_size=2, capacity=8)
+    cache.align([0, 2], length=3)
+    assert cache.positions(2).tolist() == [[[3, 4]], [[1, 2]]]
+    seen = cache.mask(2)
+    assert seen is not None
+    assert seen[:, 0].int().tolist() == [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]
+
+
 def test_a_full_cache_is_an_error_and_not_a_silent_cut(model: CausalLM) -> None:
     cache = KVCache(model.config, 1, 4)
     with pytest.raises(RuntimeError), torch.no_grad():

@@ -46,16 +46,16 @@ def test_products_and_their_gradients(
     x, weight = case(shape, outputs)
     with torch.set_grad_enabled(grads):
         y = multiply(x, weight, backend)
-    wide, wide_weight = x.detach().double(), weight.detach().double()
-    assert_rounded(y, wide @ wide_weight.T, wide.abs() @ wide_weight.abs().T, shape[-1])
+    exact_x, exact_weight = x.detach().double(), weight.detach().double()
+    assert_rounded(y, exact_x @ exact_weight.T, exact_x.abs() @ exact_weight.abs().T, shape[-1])
     if not grads:
         return
     pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(6))
     y.backward(pull)
-    rows, pulls = wide.reshape(-1, shape[-1]), pull.double().reshape(-1, outputs)
+    rows, pulls = exact_x.reshape(-1, shape[-1]), pull.double().reshape(-1, outputs)
     assert x.grad is not None
     assert weight.grad is not None
-    assert_rounded(x.grad, pull.double() @ wide_weight, pull.double().abs() @ wide_weight.abs(), outputs)
+    assert_rounded(x.grad, pull.double() @ exact_weight, pull.double().abs() @ exact_weight.abs(), outputs)
     assert_rounded(weight.grad, pulls.T @ rows, pulls.abs().T @ rows.abs(), len(rows))
 
 
@@ -82,9 +82,9 @@ def test_other_arithmetic_has_no_choice(monkeypatch: pytest.MonkeyPatch) -> None
     double = multiply(x.double(), weight.double(), "onednn")
     torch.testing.assert_close(double, F.linear(x.double(), weight.double()), rtol=0, atol=0)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = multiply(x, weight, "onednn")
-        assert narrow.dtype == torch.bfloat16
-        torch.testing.assert_close(narrow, F.linear(x, weight), rtol=0, atol=0)
+        product = multiply(x, weight, "onednn")
+        assert product.dtype == torch.bfloat16
+        torch.testing.assert_close(product, F.linear(x, weight), rtol=0, atol=0)
 
 
 @needs_onednn

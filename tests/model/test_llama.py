@@ -1,4 +1,4 @@
-"""The architecture: properties that hold by themselves, and equality with transformers on small twins."""
+"""The architecture: properties that hold by themselves, and equality with transformers on tiny models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
+from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.model.kv_cache import KVCache
-from resmol.model.llama import CausalLM, RMSNorm, attend, attention_mask, rotate, rotation_tables
+from resmol.model.llama import CausalLM, RMSNorm, attend, document_mask, rotate, rotation_tables
 
 
-def twin(heads: int, key_value_heads: int, head_dim: int, layers: int, tied: bool, theta: float) -> ModelConfig:
+def tiny(heads: int, key_value_heads: int, head_dim: int, layers: int, tied: bool, theta: float) -> ModelConfig:
     return ModelConfig(
         vocab_size=101,
         hidden_size=heads * head_dim,
@@ -37,7 +38,7 @@ def twin(heads: int, key_value_heads: int, head_dim: int, layers: int, tied: boo
 
 
 SHAPES = st.builds(
-    lambda groups, pairs, half, layers, tied, theta: twin(groups * pairs, pairs, 2 * half, layers, tied, theta),
+    lambda groups, pairs, half, layers, tied, theta: tiny(groups * pairs, pairs, 2 * half, layers, tied, theta),
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.booleans(),
     st.sampled_from([100.0, 1e4, 1e5]),
 )  # fmt: skip
@@ -63,8 +64,8 @@ def test_rms_norm_by_hand() -> None:
 
 def test_rms_norm_works_in_float32_on_bfloat16() -> None:
     norm, x = RMSNorm(64, 1e-5).bfloat16(), (torch.randn(2, 64) * 300).bfloat16()
-    wide = x.float()
-    exact = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    in_float32 = x.float()
+    exact = (in_float32 * torch.rsqrt(in_float32.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
     assert torch.equal(norm(x), exact)
 
 
@@ -86,7 +87,7 @@ def test_tables_are_float32_under_autocast() -> None:
     assert cos.dtype == sin.dtype == torch.float32
 
 
-def test_query_heads_share_neighbouring_key_value_heads() -> None:
+def test_query_heads_share_neighboring_key_value_heads() -> None:
     """Head h reads key/value head h // (H / K): changing pair 1 changes heads 3, 4 and 5 of 9, and no other."""
     query, key, value = torch.randn(1, 9, 5, 4), torch.randn(1, 3, 5, 4), torch.randn(1, 3, 5, 4)
     changed = value.clone()
@@ -96,12 +97,8 @@ def test_query_heads_share_neighbouring_key_value_heads() -> None:
         assert (moved > 1e-3).tolist() == [False] * 3 + [True] * 3 + [False] * 3
 
 
-def test_masks() -> None:
-    assert attention_mask(torch.arange(4), None, has_past=False) is None
-    past = attention_mask(torch.tensor([2, 3]), None, has_past=True)
-    assert past is not None
-    assert past[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]
-    documents = attention_mask(torch.arange(4), torch.tensor([[0, 0, 1, 1]]), has_past=False)
+def test_a_token_sees_the_earlier_ones_of_its_document() -> None:
+    documents = document_mask(torch.tensor([[0, 0, 1, 1]]))
     assert documents is not None
     assert documents[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
@@ -148,20 +145,35 @@ def test_a_gpu_gives_the_same_logits(tiny_config: RunConfig) -> None:
         torch.testing.assert_close(model.cuda()(ids.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("with_documents", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_both_uses_of_a_tied_matrix_add_up_to_its_gradient(tiny_config: RunConfig, tied: bool) -> None:
-    """What the loss takes has a backward pass of its own for the tied matrix; autograd's sum is the judge."""
+def test_the_loss_and_its_gradients_are_those_of_the_logits(
+    tiny_config: RunConfig, tied: bool, with_documents: bool
+) -> None:
+    """The loss has a backward pass of its own, also for both uses of a tied matrix; autograd's is the judge."""
     config = tiny_config.model.model_copy(update={"tie_word_embeddings": tied})
     ids = torch.tensor([[5, 3, 5, 5, 9], [0, 3, 1, 2, 5]])
-    gradients = []
-    for pair in (True, False):
-        model = CausalLM(config)
-        model.init_weights(3)
-        hidden, weight = model.hidden_and_output_weight(ids) if pair else (model.hidden(ids), model.lm_head.weight)
-        F.cross_entropy((hidden @ weight.T).flatten(0, 1), ids.flatten()).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    for name, mine in gradients[0].items():
-        torch.testing.assert_close(mine, gradients[1][name], rtol=1e-6, atol=1e-9)
+    targets = torch.tensor([[3, 5, 5, 9, 1], [3, IGNORE_INDEX, 2, 5, 5]])
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]) if with_documents else None
+    model = CausalLM(config).double()
+    model.init_weights(3)
+    logits = model(ids, documents)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    found = model.loss(ids, targets, documents, chunk_tokens=3)
+    torch.testing.assert_close(found, expected)
+    parameters = list(model.parameters())
+    for mine, other in zip(
+        torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+def test_the_loss_without_gradients_has_the_same_bits(tiny_config: RunConfig) -> None:
+    model, ids = CausalLM(tiny_config.model), torch.arange(24).reshape(2, 12)
+    model.init_weights(3)
+    with torch.no_grad():
+        evaluated = model.loss(ids, ids, chunk_tokens=7)
+    assert torch.equal(evaluated, model.loss(ids, ids, chunk_tokens=7).detach())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -172,7 +184,7 @@ def test_computing_blocks_again_gives_the_same_bits_and_keeps_less(tiny_config: 
     for recompute in (False, True):
         model = CausalLM(tiny_config.model, attention=attention)  # type: ignore[arg-type]
         model.init_weights(3)
-        model.model.recompute_blocks = recompute
+        model.model.activation_checkpointing = recompute
         sizes: dict[int, int] = {}
 
         def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
@@ -191,7 +203,7 @@ def test_computing_blocks_again_gives_the_same_bits_and_keeps_less(tiny_config: 
 def test_generation_with_a_cache_never_recomputes(tiny_config: RunConfig) -> None:
     model = CausalLM(tiny_config.model)
     model.init_weights(3)
-    model.model.recompute_blocks = True
+    model.model.activation_checkpointing = True
     cache = KVCache(tiny_config.model, 1, 8)
     with torch.no_grad():
         model.hidden(torch.tensor([[1, 2, 3]]), cache=cache)

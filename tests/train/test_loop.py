@@ -19,6 +19,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.loader import IGNORE_INDEX, Batch, StepBatch
 from resmol.data.shards import Dataset
 from resmol.errors import DataError, DiskFull, NonFiniteError
+from resmol.model.llama import CausalLM
 from resmol.run import async_save as saving
 from resmol.run.checkpoint_manifest import load_state
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
@@ -231,8 +232,8 @@ def test_non_finite_loss_leaves_everything_as_it_was(
     first = train_step(state, loader.step(1), tiny_config, RUNTIME)
     weights = {name: t.clone() for name, t in state.model.state_dict().items()}
     moments = [state.optimizer.state[p]["exp_avg_sq"].clone() for p in state.model.parameters()]
-    genuine = module.cross_entropy_sum
-    monkeypatch.setattr(module, "cross_entropy_sum", lambda *a: genuine(*a) * bad)
+    genuine = CausalLM.loss
+    monkeypatch.setattr(CausalLM, "loss", lambda *a: genuine(*a) * bad)
     with pytest.raises(NonFiniteError, match=r"step 2 .*windows") as stopped:
         train_step(state, loader.step(2), tiny_config, RUNTIME)
     assert stopped.value.exit_code == 70
@@ -250,14 +251,14 @@ def test_a_fault_that_does_not_come_twice_is_survived(
     loader = make_loader(tiny_config, tiny_dataset.train)
     results = []
     for faults in (0, 1):
-        state, left, genuine = new_state(tiny_config, RUNTIME), [faults], module.cross_entropy_sum
+        state, left, genuine = new_state(tiny_config, RUNTIME), [faults], CausalLM.loss
 
         def flaky(*a: Any, _left: list[int] = left, _genuine: Any = genuine) -> torch.Tensor:
             _left[0] -= 1
             return _genuine(*a) * (math.nan if _left[0] == 0 else 1.0)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "cross_entropy_sum", flaky)
+            patch.setattr(CausalLM, "loss", flaky)
             results.append(train_step(state, loader.step(1), tiny_config, RUNTIME))
     assert results[0] == results[1]
 

@@ -1,13 +1,13 @@
 """The gradient of fused causal attention on a CPU, in blocks of queries: faster, once compiled, than PyTorch's own.
 
-PyTorch's fused kernel for CPUs is quick forwards; its backward pass is what took an eighth of a training step. Here
-the kernel also returns the log-sum-exp of every row of scores, and from that the gradients follow by the formulas of
+PyTorch's fused kernel for CPUs has a fast forward pass; its backward pass took an eighth of a training step. Here the
+kernel also returns the log-sum-exp of every row of scores, and from that the gradients follow by the formulas of
 FlashAttention-2 (Dao 2023, section 3), with matrix products that share their work evenly:
 
     P = exp(scale x Q K^T - lse)    dV = P^T dO    dS = P * (dO V^T - rowsum(dO * O))
     dQ = scale x dS K               dK = scale x dS^T Q
 
-Shape letters as in `model`, and: G query heads that share a key/value head · N queries of a block · M keys they see.
+Shapes as in `llama`, and: G query heads that share a key/value head · N queries of a block · M keys they see.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_QUERIES = 128  # their scores, M for each query and head, are all that exists of the T x T scores at a time
-MOST_BLOCKS = 8  # compiled code has each block written out; more of them take minutes to compile
+BLOCK_QUERIES = 128  # of the T x T scores of a head, only a block's N x M exist at a time
+MOST_BLOCKS = 8  # compiled code has each block unrolled; more of them take minutes to compile
 
 Queries: TypeAlias = Float[Tensor, "B H T Dh"]
 Keys: TypeAlias = Float[Tensor, "B K T Dh"]
@@ -29,15 +29,15 @@ SquareMask: TypeAlias = Bool[Tensor, "#B 1 T T"] | None
 
 
 def use_blockwise_backward(query: Float[Tensor, "B H T Dh"], key: Float[Tensor, "B K S Dh"]) -> bool:
-    """Tell whether `blockwise_attention` is the faster way to attention that needs a gradient.
+    """Return whether `blockwise_attention` is faster than PyTorch's own backward pass here.
 
-    Uncompiled it is not: each operation then reads and writes the scores once more. Nor is it for a single block.
+    Uncompiled it is not, since each operation then reads and writes the scores once more; nor is it for one block.
     """
     return (
         torch.compiler.is_compiling()
         and query.device.type == "cpu"
         and query.requires_grad
-        and query.shape[2] == key.shape[2]  # nothing comes from a cache
+        and query.shape[2] == key.shape[2]  # no cached keys
         and BLOCK_QUERIES < query.shape[2] <= BLOCK_QUERIES * MOST_BLOCKS
     )
 
@@ -47,10 +47,9 @@ def blockwise_attention(query: Queries, key: Keys, value: Keys, mask: SquareMask
 
     Args:
         query: Queries of all heads.
-        key: Keys; each is read by the G = H / K neighbouring query heads.
+        key: Keys; each is read by G = H / K neighboring query heads.
         value: Values.
-        mask: What may be seen, never anything later than the query and at least the query's own position; None for
-            all up to that.
+        mask: True where a query may attend: its own position, and any of the earlier ones; None for all of them.
     """
     result = _AttentionInBlocks.apply(query, key, value, mask)  # type: ignore[no-untyped-call]
     assert isinstance(result, Tensor)
@@ -73,14 +72,14 @@ class _AttentionInBlocks(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Queries, Keys, Keys, None]:
         query, key, value, mask, mixed, log_sum_exp = ctx.saved_tensors
         (grad_mixed,) = grad_outputs
-        length, wide = query.shape[2], log_sum_exp.dtype  # the products may be bfloat16, sums are float32 at least
-        row_sums = (grad_mixed.to(wide) * mixed.to(wide)).sum(dim=-1, keepdim=True)
+        length, sum_dtype = query.shape[2], log_sum_exp.dtype  # products may be bfloat16, sums are float32 at least
+        row_sums = (grad_mixed.to(sum_dtype) * mixed.to(sum_dtype)).sum(dim=-1, keepdim=True)
         of_queries = [
             tensor.unflatten(1, (key.shape[1], -1))  # B K G T *
             for tensor in (query, grad_mixed, log_sum_exp[..., None], row_sums)
         ]
         grad_query = []
-        grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        grad_key, grad_value = torch.zeros_like(key, dtype=sum_dtype), torch.zeros_like(value, dtype=sum_dtype)
         for start in range(0, length, BLOCK_QUERIES):
             stop = min(start + BLOCK_QUERIES, length)
             block = [tensor[:, :, :, start:stop] for tensor in of_queries]
@@ -105,11 +104,10 @@ def _gradients_of_block(
     value: Float[Tensor, "B K M Dh"],
     hidden: Bool[Tensor, "#B 1 N M"],
 ) -> tuple[Float[Tensor, "B K G N Dh"], Float[Tensor, "B K M Dh"], Float[Tensor, "B K M Dh"]]:
-    """Return the gradients of a block's queries, and what it adds to those of the keys and values it sees.
+    """Return the gradients of a block's queries, and its contribution to those of the keys and values it sees.
 
-    The G heads lie one below the other beside the keys that they share, so that no key is repeated and the products
-    with P^T and dS^T sum over the heads by themselves. ``of_queries`` are the queries, the gradient of what was mixed
-    for them, the log-sum-exp and the sums of ``dO * O``.
+    The G heads that share a key are stacked along the rows, so no key is repeated and the products with P^T and dS^T
+    also sum over the heads. ``of_queries`` holds the queries, dO, the log-sum-exp and the row sums of ``dO * O``.
     """
     heads, scale = of_queries[0].shape[2], 1.0 / math.sqrt(key.shape[-1])
     query, grad_mixed, log_sum_exp, row_sums = (tensor.flatten(2, 3) for tensor in of_queries)

@@ -2,8 +2,10 @@
 
 A window of 2048 tokens has 2048 x 49,152 logits: 400 MB in float32, three times over in an ordinary training step.
 Here the gradient of a chunk is computed while its logits are still in the processor's cache, and the logits are
-dropped. The loss is a *sum*; whoever calls divides by the number of tokens of the whole step, over all
-micro-batches and processes, so that no token weighs more because its batch was short.
+dropped. The loss is a *sum*; the caller divides it by the number of tokens of the whole step, over all
+micro-batches and ranks, so that no token weighs more because its batch was short.
+
+Shapes as in `llama`, and: N tokens of a chunk, or of all rows together.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from resmol.model.linear import MatmulBackend, multiply
 
-IGNORE_INDEX = -100  # the target that does not count, as in PyTorch
+IGNORE_INDEX = -100  # a target that does not count, as in PyTorch
 
 
 def cross_entropy_sum(
@@ -29,10 +31,10 @@ def cross_entropy_sum(
     """Return ``sum(-log softmax(hidden @ weight^T)[target])`` over the tokens whose target is not `IGNORE_INDEX`.
 
     Args:
-        hidden: What the output layer is applied to.
+        hidden: The input of the output layer.
         weight: The output layer.
         targets: The next token at every position.
-        chunk_tokens: How many tokens have their logits in memory at the same time.
+        chunk_tokens: Tokens whose logits exist at the same time.
         backend: The library of the matrix products in float32; see `linear`.
 
     Returns:
@@ -44,7 +46,7 @@ def cross_entropy_sum(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward computes the gradients as well: ``dL/dlogits = softmax - onehot`` needs the logits just once."""
+    """Computes the gradients in its forward pass: ``dL/dlogits = softmax - onehot`` needs the logits just once."""
 
     @staticmethod
     def forward(
@@ -56,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         backend: MatmulBackend,
     ) -> Float[Tensor, ""]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        compute_dtype = _matrix_type(hidden)
+        compute_dtype = _compute_dtype(hidden)
         inputs, matrix = hidden.to(compute_dtype), weight.to(compute_dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = _SumOfProducts(weight, compute_dtype) if needs_weight else None
@@ -66,7 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             logits = scratch.product(inputs[rows], matrix)
             total += _loss_and_logit_gradient(logits, targets[rows])
-            delta = scratch.narrowed(logits)
+            delta = scratch.in_compute_dtype(logits)
             if grad_hidden is not None:
                 grad_hidden[rows] = multiply(delta, matrix.T, backend)
             if grad_weight is not None:
@@ -86,11 +88,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _Scratch:
-    """The logits of a chunk, in memory that all chunks share: fresh memory would cost more than what is done with it.
+    """The logits of a chunk, in memory that all chunks share: fresh memory would cost more than the computation.
 
-    Matrix products of a low-precision type (bfloat16) are converted to float32 for the softmax, and its
-    result back for the next products.
-    oneDNN's float32 products bring memory of their own, which the allocator hands out again for the next chunk.
+    Products in low precision (bfloat16) are converted to float32 for the softmax, and its result back for the next
+    products. oneDNN's float32 products allocate their own memory, which the allocator hands out again for each chunk.
     """
 
     def __init__(
@@ -99,25 +100,27 @@ class _Scratch:
         self._backend = backend
         self._is_owner = backend == "mkl" or compute_dtype != torch.float32
         shape = (rows if self._is_owner else 0, len(weight))
-        wide_type = torch.promote_types(compute_dtype, torch.float32)
-        self._wide = torch.empty(shape, dtype=wide_type, device=weight.device)
-        self._narrow = self._wide if wide_type == compute_dtype else torch.empty_like(self._wide, dtype=compute_dtype)
+        softmax_dtype = torch.promote_types(compute_dtype, torch.float32)
+        self._logits = torch.empty(shape, dtype=softmax_dtype, device=weight.device)
+        self._product = (
+            self._logits if softmax_dtype == compute_dtype else torch.empty_like(self._logits, dtype=compute_dtype)
+        )
 
     def product(self, x: Float[Tensor, "N D"], matrix: Float[Tensor, "V D"]) -> Float[Tensor, "N V"]:
-        """Return the logits of a chunk, wide."""
+        """Return the logits of a chunk, in float32 at least."""
         if not self._is_owner:
             return multiply(x, matrix, self._backend)
-        wide, narrow = self._wide[: len(x)], self._narrow[: len(x)]
-        torch.mm(x, matrix.T, out=narrow)
-        return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
+        logits, product = self._logits[: len(x)], self._product[: len(x)]
+        torch.mm(x, matrix.T, out=product)
+        return logits if logits.dtype == product.dtype else logits.copy_(product)
 
-    def narrowed(self, wide: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-        """Return numbers of the size of a chunk's logits in the type of the products."""
-        return wide if wide.dtype == self._narrow.dtype else self._narrow[: len(wide)].copy_(wide)
+    def in_compute_dtype(self, delta: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Return a tensor of a chunk's logits' shape in the type of the products."""
+        return delta if delta.dtype == self._product.dtype else self._product[: len(delta)].copy_(delta)
 
 
 class _SumOfProducts:
-    """A sum of ``left @ right`` in the type of the weights, which no pass sets to zero first."""
+    """A sum of ``left @ right`` in the type of the weights; the first product overwrites what is there."""
 
     def __init__(self, weight: Float[Tensor, "V D"], compute_dtype: torch.dtype) -> None:
         self.total = torch.empty_like(weight)
@@ -134,7 +137,7 @@ class _SumOfProducts:
         self._is_empty = False
 
 
-def _matrix_type(hidden: Tensor) -> torch.dtype:
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """Return the type of the matrix products: autocast's where it is on, else that of the input."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

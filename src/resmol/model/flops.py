@@ -29,8 +29,8 @@ def total_parameters(config: ModelConfig) -> int:
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Return the multiply-adds x 2 of a forward pass, per token, at a training length of ``seq_len``.
 
-    Matrix products are 2 x parameters (Kaplan et al. 2020, table 1); the output layer counts also when tied.
-    Attention adds 2 products of 2 x D for each position that is attended to, on average ``(seq_len + 1) / 2``.
+    Matrix products are 2 x parameters (Kaplan et al. 2020, table 1); the output layer counts when tied, too.
+    Attention adds 2 products of 2 x D for each attended position, on average ``(seq_len + 1) / 2`` of them.
     """
     counts = parameter_counts(config)
     matrices = counts["attention"] + counts["mlp"] + config.vocab_size * config.hidden_size
@@ -49,19 +49,19 @@ def training_memory(
     seq_len: int,
     loss_chunk_tokens: int,
     *,
-    recompute: bool = False,
+    activation_checkpointing: bool = False,
     bfloat16: bool = False,
     eager: bool = False,
 ) -> dict[str, int]:
     """Estimate the bytes that training needs, by part.
 
-    Activations are what the backward pass keeps for each token and block, counted in the uncompiled model: eight
-    tensors of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
-    SwiGLU, and a row of the document mask, which the fused attention of the CPU keeps as numbers in each block. With
-    ``recompute`` (activation checkpointing) that is kept of one block at a time, and of the others their inputs.
-    Under ``bfloat16`` autocast what the products take has two bytes, and the weights have a copy of two bytes; the
-    residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention keeps a weight
-    for each head and pair of positions in float32, and rounded.
+    Activations are the tensors saved for the backward pass, counted for each token and block of the uncompiled model:
+    eight of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
+    SwiGLU, and a row of the document mask, which the CPU's fused attention saves as numbers in each block. With
+    ``activation_checkpointing`` they exist for one block at a time, and the other blocks save their input only.
+    Under ``bfloat16`` autocast the inputs of products have two bytes, and the weights a copy of two bytes; the
+    residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention saves its weights,
+    one for each head and pair of positions, in float32 and rounded.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -70,7 +70,8 @@ def training_memory(
     if eager:
         kept += config.num_attention_heads * seq_len * (4 + 2 * bfloat16)
     tokens = micro_batch_size * seq_len
-    activations = kept + config.num_hidden_layers * width * 4 if recompute else config.num_hidden_layers * kept
+    layers = config.num_hidden_layers
+    activations = kept + layers * width * 4 if activation_checkpointing else layers * kept
     return {
         "weights": parameters + (parameters // 2 if bfloat16 else 0),
         "gradients": parameters,
@@ -81,6 +82,6 @@ def training_memory(
 
 
 def inference_memory(config: ModelConfig, batch_size: int, context: int) -> dict[str, int]:
-    """Estimate the bytes that fp32 generation needs: the weights, and the keys and values of ``context`` tokens."""
+    """Estimate the bytes of generation in float32: the weights, and the keys and values of ``context`` tokens."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {"weights": 4 * total_parameters(config), "kv cache": 4 * batch_size * context * per_token}

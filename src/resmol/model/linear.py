@@ -1,11 +1,11 @@
 """Matrix products with a weight, by the library that is the faster one on this processor.
 
-PyTorch multiplies float32 matrices with the BLAS that it was built with, MKL, which is written for Intel's processors.
-It carries a second library for the same products, oneDNN. On an AMD processor oneDNN forms outputs and gradients of
-inputs 1.25 to 1.8 times as fast; on an Intel one MKL wins. Both sum in float32, in another order, so the last bits of
-the results differ: the choice belongs to a run like its precision does.
+PyTorch multiplies float32 matrices with the BLAS it was built with, MKL, which is tuned for Intel's processors. It
+ships a second library for the same products, oneDNN. On an AMD processor oneDNN computes outputs and gradients of
+inputs 1.25 to 1.8 times as fast; on an Intel one MKL wins. Both sum in float32, in a different order, so the last bits
+of the results differ: the choice belongs to a run, like its precision.
 
-MatmulBackend in bfloat16 are oneDNN's in any case, and those of a CUDA device are CUDA's.
+The choice is for float32 on a CPU. Products in bfloat16 are always oneDNN's, and those on a CUDA device are CUDA's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARTS = 8  # of a weight that multiplies a single row: what cores can share
 
 
 class Linear(nn.Linear):
-    """``x W^T`` without a bias. ``products`` says by which library; `set_matmul_backend` sets it for a whole model."""
+    """``x W^T`` without a bias, by the library ``backend``; `set_matmul_backend` sets it for a whole model."""
 
     backend: MatmulBackend = "mkl"
 
@@ -39,29 +39,29 @@ class Linear(nn.Linear):
 
 
 def set_matmul_backend(model: nn.Module, backend: MatmulBackend) -> None:
-    """Let all matrix products with a weight of a model be formed by one library."""
+    """Set the library of all matrix products with a weight of the model."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.backend = backend
 
 
 def has_onednn() -> bool:
-    """Tell whether this PyTorch has oneDNN's product, which is not part of its documented interface."""
+    """Return whether this PyTorch has oneDNN's product, which is not part of its documented interface."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def default_inference_backend(cpu_facts: Path = CPU_FACTS) -> MatmulBackend:
-    """Return the library for a model that is only read: oneDNN on AMD's processors, the BLAS on all others.
+    """Return the library for inference: oneDNN on AMD's processors, the BLAS on all others.
 
-    A rule, where training measures: the last bits of logits depend on it, and the same prompt and seed must give the
-    same text also while other programs disturb a measurement.
+    Training measures instead (`autotune`). Inference follows a rule: the last bits of logits depend on the library,
+    and the same prompt and seed must give the same text on a busy machine too.
     """
     is_amd = processor_field("vendor_id", cpu_facts) == "AuthenticAMD"
     return "onednn" if is_amd and has_onednn() else "mkl"
 
 
 def multiply(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], backend: MatmulBackend) -> Float[Tensor, "*B O"]:
-    """Return ``x W^T``. Only plain float32 products on a CPU have a choice; autocast's have not."""
+    """Return ``x W^T``; ``backend`` applies to float32 on a CPU without autocast, and to nothing else."""
     if backend == "mkl" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.device.type != "cpu":
         return F.linear(x, weight)
     if torch.is_grad_enabled():
@@ -76,9 +76,9 @@ def _rows(x: Float[Tensor, "*B I"]) -> Float[Tensor, "N I"]:
 
 
 def _one_row(row: Float[Tensor, " I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, " O"]:
-    """Return the product of a single row, which is limited by reading the weight: a batch of parts uses all cores.
+    """Return the product of a single row, as a batch over parts of the weight, so that all cores read it.
 
-    Where MKL is slow it reads such a weight with one core only, and oneDNN is no faster than this.
+    Reading the weight is the limit here. Where MKL is slow it reads with one core only; oneDNN is no faster than this.
     """
     parts = weight.view(PARTS, -1, weight.shape[1])
     return torch.bmm(row.expand(PARTS, 1, -1), parts.mT).flatten()

@@ -14,17 +14,17 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resmol.config.model_config import ModelConfig
 from resmol.model.attention_backward import blockwise_attention, use_blockwise_backward
-from resmol.model.kv_cache import KVCache, LayerCache
+from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.kv_cache import KVCache, LayerCache, Mask
 from resmol.model.linear import Linear
 
 Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
-Mask: TypeAlias = Bool[Tensor, "#B 1 T S"] | None  # the same for all of a batch, or one for each
 Attention = Literal["sdpa", "eager"]
 
 
@@ -40,10 +40,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        """Normalise the last axis."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        """Normalize the last axis."""
+        x_float32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_float32 = x_float32 * torch.rsqrt(x_float32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x_float32.to(x.dtype)
 
 
 def rotation_tables(positions: Int[Tensor, "*B T"], head_dim: int, theta: float) -> Rotation:
@@ -74,10 +74,10 @@ def attend(
 ) -> Float[Tensor, "B H T Dh"]:
     """Grouped-query attention (Ainslie et al. 2023): query head ``h`` reads key/value head ``h // (H / K)``.
 
-    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal, and there is no past (T = S) or a
-    single new token, which sees all S positions; `attention_mask` makes the mask that all other cases need.
+    Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal, and either nothing is cached
+    (T = S) or a single new token sees all S positions; `document_mask` and `KVCache.mask` make the others.
     """
-    if kind == "sdpa" and use_blockwise_backward(query, key):  # the same with another backward pass
+    if kind == "sdpa" and use_blockwise_backward(query, key):  # the same values, another backward pass
         return blockwise_attention(query, key, value, mask)
     if kind == "sdpa":
         return F.scaled_dot_product_attention(
@@ -141,7 +141,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with the norms in front (pre-norm), so the residual stream itself is never normalised."""
+    """A transformer block with the norms in front (pre-norm), so the residual stream itself is never normalized."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute_blocks = False  # keep only the input of each block for the backward pass (Chen et al. 2016)
+        self.activation_checkpointing = False  # keep only each block's input for the backward pass (Chen et al. 2016)
 
     def forward(
         self,
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the normalised hidden states."""
+        """Return the normalized hidden states."""
         return self.transform(self.embed_tokens(input_ids), document_ids, cache)
 
     def transform(
@@ -188,49 +188,35 @@ class Decoder(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return the normalised hidden states of tokens that are embedded already."""
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        """Return the normalized hidden states of tokens that are embedded already."""
+        length = x.shape[1]
+        if cache is None:
+            positions = torch.arange(length, device=x.device)
+            mask = None if document_ids is None else document_mask(document_ids)
+        else:
+            assert document_ids is None, "a cache holds one document for each row"
+            positions, mask = cache.positions(length), cache.mask(length)
         rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
-        mask = attention_mask(positions, document_ids, has_past=start > 0)
-        if cache is not None and cache.starts is not None:
-            rotation, mask = self._ragged(positions, cache.starts)
         for index, layer in enumerate(self.layers):
-            if self.recompute_blocks and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotation, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rotation, mask, None if cache is None else cache.layers[index])
         return self.norm(x)
 
-    def _ragged(self, places: Int[Tensor, " T"], starts: Int[Tensor, " B"]) -> tuple[Rotation, Mask]:
-        """Return rotation and mask for rows whose texts begin at different places of the cache, position 0 there."""
-        positions = places - starts[:, None, None]  # B 1 T: the same for all heads
-        rotation = rotation_tables(positions, self.config.head_dim, self.config.rope_theta)
-        seen = torch.arange(int(places[-1]) + 1, device=places.device)
-        return rotation, ((places[:, None] >= seen) & (seen >= starts[:, None, None]))[:, None]
 
-
-def attention_mask(positions: Int[Tensor, " T"], document_ids: Int[Tensor, "B T"] | None, *, has_past: bool) -> Mask:
-    """Return which positions may be attended to (True), or None where plain causal attention is meant.
-
-    With ``document_ids``, a token sees the earlier tokens of its own document only. With a past (a filled cache),
-    a new token sees the whole past and the new tokens up to itself.
-    """
-    if document_ids is not None:
-        same_document = document_ids[:, :, None] == document_ids[:, None, :]
-        return (same_document & (positions[:, None] >= positions[None, :]))[:, None]
-    if has_past and len(positions) > 1:  # a single new token sees all that is there
-        seen = torch.arange(int(positions[-1]) + 1, device=positions.device)
-        return (positions[:, None] >= seen[None, :])[None, None]
-    return None
+def document_mask(document_ids: Int[Tensor, "B T"]) -> Mask:
+    """Return which positions may be attended to: the earlier ones of the same document, and the token's own."""
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    return same_document.tril()[:, None]
 
 
 class _TiedEmbedding(torch.autograd.Function):
     """Rows of the matrix, and the matrix itself for the output layer: both uses share one gradient.
 
-    The output layer's gradient is dense. That of the rows is added to a few of its rows, where autograd would fill a
-    second matrix of V x D zeros and add the two. In which order equal rows are added is up to PyTorch's kernel, which
-    training asks for the deterministic one (`distributed.deterministic_kernels`).
+    The output layer's gradient is dense. The gradient of the embedded tokens is added to a few of its rows, where
+    autograd would fill a second matrix of V x D zeros and add the two. PyTorch's kernel chooses the order in which
+    equal rows are added; training asks for the deterministic one (`parallel.deterministic_kernels`).
     """
 
     @staticmethod
@@ -264,7 +250,7 @@ class CausalLM(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T V"]:
-        """Return the logits of the next token at every position; training takes them in chunks from `loss`."""
+        """Return the logits of the next token at every position; `loss` never holds them all."""
         return self.lm_head(self.hidden(input_ids, document_ids, cache))
 
     def hidden(
@@ -273,24 +259,36 @@ class CausalLM(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Return what the output layer is applied to."""
+        """Return the input of the output layer."""
         return self.model(input_ids, document_ids, cache)
 
-    def hidden_and_output_weight(
-        self, input_ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "V D"]]:
-        """Return what the loss takes: what the output layer is applied to, and its weight.
+    def loss(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        document_ids: Int[Tensor, "B T"] | None = None,
+        chunk_tokens: int = 256,
+    ) -> Float[Tensor, ""]:
+        """Return the cross-entropy in nats, summed over the tokens, in float32.
 
-        The numbers are those of `hidden` and ``lm_head.weight``; the gradient of a tied matrix is cheaper this way.
+        This is the only way to the loss: training, evaluation and `resmol verify` all come through here.
+
+        Args:
+            input_ids: The tokens.
+            targets: The next token at every position; `cross_entropy.IGNORE_INDEX` where none counts.
+            document_ids: The document of each token, for attention within documents only.
+            chunk_tokens: Tokens whose logits exist at the same time.
         """
-        if not self.config.tie_word_embeddings:
-            return self.hidden(input_ids, document_ids), self.lm_head.weight
-        embedded, weight = _TiedEmbedding.apply(input_ids, self.lm_head.weight)  # type: ignore[no-untyped-call]
-        return self.model.transform(embedded, document_ids), weight
+        if self.config.tie_word_embeddings:
+            embedded, weight = _TiedEmbedding.apply(input_ids, self.lm_head.weight)  # type: ignore[no-untyped-call]
+        else:
+            embedded, weight = self.model.embed_tokens(input_ids), self.lm_head.weight
+        hidden = self.model.transform(embedded, document_ids)
+        return cross_entropy_sum(hidden, weight, targets, chunk_tokens, self.lm_head.backend)
 
     @classmethod
     def empty(cls, config: ModelConfig, *, attention: Attention = "sdpa") -> CausalLM:
-        """Return a model whose weights are still to be filled: no time is spent and no random number drawn on them."""
+        """Return a model with uninitialized weights: no time is spent and no random number drawn on them."""
         with torch.device("meta"):
             model = cls(config, attention=attention)
         model.to_empty(device="cpu")

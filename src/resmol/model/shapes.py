@@ -1,20 +1,20 @@
-"""Names and shapes of the parameters, as Hugging Face names them, without PyTorch."""
+"""Names and shapes of the tensors in a weight file, as Hugging Face names them; known without PyTorch."""
 
 from __future__ import annotations
 
 from resmol.config.model_config import ModelConfig
 from resmol.errors import ConfigError
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000  # a config.json from elsewhere may ask for a table that fills the memory
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that a weight file of this architecture holds.
+    """Return the name and shape of every tensor in a weight file of this architecture, in the model's order.
 
-    A tied output layer is the embedding and is not stored. SmolLM2-135M has 272 tensors.
+    A tied output layer is the embedding and has no tensor of its own. SmolLM2-135M has 272 tensors.
 
     Raises:
-        ConfigError: So many blocks that the table itself would fill the memory.
+        ConfigError: The architecture has more than `MAX_LAYERS` blocks.
     """
     if config.num_hidden_layers > MAX_LAYERS:
         raise ConfigError(

@@ -18,12 +18,11 @@ from resmol.config.load import with_overrides
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
-from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.flops import training_flops_per_token, training_memory
-from resmol.model.linear import MatmulBackend, has_onednn, set_matmul_backend
+from resmol.model.linear import has_onednn, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.system.host import free_memory
-from resmol.train.parallel import Runtime, find_device
+from resmol.train.parallel import Runtime, deterministic_kernels, find_device
 
 Arithmetic: TypeAlias = Literal["mkl", "onednn", "bfloat16"]
 
@@ -71,7 +70,7 @@ def needed_memory(config: RunConfig, *, recompute: bool) -> int:
         config.batch.micro_batch_size,
         config.data.seq_len,
         config.runtime.loss_chunk_tokens,
-        recompute=recompute,
+        activation_checkpointing=recompute,
         bfloat16=config.runtime.precision == "bfloat16",
         eager=config.runtime.attention == "eager",
     )
@@ -155,28 +154,26 @@ def _several_processes() -> bool:
 
 
 def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, float]:
-    """Return how long forward and backward take on a slice of the model: in float32 by a library, or in bfloat16.
+    """Return the seconds of forward and backward on a slice of the model: in float32 by a library, or in bfloat16.
 
-    The slice has one block and as much of the vocabulary as belongs to one block, so that blocks and output layer
-    weigh as they do in the whole. The candidates take turns, and their best times are compared: other programs that
-    compete for the processor only ever make a measurement longer.
+    The slice has one block and its share of the vocabulary, so that blocks and output layer have the weight that they
+    have in the whole model. The candidates alternate, and their best times are compared: other programs that compete
+    for the processor can only make a measurement longer.
     """
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    model = CausalLM(_slice_of(config.model))
+    model = CausalLM(_slice_of(config.model), attention=config.runtime.attention)
     shape = (config.batch.micro_batch_size, config.data.seq_len)
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % model.config.vocab_size
+    documents = torch.zeros_like(ids) if config.data.document_mask else None
     seconds: dict[Arithmetic, float] = dict.fromkeys(candidates, math.inf)
-    for _ in range(MEASUREMENTS):
-        for candidate in candidates:
-            narrow = candidate == "bfloat16"
-            backend: MatmulBackend = "onednn" if candidate == "onednn" else "mkl"
-            set_matmul_backend(model, backend)
+    with deterministic_kernels(torch.device("cpu")):
+        for candidate in [*candidates] * MEASUREMENTS:
+            set_matmul_backend(model, "onednn" if candidate == "onednn" else "mkl")
+            precision = torch.bfloat16 if candidate == "bfloat16" else None
             started = time.perf_counter()
-            with Runtime.single("cpu", torch.bfloat16 if narrow else None).autocast():
-                hidden = model.hidden(ids)
-                chunk = config.runtime.loss_chunk_tokens
-                loss = cross_entropy_sum(hidden, model.lm_head.weight, ids, chunk, backend)
+            with Runtime.single("cpu", precision).autocast():
+                loss = model.loss(ids, ids, documents, config.runtime.loss_chunk_tokens)
             loss.backward()
             seconds[candidate] = min(seconds[candidate], time.perf_counter() - started)
     return seconds
@@ -188,8 +185,13 @@ def _slice_of(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"num_hidden_layers": 1, "vocab_size": vocabulary})
 
 
+def has_compiler() -> bool:
+    """Return whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
 def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if not has_compiler():
         return "off", "compile: off (there is no C++ compiler here)"
     if device.type == "cuda":
         return "on", "compile: on"

@@ -21,7 +21,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     model = CausalLM.empty(config.model, attention=config.runtime.attention)
     model.init_weights(config.train.seed)
     set_matmul_backend(model, "onednn" if config.runtime.matmul_backend == "onednn" else "mkl")
-    model.model.recompute_blocks = config.runtime.activation_checkpointing == "on"
+    model.model.activation_checkpointing = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
     return TrainState(model, build_optimizer(model, config.optimizer))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resmol.data.loader import Batch
 from resmol.errors import DataError
-from resmol.model.cross_entropy import IGNORE_INDEX, cross_entropy_sum
+from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.model.llama import CausalLM
 from resmol.train.parallel import Runtime
 
@@ -80,12 +80,10 @@ def evaluate(
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
     for number in range(runtime.rank, len(batches), runtime.world_size):
         batch = batches[number]
-        targets = batch.targets.to(runtime.device)
+        input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
-            hidden = model.hidden(batch.input_ids.to(runtime.device), documents)
-            weight, backend = model.lm_head.weight, model.lm_head.backend
-            loss = cross_entropy_sum(hidden, weight, targets, chunk_tokens, backend)
+            loss = model.loss(input_ids, targets, documents, chunk_tokens)
         covered = byte_lengths[batch.targets[batch.targets != IGNORE_INDEX].numpy()].sum()
         sums[number] = torch.tensor([float(loss), batch.tokens, int(covered)], dtype=torch.float64)
     return _add_up(sums, runtime, spelled_bytes)

@@ -21,7 +21,6 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.inference.generate import generate
 from resmol.inference.sampling_params import SamplingParams
-from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.llama import CausalLM
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import CheckpointTensors
@@ -202,10 +201,8 @@ def accumulate_gradients(model: CausalLM, batches: Iterable[Batch], config: RunC
     for batch in batches:
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
-            hidden, weight = model.hidden_and_output_weight(batch.input_ids.to(runtime.device), documents)
-            targets = batch.targets.to(runtime.device)
-            backend = model.lm_head.backend
-            loss = cross_entropy_sum(hidden, weight, targets, config.runtime.loss_chunk_tokens, backend)
+            input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
+            loss = model.loss(input_ids, targets, documents, config.runtime.loss_chunk_tokens)
         loss.backward()
         total += loss.detach()
     runtime.all_reduce_sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])

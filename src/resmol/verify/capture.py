@@ -1,4 +1,4 @@
-"""What a model gives for some ids: logits, hidden states, loss and gradients, each under a name."""
+"""Capture what a model computes from some ids: logits, hidden states, loss and gradients, each under a name."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from resmol.model.cross_entropy import cross_entropy_sum
+from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.model.kv_cache import KVCache
 from resmol.model.llama import CausalLM
 
-Observation: TypeAlias = dict[str, Tensor]
+Captured: TypeAlias = dict[str, Tensor]
 Forward: TypeAlias = Callable[[Int[Tensor, "B T"]], tuple[Tensor, Tensor]]
 
-LOSS_CHUNK = 16
-# The parts in which a sequence is given to a cache: a prompt, single tokens, several at once.
+LOSS_CHUNK = 16  # tokens; a short sequence has several chunks, and the last one is shorter
+# A sequence enters the cache in these parts: a prompt, single tokens, several at once.
 CACHE_PARTS = (9, 1, 3, 1, 1)
 
 
-def observe(
+def capture(
     model: nn.Module, ids: Int[Tensor, "B T"], forward: Forward, names: Mapping[str, str] | None = None
-) -> Observation:
+) -> Captured:
     """Run a model forward and backward; its ``.grad`` fields and settings stay as they are.
 
     Args:
         model: The model.
-        ids: What it is given.
+        ids: Its input.
         forward: Returns its logits and its loss.
-        names: Our name for each of its parameters, where they differ.
+        names: Hugging Face's name for each of its parameters, where they differ.
 
     Returns:
-        ``logits``, ``loss``, ``hidden states <module>`` for every block and the final norm that has the usual name,
+        ``logits``, ``loss``, ``hidden states <module>`` for every block and the final norm with Hugging Face's name,
         and ``gradients <parameter>`` for every parameter that the loss depends on.
     """
-    values: Observation = {}
+    values: Captured = {}
     parameters = dict(model.named_parameters())
     before = {name: p.requires_grad for name, p in parameters.items()}
     model.requires_grad_(requires_grad=True)
     try:
-        with _recording(model, values), torch.enable_grad():
+        with _hidden_states(model, values), torch.enable_grad():
             logits, loss = forward(ids)
             gradients = _gradients(loss, list(parameters.values()))
     finally:
@@ -56,27 +56,27 @@ def observe(
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
-    if not loss.requires_grad:  # somebody's model that detaches everything
+    if not loss.requires_grad:  # a third-party model that detaches everything
         return (None,) * len(parameters)
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 @contextmanager
-def _recording(model: nn.Module, values: Observation) -> Iterator[None]:
-    """Keep what every block and the final norm give, where they have the reference's names."""
+def _hidden_states(model: nn.Module, values: Captured) -> Iterator[None]:
+    """Capture the output of every block and of the final norm, by forward hooks on modules with the usual names."""
 
-    def is_recorded(name: str) -> bool:
+    def is_captured(name: str) -> bool:
         return name == "model.norm" or (name.startswith("model.layers.") and name.count(".") == 2)
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             values[f"hidden states {name}"] = hidden.detach()
 
         return hook
 
-    modules = {name: module for name, module in model.named_modules() if is_recorded(name)}
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    modules = {name: module for name, module in model.named_modules() if is_captured(name)}
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -85,30 +85,29 @@ def _recording(model: nn.Module, values: Observation) -> Iterator[None]:
 
 
 def our_forward(model: CausalLM) -> Forward:
-    """Return our model as training runs it: hidden states, then the chunked loss, with labels shifted here."""
+    """Return our model's logits as inference computes them, and its loss as training does, with the labels shifted."""
 
     def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
-        hidden = model.hidden(ids)
-        total = cross_entropy_sum(hidden[:, :-1], model.lm_head.weight, ids[:, 1:], LOSS_CHUNK)
         with torch.no_grad():
-            logits = model.lm_head(hidden)
-        return logits, total / ids[:, 1:].numel()
+            logits = model(ids)
+        targets = F.pad(ids[:, 1:], (0, 1), value=IGNORE_INDEX)  # the hidden states of all T positions are compared
+        return logits, model.loss(ids, targets, chunk_tokens=LOSS_CHUNK) / ids[:, 1:].numel()
 
     return forward
 
 
-def reference_forward(model: Any) -> Forward:
+def reference_forward(model: Callable[..., Any]) -> Forward:
     """Return the reference with its own loss; it shifts the labels inside."""
 
     def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
-        output = model(ids, labels=ids, use_cache=False)
+        output = model(ids, labels=ids)
         return output.logits, output.loss
 
     return forward
 
 
 def logits_forward(model: Callable[..., Any]) -> Forward:
-    """Return a model that gives logits alone, with PyTorch's loss, in the type of the logits."""
+    """Return a model that computes logits alone, with PyTorch's loss, in the type of the logits."""
 
     def forward(ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         output = model(ids)
@@ -125,14 +124,14 @@ def next_token_loss(logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"]) -> 
 
 @torch.no_grad()
 def our_logits_with_cache(model: CausalLM, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Return the logits when the sequence is given in parts, through the key/value cache."""
+    """Return our logits when the sequence enters the key/value cache in parts."""
     cache = KVCache(model.config, ids.shape[0], ids.shape[1], model.lm_head.weight.dtype)
     return torch.cat([model(part, cache=cache) for part in _parts(ids)], dim=1)
 
 
 @torch.no_grad()
 def reference_logits_with_cache(model: Any, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Return the same of the reference, through its own cache."""
+    """Return the reference's logits when the sequence enters its own cache in the same parts."""
     logits, cache = [], None
     for part in _parts(ids):
         output = model(part, past_key_values=cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""Parity with transformers, with tolerances that are derived.
+"""Parity with transformers, with derived tolerances.
 
 The reference runs in float64 as well. Its own float32 (or bfloat16) result misses that by some rounding error; ours may
 miss it by no more than a small factor of the same. A wrong architecture misses it by orders of magnitude, and nobody
@@ -9,9 +9,10 @@ largest errors is a matter of luck.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,15 +25,15 @@ from resmol.inference.generate import generate
 from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM
 from resmol.verify.capture import (
-    Observation,
+    Captured,
+    capture,
     logits_forward,
-    observe,
     our_forward,
     our_logits_with_cache,
     reference_forward,
     reference_logits_with_cache,
 )
-from resmol.verify.reference import exact_model, reference_model
+from resmol.verify.reference import float64_reference, reference_mask, reference_model
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "bfloat16 autocast"]
 
@@ -48,56 +49,101 @@ GUARDS = {
     "would not see it: the original student's check did that, and its logits were off by 37.",
     "hidden states": "An error that a later layer hides; the first layer that differs is the one to look at.",
     "loss": "Labels shifted twice (the model learns token t + 2) or never (it learns to copy: the loss falls to 0).",
-    "gradients": "A branch that is detached, a tied weight that receives half of its gradient, a mean of means: the "
-    "forward pass looks right and training is wrong.",
+    "gradients": "A detached branch, or a tied weight that receives half of its gradient: the forward pass looks right "
+    "and training is wrong.",
     "key/value cache": "New tokens that get the wrong positions or see the wrong past once a cache is used.",
-    "greedy tokens": "Everything together: what a user would see. One wrong position after the prompt changes it.",
+    "greedy tokens": "Everything together, as a user sees it. One wrong position after the prompt changes them.",
 }
 
 
 def ids_for(vocab_size: int, batch: int, length: int, seed: int = 4) -> Int[Tensor, "B T"]:
-    """Return random token ids, the same ones each time."""
+    """Return random token ids, the same ones for the same seed."""
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What others are compared with.
+    """The reference's results, and how far they are from float64.
 
     Attributes:
-        ids: What the models are given.
-        exact: The float64_reference, in float64.
+        ids: The input of the models.
+        document_ids: The document of each token, where attention stays inside a document; None elsewhere.
+        exact: The float64 reference's results.
         reference: transformers' model with the weights.
-        reference_errors: How far the reference's own results are from the float64_reference.
-        precision: What the reference, and whoever is compared with it, computes in.
+        reference_errors: The root mean square error of each of its results, against float64.
+        precision: The arithmetic of the reference, and of whatever is compared with it.
     """
 
     ids: Int[Tensor, "B T"]
-    exact: Observation
+    document_ids: Int[Tensor, "B T"] | None
+    exact: Captured
     reference: Any
     reference_errors: dict[str, float]
     precision: Precision
 
-    def compare(self, group: str, found: Mapping[str, float]) -> Check:
-        """Compare the errors of somebody's results with those of the reference."""
-        return compare(group, found, self.reference_errors, self.exact, self.precision)
+    def compare(self, group: str, errors: Mapping[str, float]) -> Check:
+        """Compare an implementation's errors with the reference's, for the results whose names begin with a group."""
+        names = [name for name in self.exact if name.startswith(group)]
+        return self.compare_all(group, names, errors, GUARDS[group])
+
+    def compare_all(self, row: str, names: Sequence[str], errors: Mapping[str, float], guards: str) -> Check:
+        """Compare some errors in one row, which reports the one nearest to its tolerance, or furthest above it."""
+        worst, share_of_worst = "", -1.0
+        for name in names:
+            allowed = tolerance(self.reference_errors[name], rms(self.exact[name]), self.precision)
+            share = errors[name] / max(allowed, math.ulp(0.0))
+            if not share <= share_of_worst:  # also true for NaN, which then stays
+                worst, share_of_worst = name, share
+            if math.isnan(share):
+                break
+        size = max(rms(self.exact[worst]), math.ulp(0.0))
+        error, reference = errors[worst] / size, self.reference_errors[worst] / size
+        where = "" if worst == row else f" in {worst.removeprefix(row).strip()}"
+        count = f"{len(names)} compared; " if len(names) > 1 else ""
+        missing = "missing, or of another shape" if math.isinf(error) else f"error {error:.1e}"
+        return Check(
+            row,
+            share_of_worst <= 1.0,
+            f"{count}{missing}{where}",
+            f"at most {FACTOR * reference + ULPS * unit(self.precision):.1e}: {FACTOR:g} x the reference's own error "
+            f"against float64 ({reference:.1e}) + {ULPS:g} ulp",
+            guards,
+        )
 
 
 def baseline(
-    config: ModelConfig, weights: Mapping[str, Tensor], precision: Precision = "float32", sequence: int = SEQUENCE
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    precision: Precision = "float32",
+    *,
+    ids: Int[Tensor, "B T"] | None = None,
+    document_ids: Int[Tensor, "B T"] | None = None,
 ) -> Baseline:
-    """Run the reference, also in float64, with these weights (errors: see `reference_model`)."""
-    ids = ids_for(config.vocab_size, 2, min(sequence, config.max_position_embeddings))
-    reference = reference_model(config, weights)
-    float64_reference = exact_model(config, weights)
-    exact = observe(float64_reference, ids, logits_forward(float64_reference))
-    del float64_reference  # twice the size of the model
+    """Run the reference with these weights, also in float64 (errors: see `reference_model`).
+
+    Args:
+        config: The architecture.
+        weights: By Hugging Face's names.
+        precision: The arithmetic of the reference.
+        ids: Its input; by default two random sequences of `SEQUENCE` tokens.
+        document_ids: The document of each token, to keep attention inside a document.
+    """
+    ids = sequences(config) if ids is None else ids
+    options = {"use_cache": False, "attention_mask": None if document_ids is None else reference_mask(document_ids)}
+    reference, in_float64 = reference_model(config, weights), float64_reference(config, weights)
+    exact = capture(in_float64, ids, logits_forward(partial(in_float64, **options)))
+    del in_float64  # twice the size of the model
     with arithmetic(precision):
-        theirs = observe(reference, ids, reference_forward(reference))
-        if precision != "bfloat16 autocast":  # both caches have one type, autocast mixes two
-            exact["key/value cache"] = exact["logits"]  # with or without, the right answer is the same
+        theirs = capture(reference, ids, reference_forward(partial(reference, **options)))
+        if precision != "bfloat16 autocast" and document_ids is None:  # under autocast a cache would mix two types
+            exact["key/value cache"] = exact["logits"]  # with or without a cache, the right answer is the same
             theirs["key/value cache"] = reference_logits_with_cache(reference, ids)
-    return Baseline(ids, exact, reference, errors(theirs, exact), precision)
+    return Baseline(ids, document_ids, exact, reference, rms_errors(theirs, exact), precision)
+
+
+def sequences(config: ModelConfig, length: int = SEQUENCE) -> Int[Tensor, "2 T"]:
+    """Return two random sequences, no longer than the context."""
+    return ids_for(config.vocab_size, 2, min(length, config.max_position_embeddings))
 
 
 def parity(model: CausalLM, precision: Precision = "float32", *, sequence: int = SEQUENCE) -> list[Check]:
@@ -105,27 +151,27 @@ def parity(model: CausalLM, precision: Precision = "float32", *, sequence: int =
 
     Args:
         model: The model, on the CPU, in float32, or in bfloat16 for the precision of that name.
-        precision: What both compute in.
-        sequence: T, the length of the sequences that both are given.
+        precision: The arithmetic of both.
+        sequence: T, the length of the sequences that both read.
     """
     try:
-        base = baseline(model.config, model.state_dict(), precision, sequence)
+        base = baseline(model.config, model.state_dict(), precision, ids=sequences(model.config, sequence))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         return [Check("weights load", False, reason, "a strict load_state_dict", GUARDS["weights"])]
     groups = ["logits", "hidden states", "loss", "gradients"]
     with arithmetic(precision):
-        ours = observe(model, base.ids, our_forward(model))
+        ours = capture(model, base.ids, our_forward(model))
         if "key/value cache" in base.exact:
             groups.append("key/value cache")
             ours["key/value cache"] = our_logits_with_cache(model, base.ids)
-    our_errors = errors(ours, base.exact)
-    checks = [base.compare(group, our_errors) for group in groups]
+    errors = rms_errors(ours, base.exact)
+    checks = [base.compare(group, errors) for group in groups]
     return checks if precision != "float32" else [*checks, greedy(model, base.reference)]
 
 
 def arithmetic(precision: Precision) -> Any:
-    """Return the context in which a model computes in this precision."""
+    """Return the context manager in which a model computes in this precision."""
     return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16 autocast" else nullcontext()
 
 
@@ -134,7 +180,7 @@ def unit(precision: Precision) -> float:
     return torch.finfo(torch.float32 if precision == "float32" else torch.bfloat16).eps
 
 
-# --- comparing -----------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------
 
 
 def rms(values: Tensor) -> float:
@@ -142,57 +188,30 @@ def rms(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values.detach(), dtype=torch.float64)) / math.sqrt(values.numel())
 
 
-def errors(observed: Mapping[str, Tensor], exact: Observation) -> dict[str, float]:
-    """Return the root mean square error of each quantity; a missing one, or one of another shape, is infinitely off."""
-    found: dict[str, float] = {}
+def rms_errors(found: Mapping[str, Tensor], exact: Captured) -> dict[str, float]:
+    """Return the root mean square error of each result; a missing one, or one of another shape, has infinity."""
+    errors: dict[str, float] = {}
     for name, right in exact.items():
-        value = observed.get(name)
+        value = found.get(name)
         same_shape = value is not None and value.shape == right.shape
-        found[name] = rms(value.double() - right) if value is not None and same_shape else math.inf
-    return found
+        errors[name] = rms(value.double() - right) if value is not None and same_shape else math.inf
+    return errors
 
 
 def tolerance(reference_error: float, size: float, precision: Precision) -> float:
-    """Return how large an error may be, from the reference's own and the size of the values."""
+    """Return the largest allowed error, from the reference's own and the size of the values."""
     return FACTOR * reference_error + ULPS * unit(precision) * size
-
-
-def compare(
-    group: str, ours: Mapping[str, float], theirs: Mapping[str, float], exact: Observation, precision: Precision
-) -> Check:
-    """Compare all quantities of a group; the one that comes closest to its tolerance, or passes it, is reported."""
-    names = [name for name in exact if name.startswith(group)]
-    worst, share_of_worst = "", -1.0
-    for name in names:
-        share = ours[name] / max(tolerance(theirs[name], rms(exact[name]), precision), math.ulp(0.0))
-        if not share <= share_of_worst:  # also true for NaN, which then stays
-            worst, share_of_worst = name, share
-        if math.isnan(share):
-            break
-    size = max(rms(exact[worst]), math.ulp(0.0))
-    mine, reference = ours[worst] / size, theirs[worst] / size
-    where = "" if worst == group else f" in {worst.removeprefix(group).strip()}"
-    count = f"{len(names)} compared; " if len(names) > 1 else ""
-    missing = "missing, or of another shape" if math.isinf(mine) else f"error {mine:.1e}"
-    return Check(
-        group,
-        share_of_worst <= 1.0,
-        f"{count}{missing}{where}",
-        f"at most {FACTOR * reference + ULPS * unit(precision):.1e}: {FACTOR:g} x the reference's own error against "
-        f"float64 ({reference:.1e}) + {ULPS:g} ulp",
-        GUARDS[group],
-    )
 
 
 @torch.no_grad()
 def greedy(model: CausalLM, reference: Any) -> Check:
-    """Compare greedy continuations: ours, with its cache, and the reference's."""
+    """Compare our greedy continuation, generated with the cache, with the reference's."""
 
-    def written(prompt: Int[Tensor, "1 T"], count: int) -> list[int]:
-        greedily = SamplingParams(max_new_tokens=count, temperature=0.0)
-        return list(generate(model, prompt[0].tolist(), greedily, eos_id=None))
+    def continuation(prompt: Int[Tensor, "1 T"], count: int) -> list[int]:
+        sampling = SamplingParams(max_new_tokens=count, temperature=0.0)
+        return list(generate(model, prompt[0].tolist(), sampling, eos_id=None))
 
-    return greedy_check(reference, model.config, model, written)
+    return greedy_check(reference, model.config, model, continuation)
 
 
 @torch.no_grad()
@@ -200,15 +219,15 @@ def greedy_check(
     reference: Any,
     config: ModelConfig,
     run: Callable[[Int[Tensor, "1 T"]], Tensor],
-    written: Callable[[Int[Tensor, "1 T"], int], list[int]] | None,
+    continuation: Callable[[Int[Tensor, "1 T"], int], list[int]] | None,
 ) -> Check:
     """Compare greedy continuations with the reference's `generate`, with its cache.
 
     Args:
         reference: transformers' model.
         config: The architecture.
-        run: Returns logits without a cache: one pass over the reference's continuation tells what each token would be.
-        written: Returns the continuation that the implementation writes with its own cache, if it has one.
+        run: Returns logits without a cache; one pass over the reference's continuation gives every greedy token.
+        continuation: Generates with the implementation's own cache, if it has one.
     """
     prompt = ids_for(config.vocab_size, 1, max(1, min(PROMPT_TOKENS, config.max_position_embeddings // 2)))
     start, count = prompt.shape[1], min(GREEDY_TOKENS, config.max_position_embeddings - prompt.shape[1])
@@ -219,8 +238,8 @@ def greedy_check(
         "without a cache": run(whole[:, :-1])[0, start - 1 :].argmax(-1).tolist(),
         "in one pass of the reference": reference(whole[:, :-1]).logits[0, start - 1 :].argmax(-1).tolist(),
     }
-    if written is not None:
-        found = {"with the cache": written(prompt, count)} | found
+    if continuation is not None:
+        found = {"with the cache": continuation(prompt, count)} | found
     equal = {how: sum(map(int.__eq__, tokens, right)) for how, tokens in found.items()}
     return Check(
         "greedy tokens",

@@ -1,4 +1,4 @@
-"""transformers' LlamaForCausalLM, the independent reference, and the same in float64."""
+"""The independent reference: transformers' LlamaForCausalLM, in the weights' type and in float64."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from resmol.config.model_config import ModelConfig
@@ -15,7 +16,7 @@ from resmol.errors import DataError
 def reference_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
     """Return transformers' model with these weights, in their type; the memory of the weights is shared.
 
-    Its random initialisation is skipped: every weight comes from ``weights``, or the load is refused.
+    Its random initialization is skipped: every weight comes from ``weights``, or the load fails.
 
     Raises:
         DataError: transformers is not installed.
@@ -32,16 +33,16 @@ def reference_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
         model: Any = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
     model.load_state_dict(dict(weights), strict=True, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # not a weight: computed when it is made
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # not a weight: computed by its constructor
     model.generation_config.eos_token_id = None  # compared continuations have a fixed length
     return model.eval()
 
 
-def exact_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
-    """Return the reference in float64.
+def float64_reference(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
+    """Return the reference in float64, from which all errors are measured.
 
-    Its own norms would go through float32 whatever the weights' type; PyTorch's norm stands in for them. The tables
-    of the rotation stay float32, as in every implementation: they are part of the definition.
+    Its own norms compute in float32 whatever the weights' type; PyTorch's norm replaces them. The rotation's tables
+    stay float32, as in every implementation: they are part of the definition.
     """
     model = reference_model(config, {name: tensor.double() for name, tensor in weights.items()})
     for module in list(model.modules()):
@@ -51,3 +52,13 @@ def exact_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
                 norm.weight = child.weight
                 setattr(module, name, norm)
     return model
+
+
+def reference_mask(document_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """Return the attention mask in transformers' form: each position sees its own document, up to itself."""
+    length = document_ids.shape[1]
+    mask = torch.zeros(len(document_ids), 1, length, length, dtype=torch.bool)
+    for row, documents in enumerate(document_ids.tolist()):
+        for position, document in enumerate(documents):
+            mask[row, 0, position, documents.index(document) : position + 1] = True
+    return mask

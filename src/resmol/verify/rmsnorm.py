@@ -1,4 +1,4 @@
-"""The arithmetic inside a norm, which no result in float32 can show."""
+"""The arithmetic inside RMSNorm: its float32 mean and root show in bfloat16 only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
 from resmol.model import llama as architecture
-from resmol.verify.parity import errors
+from resmol.verify.parity import rms_errors
 
 ROWS = 256
-# With everything inside in float32 an output is rounded twice. Each further rounding adds its own variance, so
-# three roundings give sqrt(3/2) = 1.22 times the error; measured 1.27 to 1.36 for norms in bfloat16, 1.00 in float32.
+# With float32 inside, an output is rounded twice. Each further rounding adds its own variance, so three roundings
+# have sqrt(3/2) = 1.22 times the error; norms in bfloat16 measured 1.27 to 1.36, norms in float32 1.00.
 ALLOWED = 1.1
 
 Norm = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
 
 
 def norm_precision(config: ModelConfig) -> Check:
-    """Check our norm in bfloat16, from tiny inputs, where epsilon decides, to large ones."""
+    """Check our norm in bfloat16, on inputs from tiny ones, where epsilon decides, to large ones."""
     norm = architecture.RMSNorm(config.hidden_size, config.rms_norm_eps)
     with torch.no_grad():
         norm.weight.copy_(norm_weight(config.hidden_size))
@@ -49,15 +49,15 @@ def check_norm(config: ModelConfig, norm: Norm) -> Check:
     weight = norm_weight(width).bfloat16()
     right = F.rms_norm(x.double(), (width,), weight.double(), eps)
     twice_rounded = weight * F.rms_norm(x.float(), (width,), None, eps).bfloat16()
-    # Rows are brought to a common size, so that the tiny ones weigh as much as the large ones.
+    # Rows are scaled to a common size, so that the tiny ones weigh as much as the large ones.
     size = right.pow(2).mean(-1, keepdim=True).sqrt()
     exact = {"norm": right / size}
-    mine, other = (errors({"norm": y.double() / size}, exact)["norm"] for y in (norm(x), twice_rounded))
+    error, of_two_roundings = (rms_errors({"norm": y.double() / size}, exact)["norm"] for y in (norm(x), twice_rounded))
     return Check(
         "norm in bfloat16",
-        mine <= ALLOWED * other,
-        f"error {mine:.2e}, {mine / other:.2f} times that of two roundings",
+        error <= ALLOWED * of_two_roundings,
+        f"error {error:.2e}, {error / of_two_roundings:.2f} times that of two roundings",
         f"at most {ALLOWED} times: mean and root in float32, epsilon inside the root",
-        "Norms computed in bfloat16, or epsilon outside the root: small errors that every layer adds to. "
-        "In float32 the first cannot be seen at all.",
+        "Norms computed in bfloat16, or epsilon outside the root: small errors that grow with every layer. "
+        "In float32 the first does not show at all.",
     )

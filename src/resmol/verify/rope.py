@@ -1,4 +1,4 @@
-"""What makes a rotary embedding a rotation: lengths stay, angles are those of the formula, only distances count."""
+"""RoPE is a rotation: lengths stay, angles follow the formula, and scores depend on distances only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT32_ROUNDING = 2.0**-24
 
 
 def rotation_checks(config: ModelConfig) -> list[Check]:
-    """Check the rotation by itself, at positions up to the last: above 256, above 2048, and the end of the context."""
+    """Check the rotation by itself, at positions up to the last one, among them some above 256 and above 2048."""
     last = config.max_position_embeddings - 1
     distance = min(DISTANCE, last)
     starts = sorted({min(start, last - distance) for start in (0, 1, 300, 2500, last - distance)})
@@ -43,8 +43,8 @@ def _keeps_lengths(config: ModelConfig, query: Tensor, starts: list[int]) -> Che
         stretch <= allowed and moved > 0.01,
         f"a query's length changes by {stretch:.1e}; position 1 turns it by {moved:.2f} of its length",
         f"at most {allowed:.1e} (tables in float32), and more than 0.01",
-        "Interleaved pairs combined with tables for half-split pairs: not a rotation, so the length of a query depends "
-        "on its position. The original student's model did this. Or positions that are never applied.",
+        "Interleaved pairs combined with tables for half-split pairs: not a rotation, so a query's length depends on "
+        "its position. The original student's model did this. Or positions that are never applied.",
     )
 
 
@@ -59,8 +59,8 @@ def _is_relative(config: ModelConfig, query: Tensor, key: Tensor, starts: list[i
         spread <= allowed,
         f"the score of two vectors {distance} apart varies by {spread:.1e} over positions {starts}",
         f"at most {allowed:.1e}: the rounding of float32 angles",
-        "Rotation along the wrong axis, or positions in bfloat16: what two words mean to each other would depend on "
-        "where in the text they stand.",
+        "Rotation along the wrong axis, or positions in bfloat16: the score of two tokens would depend on where in the "
+        "text they are.",
     )
 
 
@@ -82,6 +82,6 @@ def _has_the_right_angles(config: ModelConfig, positions: list[int]) -> Check:
         worst <= 1.0,
         f"largest error {worst:.2f} of what float32 allows, {half} pairs at positions {positions}",
         f"at most 1: pair (i, i + {half}) turns by position x {config.rope_theta:g}^(-2i/{config.head_dim})",
-        "Theta left at 10000, half of the head not turned, or pairs (2i, 2i + 1): each is a sound rotation, so lengths "
-        "and distances look right, and the published weights mean something else.",
+        "Theta left at 10000, half of the head not rotated, or pairs (2i, 2i + 1): each is a rotation, so lengths and "
+        "distances look right, but not the one that the published weights were trained with.",
     )

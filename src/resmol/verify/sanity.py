@@ -1,4 +1,4 @@
-"""What a correct model must satisfy by itself, whatever any reference says."""
+"""Properties of a correct model that need no reference."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from torch import Tensor
 
 from resmol.checks import Check, largest
 from resmol.config.model_config import ModelConfig
-from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
 from resmol.model.shapes import tensor_shapes
 from resmol.run.checkpoint import weight_tensors
 
 LOSS_TOKENS = 256
-# The published sizes bind our closed form to the outside. By D, F, layers, H, K of a tied model with V = 49,152.
+# Published sizes, against which the closed form is checked: by D, F, layers, H, K of a tied model with V = 49,152.
 PUBLISHED = {
     (576, 1536, 30, 9, 3): 134_515_008,
     (960, 2560, 32, 15, 5): 361_821_120,
@@ -28,12 +27,12 @@ PUBLISHED = {
 
 
 def sanity(config: ModelConfig, model: CausalLM, *, trained: bool) -> list[Check]:
-    """Return the checks that need no reference; the two about initial weights are left out for trained ones.
+    """Return the checks that need no reference; the two of initial weights only for a model that has them.
 
     Args:
-        config: The architecture at its full depth; only the parameters are counted there.
-        model: The model to look at, of this depth or less.
-        trained: Its weights are not fresh random ones.
+        config: The architecture at its full depth, at which parameters are counted.
+        model: The model for all other checks, of this depth or less.
+        trained: The model's weights are not fresh random ones.
     """
     checks = [_parameters(config), _shapes(model), _tying(model), _round_trip(model)]
     if not trained:
@@ -49,7 +48,7 @@ def finite(model: CausalLM) -> Check:
             wrong = name
             break
     measured = f"NaN or infinity in {wrong}" if wrong else "every weight is a number"
-    guards = "Weights damaged on the way, or a run that diverged: one NaN makes every logit NaN."
+    guards = "Corrupt weights, or a run that diverged: one NaN makes every logit NaN."
     return Check("finite weights", not wrong, measured, "no NaN, no infinity", guards)
 
 
@@ -62,8 +61,8 @@ def _parameters(config: ModelConfig) -> Check:
         counted == expected and published in (None, expected),
         f"{counted:,}",
         f"{expected:,} by the closed form" + (f", {published:,} as published" if published else ""),
-        "A layer too many, biases that SmolLM2 has not, or an output layer of its own: untied, SmolLM2-135M would have "
-        "162,826,560 parameters instead of 134,515,008.",
+        "A layer too many, biases that SmolLM2 does not have, or a separate output layer: untied, SmolLM2-135M would "
+        "have 162,826,560 parameters instead of 134,515,008.",
     )
 
 
@@ -108,7 +107,7 @@ def _round_trip(model: CausalLM) -> Check:
         not changed and back.keys() == weights.keys(),
         f"{changed[0]} changed" if changed else f"{len(back)} tensors, bit for bit",
         "a state dict that goes through safetensors comes back with the same bits",
-        "Weights that are cast to half precision before they are saved: what resumes from them is another run.",
+        "Weights that are cast to half precision before they are saved: a run resumed from them is another run.",
     )
 
 
@@ -133,7 +132,7 @@ def _initial_std(model: CausalLM) -> Check:
         worst < 6,
         f"largest deviation {worst:.1f} standard errors ({name_of_worst})",
         f"within 6 of std {base:.4f}; of {residual:.4f} for o_proj and down_proj, which add to the residual stream",
-        "No initialisation, a copied 0.02, or N(0, 1): the run starts badly and nothing says why.",
+        "No initialization, a copied 0.02, or N(0, 1): the run starts badly and nothing says why.",
     )
 
 
@@ -142,14 +141,14 @@ def _first_loss(model: CausalLM) -> Check:
     """Compare with ln V plus half the variance of the logits: ``E[log sum exp]`` of V normal numbers.
 
     The norm in front of the output layer gives D numbers of mean square 1, so the variance is D x std^2. The mean over
-    N random targets has a standard error of ``sqrt(variance / N)``; six of them, and 0.2 for tied models, in which the
-    embedding of the input token is still a part of the hidden state.
+    N random targets has a standard error of ``sqrt(variance / N)``. Allowed are six of them, plus 0.2 for tied models,
+    whose hidden states still contain the input token's embedding.
     """
     config = model.config
     length = max(1, min(64, config.max_position_embeddings - 1))
     count = max(1, LOSS_TOKENS // length)
     ids = torch.randint(config.vocab_size, (count, length + 1), generator=torch.Generator().manual_seed(1))
-    total = cross_entropy_sum(model.hidden(ids[:, :-1]), model.lm_head.weight, ids[:, 1:])
+    total = model.loss(ids[:, :-1], ids[:, 1:])
     loss, uniform = float(total) / ids[:, 1:].numel(), math.log(config.vocab_size)
     variance = config.hidden_size * config.initializer_range**2
     allowed = 6 * math.sqrt(variance / ids[:, 1:].numel()) + 0.2
@@ -167,18 +166,18 @@ def _leaks(
     model: CausalLM, ids: Int[Tensor, "B T"], positions: list[int], documents: Int[Tensor, "B T"] | None
 ) -> Float[Tensor, "B T"]:
     """Return how much the hidden state of row b at ``positions[b]`` depends on the embedding at each position."""
-    found: list[Tensor] = []
+    embedded: list[Tensor] = []
 
-    def keep(_module: torch.nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        found.append(output.detach().requires_grad_())
-        return found[0]
+    def detach(_module: torch.nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
 
-    handle = model.model.embed_tokens.register_forward_hook(keep)
+    handle = model.model.embed_tokens.register_forward_hook(detach)
     try:
         with torch.enable_grad():
             hidden = model.hidden(ids, documents)[torch.arange(len(ids)), torch.tensor(positions)]
             weights = torch.linspace(1.0, 2.0, hidden.shape[-1], dtype=hidden.dtype)  # a plain sum could cancel
-            (gradient,) = torch.autograd.grad((hidden * weights).sum(), found[0])
+            (gradient,) = torch.autograd.grad((hidden * weights).sum(), embedded[0])
     finally:
         handle.remove()
     return gradient.abs().amax(-1)
@@ -208,7 +207,7 @@ def _documents(model: CausalLM) -> Check:
         other == 0 and later == 0 and own > 0,
         f"gradient to the other document {other:g}, to later tokens {later:g}, within its own at least {own:.1e}",
         "exactly 0 twice, and more than 0",
-        "A document mask that is inverted or ignored: texts that have nothing to do with each other are read as one.",
+        "A document mask that is inverted or ignored: unrelated texts are read as one.",
     )
 
 
@@ -225,7 +224,8 @@ def _same_in_training(model: CausalLM) -> Check:
         f"{'the same bits' if same else 'other logits'} as in evaluation mode; "
         f"the random generator was {'left alone' if untouched else 'used'}",
         "the same bits, and no random number drawn",
-        "Dropout that SmolLM2 has not, or that goes on in evaluation; a forward pass that moves training's generator.",
+        "Dropout, which SmolLM2 does not have, in training or even in evaluation; a forward pass that draws random "
+        "numbers.",
     )
 
 

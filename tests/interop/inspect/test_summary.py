@@ -119,7 +119,7 @@ def test_memory_is_counted_with_the_settings_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "nano.toml").write_text(config.to_toml(), encoding="utf-8")
     sizes = config.batch.micro_batch_size, config.data.seq_len
     found = inspect_model(str(tmp_path / "nano.toml"))
-    assert found.memory["training"] == training_memory(config.model, *sizes, 32, recompute=True)
+    assert found.memory["training"] == training_memory(config.model, *sizes, 32, activation_checkpointing=True)
     assert found.to_dict()["loss_chunk_tokens"] == 32
     assert found.to_dict()["activation_checkpointing"] == "on"
 

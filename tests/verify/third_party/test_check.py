@@ -1,4 +1,4 @@
-"""Somebody else's implementation: a right one passes, a wrong one is told in words what it does wrong."""
+"""A third-party implementation: a right one passes, and the mistake of a wrong one is named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resmol.checks import Check, all_passed
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
 from resmol.model.llama import CausalLM, SelfAttention, attend
-from resmol.verify import verify_foreign
+from resmol.verify import verify_third_party
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,15 @@ def config() -> ModelConfig:
 
 
 class StudentAttention(SelfAttention):
-    """The original student's attention, written anew: it turns neighbours (2i, 2i + 1) by tables for (i, i + Dh/2)."""
+    """The original student's attention, written anew: it turns neighbors (2i, 2i + 1) by tables for (i, i + Dh/2)."""
 
     def forward(self, x: Tensor, rotation: Any, mask: Any, cache: Any) -> Tensor:
         query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (table.to(query.dtype) for table in rotation)
 
         def turned(heads: Tensor) -> Tensor:
-            neighbours = torch.stack((-heads[..., 1::2], heads[..., ::2]), dim=-1).flatten(-2)
-            return heads * cos + neighbours * sin
+            neighbors = torch.stack((-heads[..., 1::2], heads[..., ::2]), dim=-1).flatten(-2)
+            return heads * cos + neighbors * sin
 
         return self.o_proj(attend(turned(query), turned(key), value, mask, "sdpa").transpose(1, 2).flatten(2))
 
@@ -61,12 +61,12 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 def test_the_reference_itself_passes(config: ModelConfig) -> None:
-    checks = verify_foreign(lambda shape: LlamaForCausalLM(LlamaConfig(**shape.to_hf())), config)
+    checks = verify_third_party(lambda shape: LlamaForCausalLM(LlamaConfig(**shape.to_hf())), config)
     assert all_passed(checks), failed(checks)
 
 
 def test_names_can_be_mapped(config: ModelConfig) -> None:
-    checks = verify_foreign(
+    checks = verify_third_party(
         lambda shape: TheirModel(shape, SelfAttention),
         config,
         {f"net.{name}": name for name, _ in CausalLM(config).named_parameters()},
@@ -76,7 +76,7 @@ def test_names_can_be_mapped(config: ModelConfig) -> None:
 
 def test_the_original_students_model_is_called_wrong_and_told_why(config: ModelConfig) -> None:
     """Its own check compared key names, printed a perfect score, and its logits were off by 37."""
-    checks = verify_foreign(student, config)
+    checks = verify_third_party(student, config)
     assert {"logits", "gradients", "diagnosis"} <= failed(checks)
     words = next(check.measured for check in checks if check.name == "diagnosis")
     assert "rotat" in words
@@ -88,12 +88,12 @@ def test_what_cannot_be_run_is_an_answer_and_not_a_traceback(config: ModelConfig
         def forward(self, *_: Any, **__: Any) -> Tensor:
             raise ValueError("shapes do not fit")
 
-    checks = verify_foreign(Broken, config)
+    checks = verify_third_party(Broken, config)
     assert not all_passed(checks)
     assert any("shapes do not fit" in check.measured for check in checks)
 
 
 def test_missing_parameters_are_named(config: ModelConfig) -> None:
-    checks = verify_foreign(lambda _: nn.Linear(2, 2), config)
+    checks = verify_third_party(lambda _: nn.Linear(2, 2), config)
     assert not all_passed(checks)
     assert any("weight" in check.measured for check in checks)

@@ -89,7 +89,9 @@ class Inspection:
             return {}
         chunk, recompute = self.runtime.loss_chunk_tokens, self.runtime.activation_checkpointing == "on"
         return {
-            "training": training_memory(self.config, self.batch, self.seq_len, chunk, recompute=recompute),
+            "training": training_memory(
+                self.config, self.batch, self.seq_len, chunk, activation_checkpointing=recompute
+            ),
             "inference": inference_memory(self.config, self.batch, self.seq_len),
         }
 

@@ -1,7 +1,7 @@
-"""The usual mistakes, each as a small wrong part, so that a wrong implementation can be told what it did.
+"""The known bugs of other implementations, each as one wrong part of the architecture.
 
-`forward` is the architecture once more, plain and slow, with every part exchangeable. It is for diagnosis alone: the
-model that is trained knows none of these parts.
+`forward` is the architecture once more, plain and slow, with every part exchangeable. It serves the diagnosis only and
+shares no code with the model that is trained.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def merge_heads(x: Heads) -> Float[Tensor, "B T N_Dh"]:
 
 
 def causal(length: int) -> Bool[Tensor, "T T"]:
-    """Return which positions may be seen."""
+    """Return the causal mask: True where a position may attend."""
     return torch.ones(length, length, dtype=torch.bool).tril()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise, with epsilon inside the root."""
+    """Normalize, with epsilon inside the root."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an implementation is made of; the defaults are right."""
+    """The parts of an implementation; the defaults are right."""
 
     embed_scale: Callable[[ModelConfig], float] = lambda _config: 1.0
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
@@ -136,7 +136,7 @@ def _feed_forward(own: Mapping[str, Tensor], x: Tensor, parts: Parts) -> Tensor:
 
 
 def turn_interleaved_with_split_tables(x: Heads, theta: float) -> Heads:
-    """Rotate (2i, 2i + 1) with tables laid out as cat(angles, angles): the two halves of a pair turn differently."""
+    """Rotate (2i, 2i + 1) with tables laid out as cat(angles, angles): the halves of a pair get different angles."""
     angles = tables(torch.arange(x.shape[2]).float(), x.shape[-1], theta)
     angles = torch.cat((angles, angles), dim=-1)
     swapped = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
@@ -144,7 +144,7 @@ def turn_interleaved_with_split_tables(x: Heads, theta: float) -> Heads:
 
 
 def turn_interleaved(x: Heads, theta: float) -> Heads:
-    """Turn the pairs (2i, 2i + 1): a sound rotation, in the layout of other weights."""
+    """Turn the pairs (2i, 2i + 1): a rotation, but in the layout of other weights."""
     order = torch.arange(x.shape[-1]).unflatten(0, (-1, 2)).T.flatten()
     return turn_half_split(x[..., order], theta)[..., order.argsort()]
 
@@ -203,22 +203,22 @@ def _one_ahead(length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KnownBug:
-    """A usual mistake.
+    """A bug that is known from other implementations.
 
     Attributes:
-        what: The mistake in words.
-        change: The parts that it replaces.
+        what: The bug in words.
+        change: The parts it replaces.
     """
 
     what: str
     change: Mapping[str, Any] = field(default_factory=dict)
 
     def applied_to(self, parts: Parts) -> Parts:
-        """Return the parts with this mistake put in."""
+        """Return the parts with this bug."""
         return replace(parts, **self.change)
 
 
-SUSPECTS: tuple[KnownBug, ...] = (
+KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug(
         "positions are not rotated: interleaved pairs are combined with tables for half-split pairs",
         _both(turn_interleaved_with_split_tables),
@@ -228,7 +228,7 @@ SUSPECTS: tuple[KnownBug, ...] = (
     KnownBug("the rotation runs over the heads instead of the positions", _both(_turn_across_heads)),
     KnownBug("only half of each head is rotated", _both(_turn_half_the_head)),
     KnownBug("the rotation turns the other way", _both(_turn_backwards)),
-    KnownBug("positions are rounded to bfloat16: from 256 on, neighbours become one", _both(_turn_rounded_positions)),
+    KnownBug("positions are rounded to bfloat16: from 256 on, neighbors become one", _both(_turn_rounded_positions)),
     KnownBug("rotation angles are rounded to bfloat16", _both(_turn_rounded_angles)),
     KnownBug("the exponent of the rotation is -i/Dh instead of -2i/Dh", _both(_turn_slowly)),
     KnownBug("the rotation runs over the whole width, before it is split into heads", _both(_turn_whole_width)),

@@ -1,4 +1,4 @@
-"""Somebody else's module, made to hold our weights: names translated, shapes compared, calls made safe."""
+"""Load our weights into a third-party module: translate names, compare shapes, guard every call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MappedModule:
         """Return its logits.
 
         Raises:
-            CheckFailed: It raised an error, or returned something else.
+            CheckFailed: It raised an exception, or returned something else.
         """
         found = logits_in(self.call(ids))
         if found is None or found.shape[:2] != ids.shape or found.dim() != 3:
@@ -52,15 +52,15 @@ class MappedModule:
         return found
 
     def call(self, *arguments: Any, **options: Any) -> Any:
-        """Call the module; whatever it raises becomes a `CheckFailed`."""
+        """Call the module; any exception becomes a `CheckFailed`."""
         return guarded(lambda: self.model(*arguments, **options))
 
 
 def guarded(action: Callable[[], Any]) -> Any:
-    """Run somebody else's code; whatever it raises becomes a `CheckFailed` that says what and where."""
+    """Run third-party code; any exception becomes a `CheckFailed` with its message and place."""
     try:
         return action()
-    except Exception as error:  # it can raise anything
+    except Exception as error:  # third-party code can raise anything
         place, trace = "", error.__traceback__
         while trace is not None:
             place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
@@ -71,7 +71,7 @@ def guarded(action: Callable[[], Any]) -> Any:
 
 
 def logits_in(output: Any) -> Tensor | None:
-    """Find the logits in what a module returns."""
+    """Return the logits in a module's output, or None."""
     first = getattr(output, "logits", output)
     first = first[0] if isinstance(first, tuple | list) and first else first
     return first if isinstance(first, Tensor) else None
@@ -80,20 +80,20 @@ def logits_in(output: Any) -> Tensor | None:
 def load_reference_weights(
     factory: Factory, weights: CausalLM, name_map: Mapping[str, str] | None
 ) -> tuple[MappedModule | None, list[Check]]:
-    """Make somebody's module and copy our weights into it.
+    """Build the module and copy our weights into it.
 
-    Parameters that SmolLM2 has not, such as biases, are set to zero, so that the rest can still be compared.
+    Parameters that SmolLM2 does not have, such as biases, are set to zero, so that the rest can still be compared.
 
     Args:
         factory: Takes the architecture, returns the module.
         weights: Our model.
-        name_map: Hugging Face's name for each of theirs; ``{}`` stands for the number of the layer.
+        name_map: Hugging Face's name for each of its parameters; ``{}`` stands for the number of the layer.
 
     Returns:
-        The module, or None where weights have no place in it; and the checks so far.
+        The module, or None where it has no parameter for some weight; and the checks so far.
 
     Raises:
-        CheckFailed: The factory raised an error, or returned no module.
+        CheckFailed: The factory raised an exception, or returned no module.
     """
     model = guarded(lambda: factory(weights.config))
     if not isinstance(model, nn.Module):
@@ -120,7 +120,7 @@ def load_reference_weights(
 
 
 def translated(name: str, name_map: Mapping[str, str]) -> str:
-    """Return Hugging Face's name: by the map, else the same name without the prefixes that wrappers add."""
+    """Return Hugging Face's name, by the map, or else without the prefixes that wrappers add."""
     if name in name_map:
         return name_map[name]
     for pattern, target in name_map.items():
@@ -140,12 +140,12 @@ def _count(model: nn.Module, config: ModelConfig) -> Check:
         counted == expected,
         f"{counted:,}",
         f"{expected:,} by the closed form",
-        "Biases, a layer too many, or an output layer of its own.",
+        "Biases, a layer too many, or a separate output layer.",
     )
 
 
 def _names(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: ModelConfig) -> tuple[bool, Check]:
-    """Tell whether every weight has a place, and check that the names are right."""
+    """Return whether every weight has a parameter of its shape, and the check of the names."""
     expected = tensor_shapes(config)
     allowed = {**expected, HEAD: expected[EMBEDDING]}
     shapes = {names[name]: tuple(parameter.shape) for name, parameter in theirs.items()}
@@ -163,7 +163,7 @@ def _names(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: Model
         not problems,
         f"{problems[0]}{more}" if problems else f"{len(theirs)} parameters",
         f"{len(expected)} tensors, by Hugging Face's names or the name map",
-        "Missing, additional or transposed weights. Right names alone prove nothing: the other checks do.",
+        "Missing, additional or transposed weights. Right names alone prove nothing; the other checks do.",
     )
 
 
@@ -176,6 +176,6 @@ def _tying(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: Model
         same == config.tie_word_embeddings,
         "one tensor" if same else "two tensors",
         "one tensor" if config.tie_word_embeddings else "two tensors",
-        "An output layer that is a copy of the embeddings, or a new one: it has the same values at best, and training "
-        "drives the two apart.",
+        "An output layer that is a copy of the embeddings, or a new one: equal at best, and training drives the two "
+        "apart.",
     )
