@@ -210,8 +210,8 @@ def ablate(wanted: Ablation, measure: Callable[..., Measurement] | None = None) 
     """
     measure = measure or measure_training
     variants = variants_of(wanted)  # everything that can be wrong is, before any time is spent
-    settled, decisions = resolve_auto(wanted.config)  # once: a choice that differs between rounds would be a variant
-    for sentence in decisions:
+    settled, choices = resolve_auto(wanted.config)  # once: a choice that differs between rounds would be a variant
+    for sentence in choices:
         logger.info(sentence)
     with tempfile.TemporaryDirectory(prefix="resmol-ablate-") as name:
         folder = Path(name)

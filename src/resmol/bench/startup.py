@@ -13,7 +13,6 @@ from resmol.bench.comparison import MEMORY, Comparison, Quantity, variants
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import QUIET, Finished, run_process, run_training
 from resmol.bench.workers.main import Metrics
-from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.run.ledger import effective_steps
@@ -35,7 +34,7 @@ class StartBench:
 
 def starting_contests(wanted: StartBench, folder: Path, data: str) -> list[Comparison]:
     """Return the contests of the help page and of the first step of a run on prepared ``data``, ready to run."""
-    config = with_overrides(wanted.config, QUIET)
+    config = wanted.config.replace(QUIET)
     facts = machine_facts(config.runtime.threads)
 
     def help_page() -> Metrics:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.bench.paired_stats import interleaved
-from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import Text, is_prepared, prepare_text
 from resmol.data.tokenizer import load_tokenizer
@@ -30,7 +29,7 @@ from resmol.system.host import ALLOCATOR_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
+QUIET = {"evaluation.every": 0, "sampling.every": 0, "checkpoint.every": 0}
 LAUNCHER = Path(__file__).with_name("workers") / "rusage_launcher.py"
 
 
@@ -160,7 +159,7 @@ def measure_training(config: RunConfig, folder: Path, data: str, steps: int, war
     Raises:
         CheckFailed: The process failed; the message has its last lines.
     """
-    done, records = run_training(with_overrides(config, QUIET), folder, data, warmup + steps)
+    done, records = run_training(config.replace(QUIET), folder, data, warmup + steps)
     if done.code:
         raise CheckFailed(f"a measured process failed: {done.error_tail}", fix="correct the variant")
     return training_measurement(done, records, warmup)

@@ -18,7 +18,7 @@ from resmol.bench.machine import machine_facts, require_peer
 from resmol.bench.run_worker import run_worker
 from resmol.bench.subprocess_runs import measure_training
 from resmol.bench.workers.main import Metrics
-from resmol.config.load import with_overrides
+from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.errors import UsageError
@@ -32,7 +32,12 @@ from resmol.train.parallel import Runtime
 logger = logging.getLogger(__name__)
 
 # The same arithmetic on both sides: Trainer's constant rate from the first step, and its decay, which spares the norms.
-COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")
+COMPARABLE = {
+    "schedule.kind": "constant",
+    "schedule.warmup_steps": 0,
+    "optimizer.lr": 1e-4,
+    "optimizer.decay": "matrices",
+}
 PEERS = ("transformers",)
 SPEED = Quantity("tokens_per_second", "tokens/s")
 LOSS = Quantity("mean_loss", "mean loss", ".4f")
@@ -80,16 +85,15 @@ class TrainBench:
         """
         usual = (self.config.batch.micro_batch_size, self.config.data.seq_len)
         return [
-            with_overrides(
-                self.config,
-                [
-                    *COMPARABLE,
-                    f"runtime.precision={self.precision}",
-                    f"data.seq_len={length}",
-                    f"batch.micro_batch_size={rows}",
-                    f"batch.global_batch_tokens={rows * length}",
-                    *self.overrides,
-                ],
+            self.config.replace(
+                {
+                    **COMPARABLE,
+                    "runtime.precision": self.precision,
+                    "data.seq_len": length,
+                    "batch.micro_batch_size": rows,
+                    "batch.global_batch_tokens": rows * length,
+                    **parse_overrides(self.overrides),
+                }
             )
             for rows, length in self.batches or (usual,)
         ]
@@ -117,8 +121,8 @@ def training_contests(wanted: TrainBench, folder: Path, data: str) -> list[Compa
     """
     contests = []
     for number, config in enumerate(wanted.configurations()):
-        settled, decisions = resolve_auto(config)  # once, for the length of the real run, not for the steps measured
-        for sentence in decisions:
+        settled, choices = resolve_auto(config)  # once, for the length of the real run, not for the steps measured
+        for sentence in choices:
             logger.info(sentence)
         own = folder / f"batch-{number}"
         own.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from resmol.data.readers import Corpus, read_inputs
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
+from resmol.system.atomic_io import file_sha256
 from resmol.system.progress import byte_progress
 
 logger = logging.getLogger(__name__)
@@ -112,10 +112,8 @@ def _check_same_text(dataset: Dataset, path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path} does not exist", fix="check --data, or leave it out to resume")
     known = {facts.sha256 for facts in dataset.manifest.source.inputs}
-    if path.is_file():
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() not in known:
-                raise DataError(
-                    f"{dataset.root} was prepared from another text than {path}",
-                    fix="start a new run directory for another text, or leave --data out to resume",
-                )
+    if path.is_file() and file_sha256(path) not in known:
+        raise DataError(
+            f"{dataset.root} was prepared from another text than {path}",
+            fix="start a new run directory for another text, or leave --data out to resume",
+        )

@@ -26,9 +26,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from resmol.config.strict_model import StrictModel
 from resmol.errors import DataError
+from resmol.system.atomic_io import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,7 @@ Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Shard(_Frozen):
+class Shard(StrictModel):
     """One token file and the part of it that belongs to a split (for shards of our own: all of it)."""
 
     name: str
@@ -60,7 +58,7 @@ class Shard(_Frozen):
     documents: Count
 
 
-class Split(_Frozen):
+class Split(StrictModel):
     """The shards of train or val, in order."""
 
     tokens: Count
@@ -82,7 +80,7 @@ class Split(_Frozen):
         return self
 
 
-class TokenizerFacts(_Frozen):
+class TokenizerFacts(StrictModel):
     """The tokenizer that made the tokens."""
 
     sha256: Digest
@@ -90,7 +88,7 @@ class TokenizerFacts(_Frozen):
     eos_id: Count
 
 
-class InputFacts(_Frozen):
+class InputFacts(StrictModel):
     """One input as the user named it; bytes and hash are those of its files one after another."""
 
     name: str
@@ -99,7 +97,7 @@ class InputFacts(_Frozen):
     sha256: Digest
 
 
-class SourceFacts(_Frozen):
+class SourceFacts(StrictModel):
     """What was read and what happened to it."""
 
     inputs: tuple[InputFacts, ...]
@@ -114,7 +112,7 @@ class SourceFacts(_Frozen):
     seed: int
 
 
-class Manifest(_Frozen):
+class Manifest(StrictModel):
     """The content of `manifest.json`."""
 
     format: Literal["resmol-dataset"] = "resmol-dataset"
@@ -292,8 +290,7 @@ def token_dtype(token_bytes: int) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
 def shard_file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file of the dataset (`DataError` when it cannot be read)."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise _damaged(path, str(error.strerror)) from error
 
