@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
+from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves
 from resmol.audit.report import FOREIGN_RECORD, headline_facts, samples
 from resmol.demo.provenance import Identity
@@ -186,7 +187,7 @@ def record_page(identity: Identity) -> str:
         content = read_ledger(run.ledger)
         facts, drawn, said = headline_facts(content.records), curves(content.records), samples(content.records)
         return _render(
-            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=said[:1],
+            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=read_claims(run), samples=said[:1],
             head=content.head, lines=len(content.records),
         )  # fmt: skip
     except LedgerTampered as error:
