@@ -24,7 +24,7 @@ import torch
 
 from resmol.audit.report import write_report
 from resmol.checks import Check
-from resmol.config.load import load_config, load_preset
+from resmol.config.load import load_preset
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch
 from resmol.data.resolve import is_prepared
@@ -317,7 +317,7 @@ def _resumed(spec: ReproduceSpec, records: list[Record]) -> Check:
 
 
 def _continuous(spec: ReproduceSpec, steps: dict[int, Record]) -> Check:
-    config, last = load_config(spec.run.config), spec.last_step
+    config, last = spec.run.load_config(), spec.last_step
     whole = sorted(steps) == list(range(1, last + 1))
     jumps = [s for s, r in steps.items() if r["lr"] != lr_at(s, config.schedule, config.optimizer.lr)]
     measured = f"steps 1 to {max(steps)}, learning rate at {last}: {steps[max(steps)]['lr']:.3g}"

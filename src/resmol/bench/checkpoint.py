@@ -16,7 +16,7 @@ from resmol.bench.machine import machine_facts
 from resmol.bench.run_worker import run_worker
 from resmol.bench.subprocess_runs import QUIET, run_training
 from resmol.bench.workers.main import Metrics
-from resmol.config.load import with_overrides
+from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.flops import total_parameters
@@ -27,8 +27,10 @@ SAVE = Quantity("save_seconds", "save, s", ".2f")
 STALLED = Quantity("stalled_seconds", "training stands still, s", ".2f")
 LOAD = Quantity("load_seconds", "load, s", ".2f")
 # Two short steps: the first save is one in the middle of a run, the second is that of its end.
-SHORT = ("data.seq_len=16", "batch.micro_batch_size=1", "batch.global_batch_tokens=16", "runtime.precision=float32",
-         "runtime.compile=off", *QUIET, "checkpoint.every=1")  # fmt: skip
+SHORT = {
+    **QUIET, "data.seq_len": 16, "batch.micro_batch_size": 1, "batch.global_batch_tokens": 16,
+    "runtime.precision": "float32", "runtime.compile": "off", "checkpoint.every": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class CheckpointBench:
     @property
     def settled(self) -> RunConfig:
         """The configuration of the short run."""
-        return with_overrides(self.config, [*SHORT, *self.overrides])
+        return self.config.replace({**SHORT, **parse_overrides(self.overrides)})
 
 
 def checkpoint_contest(wanted: CheckpointBench, folder: Path, data: str) -> Comparison:
@@ -109,7 +111,7 @@ def saved(records: list[Record]) -> Metrics:
     first = saves[0]
     return {
         "save_seconds": first["seconds"],
-        "stalled_seconds": first.get("stalled_seconds", first["seconds"]),
+        "stalled_seconds": first["stall_seconds"],
         "bytes": first["bytes"],
     }
 

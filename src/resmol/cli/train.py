@@ -21,6 +21,7 @@ from resmol.cli.app import (
 )
 from resmol.cli.terminal import print_json, report_checks
 from resmol.run.directory import RunDir
+from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.process_setup import set_up_process
 
 
@@ -63,7 +64,7 @@ def train(
     accept_drift: Annotated[
         list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr.")
     ] = None,
-    allow_fresh: Annotated[bool, typer.Option(help="Begin again when every checkpoint is damaged.")] = False,
+    allow_fresh: Annotated[bool, typer.Option(help="Begin again when every checkpoint is corrupt.")] = False,
     strict: Annotated[bool, typer.Option(help="Refuse an environment without the bitwise promise.")] = False,
     json_: Json = False,
 ) -> None:
@@ -71,7 +72,7 @@ def train(
     wanted = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     set_up_process()
-    from resmol.cli.console import console_views
+    from resmol.cli.console import terminal_log_writers
     from resmol.train.start import train_model
 
     state = train_model(
@@ -83,7 +84,7 @@ def train(
         accept_drift=accept_drift or [],
         allow_fresh=allow_fresh,
         strict=strict,
-        views=console_views(RunDir(run)),
+        log_writers=terminal_log_writers(RunDir(run)),
     )
     if json_:
         print_json(
@@ -91,7 +92,7 @@ def train(
                 "run": str(run),
                 "step": state.step,
                 "tokens_seen": state.tokens_seen,
-                "checkpoint_sha256": state.parent,
+                "checkpoint_sha256": last_fact(read_ledger(RunDir(run).ledger).records, "manifest_sha256"),
             }
         )
 

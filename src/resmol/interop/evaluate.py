@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from resmol.config.load import load_config
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.resolve import Text, data_folder, is_prepared, prepare_text
@@ -40,7 +39,7 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
         raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
     loaded = load_model(model)
     run = RunDir(Path(model))
-    config = load_config(run.config) if run.exists() else None
+    config = run.load_config() if run.exists() else None
     with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
         dataset = _evaluation_data(data, config, run, loaded, Path(scratch))
         stream = dataset.val if len(dataset.val) > 1 else dataset.train

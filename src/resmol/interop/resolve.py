@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from resmol.config.load import load_config
 from resmol.config.model_config import ModelConfig, read_model_config
 from resmol.config.run_config import TokenizerConfig
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
@@ -41,8 +40,8 @@ from resmol.interop.gguf_header import is_gguf, only_gguf, read_gguf_header
 from resmol.interop.gguf_names import gguf_config, gguf_tensors
 from resmol.interop.hf_folder import WeightFiles, cross_check, find_weights
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
-from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, newest_valid, step_of, verify_checkpoint
+from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
+from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, Checkpoint, newest_valid, open_checkpoint
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_saves, read_ledger
 from resmol.system.atomic_io import file_sha256
@@ -126,7 +125,9 @@ def _folder(path: Path) -> Source:
         return _run(RunDir(path))
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
-        return _checkpoint(path)
+        checkpoint = open_checkpoint(path)
+        checkpoint.verify()
+        return _checkpoint(checkpoint)
     if (file := only_gguf(path)) is not None:
         return _gguf(file, "gguf")
     return _huggingface(path, "huggingface")
@@ -160,30 +161,30 @@ def _copy_into(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], origin: P
 
 
 def _run(run: RunDir) -> Source:
+    run.require()
     saves = effective_saves(read_ledger(run.ledger).records) if run.ledger.exists() else {}
     recorded = {name: record["manifest_sha256"] for name, record in saves.items()}
-    path, _, rejected = newest_valid(run.checkpoints, recorded)
-    for item in rejected:
-        logger.info(f"load: passed over {item.path.name}: {item.reason}")
-    return _checkpoint(path)
+    checkpoint, skipped = newest_valid(run.checkpoints, recorded)
+    for item in skipped:
+        logger.info(f"load: skipped {item.path.name}: {item.reason}")
+    return _checkpoint(checkpoint)
 
 
-def _checkpoint(path: Path) -> Source:
-    manifest = verify_checkpoint(path)
-    step = step_of(path)
+def _checkpoint(checkpoint: Checkpoint) -> Source:
+    path = checkpoint.path
     run = RunDir(path.parent.parent)
-    expected = (load_config(run.config).tokenizer if run.exists() else TokenizerConfig()).sha256
+    expected = (run.load_config().tokenizer if run.exists() else TokenizerConfig()).sha256
     own = run.tokenizer if run.exists() and run.tokenizer.is_file() else None
     return Source(
         config=read_model_config(path),
-        fill=lambda model: load_weights(path, model),
+        fill=lambda model: load_into(checkpoint, model),
         provenance=Provenance(
             "checkpoint",
             path,
-            manifest.sha256,
+            checkpoint.manifest.sha256,
             trained_here=True,
-            step=step,
-            note=f"step {step} of {run.path}",
+            step=checkpoint.state.step,
+            note=f"step {checkpoint.state.step} of {run.path}",
         ),
         tokenizer=lambda: load_tokenizer(own, sha256=expected),
     )

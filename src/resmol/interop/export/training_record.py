@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from resmol.audit.certificate import current_certificate
+from resmol.audit.claims import read_claims
 from resmol.audit.plots import curve_images
-from resmol.config.load import load_config, with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import data_folder
 from resmol.data.shards import Manifest, open_dataset
@@ -74,8 +74,8 @@ def write_record(run: RunDir, folder: Path, made_by: Provenance) -> RunRecord:
         LedgerTampered: The chain is broken; nothing may be said about such a run.
         CheckFailed: The ledger recorded another checkpoint for this step: it is not the record of these weights.
     """
-    stored = load_config(run.config)
-    config = with_overrides(stored, ['data.path=""'])
+    stored = run.load_config()
+    config = stored.replace({"data.path": ""})
     copy = RunDir(folder)
     copy.config.write_text(config.to_toml(), encoding="utf-8")
     copy.ledger.write_bytes(run.ledger.read_bytes())
@@ -94,7 +94,7 @@ def write_record(run: RunDir, folder: Path, made_by: Provenance) -> RunRecord:
         copy.certificate.write_bytes(run.certificate.read_bytes())
     else:
         certificate = None
-    if claims := run.claims():
+    if claims := read_claims(run):
         copy.evidence.mkdir()
         copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8")
     pictures = {}

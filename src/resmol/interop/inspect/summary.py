@@ -243,7 +243,7 @@ def _folder(path: Path) -> _Found:
         saved = list_checkpoints(run.checkpoints)
         tensors = find_weights(saved[0]).tensors if saved else None
         notes = (f"compared with {saved[0].name}" if saved else "the run has no checkpoint yet",)
-        return _Found.of_run("run", load_config(run.config), tensors, notes)
+        return _Found.of_run("run", run.load_config(), tensors, notes)
     if (gguf := only_gguf(path)) is not None:
         return _file(gguf)
     config_file, has_weights = path / "config.json", any((path / name).exists() for name in (WEIGHTS, INDEX))
