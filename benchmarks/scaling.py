@@ -27,7 +27,7 @@ from resmol.bench.comparison import markdown_table
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import QUIET, prepared_folder, run_training
 from resmol.cli.terminal import show_messages
-from resmol.config.load import load_preset, with_overrides
+from resmol.config.load import load_preset, parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, UsageError
 from resmol.model.flops import training_flops_per_token
@@ -89,17 +89,16 @@ class Scaling:
             ConfigError: A preset or an override is wrong, or no length fits.
         """
         points = [
-            with_overrides(
-                preset,
-                [
-                    f"data.seq_len={length}",
-                    f"batch.micro_batch_size={rows}",
-                    f"batch.global_batch_tokens={rows * length}",
-                    "runtime.precision=float32",
-                    "runtime.compile=off",
-                    *self.overrides,
-                    *QUIET,
-                ],
+            preset.replace(
+                {
+                    "data.seq_len": length,
+                    "batch.micro_batch_size": rows,
+                    "batch.global_batch_tokens": rows * length,
+                    "runtime.precision": "float32",
+                    "runtime.compile": "off",
+                    **parse_overrides(self.overrides),
+                    **QUIET,
+                }
             )
             for preset in map(load_preset, self.presets)
             for length in self.lengths

@@ -82,7 +82,7 @@ def main(
 ) -> None:
     """Measure the start of resmol and print the tables as Markdown."""
     show_messages()
-    config = load_preset(preset, QUIET)
+    config = load_preset(preset).replace(QUIET)
     with tempfile.TemporaryDirectory(prefix="resmol-startup-") as name:
         folder = Path(name)
         for comparison in startup_comparisons(config, folder, prepared_folder(data, config, folder / "data")):

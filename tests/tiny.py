@@ -1,4 +1,4 @@
-"""What tests and fixtures share: made-up texts, the type of the tiny run, a forged ledger."""
+"""What tests and fixtures share: made-up texts, the type of the tiny run, a made-up step, a forged ledger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from resmol.run.directory import RunDir
-from resmol.run.ledger import GENESIS, Record, canonical, read_ledger
+from resmol.run.ledger import GENESIS, Record, canonical, float_bits, read_ledger
 from resmol.train.loop import TrainState
 
 
@@ -30,6 +30,15 @@ class TrainTiny(Protocol):
     """Starts or resumes a tiny run in this process."""
 
     def __call__(self, run: Path, steps: int, *overrides: str, **options: Any) -> TrainState: ...
+
+
+def step_record(step: int) -> dict[str, object]:
+    """Return the fields of a made-up step."""
+    loss = 11.0 / step**0.1
+    return {
+        "step": step, "loss": loss, "loss_bits": float_bits(loss), "grad_norm": 1.0, "grad_norm_bits": float_bits(1.0),
+        "lr": 1e-3, "tokens": 64, "tokens_seen": 64 * step, "windows": "0" * 16, "epoch": step / 100, "seconds": 0.01,
+    }  # fmt: skip
 
 
 def rewrite(run: RunDir, change: Callable[[list[Record]], list[Record]]) -> None:

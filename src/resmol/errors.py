@@ -8,7 +8,7 @@ ResmolError              exit code
 ├── DataError            3    text, tokens, a file or a tokenizer is missing or unusable
 │   └── NetworkError     3    the Hub or the package index could not be reached
 ├── DiskFull             28   no space left (the number of ENOSPC)
-├── CheckpointError      65   no valid checkpoint, or this one is damaged (EX_DATAERR)
+├── CheckpointError      65   no valid checkpoint, or this one is corrupt (EX_DATAERR)
 ├── NonFiniteError       70   NaN or infinity in a loss or a gradient (EX_SOFTWARE)
 ├── RunInUse             75   another process holds the run's lock (EX_TEMPFAIL)
 └── Interrupted          130  after SIGINT, 143 after SIGTERM; the state was saved
@@ -74,7 +74,7 @@ class DiskFull(ResmolError):
 
 
 class CheckpointError(ResmolError):
-    """There is no valid checkpoint, or the one that was named is damaged."""
+    """There is no valid checkpoint, or the one that was named is corrupt."""
 
     exit_code = 65
 

@@ -8,13 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tiny import TrainTiny, rewrite
+from tiny import TrainTiny, rewrite, step_record
 
 from resmol.audit.plots import smoothed, thin
 from resmol.audit.report import duration, summary_facts, write_report
 from resmol.errors import DataError
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Ledger, LedgerTampered, float_bits
+from resmol.run.ledger import Ledger, LedgerTampered
 
 EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1b[31m"
 
@@ -30,14 +30,6 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
-
-
-def step_record(step: int) -> dict[str, object]:
-    loss = 11.0 / step**0.1
-    return {
-        "step": step, "loss": loss, "loss_bits": float_bits(loss), "grad_norm": 1.0, "grad_norm_bits": float_bits(1.0),
-        "lr": 1e-3, "tokens": 64, "tokens_seen": 64 * step, "windows": "0" * 16, "epoch": step / 100, "seconds": 0.01,
-    }  # fmt: skip
 
 
 @pytest.fixture

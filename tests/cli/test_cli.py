@@ -20,6 +20,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DiskFull, Interrupted
 from resmol.inference import generate
 from resmol.run.directory import RunDir
+from resmol.system.locks import exclusive_lock
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,7 @@ def test_steps_below_the_checkpoint(finished: str, capsys: pytest.CaptureFixture
 
 
 def test_a_run_in_use(finished: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunDir(Path(finished)).lock():
+    with exclusive_lock(RunDir(Path(finished)).lock):
         code, text = failure(capsys, "train", finished, "--steps", "20")
     assert code == 75
     assert str(os.getpid()) in text

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from profiles import UNTIMED
 from pydantic import BaseModel, ValidationError
 
+from resmol.config.describe import describe
 from resmol.config.drift import reconcile
-from resmol.config.load import load_config, load_preset, preset_names, with_overrides
-from resmol.config.run_config import RunConfig, describe, drift_classes, flatten
+from resmol.config.load import load_config, load_preset, parse_overrides, preset_names, with_overrides
+from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError, DataError
 from resmol.model.flops import total_parameters
 
@@ -161,7 +162,7 @@ def test_the_classes_are_those_of_the_fault_matrix(key: str, drift: str) -> None
 
 def test_the_page_of_the_documentation_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert page.read_text(encoding="utf-8") == describe(), "python -m resmol.config.run_config > docs/configuration.md"
+    assert page.read_text(encoding="utf-8") == describe(), "python -m resmol.config.describe > docs/configuration.md"
 
 
 def test_nothing_can_be_changed_in_place() -> None:
@@ -229,6 +230,47 @@ def test_auto_means_something_in_the_runtime_section_only() -> None:
     stored = with_overrides(base_config(), ["sampling.prompt=JULIET:"])
     config, _ = reconcile(stored, with_overrides(stored, ["sampling.prompt=auto"]))
     assert config.sampling.prompt == "auto"
+
+
+# --- typed changes ------------------------------------------------------------------------------------------
+
+
+def test_replace_returns_a_validated_copy() -> None:
+    config = base_config()
+    changes = {"optimizer.lr": 1, "checkpoint.permanent": (5, 7), "name": "other", "runtime.precision": "bfloat16"}
+    changed = config.replace(changes)
+    assert (changed.optimizer.lr, changed.checkpoint.permanent, changed.name) == (1.0, (5, 7), "other")
+    assert flatten(changed) == flatten(config) | changes | {"checkpoint.permanent": [5, 7]}
+    assert config == base_config()
+    assert config.replace({}) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optimizer.lrr", 1.0, r"optimizer\.lrr: unknown key; did you mean optimizer\.lr\?"),
+        ("optimiser.lr", 1.0, r"optimiser: unknown key; did you mean optimizer"),
+        ("name.x", 1, "name: Input should be a valid string"),
+        ("optimizer", {}, None),
+        ("optimizer.lr", "1e-3", r"optimizer\.lr: Input should be a valid number"),
+        ("optimizer.lr", float("nan"), r"optimizer\.lr: "),
+        ("data.seq_len", 10**6, r"data\.seq_len \(1000000\) is longer"),
+    ],
+)
+def test_replace_refuses_what_is_no_configuration(key: str, value: object, message: str | None) -> None:
+    if message is None:
+        assert base_config().replace({key: value}) == base_config()
+        return
+    with pytest.raises(ConfigError, match=message):
+        base_config().replace({key: value})
+
+
+def test_replace_and_set_are_the_same_change() -> None:
+    strings = ["optimizer.lr=1e-3", "runtime.compile=off", "checkpoint.permanent=[3]", 'sampling.prompt="a.b"']
+    assert parse_overrides(strings) == {
+        "optimizer.lr": 1e-3, "runtime.compile": "off", "checkpoint.permanent": [3], "sampling.prompt": "a.b",
+    }  # fmt: skip
+    assert with_overrides(base_config(), strings) == base_config().replace(parse_overrides(strings))
 
 
 # --- presets ------------------------------------------------------------------------------------------------

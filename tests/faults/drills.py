@@ -1,8 +1,9 @@
 """The commit protocol without the arithmetic: a run whose steps are made up, so that a save costs milliseconds.
 
-Everything that touches the disk is the package's own (`launch`, `begin`, `save`, `prune`, the ledger, the lock); only
-`train` is replaced, by a script that makes up what the state after a step is. So what a reader finds can be compared
-with what must be there, at thousands of instants. Each drill returns problems; an empty list is what must come out.
+Everything that touches the disk is the package's own (`train_model`, `resume_or_start`, `save`, `prune`, the ledger,
+the lock); only `train` is replaced, by a script that makes up what the state after a step is. So what a reader finds
+can be compared with what must be there, at thousands of instants. Each drill returns problems; an empty list is what
+must come out.
 
 Nothing here is imported by the test process: it runs in children, also on copies of the package with a fault in them
 (test_mutants.py).
@@ -38,22 +39,25 @@ from resmol.config.load import load_config
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import CheckpointError, ResmolError, RunInUse
+from resmol.errors import CheckFailed, CheckpointError, ResmolError, RunInUse
 from resmol.run.checkpoint import StagedCheckpoint
 from resmol.run.checkpoint_manifest import (
+    MANIFEST,
     OPTIMIZER,
+    STATE,
     WEIGHTS,
     Manifest,
     checkpoint_name,
+    file_entry,
     list_checkpoints,
     newest_valid,
+    open_checkpoint,
     step_of,
-    verify_checkpoint,
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
 from resmol.train.loop import Session, StepResult, TrainState, record_step, save
-from resmol.train.start import Launch, launch
+from resmol.train.start import train_model
 
 Script = Callable[[TrainState, Session], None]
 SMALL = (
@@ -82,17 +86,13 @@ def equipment(setting: Setting) -> Equipment:
 
 def open_run(run: Path, tools: Equipment, script: Script) -> TrainState:
     """Start or resume a run as the package does, with ``script`` in the place of the training loop."""
-    real = resmol.train.start.train
-    resmol.train.start.train = script
+    start = resmol.train.start
+    real = start.train, start.open_run_data
+    start.train, start.open_run_data = script, lambda *_: (tools.dataset, tools.tokenizer)
     try:
-        return launch(
-            Launch(
-                run=RunDir(run), config=tools.config, dataset=lambda _: (tools.dataset, tools.tokenizer),
-                views=lambda _: (),
-            )
-        )  # fmt: skip
+        return train_model(tools.config, run)
     finally:
-        resmol.train.start.train = real
+        start.train, start.open_run_data = real
 
 
 def value_of(name: str, step: int) -> float:
@@ -134,7 +134,7 @@ def saves(*steps: int) -> Script:
             if step > state.step:
                 go_to(state, session, step)
                 save(state, session)
-                session.saver.settle(wait=True)  # every time the same calls, in the same order
+                session.checkpointer.wait_until_finished()  # every time the same calls, in the same order
 
     return script
 
@@ -145,7 +145,7 @@ def overlapping(*steps: int) -> Script:
     def script(state: TrainState, session: Session) -> None:
         for step in steps:
             if step > state.step:
-                session.saver.settle(wait=False)
+                session.checkpointer.poll()
                 go_to(state, session, step)
                 save(state, session)
 
@@ -159,19 +159,19 @@ def nothing(_state: TrainState, _session: Session) -> None:
 # --- the reader --------------------------------------------------------------------------------------------------
 
 
-def read(run: Path, tools: Equipment, at_least: int, *, damaged: bool = False) -> tuple[int, list[str]]:
+def read(run: Path, tools: Equipment, at_least: int, *, corrupt: bool = False) -> tuple[int, list[str]]:
     """Start the run again, twice, and look at what it comes back as; return the step and what is wrong.
 
     Args:
         run: The run directory.
         tools: What it was started with.
         at_least: The last step whose save was acknowledged; 0 if none was.
-        damaged: A checkpoint that is not whole may lie there.
+        corrupt: A checkpoint that is not whole may lie there.
     """
     problems = []
-    for path in [] if damaged else list_checkpoints(RunDir(run).checkpoints):
+    for path in [] if corrupt else list_checkpoints(RunDir(run).checkpoints):
         try:
-            verify_checkpoint(path)
+            open_checkpoint(path).verify()
         except CheckpointError as error:
             problems.append(f"committed, but not whole: {error.what}")
     step = -1
@@ -215,14 +215,14 @@ class Scenario:
         action: What is done, and may be cut off anywhere.
         allowed: The steps that the run may come back at.
         prepare: Changes the run in between.
-        damaged: That leaves a checkpoint that is not whole.
+        corrupt: That leaves a checkpoint that is not whole.
     """
 
     before: Script | None
     action: Script
     allowed: tuple[int, ...]
     prepare: Callable[[Path], None] = lambda _: None
-    damaged: bool = False
+    corrupt: bool = False
 
 
 def save_at_10(state: TrainState, session: Session) -> None:
@@ -243,14 +243,14 @@ def keep_three(state: TrainState, session: Session) -> None:
         resmol.run.async_save.prune = real
 
 
-def damage_a_second_10(run: Path) -> None:
-    """A checkpoint of the step to come lies there already, damaged: it must be set aside, not be in the way."""
+def corrupt_a_second_10(run: Path) -> None:
+    """A checkpoint of the step to come lies there already, corrupt: it must be quarantined, not be in the way."""
     folder = RunDir(run).checkpoints
     shutil.copytree(folder / checkpoint_name(5), folder / checkpoint_name(10))
 
 
 def take_the_name_of_10(run: Path) -> None:
-    """A file has the name of the checkpoint to come; a resume does not look at it, so the save must set it aside."""
+    """A file has the name of the checkpoint to come; a resume does not look at it, so the save must rename it."""
     (RunDir(run).checkpoints / checkpoint_name(10)).write_text("in the way")
 
 
@@ -259,7 +259,7 @@ SCENARIOS = {
     "first save": Scenario(nothing, save_at_10, (0, 10)),
     "save": Scenario(saves(5), save_at_10, (5, 10)),
     "save and prune": Scenario(keep_three, lambda a, b: saves(20)(a, b), (15, 20)),
-    "set aside": Scenario(saves(5), save_at_10, (5, 10), damage_a_second_10, damaged=True),
+    "quarantine": Scenario(saves(5), save_at_10, (5, 10), corrupt_a_second_10, corrupt=True),
     "name taken": Scenario(saves(5), save_at_10, (5, 10), take_the_name_of_10),
     "prune": Scenario(keep_three, prune_to_1, (15,)),
 }
@@ -299,7 +299,7 @@ def crash_points(
         if code != shim.KILLED:
             problems.append(f"{where}: ended with {code}")
         expected = max(acknowledged, min(scenario.allowed))
-        step, found = read(run, tools, expected, damaged=scenario.damaged)
+        step, found = read(run, tools, expected, corrupt=scenario.corrupt)
         if step not in scenario.allowed:
             found.append(f"came back at step {step}")
         problems += [f"{where}: {text}" for text in found]
@@ -554,7 +554,7 @@ def second_process(setting: Setting, folder: Path) -> list[str]:
 
 
 def flipped_bits(setting: Setting, folder: Path) -> list[str]:
-    """A bit that flips in any file of the newest checkpoint: it must be passed over."""
+    """A bit that flips in any file of the newest checkpoint: it must be skipped."""
     tools, run, problems = equipment(setting), folder / "run", []
     open_run(run, tools, saves(5, 10))
     newest = RunDir(run).checkpoints / checkpoint_name(10)
@@ -563,7 +563,7 @@ def flipped_bits(setting: Setting, folder: Path) -> list[str]:
         for place in (len(healthy) // 3, len(healthy) - 2):
             file.write_bytes(healthy[:place] + bytes([healthy[place] ^ 1]) + healthy[place + 1 :])
             try:
-                found = newest_valid(newest.parent, {})[0]
+                found = newest_valid(newest.parent, {})[0].path
             except ResmolError:
                 found = newest
             if found == newest:
@@ -592,8 +592,31 @@ def changed_on_the_way(setting: Setting, folder: Path) -> list[str]:
     return ["weights that were never in memory were loaded"]
 
 
-def prune_on_damage(setting: Setting, folder: Path) -> list[str]:
-    """The newest checkpoint is damaged: no older one may be removed."""
+def foreign_bindings(setting: Setting, folder: Path) -> list[str]:
+    """The newest checkpoint is whole, and of another configuration or other data: the run must not go on from it."""
+    tools, problems = equipment(setting), []
+    for name in ("config_sha256", "data_fingerprint"):
+        run = folder / name
+        open_run(run, tools, saves(5))
+        path = RunDir(run).checkpoints / checkpoint_name(5)
+        opened = open_checkpoint(path)
+        (path / STATE).write_text(opened.state.model_copy(update={name: "0" * 64}).model_dump_json(indent=1))
+        entries = opened.manifest.files | {STATE: file_entry(path / STATE, {})}
+        manifest = Manifest(step=5, parent=None, permanent=False, files=entries)
+        (path / MANIFEST).write_bytes(manifest.to_bytes())
+        ledger = RunDir(run).ledger
+        lines = [line for line in ledger.read_bytes().splitlines(True) if b'"kind":"save"' not in line]
+        ledger.write_bytes(b"".join(lines))  # as a crash just after the commit leaves it
+        try:
+            open_run(run, tools, nothing)
+            problems.append(f"a checkpoint with another {name} was gone on from")
+        except CheckFailed as error:
+            problems += [] if name in error.what else [f"another {name} is refused with: {error.what}"]
+    return problems
+
+
+def prune_on_corruption(setting: Setting, folder: Path) -> list[str]:
+    """The newest checkpoint is corrupt: no older one may be removed."""
     tools, run, problems = equipment(setting), folder / "run", []
 
     def script(state: TrainState, session: Session) -> None:
@@ -604,7 +627,7 @@ def prune_on_damage(setting: Setting, folder: Path) -> list[str]:
             prune_to_1(state, session)
         names = sorted(path.name for path in list_checkpoints(session.run.checkpoints))
         if len(names) != 3:
-            problems.append(f"only {names} are left, and the newest of them is damaged")
+            problems.append(f"only {names} are left, and the newest of them is corrupt")
 
     open_run(run, tools, script)
     return problems
@@ -626,7 +649,7 @@ def saved_meanwhile(setting: Setting, folder: Path) -> list[str]:
                 steps[0] = step if step < 6 else 99
                 gone_on.notify_all()
             if step % 2 == 0:
-                session.saver._thread.submit(wait_for_the_next, step)
+                session.checkpointer._thread.submit(wait_for_the_next, step)
                 save(state, session)
 
     open_run(run, tools, script)

@@ -85,32 +85,32 @@ def changed(path: Path, content: bytes | None) -> Iterator[None]:
 
 
 def detection_problems(checkpoint: Path, known: dict[str, str], what: str, named: str) -> list[str]:
-    """The damaged newest checkpoint must be passed over for the one before, with a reason that names ``named``."""
+    """The corrupt newest checkpoint must be skipped for the one before, with a reason that names ``named``."""
     try:
-        found, _, rejected = newest_valid(checkpoint.parent, known)
+        found, skipped = newest_valid(checkpoint.parent, known)
     except CheckpointError as error:
         return [f"{what}: no checkpoint is valid any more: {error.what}"]
-    if found.name != BEFORE:
-        return [f"{what}: {found.name} was believed"]
-    reasons = [item.reason for item in rejected]
+    if found.path.name != BEFORE:
+        return [f"{what}: {found.path.name} was believed"]
+    reasons = [item.reason for item in skipped]
     return [] if len(reasons) == 1 and named in reasons[0] else [f"{what}: the reason is {reasons}"]
 
 
 def resumption_problems(run: Path, forks: Forks, setting: Setting, oracle: Oracle, what: str) -> list[str]:
-    """The run must go on from the checkpoint before, say so, keep the damaged one, and end like the oracle."""
-    damaged = (run / "checkpoints" / NEWEST).exists()
+    """The run must go on from the checkpoint before, record that, keep the corrupt one, and end like the oracle."""
+    corrupt = (run / "checkpoints" / NEWEST).exists()
     known = len(read_ledger(RunDir(run).ledger).records)
-    for steps in (47, STEPS):  # the first leg saves, and prunes, below the damaged one
+    for steps in (47, STEPS):  # the first leg saves, and prunes, below the corrupt one
         if code := forks.run(train_run, run, setting, f"train.steps={steps}"):
             return [f"{what}: exit code {code}: {error_of(run)}"]
     records = read_ledger(RunDir(run).ledger).records[known:]
     problems = oracle.differences(run)
     if next(select(records, "resume"))["checkpoint"] != BEFORE:
         problems.append("it did not resume from the checkpoint before")
-    if damaged and [r["checkpoint"] for r in select(records, "warn") if "checkpoint" in r] != [NEWEST]:
-        problems.append("the ledger does not say what was passed over")
-    if damaged and not list((run / "checkpoints").glob(f"damaged-{NEWEST}-*")):
-        problems.append("the damaged checkpoint was not kept")
+    if corrupt and [r["checkpoint"] for r in select(records, "warn") if "checkpoint" in r] != [NEWEST]:
+        problems.append("the ledger does not say what was skipped")
+    if corrupt and not list((run / "checkpoints").glob(f"corrupt-{NEWEST}-*")):
+        problems.append("the corrupt checkpoint was not kept")
     return [f"{what}: {problem}" for problem in problems[:1]]
 
 
@@ -139,7 +139,7 @@ def test_c1_flipped_bits(
             (run / "checkpoints" / NEWEST / name).write_bytes(content)
             problems += resumption_problems(run, forks, setting, oracle, f"trial {trial}")
             shutil.rmtree(run)
-    assert newest_valid(victim.parent, known)[0].name == NEWEST  # it is the trials that were refused
+    assert newest_valid(victim.parent, known)[0].path.name == NEWEST  # it is the trials that were refused
     campaign.record(
         "C1", "a flipped bit in a checkpoint", "detected and named; the one before is used, with the same bits after",
         problems, count, note=f"{resumed} of the runs were resumed to their end",
@@ -293,7 +293,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_c4_nothing_valid(
     campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, copy: Callable[[str], Path]
 ) -> None:
-    """All checkpoints damaged: no silent new beginning; an allowed one ends like the oracle."""
+    """All checkpoints corrupt: no silent new beginning; an allowed one ends like the oracle."""
     draw, count, problems = campaign.draw("C4"), campaign.count(2, 10), []
     for trial in range(count):
         run = copy(f"run-{trial}")
@@ -317,10 +317,10 @@ def test_c4_nothing_valid(
             problems.append(f"trial {trial}: the ledger does not take the steps back")
         kept = sorted(files_of(run / "checkpoints").values())
         if any(content not in kept for content in before.values()):
-            problems.append(f"trial {trial}: a damaged checkpoint was deleted")
+            problems.append(f"trial {trial}: a corrupt checkpoint was deleted")
         problems += [f"trial {trial}: {difference}" for difference in oracle.differences(run)[:1]]
     campaign.record(
-        "C4", "every checkpoint damaged", "exit 65 and nothing deleted; --allow-fresh begins again and is recorded",
+        "C4", "every checkpoint corrupt", "exit 65 and nothing deleted; --allow-fresh begins again and is recorded",
         problems, count,
     )  # fmt: skip
 
@@ -339,7 +339,7 @@ def rehash(path: Path, step: int | None = None) -> None:
             tensors = entry.tensors
         files[name] = file_entry(path / name, tensors)
     manifest = Manifest(
-        format=1, step=old.step if step is None else step, parent=old.parent, permanent=old.permanent, files=files
+        step=old.step if step is None else step, parent=old.parent, permanent=old.permanent, files=files
     )
     (path / MANIFEST).write_bytes(manifest.to_bytes())
 

@@ -37,7 +37,7 @@ def crash_points(
 
 
 def test_k2_crash_at_every_call_of_a_save(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
-    names = ["start", "first save", "save", "set aside", "name taken", "save and prune"]
+    names = ["start", "first save", "save", "quarantine", "name taken", "save and prune"]
     share = campaign.count(7, 1)
     points, note, problems = crash_points(forks, setting, tmp_path, names, share)
     campaign.record(
@@ -55,7 +55,8 @@ def die_in_save(step: int, way: str, number: int, run: Path, setting: Setting) -
             shim.arm(run, way, k=number)
         real(state, session, **options)
         if state.step == step:
-            session.saver.settle(wait=True)  # the calls of the thread that saves, and none of the steps after it
+            # The calls of the thread that saves, and none of the steps after it.
+            session.checkpointer.wait_until_finished()
             calls.append(shim.disarm())
 
     resmol.train.loop.save = armed

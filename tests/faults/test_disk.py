@@ -26,9 +26,10 @@ from trials import INTERVAL, STEPS, Forks, Oracle, Setting, command, error_of, f
 import resmol.run.checkpoint
 import resmol.train.loop
 from resmol.errors import CheckpointError, DiskFull, ResmolError, RunInUse
-from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, read_manifest, step_of, verify_checkpoint
+from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, open_checkpoint, read_manifest, step_of
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
+from resmol.system.locks import exclusive_lock
 
 DATA_OR_DISK = 3  # the exit code of an error that comes from the operating system
 # A save may fail in the background while later steps are executed, but the next save waits for it.
@@ -63,7 +64,7 @@ def damage_done(run: Path, lost: int = LOST_AT_MOST) -> list[str]:
     checkpoints, problems = list_checkpoints(RunDir(run).checkpoints), []
     for path in checkpoints:
         try:
-            verify_checkpoint(path)
+            open_checkpoint(path).verify()
         except CheckpointError as error:
             problems.append(error.what)
     newest = step_of(checkpoints[0]) if checkpoints else 0
@@ -402,7 +403,7 @@ def take_away(what: str, run: Path, setting: Setting) -> int:
     def record(session: Any, result: Any, seconds: float) -> None:
         real(session, result, seconds)
         if result.step == 12:
-            session.saver.settle(wait=True)
+            session.checkpointer.wait_until_finished()
             run.rename(run.with_name("moved"))
             if what == "deleted":
                 shutil.rmtree(run.with_name("moved"))
@@ -528,7 +529,7 @@ def test_s7_leftovers(campaign: Campaign, forks: Forks, setting: Setting, oracle
         else:
             shutil.copytree(whole, folder / name)
     foreign = ["step-12.bak", "foo-step-99", "step-00000099.bak", "step-99", "step-000000099", "STEP-00000099", "step-"]
-    foreign += ["damaged-step-00000099-1", "step-00000099 (copy)", " step-00000099", "latest"]
+    foreign += ["corrupt-step-00000099-1", "step-00000099 (copy)", " step-00000099", "latest"]
     for name in foreign:
         shutil.copytree(whole, folder / name)
     shutil.copytree(whole, outside)
@@ -541,7 +542,7 @@ def test_s7_leftovers(campaign: Campaign, forks: Forks, setting: Setting, oracle
         problems.append(f"taken for checkpoints: {[path.name for path in list_checkpoints(folder)]}")
 
     before = contents(run)
-    with RunDir(run).lock():
+    with exclusive_lock(RunDir(run).lock):
         code = forks.run(command, run, setting)
         before["lock"] = RunDir(run).path.joinpath("lock").read_bytes()
         problems += [] if code == RunInUse.exit_code else [f"exit code {code} while the run is in use"]

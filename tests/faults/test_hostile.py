@@ -49,7 +49,7 @@ from resmol.interop.gguf_names import gguf_config
 from resmol.interop.hf_folder import find_weights
 from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, verify_checkpoint
+from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, open_checkpoint
 from resmol.run.ledger import canonical, effective_steps, read_ledger, select
 from resmol.system.hub_download import require_answer
 from resmol.system.pypi_download import extract_member
@@ -81,7 +81,7 @@ def sound(trained: Path, setting: Setting, tmp_path_factory: pytest.TempPathFact
     """A model folder as Hugging Face's tools write it."""
     folder = tmp_path_factory.mktemp("sound") / "model"
     folder.mkdir()
-    checkpoint = newest_valid(trained / "checkpoints", {})[0]
+    checkpoint = newest_valid(trained / "checkpoints", {})[0].path
     for name in (WEIGHTS, "config.json"):
         shutil.copy(checkpoint / name, folder / name)
     shutil.copy(setting.tokenizer, folder / "tokenizer.json")
@@ -358,10 +358,11 @@ def test_g3_headers(campaign: Campaign, forks: Forks, sound: Path, tmp_path: Pat
 def read_state(path: Path) -> None:
     """Read a checkpoint whose state or manifest was changed, with hashes made to fit, as a resumption does."""
     folder = path.parent
-    verify_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
+    checkpoint.verify()
     config = load_config(folder.parent / "faults.toml")
     empty = CausalLM.empty(config.model)
-    restore(TrainState(empty, build_optimizer(empty, config.optimizer)), folder)
+    restore(TrainState(empty, build_optimizer(empty, config.optimizer)), checkpoint)
 
 
 def read_whole_ledger(path: Path) -> None:
@@ -508,7 +509,7 @@ FUZZ_BYTES = 1024 * MIB  # of addresses, which threads use up faster than memory
 
 def verify_of(path: Path) -> None:
     """Verify the checkpoint that a file belongs to."""
-    verify_checkpoint(path.parent)
+    open_checkpoint(path.parent).verify()
 
 
 def mutated_header(content: bytes, draw: Random) -> bytes:

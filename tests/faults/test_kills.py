@@ -337,7 +337,7 @@ def save_without_memory(step: int, stage: str, spare: int, run: Path, setting: S
     def save(state: Any, session: Any, **options: Any) -> None:
         saving[:] = [state.step]
         real_save(state, session, **options)
-        session.saver.settle(wait=True)
+        session.checkpointer.wait_until_finished()
         hoard.clear()
         signal.alarm(0)
 

@@ -130,22 +130,22 @@ def have_another_step() -> None:
 
 
 def have_other_data() -> None:
-    real = resmol.train.start._open_data
+    real = resmol.train.start.open_run_data
 
-    def open_other(wanted: Any, config: Any) -> Any:
-        dataset, tokenizer = real(wanted, config)
+    def open_other(*arguments: Any) -> Any:
+        dataset, tokenizer = real(*arguments)
         object.__setattr__(dataset, "fingerprint", "0" * 64)
         return dataset, tokenizer
 
-    resmol.train.start._open_data = open_other
+    resmol.train.start.open_run_data = open_other
 
 
 def have_another_learning_rate() -> None:
     real = resmol.train.start.resolve_auto
 
     def resolve_otherwise(config: Any) -> Any:
-        settled, decisions = real(config)
-        return resmol.train.start.with_overrides(settled, ["optimizer.lr=0.02"]), decisions
+        resolved, choices = real(config)
+        return resolved.replace({"optimizer.lr": 0.02}), choices
 
     resmol.train.start.resolve_auto = resolve_otherwise
 

@@ -89,7 +89,7 @@ def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
     def record_and_die(session: Any, result: Any, seconds: float) -> None:
         real(session, result, seconds)
         if result.step == step:
-            session.saver.settle(wait=True)
+            session.checkpointer.wait_until_finished()
             os.kill(os.getpid(), signal.SIGKILL)
 
     resmol.train.loop.record_step = record_and_die

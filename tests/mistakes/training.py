@@ -17,7 +17,7 @@ from resmol.data.loader import IGNORE_INDEX, Batch, Loader
 from resmol.errors import ConfigError
 from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM, Decoder
-from resmol.run.checkpoint_manifest import load_state
+from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.train import loop as train
 from resmol.train import parallel as distributed
@@ -175,7 +175,7 @@ def side_effects_guard(bench: Bench) -> set[str]:
         torch.manual_seed(0)
         state = bench.train(bench.folder / name, 6, f"evaluation.every={every}", f"sampling.every={every}")
         losses = [r["loss_bits"] for r in select(read_ledger(bench.folder / name / "ledger.jsonl").records, "step")]
-        random_state = load_state(bench.folder / name / "checkpoints" / "step-00000006")[0].random_state
+        random_state = open_checkpoint(bench.folder / name / "checkpoints" / "step-00000006").state.random_state
         runs[name] = {"losses": losses, "random state": random_state, "training mode": state.model.training}
     return {
         f"{what} after evaluation and sampling" for what in runs["busy"] if runs["busy"][what] != runs["quiet"][what]

@@ -30,7 +30,7 @@ from resmol.run.checkpoint_manifest import (
     WEIGHTS,
     SavedState,
     list_checkpoints,
-    load_state,
+    open_checkpoint,
     read_manifest,
 )
 from resmol.run.directory import RunDir
@@ -48,36 +48,38 @@ PATIENCE = 300.0  # seconds after which a test that hangs gives up
 class Bench:
     """A state to save, a place for it, and a gate: nothing happens in the background before it is opened."""
 
+    config: RunConfig
     state: TrainState
     folder: Path
     journal: RunLog
     gate: threading.Event
     threads: list[tuple[str, threading.Thread]]  # who wrote, and who committed
 
-    def saver(self, keep_last: int = 10) -> AsyncCheckpointer:
-        saver = AsyncCheckpointer(self.folder, keep_last, self.journal, None)
-        saver._thread.submit(self.gate.wait, PATIENCE)
-        return saver
+    def checkpointer(self, keep_last: int = 10) -> AsyncCheckpointer:
+        config = self.config.replace({"checkpoint.keep_last": keep_last})
+        checkpointer = AsyncCheckpointer(self.folder, config, self.journal, None)
+        checkpointer._thread.submit(self.gate.wait, PATIENCE)
+        return checkpointer
 
     def fill(self, value: float) -> None:
         for tensors in CheckpointTensors.of(self.state.model, self.state.optimizer).files.values():
             for tensor in tensors.values():
                 tensor.fill_(value)
 
-    def save(self, saver: AsyncCheckpointer, step: int, *, wait: bool = False, permanent: bool = False) -> None:
+    def save(self, checkpointer: AsyncCheckpointer, step: int, *, wait: bool = False, permanent: bool = False) -> None:
         """Fill everything with the step, and save that."""
         self.fill(float(step))
         saved = SavedState(
             step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.journal.head,
             random_state="", permanent=permanent,
         )  # fmt: skip
-        saver.save(saved, CheckpointTensors.of(self.state.model, self.state.optimizer), wait=wait)
+        checkpointer.save(saved, CheckpointTensors.of(self.state.model, self.state.optimizer), wait=wait)
 
     def save_and(self, then: Callable[[AsyncCheckpointer], object]) -> None:
         """Save step 5, do something, and leave."""
-        with self.saver() as saver:
-            self.save(saver, 5)
-            then(saver)
+        with self.checkpointer() as checkpointer:
+            self.save(checkpointer, 5)
+            then(checkpointer)
 
     def saves(self) -> list[int]:
         return [record["step"] for record in select(self.journal.records, "save")]
@@ -94,7 +96,7 @@ def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    made = Bench(state, folder, RunLog(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])
+    made = Bench(tiny_config, state, folder, RunLog(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])
     for name in NAMES:
         monkeypatch.setattr(saving, name, noting(made.threads, name, getattr(saving, name)))
     yield made
@@ -120,24 +122,24 @@ def test_a_save_is_of_the_moment_that_it_was_asked_for(bench: Bench) -> None:
     """Weights, moments and the ledger's head are those of step 5, whatever happens before they are on the disk."""
     bench.journal.write("warn", what="step 5")
     head = bench.journal.head
-    with bench.saver() as saver:
-        bench.save(saver, 5)
+    with bench.checkpointer() as checkpointer:
+        bench.save(checkpointer, 5)
         bench.journal.write("warn", what="step 6")
         bench.fill(6.0)
         bench.gate.set()
     path = bench.folder / "step-00000005"
     assert values_in(path) == {5.0}
-    assert load_state(path)[0].ledger_head == head
+    assert open_checkpoint(path).state.ledger_head == head
 
 
 def test_the_ledger_hears_of_it_when_it_is_durable(bench: Bench) -> None:
-    with bench.saver() as saver:
-        bench.save(saver, 5)
-        saver.settle(wait=False)
+    with bench.checkpointer() as checkpointer:
+        bench.save(checkpointer, 5)
+        checkpointer.poll()
         assert (bench.saves(), list_checkpoints(bench.folder)) == ([], [])
         bench.journal.write("warn", what="training goes on")
         bench.gate.set()
-        saver.settle(wait=True)
+        checkpointer.wait_until_finished()
         assert [record["kind"] for record in bench.journal.records] == ["warn", "save"]
         assert bench.journal.records[-1]["manifest_sha256"] == read_manifest(bench.folder / "step-00000005").sha256
     assert bench.saves() == [5]
@@ -145,9 +147,9 @@ def test_the_ledger_hears_of_it_when_it_is_durable(bench: Bench) -> None:
 
 def test_at_most_one_is_on_its_way(bench: Bench) -> None:
     bench.gate.set()
-    with bench.saver() as saver:
+    with bench.checkpointer() as checkpointer:
         for step in range(1, 9):
-            bench.save(saver, step)
+            bench.save(checkpointer, step)
     assert [name for name, _ in bench.threads] == [*NAMES] * 8
     assert bench.saves() == list(range(1, 9))
     manifests = [read_manifest(path) for path in reversed(list_checkpoints(bench.folder))]
@@ -157,9 +159,9 @@ def test_at_most_one_is_on_its_way(bench: Bench) -> None:
 
 def test_the_step_writes_and_the_background_makes_it_durable(bench: Bench) -> None:
     bench.gate.set()
-    with bench.saver() as saver:
-        bench.save(saver, 1)
-        bench.save(saver, 2, wait=True)
+    with bench.checkpointer() as checkpointer:
+        bench.save(checkpointer, 1)
+        bench.save(checkpointer, 2, wait=True)
     writing, committing = ({thread for name, thread in bench.threads if name == one} for one in NAMES)
     assert writing == {threading.main_thread()}
     assert len(committing) == 1
@@ -168,10 +170,20 @@ def test_the_step_writes_and_the_background_makes_it_durable(bench: Bench) -> No
 
 def test_a_save_that_is_waited_for_is_durable(bench: Bench) -> None:
     bench.gate.set()
-    with bench.saver() as saver:
-        bench.save(saver, 5, wait=True)
+    with bench.checkpointer() as checkpointer:
+        bench.save(checkpointer, 5, wait=True)
         assert bench.saves() == [5]
         assert values_in(bench.folder / "step-00000005") == {5.0}
+
+
+def test_when_to_save(bench: Bench) -> None:
+    bench.gate.set()
+    bench.config = bench.config.replace({"checkpoint.every": 4, "checkpoint.permanent": (7, 9), "train.steps": 10})
+    with bench.checkpointer() as checkpointer:
+        assert [step for step in range(1, 11) if checkpointer.should_save(step)] == [4, 7, 8, 9, 10]
+    bench.config = bench.config.replace({"checkpoint.every": 0, "checkpoint.permanent": ()})
+    with bench.checkpointer() as checkpointer:
+        assert [step for step in range(1, 11) if checkpointer.should_save(step)] == [10]
 
 
 def broken(error: Exception) -> Callable[..., Any]:
@@ -182,12 +194,12 @@ def broken(error: Exception) -> Callable[..., Any]:
 
 
 def test_errors_surface_in_the_training_thread(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at_the_next_step(saver: AsyncCheckpointer) -> None:
+    def at_the_next_step(checkpointer: AsyncCheckpointer) -> None:
         while True:
-            saver.settle(wait=False)
+            checkpointer.poll()
 
-    def at_the_next_save(saver: AsyncCheckpointer) -> None:
-        bench.save(saver, 6)
+    def at_the_next_save(checkpointer: AsyncCheckpointer) -> None:
+        bench.save(checkpointer, 6)
 
     def at_the_end(_: AsyncCheckpointer) -> None:
         pass
@@ -205,12 +217,12 @@ FULL = DiskFull("no room", fix="")
 
 def test_a_full_disk_is_recorded_also_when_pruning_did_not_help(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.gate.set()
-    with bench.saver() as saver:
+    with bench.checkpointer() as checkpointer:
         for step in (1, 2):
-            bench.save(saver, step, wait=True)
+            bench.save(checkpointer, step, wait=True)
         monkeypatch.setattr(saving, "stage_checkpoint", broken(FULL))
         with pytest.raises(DiskFull) as stopped:
-            bench.save(saver, 3)
+            bench.save(checkpointer, 3)
     assert stopped.value.exit_code == 28
     assert [record["removed"] for record in bench.warnings()] == [["step-00000001"]]
 
@@ -228,29 +240,30 @@ def full(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(saving, "commit_checkpoint", commit)
 
 
-def test_a_disk_that_is_full_only_in_the_background_owes_a_checkpoint(
+def test_a_disk_that_is_full_only_in_the_background_is_met_by_saving_the_next_step(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.gate.set()
     full(monkeypatch, 3)
-    with bench.saver() as saver:
+    with bench.checkpointer() as checkpointer:
         for step in (1, 2, 3):
-            bench.save(saver, step)
-        saver.settle(wait=True)
-        assert saver.owed is FULL
+            bench.save(checkpointer, step)
+        checkpointer.wait_until_finished()
+        assert checkpointer.retry_pending
+        assert checkpointer.should_save(4)
         assert [path.name for path in list_checkpoints(bench.folder)] == ["step-00000002"]
         assert [record["removed"] for record in bench.warnings()] == [["step-00000001"]]
-        bench.save(saver, 4)
-        saver.settle(wait=True)
-        assert saver.owed is None
+        bench.save(checkpointer, 4)
+        checkpointer.wait_until_finished()
+        assert not checkpointer.retry_pending
     assert bench.saves() == [1, 2, 4]
     assert values_in(bench.folder / "step-00000004") == {4.0}
 
 
-def test_a_full_disk_is_an_error_when_the_checkpoint_stays_owed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_again(saver: AsyncCheckpointer) -> None:
-        bench.save(saver, 6)
-        saver.settle(wait=True)
+def test_a_full_disk_is_an_error_when_the_retry_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_again(checkpointer: AsyncCheckpointer) -> None:
+        bench.save(checkpointer, 6)
+        checkpointer.wait_until_finished()
 
     def no_further_save(_: AsyncCheckpointer) -> None:
         pass
@@ -266,11 +279,11 @@ def test_a_full_disk_is_an_error_when_the_checkpoint_stays_owed(bench: Bench, mo
 def test_a_permanent_checkpoint_has_no_replacement(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.gate.set()
     full(monkeypatch, 5)
-    with bench.saver() as saver:
-        bench.save(saver, 5, permanent=True)
+    with bench.checkpointer() as checkpointer:
+        bench.save(checkpointer, 5, permanent=True)
         with pytest.raises(DiskFull):
-            saver.settle(wait=True)
-        assert saver.owed is None
+            checkpointer.wait_until_finished()
+        assert not checkpointer.retry_pending
 
 
 @pytest.mark.parametrize("permanent", [False, True])
@@ -286,9 +299,9 @@ def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
         return genuine(staged)
 
     monkeypatch.setattr(saving, "commit_checkpoint", full_once)
-    with bench.saver() as saver:
-        bench.save(saver, 5, wait=True, permanent=permanent)
-        assert (bench.saves(), saver.owed) == ([5], None)
+    with bench.checkpointer() as checkpointer:
+        bench.save(checkpointer, 5, wait=True, permanent=permanent)
+        assert (bench.saves(), checkpointer.retry_pending) == ([5], False)
 
 
 def test_leaving_waits_for_it_also_after_an_error(bench: Bench) -> None:
@@ -296,7 +309,7 @@ def test_leaving_waits_for_it_also_after_an_error(bench: Bench) -> None:
     with pytest.raises(ZeroDivisionError):
         bench.save_and(lambda _: 1 / 0)
     assert bench.saves() == [5]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("saver")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpointer")]
 
 
 def test_of_two_errors_the_first_is_raised_and_both_are_recorded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,15 +333,15 @@ def test_older_ones_go_after_the_new_one_was_recorded_and_read_back(
         return genuine(folder, keep_last)
 
     monkeypatch.setattr(saving, "prune", prune)
-    with bench.saver(keep_last=2) as saver:
+    with bench.checkpointer(keep_last=2) as checkpointer:
         for step in (1, 2, 3):
-            bench.save(saver, step)
-        saver.settle(wait=True)
+            bench.save(checkpointer, step)
+        checkpointer.wait_until_finished()
         assert recorded == [(False, [1]), (False, [1, 2]), (False, [1, 2, 3])]
         assert [path.name for path in list_checkpoints(bench.folder)] == ["step-00000003", "step-00000002"]
         monkeypatch.setattr(saving, "prune", lambda *a: damage_and_prune(genuine, *a))
         with pytest.raises(CheckpointError):
-            bench.save(saver, 4, wait=True)
+            bench.save(checkpointer, 4, wait=True)
     assert len(list_checkpoints(bench.folder)) == 3
 
 
@@ -341,7 +354,7 @@ def damage_and_prune(genuine: Callable[..., list[str]], folder: Path, keep_last:
 
 
 class Watch:
-    """A view that lets each commit go on only when two more steps are recorded, and knows who writes records."""
+    """A log writer that lets each commit go on only when two more steps are recorded, and notes who writes records."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.step, self.changed, self.threads = 0, threading.Condition(), set[threading.Thread]()
@@ -378,12 +391,10 @@ def test_a_run_with_late_saves_is_the_run_without(
 ) -> None:
     train_tiny(tmp_path / "prompt", 23)
     watch = Watch(monkeypatch, 23)
-    state = train_tiny(tmp_path / "late", 23, views=lambda _: [watch])
+    train_tiny(tmp_path / "late", 23, log_writers=lambda _: [watch])
     assert history(tmp_path / "late") == history(tmp_path / "prompt")
     assert len(history(tmp_path / "late")[1]) == 5 * 4
     assert watch.threads == {threading.main_thread()}
-    records = read_ledger(tmp_path / "late" / "ledger.jsonl").records
-    assert state.parent == [record["manifest_sha256"] for record in select(records, "save")][-1]
 
 
 def test_whoever_reads_the_record_copes_with_late_saves(
@@ -395,7 +406,7 @@ def test_whoever_reads_the_record_copes_with_late_saves(
         with monkeypatch.context() as patch:
             watch = Watch(patch, last)
             wanted = ("checkpoint.permanent=[7]", "checkpoint.keep_last=2")
-            train_tiny(path, last, *wanted, views=lambda _, w=watch: [w])
+            train_tiny(path, last, *wanted, log_writers=lambda _, w=watch: [w])
     run, records = RunDir(path), read_ledger(path / "ledger.jsonl").records
     before = {
         r["step"]: max(s["step"] for s in records[: r["seq"]] if s["kind"] == "step") for r in select(records, "save")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from resmol.run import checkpoint as module
 from resmol.run.checkpoint import (
     CheckpointTensors,
     commit_checkpoint,
-    load_optimizer,
-    load_weights,
+    load_into,
     prune,
     stage_checkpoint,
 )
@@ -29,10 +29,9 @@ from resmol.run.checkpoint_manifest import (
     SavedState,
     file_entry,
     list_checkpoints,
-    load_state,
     newest_valid,
+    open_checkpoint,
     read_manifest,
-    verify_checkpoint,
 )
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
@@ -60,8 +59,7 @@ def fresh(config: RunConfig) -> tuple[CausalLM, torch.optim.AdamW]:
 
 def restore(path: Path, config: RunConfig) -> TrainState:
     model, optimizer = fresh(config)
-    load_weights(path, model)
-    load_optimizer(path, model, optimizer)
+    load_into(open_checkpoint(path), model, optimizer)
     return TrainState(model, optimizer)
 
 
@@ -72,7 +70,7 @@ def rehash(path: Path) -> None:
     for name in old.files:
         tensors = module.digest_all(load_file(path / name)) if name.endswith(".safetensors") else {}
         files[name] = file_entry(path / name, tensors)
-    manifest = Manifest(format=1, step=old.step, parent=old.parent, permanent=old.permanent, files=files)
+    manifest = Manifest(step=old.step, parent=old.parent, permanent=old.permanent, files=files)
     (path / "manifest.json").write_bytes(manifest.to_bytes())
 
 
@@ -85,13 +83,12 @@ def test_what_was_loaded_does_not_depend_on_the_file(good: Path, tiny_config: Ru
 
 def test_round_trip_is_bitwise(good: Path, tiny_config: RunConfig, tmp_path: Path) -> None:
     state = restore(good / "step-00000010", tiny_config)
-    saved, _ = load_state(good / "step-00000010")
+    opened = open_checkpoint(good / "step-00000010")
     manifest = commit_checkpoint(
-        stage_checkpoint(tmp_path, saved, CheckpointTensors.of(state.model, state.optimizer), parent=None)
+        stage_checkpoint(tmp_path, opened.state, CheckpointTensors.of(state.model, state.optimizer), parent=None)
     )
-    original = read_manifest(good / "step-00000010")
-    assert manifest.files == original.files
-    assert original.parent == read_manifest(good / "step-00000005").sha256
+    assert manifest.files == opened.manifest.files
+    assert opened.manifest.parent == read_manifest(good / "step-00000005").sha256
 
 
 def test_the_weight_file_is_what_transformers_expects(good: Path) -> None:
@@ -119,10 +116,10 @@ def test_any_flipped_bit_is_found_and_the_older_one_is_used(good: Path) -> None:
         original = victim.read_bytes()
         victim.write_bytes(content)
         with pytest.raises(CheckpointError, match=victim.name):
-            verify_checkpoint(good / "step-00000010")
-        assert newest_valid(good, {})[0].name == "step-00000005"
+            open_checkpoint(good / "step-00000010").verify()
+        assert newest_valid(good, {})[0].path.name == "step-00000005"
         victim.write_bytes(original)
-    assert newest_valid(good, {})[0].name == "step-00000010"
+    assert newest_valid(good, {})[0].path.name == "step-00000010"
 
 
 @pytest.mark.parametrize(
@@ -135,10 +132,10 @@ def test_truncation_growth_zeros_absence(good: Path, name: str) -> None:
     for changed in [*(content[:cut] for cut in cuts), content + b"\0", bytes(len(content))]:
         victim.write_bytes(changed)
         with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-            verify_checkpoint(good / "step-00000010")
+            open_checkpoint(good / "step-00000010").verify()
     victim.unlink()
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        verify_checkpoint(good / "step-00000010")
+        open_checkpoint(good / "step-00000010").verify()
 
 
 def _swap_everything(good: Path) -> None:
@@ -164,13 +161,13 @@ def test_exchanged_files(good: Path, change: Callable[[Path], None]) -> None:
     change(good)
     newest = list_checkpoints(good)[0]
     with pytest.raises(CheckpointError):
-        verify_checkpoint(newest)
+        open_checkpoint(newest).verify()
 
 
 def test_a_checkpoint_that_the_ledger_does_not_know_in_this_form(good: Path) -> None:
-    path, _, rejected = newest_valid(good, {"step-00000010": "0" * 64})
-    assert path.name == "step-00000005"
-    assert "ledger" in rejected[0].reason
+    found, skipped = newest_valid(good, {"step-00000010": "0" * 64})
+    assert found.path.name == "step-00000005"
+    assert "ledger" in skipped[0].reason
 
 
 def test_nan_in_every_tensor_once(good: Path, tiny_config: RunConfig) -> None:
@@ -213,6 +210,29 @@ def test_a_digest_that_does_not_match_memory(good: Path, tiny_config: RunConfig)
         restore(path, tiny_config)
 
 
+def test_a_checkpoint_of_another_format_is_named_as_such(good: Path) -> None:
+    path = good / "step-00000010" / "manifest.json"
+    for number in (1, 3):
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "format": number}, indent=1, sort_keys=True))
+        with pytest.raises(CheckpointError, match=rf"manifest\.json has format {number}; this version"):
+            open_checkpoint(path.parent)
+
+
+def test_opening_reads_manifest_and_state_and_nothing_else(good: Path) -> None:
+    path = good / "step-00000010"
+    (path / "model.safetensors").unlink()
+    opened = open_checkpoint(path)
+    assert (opened.state.step, opened.manifest.step) == (10, 10)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+        opened.verify()
+
+
+def test_the_newest_can_be_found_by_its_manifest_alone(good: Path) -> None:
+    (good / "step-00000010" / "model.safetensors").unlink()
+    assert newest_valid(good, {}, verify=False)[0].path.name == "step-00000010"
+    assert newest_valid(good, {})[0].path.name == "step-00000005"
+
+
 def test_only_committed_names_are_looked_at(good: Path) -> None:
     for name in ("tmp-step-00000099-abc", "step-12.bak", "foo-step-99", "step-123", "step-00000099.tmp"):
         shutil.copytree(good / "step-00000010", good / name)
@@ -226,14 +246,14 @@ def test_retention(tmp_path: Path, train_tiny: TrainTiny) -> None:
     assert names == ["step-00000012", "step-00000025", "step-00000030"]
 
 
-def test_nothing_is_pruned_when_the_newest_is_damaged(good: Path) -> None:
+def test_nothing_is_pruned_when_the_newest_is_corrupt(good: Path) -> None:
     (good / "step-00000010" / "state.json").write_bytes(b"{}")
     with pytest.raises(CheckpointError):
         prune(good, keep_last=1)
     assert len(list_checkpoints(good)) == 2
 
 
-def test_saving_over_a_damaged_one_sets_it_aside(good: Path, tiny_config: RunConfig) -> None:
+def test_saving_over_a_corrupt_one_quarantines_it(good: Path, tiny_config: RunConfig) -> None:
     state = restore(good / "step-00000010", tiny_config)
     saved = SavedState(
         step=10,
@@ -245,5 +265,5 @@ def test_saving_over_a_damaged_one_sets_it_aside(good: Path, tiny_config: RunCon
         permanent=False,
     )
     commit_checkpoint(stage_checkpoint(good, saved, CheckpointTensors.of(state.model, state.optimizer), parent=None))
-    assert (good / "damaged-step-00000010-1" / "manifest.json").exists()
-    verify_checkpoint(good / "step-00000010")
+    assert (good / "corrupt-step-00000010-1" / "manifest.json").exists()
+    open_checkpoint(good / "step-00000010").verify()

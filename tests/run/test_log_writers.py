@@ -1,4 +1,4 @@
-"""What a person sees: the right lines, aligned; and a view that fails never stops the run."""
+"""What is shown: the right lines, aligned; and a log writer that fails never stops the run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import step_record
-from tiny import TrainTiny
+from tiny import TrainTiny, step_record
 
-from resmol.cli.console import ConsoleWriter, console_views
+from resmol.cli.console import ConsoleWriter, terminal_log_writers
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, read_ledger, select
 from resmol.run.log_writers import RunLog, StepFormatter, TensorBoardWriter, TextLogWriter, describe
@@ -60,13 +59,13 @@ def test_every_kind_has_words(tmp_path: Path, train_tiny: TrainTiny) -> None:
 def test_train_log_goes_on_after_a_resume(tmp_path: Path, train_tiny: TrainTiny) -> None:
     run = RunDir(tmp_path / "run")
     for steps in (20, 25):
-        train_tiny(run.path, steps, views=console_views(run))
+        train_tiny(run.path, steps, log_writers=terminal_log_writers(run))
     shown = [line.split()[1] for line in run.log.read_text().splitlines() if line.startswith("step ")]
     assert shown == ["1/20", "10/20", "20/20", "21/25", "25/25"]
 
 
 class Broken:
-    """A view whose device is gone."""
+    """A log writer whose device is gone."""
 
     def __init__(self, error: Exception) -> None:
         self.error, self.calls = error, 0
@@ -80,15 +79,16 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("I/O operation on closed file")])
-def test_a_broken_view_falls_silent_once(tmp_path: Path, error: Exception) -> None:
-    view, ledger = Broken(error), Ledger(tmp_path / "ledger.jsonl")
-    journal = RunLog(ledger, [view])
+def test_a_broken_log_writer_is_disabled_once(tmp_path: Path, error: Exception) -> None:
+    writer, ledger = Broken(error), Ledger(tmp_path / "ledger.jsonl")
+    journal = RunLog(ledger, [writer])
     for step in (1, 2, 3):
         journal.write("step", **step_record(step))
     journal.close()
     records = read_ledger(tmp_path / "ledger.jsonl").records
     assert [record["kind"] for record in records] == ["step", "warn", "step", "step"]
-    assert view.calls == 1
+    assert records[1]["what"] == "Broken disabled"
+    assert writer.calls == 1
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "closed"])
@@ -97,7 +97,7 @@ def test_a_full_or_closed_stream(tmp_path: Path, train_tiny: TrainTiny, target: 
     stream = path.open("w")
     if target == "closed":
         stream.close()
-    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
+    state = train_tiny(tmp_path / "run", 3, log_writers=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
     assert state.step == 3
     warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))
     assert len(warnings) == 1
@@ -110,7 +110,7 @@ def test_a_broken_pipe_does_not_end_training(tmp_path: Path, train_tiny: TrainTi
     reading, writing = os.pipe()
     os.close(reading)
     stream = os.fdopen(writing, "w", buffering=1)
-    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
+    state = train_tiny(tmp_path / "run", 3, log_writers=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
     with suppress(OSError):
         stream.close()
     assert state.step == 3
@@ -127,7 +127,7 @@ def test_a_full_pipe_is_not_waited_for(tmp_path: Path, train_tiny: TrainTiny) ->
         while True:
             os.write(writing, bytes(4096))
     os.set_blocking(writing, True)
-    state = train_tiny(tmp_path / "run", 3, views=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
+    state = train_tiny(tmp_path / "run", 3, log_writers=lambda _: [ConsoleWriter(StepFormatter(1, 3), stream)])
     assert state.step == 3
     os.set_blocking(reading, False)
     assert set(os.read(reading, 1 << 20)) == {0}
@@ -215,7 +215,7 @@ def test_tensorboard(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.
 
     monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
     for steps in (20, 22):
-        train_tiny(tmp_path / "run", steps, views=lambda _: [TensorBoardWriter(tmp_path / "tb")])
+        train_tiny(tmp_path / "run", steps, log_writers=lambda _: [TensorBoardWriter(tmp_path / "tb")])
     tags = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bpb", "perf/tokens_per_sec"}
     assert {tag for tag, _ in written} == tags
     assert [step for tag, step in written if tag == "train/loss"] == list(range(1, 23))

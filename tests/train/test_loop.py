@@ -21,7 +21,7 @@ from resmol.data.shards import Dataset
 from resmol.errors import DataError, DiskFull, NonFiniteError
 from resmol.model.llama import CausalLM
 from resmol.run import async_save as saving
-from resmol.run.checkpoint_manifest import load_state
+from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.train import loop as module
 from resmol.train.build import make_loader, new_state
@@ -209,7 +209,7 @@ def test_evaluation_and_sampling_change_nothing(tmp_path: Path, train_tiny: Trai
         torch.manual_seed(0)
         train_tiny(tmp_path / name, 12, f"evaluation.every={every}", f"sampling.every={every}")
         losses = [r["loss_bits"] for r in select(read_ledger(tmp_path / name / "ledger.jsonl").records, "step")]
-        found.append((losses, load_state(tmp_path / name / "checkpoints" / "step-00000012")[0].random_state))
+        found.append((losses, open_checkpoint(tmp_path / name / "checkpoints" / "step-00000012").state.random_state))
     assert found[0] == found[1]
 
 
@@ -290,7 +290,7 @@ def test_run_directory_that_vanishes_is_not_made_again(tmp_path: Path, train_tin
             pass
 
     with pytest.raises(DataError, match="moved or removed"):
-        train_tiny(tmp_path / "run", 20, views=lambda _: [Move()])
+        train_tiny(tmp_path / "run", 20, log_writers=lambda _: [Move()])
     assert not (tmp_path / "run").exists()
 
 

@@ -20,11 +20,13 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
-from resmol.run.checkpoint_manifest import read_manifest
+from resmol.run import checkpoint, checkpoint_manifest
+from resmol.run.checkpoint_manifest import Manifest, file_entry, open_checkpoint, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.system import host
 from resmol.train import loop as module
+from resmol.train import resume
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 
 
@@ -151,14 +153,15 @@ def test_weights_alone_do_not_pass_for_a_resume(
 ) -> None:
     """The comparison above has teeth: without the moments, the very next loss after the first update differs."""
     train_tiny(tmp_path / "run", 50)
-    monkeypatch.setattr("resmol.train.resume.load_optimizer", lambda *_: None)
+    genuine = resume.load_into
+    monkeypatch.setattr(resume, "load_into", lambda checkpoint, model, _optimizer: genuine(checkpoint, model))
     train_tiny(tmp_path / "run", 60)
     with pytest.raises(AssertionError):
         assert_equal_runs(tmp_path / "run", sixty, 60)
 
 
 class Hook:
-    """A view that does something when a certain step is shown."""
+    """A log writer that does something when a certain step is shown."""
 
     def __init__(self, step: int, action: Any) -> None:
         self.step, self.action = step, action
@@ -180,7 +183,7 @@ def test_a_signal_saves_within_the_step(
         os.kill(os.getpid(), number)
 
     with pytest.raises(Interrupted) as stopped:
-        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(23, twice)])
+        train_tiny(tmp_path / "run", 60, log_writers=lambda _: [Hook(23, twice)])
     assert stopped.value.signal_number == number
     assert (tmp_path / "run" / "checkpoints" / "step-00000023").is_dir()
     assert read_ledger(tmp_path / "run" / "ledger.jsonl").records[-1]["reason"] == name
@@ -189,7 +192,8 @@ def test_a_signal_saves_within_the_step(
 
 
 def test_sighup_is_survived(tmp_path: Path, train_tiny: TrainTiny) -> None:
-    state = train_tiny(tmp_path / "run", 8, views=lambda _: [Hook(3, lambda: os.kill(os.getpid(), signal.SIGHUP))])
+    hook = Hook(3, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    state = train_tiny(tmp_path / "run", 8, log_writers=lambda _: [hook])
     assert state.step == 8
 
 
@@ -216,7 +220,7 @@ def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(
     sixty: Path, tmp_path: Path, train_tiny: TrainTiny
 ) -> None:
     with pytest.raises(Crash):
-        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(23, die)])
+        train_tiny(tmp_path / "run", 60, log_writers=lambda _: [Hook(23, die)])
     train_tiny(tmp_path / "run", 60)
     records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
     assert [(r["from_step"], r["to_step"]) for r in select(records, "rewind")] == [(23, 20)]
@@ -226,14 +230,14 @@ def test_a_crash_between_saves_rewinds_and_meets_its_own_bits(
 
 def test_a_crash_before_the_first_save_starts_over(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
     with pytest.raises(Crash):
-        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(3, die)])
+        train_tiny(tmp_path / "run", 60, log_writers=lambda _: [Hook(3, die)])
     train_tiny(tmp_path / "run", 60)
     assert_equal_runs(tmp_path / "run", sixty, 60)
 
 
 def test_re_executed_steps_with_other_bits_stop(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
     with pytest.raises(Crash):
-        train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(8, die)])
+        train_tiny(tmp_path / "run", 60, log_writers=lambda _: [Hook(8, die)])
     compute_wrongly_at(7, monkeypatch)
     with pytest.raises(CheckFailed, match=r"step 7 .* loss_bits"):
         train_tiny(tmp_path / "run", 60)
@@ -246,7 +250,7 @@ def test_a_second_crash_does_not_spare_steps_the_comparison(
 
     for step in (8, 6):
         with pytest.raises(Crash):
-            train_tiny(tmp_path / "run", 60, views=lambda _, step=step: [Hook(step, die)])
+            train_tiny(tmp_path / "run", 60, log_writers=lambda _, step=step: [Hook(step, die)])
     compute_wrongly_at(8, monkeypatch)
     with pytest.raises(CheckFailed, match=r"step 8 .* loss_bits"):
         train_tiny(tmp_path / "run", 60)
@@ -269,7 +273,7 @@ def test_going_to_another_machine_and_back_before_the_first_save_compares_nothin
         monkeypatch.setattr(host, "processor_name", lambda name=processor: name)
         monkeypatch.setattr(module, "train_step", shifted)
         with pytest.raises(Crash):
-            train_tiny(tmp_path / "run", 60, views=lambda _: [Hook(3, die)])
+            train_tiny(tmp_path / "run", 60, log_writers=lambda _: [Hook(3, die)])
     warnings = list(select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn"))
     assert [w["changes"]["processor"]["to"] for w in warnings] == ["another", here]
 
@@ -359,7 +363,7 @@ def test_drift(tmp_path: Path, train_tiny: TrainTiny) -> None:
     assert next(select(records, "drift"))["changes"] == {"optimizer.lr": {"from": 0.01, "to": 0.02}}
 
 
-def test_all_checkpoints_damaged(tmp_path: Path, train_tiny: TrainTiny) -> None:
+def test_all_checkpoints_corrupt(tmp_path: Path, train_tiny: TrainTiny) -> None:
     run = tmp_path / "run"
     train_tiny(run, 10)
     for path in (run / "checkpoints").iterdir():
@@ -372,7 +376,7 @@ def test_all_checkpoints_damaged(tmp_path: Path, train_tiny: TrainTiny) -> None:
     assert all_passed([check for check in audit(RunDir(run)) if check.name == "continuity"])
 
 
-def test_a_damaged_newest_checkpoint_falls_back(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
+def test_a_corrupt_newest_checkpoint_is_skipped(sixty: Path, tmp_path: Path, train_tiny: TrainTiny) -> None:
     run = tmp_path / "run"
     train_tiny(run, 50)
     victim = run / "checkpoints" / "step-00000050" / "optimizer.safetensors"
@@ -381,9 +385,9 @@ def test_a_damaged_newest_checkpoint_falls_back(sixty: Path, tmp_path: Path, tra
     victim.write_bytes(content)
     train_tiny(run, 60)
     records = read_ledger(run / "ledger.jsonl").records
-    passed_over = [r for r in select(records, "warn") if r["what"] == "checkpoint passed over"]
-    assert "optimizer.safetensors" in passed_over[0]["reason"]
-    assert (run / "checkpoints" / "damaged-step-00000050-1").is_dir()
+    skipped = [r for r in select(records, "warn") if r["what"] == "checkpoint skipped"]
+    assert "optimizer.safetensors" in skipped[0]["reason"]
+    assert (run / "checkpoints" / "corrupt-step-00000050-1").is_dir()
     assert_equal_runs(run, sixty, 60)
 
 
@@ -427,3 +431,91 @@ def test_checkpoints_with_an_empty_ledger_are_refused(tmp_path: Path, train_tiny
     with pytest.raises(CheckFailed, match="empty ledger"):
         train_tiny(run, 10)
     Ledger(run / "ledger.jsonl").close()
+
+
+# --- what a checkpoint is bound to ---------------------------------------------------------------------------
+
+
+def test_one_resume_reads_one_manifest_once(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any) -> None:
+    train_tiny(tmp_path / "run", 10)
+    genuine, read = checkpoint_manifest.read_manifest, []
+    monkeypatch.setattr(checkpoint_manifest, "read_manifest", lambda path: read.append(path.name) or genuine(path))
+    monkeypatch.setattr(checkpoint, "read_manifest", checkpoint_manifest.read_manifest)
+    assert train_tiny(tmp_path / "run", 10).step == 10
+    assert read == ["step-00000010"]
+
+
+def test_checkpoints_are_a_chain_across_a_resume(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    for steps in (10, 15):
+        train_tiny(tmp_path / "run", steps)
+    five, ten, fifteen = (read_manifest(path) for path in sorted((tmp_path / "run" / "checkpoints").iterdir()))
+    assert [five.parent, ten.parent, fifteen.parent] == [None, five.sha256, ten.sha256]
+
+
+def bind_to_another(path: Path, **changes: str) -> None:
+    """Change fields of a checkpoint's state, and its manifest with them; only the ledger tells the difference."""
+    opened = open_checkpoint(path)
+    (path / "state.json").write_text(opened.state.model_copy(update=changes).model_dump_json(indent=1))
+    entries = opened.manifest.files | {"state.json": file_entry(path / "state.json", {})}
+    manifest = opened.manifest.model_copy(update={"files": entries})
+    (path / "manifest.json").write_bytes(Manifest.model_validate(manifest.model_dump()).to_bytes())
+
+
+@pytest.mark.parametrize("field", ["config_sha256", "data_fingerprint"])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, train_tiny: TrainTiny, field: str) -> None:
+    """It is whole, its ledger's head is here, and a crash kept its own record from being written."""
+    run = tmp_path / "run"
+    train_tiny(run, 10)
+    bind_to_another(run / "checkpoints" / "step-00000010", **{field: "ab" * 32})
+    lines = (run / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    saved = max(number for number, line in enumerate(lines) if b'"kind":"save"' in line)
+    (run / "ledger.jsonl").write_bytes(b"".join(lines[:saved]))
+    before = (run / "ledger.jsonl").read_bytes()
+    with pytest.raises(CheckFailed, match=f"step-00000010 is no checkpoint of this run: its {field} is abababababab"):
+        train_tiny(run, 12)
+    assert (run / "ledger.jsonl").read_bytes() == before
+    (run / "checkpoints" / "step-00000010").rename(tmp_path / "moved")
+    assert train_tiny(run, 12).step == 12, "as the message says, it goes on from the one before"
+
+
+def test_accepted_drifts_are_what_a_later_checkpoint_is_bound_to(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run, lr = tmp_path / "run", "optimizer.lr"
+    train_tiny(run, 5)
+    train_tiny(run, 10, "optimizer.lr=0.02", accept_drift=[lr])
+    train_tiny(run, 15, "optimizer.lr=0.03", accept_drift=[lr])
+    states = [open_checkpoint(path).state for path in sorted((run / "checkpoints").iterdir())]
+    assert len({state.config_sha256 for state in states}) == 3
+    weights = run / "checkpoints" / "step-00000015" / "model.safetensors"
+    weights.write_bytes(b"")
+    assert train_tiny(run, 15, "optimizer.lr=0.03").step == 15, "from step 10, which had another learning rate"
+    assert all_passed([check for check in audit(RunDir(run)) if check.name == "configuration"])
+
+
+def test_a_stored_configuration_that_was_edited_is_refused(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, 5)
+    stored = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(stored.replace("lr = 0.01", "lr = 0.02"))
+    with pytest.raises(ConfigError, match="not the configuration that the ledger recorded"):
+        train_tiny(run, 10, "optimizer.lr=0.02")
+    (run / "config.toml").write_text(stored.replace("keep_last = 100", "keep_last = 99"))
+    assert train_tiny(run, 10).step == 10, "a field of class C may be edited"
+
+
+@pytest.mark.parametrize("again", [["optimizer.lr=0.02"], []], ids=["with the drift", "without it"])
+def test_a_crash_between_the_record_of_a_drift_and_the_stored_configuration(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any, again: list[str]
+) -> None:
+    """The ledger is then ahead of config.toml; the run goes on all the same."""
+    run, accepted = tmp_path / "run", {"accept_drift": ["optimizer.lr"]}
+    train_tiny(run, 5)
+    stored = (run / "config.toml").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("resmol.train.start.write_durable", lambda *_: die())
+        with pytest.raises(Crash):
+            train_tiny(run, 10, "optimizer.lr=0.02", **accepted)
+    assert (run / "config.toml").read_bytes() == stored
+    assert [r["kind"] for r in read_ledger(run / "ledger.jsonl").records[-2:]] == ["drift", "resume"]
+    assert train_tiny(run, 10, *again, **accepted).step == 10
+    assert train_tiny(run, 12, *again).step == 12
+    assert all_passed([check for check in audit(RunDir(run)) if check.name == "configuration"])

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from resmol.audit.replay import ReplayOptions, replay
 from resmol.checks import Check
-from resmol.config.load import load_config
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
 from resmol.data.shards import open_dataset
 from resmol.errors import CheckpointError, ResmolError
-from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest, verify_checkpoint
+from resmol.run.checkpoint_manifest import list_checkpoints, open_checkpoint
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
     LedgerTampered,
@@ -64,7 +63,7 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         content = read_ledger(run.ledger)
     except LedgerTampered as error:
         return [Check("hash chain", False, error.what, "every line carries the hash of the line before")]
-    config, records = load_config(run.config), content.records
+    config, records = run.load_config(), content.records
     if problems := list(_incomplete(records)):
         return [
             _check("record fields", problems, "", "every record has its fields", "a ledger that resmol did not write")
@@ -272,10 +271,12 @@ def _checkpoint(path: Path, record: Record | None) -> Check:
         "every byte as in its manifest, and the manifest as in the ledger",
     )
     try:
-        manifest = verify_checkpoint(path)
+        checkpoint = open_checkpoint(path)
+        checkpoint.verify()
     except CheckpointError as error:
         return Check(name, False, error.what, expected, "a flipped bit, a torn file", str(path))
-    if record is not None and read_manifest(path).sha256 != record["manifest_sha256"]:
+    manifest = checkpoint.manifest
+    if record is not None and manifest.sha256 != record["manifest_sha256"]:
         return Check(name, False, "its manifest is not the one in the ledger", expected, "exchanged weights", str(path))
     noted = "" if record is not None else " (committed, not yet in the ledger: a crash came between)"
     measured = f"{manifest.bytes:,} bytes, manifest {manifest.sha256[:16]}{noted}"

@@ -14,14 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from resmol.checks import Check
-from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
 from resmol.data.shards import open_dataset, verify_shards
 from resmol.errors import ConfigError, ResmolError
 from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
-from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, checkpoint_name, list_checkpoints, read_manifest, step_of
+from resmol.run.checkpoint_manifest import (
+    OPTIMIZER,
+    WEIGHTS,
+    checkpoint_name,
+    list_checkpoints,
+    open_checkpoint,
+    read_manifest,
+    step_of,
+)
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, last_fact, select
 from resmol.train.build import compile_blocks, make_loader, new_state
@@ -109,7 +116,7 @@ def _replay_segment(
     if any(record["seq"] > first for record in select(records, "drift")):
         return _unsupported(name, "the configuration was changed after these steps", options)
     environment = _environment_at(records, first)
-    same_threads = with_overrides(config, [f"runtime.threads={environment['threads']}"])
+    same_threads = config.replace({"runtime.threads": environment["threads"]})
     try:
         find_device(config.runtime.device)
     except ConfigError as error:
@@ -121,7 +128,7 @@ def _replay_segment(
         path = run.checkpoints / checkpoint_name(segment.start)
         try:
             if segment.start:
-                restore(state, path)
+                restore(state, open_checkpoint(path))
         except ResmolError as error:
             return Check(name, False, f"FAIL: {error.what}", EXPECTED, GUARDS)
         compile_blocks(state.model, config)

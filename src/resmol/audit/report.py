@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 
 from resmol.audit.certificate import current_certificate
+from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves
-from resmol.config.load import load_config
 from resmol.errors import DataError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
@@ -44,14 +44,14 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
         page = environment.get_template("report.html.j2").render(
             version=__version__,
             title=run.path.resolve().name,
-            config=load_config(run.config),
+            config=run.load_config(),
             config_text=run.config.read_text(encoding="utf-8"),
             facts=summary_facts(content.records),
             curves=curves(content.records),
             samples=samples(content.records),
             timeline=timeline(content.records),
             environment=last_environment(content.records),
-            claims=run.claims(),
+            claims=read_claims(run),
             certificate=current_certificate(run),
             checkpoints=list(select(content.records, "save")),
             head=content.head,

@@ -15,7 +15,7 @@ from resmol.bench.comparison import MEMORY, Comparison, Quantity, make_variants
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import QUIET, run_training, run_worker
 from resmol.bench.workers.main import Metrics
-from resmol.config.load import with_overrides
+from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.flops import total_parameters
@@ -26,8 +26,10 @@ SAVE = Quantity("save_seconds", "save, s", ".2f")
 STALL = Quantity("stalled_seconds", "training stalls, s", ".2f")
 LOAD = Quantity("load_seconds", "load, s", ".2f")
 # Two short steps: the first save happens in the middle of a run, the second at its end.
-SHORT = ("data.seq_len=16", "batch.micro_batch_size=1", "batch.global_batch_tokens=16", "runtime.precision=float32",
-         "runtime.compile=off", *QUIET, "checkpoint.every=1")  # fmt: skip
+SHORT = {
+    **QUIET, "data.seq_len": 16, "batch.micro_batch_size": 1, "batch.global_batch_tokens": 16,
+    "runtime.precision": "float32", "runtime.compile": "off", "checkpoint.every": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class CheckpointBench:
     @property
     def short_config(self) -> RunConfig:
         """The configuration of the short run."""
-        return with_overrides(self.config, [*SHORT, *self.overrides])
+        return self.config.replace({**SHORT, **parse_overrides(self.overrides)})
 
 
 def checkpoint_comparison(bench: CheckpointBench, folder: Path, data: str) -> Comparison:
@@ -112,7 +114,7 @@ def first_save(records: list[Record]) -> Metrics:
         raise CheckFailed("the run saved nothing", fix="report this as a bug")
     return {
         "save_seconds": first["seconds"],
-        "stalled_seconds": first.get("stalled_seconds", first["seconds"]),
+        "stalled_seconds": first["stall_seconds"],
         "bytes": first["bytes"],
     }
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from resmol.bench.workers.main import Metrics
-from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import Text, is_prepared, prepare_text
 from resmol.data.tokenizer import load_tokenizer
@@ -28,7 +27,7 @@ from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger
 
-QUIET = ("evaluation.every=0", "sampling.every=0", "checkpoint.every=0")
+QUIET = {"evaluation.every": 0, "sampling.every": 0, "checkpoint.every": 0}
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def measure_training(config: RunConfig, folder: Path, data: str, steps: int, war
     Raises:
         CheckFailed: The process failed; the message has its last lines.
     """
-    run = run_training(with_overrides(config, QUIET), folder, data, warmup + steps)
+    run = run_training(config.replace(QUIET), folder, data, warmup + steps)
     run.process.require_success()
     return run.metrics(warmup)
 

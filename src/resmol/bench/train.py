@@ -17,7 +17,7 @@ from resmol.bench.comparison import MEMORY, SPEED, Comparison, Quantity, make_va
 from resmol.bench.machine import machine_facts, require_baseline
 from resmol.bench.subprocess_runs import measure_training, run_worker
 from resmol.bench.workers.main import Metrics
-from resmol.config.load import with_overrides
+from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.errors import UsageError
@@ -30,7 +30,9 @@ from resmol.train.parallel import Runtime
 logger = logging.getLogger(__name__)
 
 # What the Trainer computes: a constant learning rate from the first step, and weight decay that spares the norms.
-COMPARABLE = ("schedule.kind=constant", "schedule.warmup_steps=0", "optimizer.lr=1e-4", "optimizer.decay=matrices")
+COMPARABLE = {
+    "schedule.kind": "constant", "schedule.warmup_steps": 0, "optimizer.lr": 1e-4, "optimizer.decay": "matrices",
+}  # fmt: skip
 BASELINES = ("transformers",)
 LOSS = Quantity("mean_loss", "mean loss", ".4f")
 
@@ -75,16 +77,15 @@ class TrainBench:
         """
         usual = (self.config.batch.micro_batch_size, self.config.data.seq_len)
         return [
-            with_overrides(
-                self.config,
-                [
-                    *COMPARABLE,
-                    f"runtime.precision={self.precision}",
-                    f"data.seq_len={length}",
-                    f"batch.micro_batch_size={rows}",
-                    f"batch.global_batch_tokens={rows * length}",
-                    *self.overrides,
-                ],
+            self.config.replace(
+                {
+                    **COMPARABLE,
+                    "runtime.precision": self.precision,
+                    "data.seq_len": length,
+                    "batch.micro_batch_size": rows,
+                    "batch.global_batch_tokens": rows * length,
+                    **parse_overrides(self.overrides),
+                }
             )
             for rows, length in self.batches or (usual,)
         ]

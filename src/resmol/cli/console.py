@@ -1,4 +1,4 @@
-"""The view for a person at a terminal: lines as they come, a live progress line; training never waits for it."""
+"""The log writer for a terminal: lines as they are recorded, a live progress line; training never waits for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.progress import (
 from resmol.config.run_config import RunConfig
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
-from resmol.run.log_writers import StepFormatter, TensorBoardWriter, TextLogWriter, View
+from resmol.run.log_writers import LogWriter, StepFormatter, TensorBoardWriter, TextLogWriter
 
 REFRESH_SECONDS = 0.2  # of the live line
 PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
@@ -72,13 +72,13 @@ class _LossyStream(io.TextIOBase):
 class ConsoleWriter:
     """Prints the lines on standard error; on a terminal, with a live progress line below them."""
 
-    def __init__(self, lines: StepFormatter, stream: IO[str] | None = None) -> None:
+    def __init__(self, formatter: StepFormatter, stream: IO[str] | None = None) -> None:
         lossy: Any = _LossyStream(stream or sys.stderr)
         self._console = _PatientConsole(file=lossy, highlight=False, soft_wrap=True)
-        self._lines = lines
+        self._formatter = formatter
         live = self._console.is_terminal and not os.environ.get("CI")
         self._bar = self._make_bar() if live else None
-        self._task = self._bar.add_task("", total=lines.last) if self._bar else None
+        self._task = self._bar.add_task("", total=formatter.last) if self._bar else None
         self._shown = 0.0
         self._printed = self._started = time.monotonic()
         self._first_step: int | None = None
@@ -99,7 +99,7 @@ class ConsoleWriter:
     def show(self, record: Record) -> None:
         """Print the record's line, if it has one, and move the progress line."""
         overdue = self._bar is None and time.monotonic() - self._printed > SILENCE_SECONDS
-        text = self._lines.line(record, force=overdue)
+        text = self._formatter.line(record, force=overdue)
         if text is not None:
             self._printed = time.monotonic()
             self._console.print(text + self._time_left(record), markup=False)
@@ -122,7 +122,7 @@ class ConsoleWriter:
             self._first_step, self._started = record["step"], time.monotonic()
             return ""
         pace = (time.monotonic() - self._started) / max(1, record["step"] - self._first_step)
-        left = round(pace * (self._lines.last - record["step"]))
+        left = round(pace * (self._formatter.last - record["step"]))
         return f" | {left // 60}:{left % 60:02d} left" if left else ""
 
     def close(self) -> None:
@@ -131,15 +131,15 @@ class ConsoleWriter:
             self._bar.stop()
 
 
-def console_views(run: RunDir) -> Callable[[RunConfig], Sequence[View]]:
-    """Return what makes the views of a run for a person at a terminal."""
+def terminal_log_writers(run: RunDir) -> Callable[[RunConfig], Sequence[LogWriter]]:
+    """Return a factory of the log writers for interactive use: ``train.log``, the terminal, and TensorBoard if set."""
 
-    def make(config: RunConfig) -> list[View]:
+    def make(config: RunConfig) -> list[LogWriter]:
         every, last = config.logging.every, config.train.steps
-        views: list[View] = [
+        writers: list[LogWriter] = [
             TextLogWriter(run.log, StepFormatter(every, last)),
             ConsoleWriter(StepFormatter(every, last)),
         ]
-        return [*views, TensorBoardWriter(run.path / "tensorboard")] if config.logging.tensorboard else views
+        return [*writers, TensorBoardWriter(run.path / "tensorboard")] if config.logging.tensorboard else writers
 
     return make

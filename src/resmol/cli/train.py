@@ -21,6 +21,7 @@ from resmol.cli.app import (
 )
 from resmol.cli.terminal import print_json, report_checks
 from resmol.run.directory import RunDir
+from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.process_setup import set_up_process
 
 
@@ -81,7 +82,7 @@ def train(
     chosen = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     set_up_process()
-    from resmol.cli.console import console_views
+    from resmol.cli.console import terminal_log_writers
     from resmol.system.peak_memory import peak_memory_bytes
     from resmol.train.start import train_model
 
@@ -94,7 +95,7 @@ def train(
         accept_drift=accept_drift or [],
         allow_fresh=allow_fresh,
         strict=strict,
-        views=console_views(RunDir(run)),
+        log_writers=terminal_log_writers(RunDir(run)),
     )
     if json_:
         print_json(
@@ -102,7 +103,7 @@ def train(
                 "run": str(run),
                 "step": state.step,
                 "tokens_seen": state.tokens_seen,
-                "checkpoint_sha256": state.parent,
+                "checkpoint_sha256": last_fact(read_ledger(RunDir(run).ledger).records, "manifest_sha256"),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
         )

@@ -1,4 +1,4 @@
-"""May a run go on with another configuration? Every field has a class that answers it.
+"""Drift: a run that goes on with another configuration. The class of a field decides whether it may.
 
 * **A**: refused. The numbers would no longer be those of one continuous run.
 * **B**: refused, unless ``--accept-drift section.key`` is given; the change becomes a record in the ledger.
@@ -7,23 +7,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError
 
 
-def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
+def reconcile(
+    stored: RunConfig, requested: RunConfig, accepted: Sequence[str] = ()
+) -> tuple[RunConfig, dict[str, Any]]:
     """Decide whether a run may go on with another configuration.
 
-    A wanted ``auto`` in the runtime section means what was decided when the run started.
+    An ``auto`` in the runtime section stands for what was decided when the run started.
 
     Args:
         stored: The configuration in the run directory.
-        wanted: The configuration that the user asks for now.
+        requested: The configuration that the user asks for now.
         accepted: The ``section.key`` names given with ``--accept-drift``.
 
     Returns:
@@ -32,7 +32,7 @@ def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()
     Raises:
         ConfigError: A class A field differs, or a class B field that was not accepted; all are listed.
     """
-    before, after, classes = flatten(stored), flatten(wanted), drift_classes()
+    before, after, classes = flatten(stored), flatten(requested), drift_classes()
     decided = [key for key in before if key.startswith("runtime.") and after[key] == "auto"]
     changed = [key for key in before if before[key] != after[key] and key not in decided]
     refused = [key for key in changed if classes[key] == "A" or (classes[key] == "B" and key not in accepted)]
@@ -44,6 +44,5 @@ def reconcile(stored: RunConfig, wanted: RunConfig, accepted: Sequence[str] = ()
             fix="start a new run directory for class A changes"
             + (f"; to go on with a class B change, add {acceptable} (it is recorded)" if acceptable else ""),
         )
-    kept = [f"{key}={json.dumps(before[key])}" for key in decided]
     drifts = {key: {"from": before[key], "to": after[key]} for key in changed if classes[key] == "B"}
-    return with_overrides(wanted, kept), drifts
+    return requested.replace({key: before[key] for key in decided}), drifts

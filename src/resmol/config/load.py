@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-
 from resmol.config.model_config import read_model_config
-from resmol.config.run_config import RunConfig, drift_classes
+from resmol.config.run_config import RunConfig
+from resmol.config.tables import dotted, merged, nested
 from resmol.errors import ConfigError, DataError
 from resmol.system.byte_order_mark import decode_text
 
@@ -49,22 +46,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Lay ``section.key=value`` overrides over an existing configuration (`ConfigError` when one does not fit)."""
-    return _build(config.model_dump(mode="json", exclude_none=True), "--set", overrides) if overrides else config
+    return config.replace(parse_overrides(overrides)) if overrides else config
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return ``section.key`` -> value for ``section.key=value`` as it is given with ``--set``.
+
+    Raises:
+        ConfigError: One of them is not of that form, or names an ``architecture`` that cannot be read.
+    """
+    table: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(table, override)
+    return dotted(_with_architecture(table))
 
 
 def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunConfig:
-    above: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(above, override)
-    table = _merge(table, _with_architecture(above))
-    try:
-        return RunConfig.model_validate_json(json.dumps(table, default=str))
-    except ValidationError as error:
-        problems = "\n".join(f"  - {_describe(problem)}" for problem in error.errors())
-        raise ConfigError(
-            f"the configuration ({origin}) has {error.error_count()} problem(s):\n{problems}",
-            fix="correct these values in the file or in --set; every field is described in docs/configuration.md",
-        ) from None
+    return RunConfig.parse(merged(table, nested(parse_overrides(overrides))), origin)
 
 
 def _with_architecture(table: dict[str, Any]) -> dict[str, Any]:
@@ -73,16 +71,7 @@ def _with_architecture(table: dict[str, Any]) -> dict[str, Any]:
         return table
     architecture = read_model_config(str(table["architecture"])).model_dump()
     rest = {key: value for key, value in table.items() if key != "architecture"}
-    return _merge({"model": architecture}, rest)
-
-
-def _describe(problem: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "sections disagree"
-    if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(where, [*drift_classes(), *RunConfig.model_fields], n=1)
-        return f"{where}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    return merged({"model": architecture}, rest)
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -143,12 +132,4 @@ def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         below = _with_architecture(below)
     else:
         raise ConfigError(f"the base {base!r} is neither a preset nor a file", fix="correct the key `base`")
-    return _merge(below, table)
-
-
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
+    return merged(below, table)

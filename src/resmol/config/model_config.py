@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from resmol.config.strict_model import StrictModel
 from resmol.errors import ConfigError, DataError
 from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.untrusted_text import parse_json
@@ -51,10 +52,8 @@ def architecture_field(description: str, **constraints: Any) -> Any:
     return Field(description=description, json_schema_extra={"drift": "A"}, **constraints)
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(StrictModel):
     """The architecture of a Llama-family decoder, in Hugging Face's names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     vocab_size: int = architecture_field("V, entries of the vocabulary", ge=1)
     hidden_size: int = architecture_field("D, width of the residual stream", ge=1)

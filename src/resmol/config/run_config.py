@@ -1,42 +1,24 @@
 """The whole configuration of a run: frozen, validated, every field with a drift class.
 
-How it is read is in config_files.py. The drift class of a field says what happens when a run is resumed with
-another value; what A, B and C mean is in drift.py. The resolved result is written into the run directory.
+It is read by load.py. The drift class of a field decides what happens when a run is resumed with another value;
+drift.py defines A, B and C. The resolved configuration is written into the run directory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from resmol.config.model_config import ModelConfig
+from resmol.config.strict_model import StrictModel
+from resmol.config.tables import dotted, invalid, merged, nested
 
 DriftClass = Literal["A", "B", "C"]
-
-_TABLE_HEAD = "| field | default | drift | meaning |\n| --- | --- | --- | --- |"
-_PREAMBLE = """# Configuration
-
-Written by `python -m resmol.config.run_config > docs/configuration.md`; a test keeps it current.
-
-A run is described by one TOML file: a preset (`--preset nano`) or one's own (`--config my.toml`). It may name one
-`base`, a preset or a file beside it, over which it is laid, and an `architecture`: the path of a config.json or a Hub
-id, whose values replace those of the base. `--set section.key=value` comes last. Unknown keys are refused.
-
-```toml
-base = "nano"
-
-[optimizer]
-lr = 1e-3
-```
-
-The drift class says what happens when a run is resumed with another value. **A**: refused. **B**: refused, unless
-`--accept-drift section.key` is given; the change is recorded in the ledger. **C**: free.
-"""
 
 
 def param(default: Any, drift: DriftClass, description: str, **constraints: Any) -> Any:
@@ -44,13 +26,7 @@ def param(default: Any, drift: DriftClass, description: str, **constraints: Any)
     return Field(default, description=description, json_schema_extra={"drift": drift}, **constraints)
 
 
-class Section(BaseModel):
-    """A table of the configuration: immutable, no unknown keys, no silent conversion of types, no infinities."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class TokenizerConfig(Section):
+class TokenizerConfig(StrictModel):
     """Which tokenizer the data must have been made with."""
 
     sha256: str = param(
@@ -61,7 +37,7 @@ class TokenizerConfig(Section):
     )
 
 
-class DataConfig(Section):
+class DataConfig(StrictModel):
     """How the token stream is cut into windows and shuffled (its content is bound by a fingerprint)."""
 
     path: str = param("", "C", "folder of the prepared data, relative to the run; empty: as before, or RUN/data")
@@ -70,14 +46,14 @@ class DataConfig(Section):
     seed: int = param(8, "A", "key of the permutation of the windows", ge=0)
 
 
-class BatchConfig(Section):
+class BatchConfig(StrictModel):
     """How many tokens an optimizer step sees, and in which portions."""
 
     global_batch_tokens: int = param(16384, "B", "tokens in an optimizer step, over all processes", ge=1)
     micro_batch_size: int = param(8, "B", "windows in a forward pass of one process", ge=1)
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(StrictModel):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     name: Literal["adamw"] = param("adamw", "A", "the optimizer")
@@ -90,7 +66,7 @@ class OptimizerConfig(Section):
     clip_norm: float = param(1.0, "B", "largest global gradient norm; 0 switches clipping off", ge=0)
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(StrictModel):
     """The learning rate as a function of the step. The horizon belongs to the run; ``train.steps`` does not."""
 
     kind: Literal["wsd", "cosine", "constant"] = param("wsd", "A", "warm-up-stable-decay, cosine or constant")
@@ -111,43 +87,43 @@ class ScheduleConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(StrictModel):
     """Length and seed."""
 
     steps: int = param(5000, "C", "stop after this step", ge=1)
     seed: int = param(8, "A", "seed of the initial weights", ge=0)
-    on_spike: Literal["warn", "stop"] = param("warn", "C", "what a loss far above the recent ones leads to")
+    on_spike: Literal["warn", "stop"] = param("warn", "C", "reaction to a loss far above the recent ones")
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(StrictModel):
     """Where and in which arithmetic. ``auto`` is decided once, at the start, and then stored in the run."""
 
     device: Literal["auto", "cpu", "cuda"] = param("auto", "B", "where to compute")
-    precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matrix products")
+    precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matmuls")
     matmul_backend: Literal["auto", "mkl", "onednn"] = param(
-        "auto", "B", "library of the matrix products in float32 on a CPU: PyTorch's BLAS, or oneDNN"
+        "auto", "B", "library of the float32 matmuls on a CPU: MKL (PyTorch's BLAS) or oneDNN"
     )
     compile: Literal["auto", "on", "off"] = param("auto", "B", "torch.compile of the transformer block")
     attention: Literal["sdpa", "eager"] = param("sdpa", "B", "fused attention, or the formula written out")
     activation_checkpointing: Literal["auto", "on", "off"] = param(
-        "auto", "B", "compute blocks again in the backward pass instead of keeping what they need"
+        "auto", "B", "recompute blocks in the backward pass instead of keeping their activations"
     )
     loss_chunk_tokens: int = param(512, "B", "tokens whose logits exist at the same time", ge=1)
-    threads: int = param(0, "B", "CPU threads; 0 takes what PyTorch takes", ge=0)
+    threads: int = param(0, "B", "CPU threads; 0 takes PyTorch's default", ge=0)
     collective_timeout: int = param(
-        600, "C", "seconds that the processes of a run wait for one of them before they end", ge=1
+        600, "C", "seconds that the ranks of a run wait for one of them in a collective before they end", ge=1
     )
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(StrictModel):
     """The held-out loss."""
 
     every: int = param(500, "C", "steps between evaluations; 0 switches them off", ge=0)
     windows: int = param(64, "C", "windows of the held-out split to use; 0 takes all", ge=0)
 
 
-class SamplingConfig(Section):
-    """The text samples that show how the model speaks as it learns."""
+class SamplingConfig(StrictModel):
+    """The text samples that show what the model generates as it learns."""
 
     every: int = param(500, "C", "steps between samples; 0 switches them off", ge=0)
     prompt: str = param("The", "C", "text that the sample continues")
@@ -158,7 +134,7 @@ class SamplingConfig(Section):
     seed: int = param(0, "C", "seed of the samples, independent of training", ge=0)
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(StrictModel):
     """When to save and what to keep."""
 
     every: int = param(500, "C", "steps between checkpoints; 0 saves only at the end", ge=0)
@@ -166,14 +142,14 @@ class CheckpointConfig(Section):
     permanent: tuple[int, ...] = param((), "C", "steps that are saved and never pruned")
 
 
-class LoggingConfig(Section):
+class LoggingConfig(StrictModel):
     """What is shown; everything is in the ledger anyway."""
 
     every: int = param(500, "C", "steps between lines in train.log", ge=1)
     tensorboard: bool = param(False, "C", "also write TensorBoard events (needs tensorboardX)")
 
 
-class RunConfig(Section):
+class RunConfig(StrictModel):
     """All of it. Every default is stated above; presets state every value that matters, with its source."""
 
     name: str = Field("custom", description="what the user called it", json_schema_extra={"drift": "C"})
@@ -213,13 +189,30 @@ class RunConfig(Section):
         """Forward passes in an optimizer step, over all processes."""
         return self.batch.global_batch_tokens // (self.batch.micro_batch_size * self.data.seq_len)
 
+    @classmethod
+    def parse(cls, table: Mapping[str, Any], origin: str) -> RunConfig:
+        """Return the configuration that a table from ``origin`` states (`ConfigError` lists all of its problems)."""
+        try:
+            return cls.model_validate_json(json.dumps(table, default=str))
+        except ValidationError as error:
+            raise invalid(error, origin, [*drift_classes(), *cls.model_fields]) from None
+
+    def replace(self, changes: Mapping[str, Any]) -> RunConfig:
+        """Return a copy with other values, named ``section.key``.
+
+        Raises:
+            ConfigError: There is no such key, or the values do not make a configuration.
+        """
+        table = self.model_dump(mode="json", exclude_none=True)
+        return RunConfig.parse(merged(table, nested(changes)), "with changed values")
+
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML text."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     @property
     def sha256(self) -> str:
-        """Digest of what the numbers depend on: every field of drift class A and B."""
+        """The identity of the configuration: digest of what the numbers depend on, the fields of class A and B."""
         bound = {key: value for key, value in flatten(self).items() if drift_classes()[key] != "C"}
         return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -239,35 +232,4 @@ def drift_classes() -> dict[str, DriftClass]:
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Return ``section.key`` -> value."""
-    flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[section] = value
-    return flat
-
-
-def describe() -> str:
-    """Return docs/configuration.md: every field with its default, its drift class and its meaning."""
-    lines = [_PREAMBLE]
-    for section, field in RunConfig.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            lines += [f"## {section}", (kind.__doc__ or "").strip(), "", _TABLE_HEAD]
-            lines += [_describe_field(f"{section}.{key}", inner) for key, inner in kind.model_fields.items()]
-        else:
-            lines += [_TABLE_HEAD, _describe_field(section, field)]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _describe_field(name: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if len(choices) > 1 else ""
-    return f"| `{name}` | {default} | {drift_classes()[name]} | {field.description}{allowed} |"
-
-
-if __name__ == "__main__":
-    print(describe(), end="")  # noqa: T201
+    return dotted(config.model_dump(mode="json"))

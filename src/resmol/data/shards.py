@@ -26,8 +26,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from resmol.config.strict_model import StrictModel
 from resmol.errors import DataError
 from resmol.system.atomic_io import file_sha256
 
@@ -45,11 +46,7 @@ Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Shard(_Frozen):
+class Shard(StrictModel):
     """One token file and the part of it that belongs to a split (all of it, in shards that resmol wrote)."""
 
     name: str
@@ -61,7 +58,7 @@ class Shard(_Frozen):
     documents: Count
 
 
-class Split(_Frozen):
+class Split(StrictModel):
     """The shards of train or val, in order."""
 
     tokens: Count
@@ -83,7 +80,7 @@ class Split(_Frozen):
         return self
 
 
-class TokenizerFacts(_Frozen):
+class TokenizerFacts(StrictModel):
     """The tokenizer that made the tokens."""
 
     sha256: Digest
@@ -91,7 +88,7 @@ class TokenizerFacts(_Frozen):
     eos_id: Count
 
 
-class InputFacts(_Frozen):
+class InputFacts(StrictModel):
     """One input as the user named it; bytes and hash are those of its files one after another."""
 
     name: str
@@ -100,7 +97,7 @@ class InputFacts(_Frozen):
     sha256: Digest
 
 
-class UnusedFacts(_Frozen):
+class UnusedFacts(StrictModel):
     """Files and folders that were found and not used, for one reason; the first few are named."""
 
     reason: str
@@ -108,7 +105,7 @@ class UnusedFacts(_Frozen):
     names: tuple[str, ...]
 
 
-class SourceFacts(_Frozen):
+class SourceFacts(StrictModel):
     """What was read, and what was dropped or replaced in it."""
 
     inputs: tuple[InputFacts, ...]
@@ -119,7 +116,7 @@ class SourceFacts(_Frozen):
     untokenizable_bytes: Count
     forced_cuts: Count
     replaced_in: tuple[str, ...] = ()
-    special_tokens: dict[str, Count] = {}
+    special_tokens: dict[str, Count] = Field(default_factory=dict)
     duplicates: Count = 0
     val_in_train: Count = 0
     unused: tuple[UnusedFacts, ...] = ()
@@ -128,7 +125,7 @@ class SourceFacts(_Frozen):
     seed: int
 
 
-class Manifest(_Frozen):
+class Manifest(StrictModel):
     """The content of `manifest.json`."""
 
     format: Literal["resmol-dataset"] = "resmol-dataset"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
+from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves
 from resmol.audit.report import MALFORMED_RECORD, samples, summary_facts
 from resmol.demo.provenance import Provenance
@@ -182,7 +183,7 @@ def record_page(provenance: Provenance) -> str:
         content = read_ledger(run.ledger)
         facts, drawn, texts = summary_facts(content.records), curves(content.records), samples(content.records)
         return _render(
-            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=run.claims(), samples=texts[:1],
+            "demo_record.html.j2", why="", facts=facts, curves=drawn, claims=read_claims(run), samples=texts[:1],
             head=content.head, lines=len(content.records),
         )  # fmt: skip
     except LedgerTampered as error:

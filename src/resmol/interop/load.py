@@ -27,7 +27,7 @@ from resmol.interop.model_tokenizer import model_tokenizer, named_tokenizer
 from resmol.interop.resolve import Source, resolve
 from resmol.model.linear import default_inference_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import load_weights, stored_tensor, weight_tensors
+from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
 from resmol.system.safetensors_header import read_header
 
 
@@ -209,8 +209,8 @@ def _require_weights(source: Source) -> ModelConfig:
 
 def _fill(model: CausalLM, source: Source) -> None:
     """Read the weights into a model of their architecture (`CheckpointError` on NaN, infinity or damage)."""
-    if source.kind == "checkpoint":
-        load_weights(source.path, model)
+    if source.checkpoint is not None:
+        load_into(source.checkpoint, model)
     elif isinstance(source.weights, GGUFHeader):
         values = gguf_tensors(source.path, source.weights, model.config)
         _copy_into(model, ((name, torch.from_numpy(array)) for name, array in values), source.path)

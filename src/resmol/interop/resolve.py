@@ -34,11 +34,10 @@ from resmol.interop.pypi_weights import pypi_weights
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     STATE,
+    Checkpoint,
     list_checkpoints,
     newest_valid,
-    read_manifest,
-    step_of,
-    verify_checkpoint,
+    open_checkpoint,
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_saves, read_ledger
@@ -66,7 +65,7 @@ class Source:
         weights: Headers of the weights; None where there are no weights, or the Hub did not give their headers.
         sha256: Of a checkpoint's manifest, of the weight file, or of the list of the shards' sha256; empty where the
             weights were not hashed.
-        step: The optimizer step of a checkpoint.
+        checkpoint: The checkpoint, with its manifest and state.
         run: The run that the checkpoint belongs to, or that has none yet.
         settings: The configuration of the run or of the preset.
         notes: Sentences for a person.
@@ -77,7 +76,7 @@ class Source:
     config: ModelConfig | None = None
     weights: WeightFiles | GGUFHeader | None = None
     sha256: str = ""
-    step: int | None = None
+    checkpoint: Checkpoint | None = None
     run: RunDir | None = None
     settings: RunConfig | None = None
     notes: tuple[str, ...] = ()
@@ -85,7 +84,12 @@ class Source:
     @property
     def trained_here(self) -> bool:
         """Whether resmol's own training made the weights."""
-        return self.kind == "checkpoint"
+        return self.checkpoint is not None
+
+    @property
+    def step(self) -> int | None:
+        """The optimizer step of a checkpoint; None for other weights."""
+        return None if self.checkpoint is None else self.checkpoint.state.step
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo] | None:
@@ -149,7 +153,10 @@ def _folder(path: Path, headers_only: bool) -> Source:
         return _run(RunDir(path), headers_only)
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
-        return _checkpoint(path, headers_only)
+        checkpoint = open_checkpoint(path)
+        if not headers_only:
+            checkpoint.verify()
+        return _checkpoint(checkpoint)
     if (file := only_gguf(path)) is not None:
         return _gguf("gguf", file, headers_only)
     return _huggingface("huggingface", path, headers_only)
@@ -174,30 +181,29 @@ def _settings(kind: Literal["preset", "config", "run"], path: Path, settings: Ru
 
 def _run(run: RunDir, headers_only: bool) -> Source:
     if not list_checkpoints(run.checkpoints):
-        found = _settings("run", run.path, load_config(run.config))
+        found = _settings("run", run.path, run.load_config())
         return replace(found, run=run, notes=("the run has no checkpoint yet",))
     saves = effective_saves(read_ledger(run.ledger).records) if run.ledger.exists() else {}
     recorded = {name: record["manifest_sha256"] for name, record in saves.items()}
-    check = read_manifest if headers_only else verify_checkpoint
-    path, _, skipped = newest_valid(run.checkpoints, recorded, check)
+    checkpoint, skipped = newest_valid(run.checkpoints, recorded, verify=not headers_only)
     for item in skipped:
-        logger.info(f"passed over {item.path.name}: {item.reason}")
-    return _checkpoint(path, headers_only=True)  # it is checked
+        logger.info(f"skipped {item.path.name}: {item.reason}")
+    return _checkpoint(checkpoint)
 
 
-def _checkpoint(path: Path, headers_only: bool) -> Source:
-    manifest = read_manifest(path) if headers_only else verify_checkpoint(path)
-    run, step = _run_of(path), step_of(path)
+def _checkpoint(checkpoint: Checkpoint) -> Source:
+    path = checkpoint.path
+    run = _run_of(path)
     return Source(
         "checkpoint",
         path,
         read_model_config(path),
         find_weights(path),
-        manifest.sha256,
-        step=step,
+        checkpoint.manifest.sha256,
+        checkpoint=checkpoint,
         run=run,
-        settings=None if run is None else load_config(run.config),
-        notes=() if run is None else (f"step {step} of the run {run.path.name}",),
+        settings=None if run is None else run.load_config(),
+        notes=() if run is None else (f"step {checkpoint.state.step} of the run {run.path.name}",),
     )
 
 

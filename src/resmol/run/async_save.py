@@ -1,11 +1,12 @@
-"""Saving: the step writes, the background makes it durable; one checkpoint at a time.
+"""Asynchronous saving: the training thread writes, a background thread makes it durable; one checkpoint at a time.
 
-Training stands still while the files are written into the page cache, read back and hashed, which takes the processor
-and needs the tensors. What waits for the disk is done by a thread while training goes on: the syncs, the commit and,
-after it, reading back and removing older checkpoints. No tensor is copied for that. The ledger learns of a checkpoint
-when all of it is on the disk; a crash before that leaves what a crash during any save leaves: the checkpoint before.
+Training stalls while the files are written into the page cache, read back and hashed, which takes the processor and
+needs the tensors. A thread does what waits for the disk while training goes on: the syncs, the commit and, after it,
+reading back and removing older checkpoints. No tensor is copied for that. A checkpoint is recorded in the ledger when
+all of it is on the disk; a crash before that leaves what a crash during any save leaves: the checkpoint before.
 
-Only the training thread touches the ledger: `AsyncCheckpointer.settle` picks up there what the other thread has done.
+Only the training thread touches the ledger: `AsyncCheckpointer.poll` and `wait_until_finished` record there what the
+other thread has done.
 """
 
 from __future__ import annotations
@@ -18,144 +19,168 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from resmol.config.run_config import RunConfig
 from resmol.errors import DiskFull
 from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, commit_checkpoint, prune, stage_checkpoint
-from resmol.run.checkpoint_manifest import Manifest, SavedState, checkpoint_name
+from resmol.run.checkpoint_manifest import Checkpoint, Manifest, SavedState, checkpoint_name
 from resmol.run.log_writers import RunLog
 
 
 @dataclass(frozen=True)
-class _OnItsWay:
+class _PendingSave:
     """A checkpoint whose files are written and that is being made durable.
 
     Attributes:
-        manifest: What it will be.
-        seconds: Becomes how long it took from the request until it was durable.
-        stood_still: Seconds for which training waited for its files to be written.
+        manifest: Its manifest.
+        seconds: Future of the seconds from the request until it was durable.
+        stall_seconds: Seconds for which training waited for its files to be written.
     """
 
     manifest: Manifest
     seconds: Future[float]
-    stood_still: float
+    stall_seconds: float
 
 
 class AsyncCheckpointer:
-    """Writes checkpoints, records them, and prunes older ones; at most one is on its way at any time.
+    """Decides when to save, writes checkpoints, records them, and prunes older ones.
 
-    Leaving the context waits for it. Only the process that holds the run's lock has anything to save.
-
-    Attributes:
-        parent: The digest of the last checkpoint that is durable and recorded.
-        owed: The disk was full only when a checkpoint was to become durable, so it is lost and its tensors are gone;
-            room was made, and the state after the next step must be saved.
+    At most one save is under way; leaving the context waits for it. Only the process that holds the run's lock saves.
     """
 
-    def __init__(self, folder: Path, keep_last: int, journal: RunLog, parent: str | None) -> None:
-        """Make ready to save.
+    def __init__(self, folder: Path, config: RunConfig, run_log: RunLog, resumed: Checkpoint | None) -> None:
+        """Prepare to save.
 
         Args:
             folder: The ``checkpoints`` directory of the run.
-            keep_last: Retention, besides the permanent ones.
-            journal: Learns of every checkpoint that is durable.
-            parent: The digest of the checkpoint before.
+            config: When to save, and what to keep.
+            run_log: Records every checkpoint that is durable.
+            resumed: The checkpoint that training goes on from, parent of the first one to be saved.
         """
-        self.folder, self.keep_last, self.journal, self.parent = folder, keep_last, journal, parent
-        self.owed: DiskFull | None = None
-        self._thread = ThreadPoolExecutor(1, "saver")
-        self._saving: _OnItsWay | None = None
+        self.folder, self.config, self.run_log = folder, config, run_log
+        self._parent = resumed.manifest.sha256 if resumed is not None else None
+        self._pending: _PendingSave | None = None
         self._pruning: Future[list[str]] | None = None
+        self._disk_full: DiskFull | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpointer")
 
-    def save(self, saved: SavedState, contents: CheckpointTensors, *, wait: bool = False) -> None:
+    @property
+    def retry_pending(self) -> bool:
+        """Whether the last save failed with ENOSPC after its tensors had changed: save again after the next step."""
+        return self._disk_full is not None
+
+    def should_save(self, step: int) -> bool:
+        """Return whether the state after this step has to be saved."""
+        every, permanent, last = self.config.checkpoint.every, self.config.checkpoint.permanent, self.config.train.steps
+        due = step == last or (every > 0 and step % every == 0)
+        return due or step in permanent or self.retry_pending
+
+    def save(self, state: SavedState, tensors: CheckpointTensors, *, wait: bool = False) -> None:
         """Write a checkpoint, and let it become durable in the background.
 
         Args:
-            saved: What goes into ``state.json``.
-            contents: The tensors; they may change as soon as this returns.
+            state: The content of ``state.json``.
+            tensors: Weights and moments; they may change as soon as this returns.
             wait: Return when it is durable and recorded, and the older ones are pruned.
 
         Raises:
             DiskFull: No room for it, even after older ones were pruned.
             DataError: The run directory was moved or removed.
-            CheckpointError: The newest checkpoint is damaged, so nothing was pruned.
+            CheckpointError: The newest checkpoint is corrupt, so nothing was pruned.
             OSError: The disk failed. All of these may concern the save before, which this one waits for.
         """
-        self.settle(wait=True)
-        self._start(saved, contents)
+        self.wait_until_finished()
+        self._start(state, tensors)
         if wait:
-            self.settle(wait=True, again=True)
-            if self.owed is not None:
-                self._start(saved, contents)
-                self.settle(wait=True)
+            self._finish_save(tensors_unchanged=True)
+            if self.retry_pending:
+                self._start(state, tensors)
+            self.wait_until_finished()
 
-    def settle(self, *, wait: bool, again: bool = False) -> None:
-        """Record what has become durable (raises what `save` does).
+    def poll(self) -> None:
+        """Record a save that has finished by now, and start to prune after it; raises what `save` does."""
+        if self._pending is not None and self._pending.seconds.done():
+            self._finish_save()
+        if self._pruning is not None and self._pruning.done():
+            self._finish_pruning()
 
-        Args:
-            wait: Wait for all that is on its way.
-            again: A save that found the disk full can be tried again, since its tensors are still what they were.
-        """
-        if self._saving is not None and (wait or self._saving.seconds.done()):
-            started, saving, self._saving = time.perf_counter(), self._saving, None
-            try:
-                with self._knows_when_the_run_was_moved():
-                    seconds = saving.seconds.result()
-            except DiskFull as error:
-                self._make_room()
-                # A later step is no replacement for a permanent one.
-                if self.owed is not None or (saving.manifest.permanent and not again):
-                    raise
-                self.owed = error
-                return
-            self._record(saving.manifest, seconds, saving.stood_still + time.perf_counter() - started)
-            self._pruning = self._thread.submit(prune, self.folder, self.keep_last)
-        if self._pruning is not None and (wait or self._pruning.done()):
-            pruning, self._pruning = self._pruning, None
-            pruning.result()
+    def wait_until_finished(self) -> None:
+        """Wait until nothing is under way any more, and record it; raises what `save` does."""
+        self._finish_save()
+        self._finish_pruning()
 
-    def _start(self, saved: SavedState, contents: CheckpointTensors) -> None:
+    def _start(self, state: SavedState, tensors: CheckpointTensors) -> None:
         started = time.perf_counter()
-        self.journal.sync()  # the checkpoint refers to the ledger's head, which must not be lost if it is kept
-        with self._knows_when_the_run_was_moved():
-            staged = self._stage(saved, contents)
+        self.run_log.sync()  # the checkpoint refers to the ledger's head, which must not be lost if it is kept
+        with self._check_run_not_moved():
+            staged = self._stage(state, tensors)
         seconds = self._thread.submit(self._commit, staged, started)
-        self._saving = _OnItsWay(staged.manifest, seconds, time.perf_counter() - started)
+        self._pending = _PendingSave(staged.manifest, seconds, time.perf_counter() - started)
 
-    def _stage(self, saved: SavedState, contents: CheckpointTensors) -> StagedCheckpoint:
+    def _stage(self, state: SavedState, tensors: CheckpointTensors) -> StagedCheckpoint:
         try:
-            return stage_checkpoint(self.folder, saved, contents, parent=self.parent)
+            return stage_checkpoint(self.folder, state, tensors, parent=self._parent)
         except DiskFull:
             self._make_room()
-            return stage_checkpoint(self.folder, saved, contents, parent=self.parent)
+            return stage_checkpoint(self.folder, state, tensors, parent=self._parent)
 
     def _make_room(self) -> None:
         removed = prune(self.folder, keep_last=1)
-        self.journal.write("warn", what="disk full: older checkpoints pruned", removed=removed)
+        self.run_log.write("warn", what="disk full: older checkpoints pruned", removed=removed)
 
     def _commit(self, staged: StagedCheckpoint, started: float) -> float:
         commit_checkpoint(staged)
         return time.perf_counter() - started
 
+    def _finish_save(self, *, tensors_unchanged: bool = False) -> None:
+        """Wait for the save under way and record it.
+
+        Args:
+            tensors_unchanged: The caller still has its tensors, so that it can save again where the disk was full.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        started = time.perf_counter()
+        try:
+            with self._check_run_not_moved():
+                seconds = pending.seconds.result()
+        except DiskFull as error:
+            self._make_room()
+            # A later step is no replacement for a permanent one.
+            if self.retry_pending or (pending.manifest.permanent and not tensors_unchanged):
+                raise
+            self._disk_full = error
+            return
+        self._record(pending.manifest, seconds, pending.stall_seconds + time.perf_counter() - started)
+        self._pruning = self._thread.submit(prune, self.folder, self.config.checkpoint.keep_last)
+
+    def _finish_pruning(self) -> None:
+        pruning, self._pruning = self._pruning, None
+        if pruning is not None:
+            pruning.result()
+
     @contextmanager
-    def _knows_when_the_run_was_moved(self) -> Iterator[None]:
+    def _check_run_not_moved(self) -> Iterator[None]:
+        """Where a file is missing because the whole run was moved, raise the error of the ledger, which states that."""
         try:
             yield
         except FileNotFoundError:
-            self.journal.sync()  # says it better, if the whole run was moved away meanwhile
+            self.run_log.sync()
             raise
 
-    def _record(self, manifest: Manifest, seconds: float, stood_still: float) -> None:
-        self.parent, self.owed = manifest.sha256, None
-        self.journal.write(
+    def _record(self, manifest: Manifest, seconds: float, stall_seconds: float) -> None:
+        self._parent, self._disk_full = manifest.sha256, None
+        self.run_log.write(
             "save",
             step=manifest.step,
             checkpoint=checkpoint_name(manifest.step),
             manifest_sha256=manifest.sha256,
             bytes=manifest.bytes,
             seconds=round(seconds, 3),
-            stalled_seconds=round(stood_still, 3),
+            stall_seconds=round(stall_seconds, 3),
             permanent=manifest.permanent,
         )
-        self.journal.sync()
+        self.run_log.sync()
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -169,11 +194,11 @@ class AsyncCheckpointer:
             if error is None:
                 raise
             with suppress(Exception):  # the first error is the one to be seen
-                self.journal.write("warn", what="a checkpoint was not written", reason=str(second))
+                self.run_log.write("warn", what="a checkpoint was not written", reason=str(second))
         finally:
             self._thread.shutdown()
 
     def _finish(self) -> None:
-        self.settle(wait=True)
-        if self.owed is not None:
-            raise self.owed
+        self.wait_until_finished()
+        if self._disk_full is not None:
+            raise self._disk_full

@@ -1,14 +1,14 @@
-"""Saving and loading checkpoints: by the commit protocol of atomic.py, verified before they are believed.
+"""Saving and loading checkpoints: by the commit protocol of system/atomic_io.py, verified before they are believed.
 
 A checkpoint is a directory ``step-00005000`` with
 
 * ``model.safetensors``: the weights, float32, Hugging Face's names (it is the weight file of an export),
-* ``config.json``: the architecture, so that the directory speaks for itself,
+* ``config.json``: the architecture, so that the directory is complete without its run,
 * ``optimizer.safetensors``: AdamW's two moments of every parameter,
 * ``state.json``: everything else that the next step depends on,
 * ``manifest.json``: size and sha256 of each file, a digest of each tensor; written last, it is the commit.
 
-Nothing in it is a pickle. What the files hold and when a directory is whole is in manifest.py.
+Nothing in it is a pickle. checkpoint_manifest.py describes the files and decides whether a directory is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,15 +36,16 @@ from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     STATE,
     WEIGHTS,
+    Checkpoint,
     FileEntry,
     Manifest,
     SavedState,
     checkpoint_name,
-    damaged,
+    corrupt,
     file_entry,
     list_checkpoints,
+    open_checkpoint,
     read_manifest,
-    verify_checkpoint,
 )
 from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.system.safetensors_header import read_header
@@ -83,38 +84,38 @@ class StagedCheckpoint:
 
 
 def stage_checkpoint(
-    folder: Path, state: SavedState, contents: CheckpointTensors, *, parent: str | None
+    folder: Path, state: SavedState, tensors: CheckpointTensors, *, parent: str | None
 ) -> StagedCheckpoint:
     """Write the files of a checkpoint, and read them back: all of a save that needs the tensors, or a processor.
 
     Args:
         folder: The ``checkpoints`` directory of a run.
         state: What to write into ``state.json``.
-        contents: Weights and moments; they are written as they are, and must be float32.
+        tensors: Weights and moments; they are written as they are, and must be float32.
         parent: The sha256 of the manifest of the checkpoint before.
 
     Raises:
         DiskFull: No room. Nothing of the new checkpoint is left, and all older ones are.
         OSError: Any other failure of the disk, with the same consequence.
     """
-    files = {name: _in_main_memory(tensors) for name, tensors in contents.files.items()}
+    files = {name: _in_main_memory(group) for name, group in tensors.files.items()}
     # Digests of what is in memory, taken before anything is written: a fault between memory and disk shows.
-    digests = {name: digest_all(tensors) for name, tensors in files.items()}
+    digests = {name: digest_all(group) for name, group in files.items()}
     names, entries = (WEIGHTS, OPTIMIZER, STATE, CONFIG), dict[str, FileEntry]()
 
     def write_files(temporary: Path) -> None:
         with ThreadPoolExecutor(len(names)) as pool:  # writing and hashing release the interpreter
             list(pool.map(lambda name: _save_tensors(files[name], temporary / name), files))
-            (temporary / CONFIG).write_text(json.dumps(contents.config.to_hf(), indent=2) + "\n", encoding="utf-8")
+            (temporary / CONFIG).write_text(json.dumps(tensors.config.to_hf(), indent=2) + "\n", encoding="utf-8")
             (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
             found = pool.map(lambda name: file_entry(temporary / name, digests.get(name, {})), names)
             entries.update(zip(names, found, strict=True))
 
     final = folder / checkpoint_name(state.step)
     quarantine(final)
-    with _full_disk_says_the_size(contents.bytes):
+    with _with_size_in_message(tensors.bytes):
         temporary = stage_directory(final, write_files)
-    manifest = Manifest(format=1, step=state.step, parent=parent, permanent=state.permanent, files=entries)
+    manifest = Manifest(step=state.step, parent=parent, permanent=state.permanent, files=entries)
     return StagedCheckpoint(temporary, final, manifest)
 
 
@@ -123,13 +124,13 @@ def commit_checkpoint(staged: StagedCheckpoint) -> Manifest:
 
     A crash at any instant leaves all of it or nothing.
     """
-    with _full_disk_says_the_size(staged.manifest.bytes):
+    with _with_size_in_message(staged.manifest.bytes):
         commit_staged(staged.temporary, staged.final, lambda _: staged.manifest.to_bytes())
     return staged.manifest
 
 
 @contextmanager
-def _full_disk_says_the_size(size: int) -> Iterator[None]:
+def _with_size_in_message(size: int) -> Iterator[None]:
     try:
         yield
     except DiskFull as error:
@@ -176,36 +177,34 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def quarantine(final: Path) -> None:
-    """Move a damaged checkpoint out of the way; nothing is ever deleted to repair something."""
+    """Rename a corrupt checkpoint, or whatever has its name, out of the way; it may be evidence, so it is kept."""
     if final.exists():
         number = 1
-        while (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
+        while (aside := final.with_name(f"corrupt-{final.name}-{number}")).exists():
             number += 1
         final.rename(aside)
         fsync_path(final.parent)
 
 
-# --- verifying and loading -----------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------------------
 
 
-def load_weights(path: Path, model: CausalLM) -> None:
-    """Fill ``model`` from a verified checkpoint.
+def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.AdamW | None = None) -> None:
+    """Fill a model, and AdamW's state where an optimizer is given, from a verified checkpoint.
 
     Raises:
         CheckpointError: Names, shapes, types or values are not those of this model.
     """
-    _fill(weight_tensors(model), path / WEIGHTS, read_manifest(path).files[WEIGHTS])
-
-
-def load_optimizer(path: Path, model: CausalLM, optimizer: torch.optim.AdamW) -> None:
-    """Fill AdamW's state from a verified checkpoint (`CheckpointError` when it is that of another model)."""
-    manifest = read_manifest(path)
+    files = checkpoint.manifest.files
+    _fill(weight_tensors(model), checkpoint.path / WEIGHTS, files[WEIGHTS])
+    if optimizer is None:
+        return
     parameters = dict(model.named_parameters())
     # Filled where they stay: tensors of a mapped file would be read from the disk again, and copied, by the first step.
     moments = {f"{name}.{moment}": torch.empty_like(p) for name, p in parameters.items() for moment in MOMENTS}
-    _fill(moments, path / OPTIMIZER, manifest.files[OPTIMIZER])
+    _fill(moments, checkpoint.path / OPTIMIZER, files[OPTIMIZER])
     for name, parameter in parameters.items():
-        step = torch.tensor(float(manifest.step), device=parameter.device)
+        step = torch.tensor(float(checkpoint.manifest.step), device=parameter.device)
         optimizer.state[parameter] = {"step": step, **{moment: moments[f"{name}.{moment}"] for moment in MOMENTS}}
 
 
@@ -213,17 +212,17 @@ def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:
     """Fill tensors from a safetensors file, which must hold exactly their names and shapes, in float32, all finite."""
     header = read_header(path)
     shapes = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
-    wanted = {name: ("F32", tuple(t.shape)) for name, t in targets.items()}
-    if shapes != wanted:
-        wrong = min({*shapes, *wanted}, key=lambda name: (shapes.get(name) == wanted.get(name), name))
-        raise damaged(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {wanted.get(wrong)}")
+    expected = {name: ("F32", tuple(t.shape)) for name, t in targets.items()}
+    if shapes != expected:
+        wrong = min({*shapes, *expected}, key=lambda name: (shapes.get(name) == expected.get(name), name))
+        raise corrupt(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {expected.get(wrong)}")
 
     def fill(name: str) -> None:
         tensor = stored_tensor(path, name)
         if digest(tensor) != entry.tensors.get(name):
-            raise damaged(path, f"gave other bytes for {name} than were in memory when it was saved")
+            raise corrupt(path, f"gave other bytes for {name} than were in memory when it was saved")
         if not bool(torch.isfinite(tensor).all()):
-            raise damaged(path, f"holds NaN or infinity in {name}")
+            raise corrupt(path, f"holds NaN or infinity in {name}")
         targets[name].copy_(tensor)
 
     with ThreadPoolExecutor(2) as pool:  # hashing and copying release the interpreter
@@ -244,25 +243,28 @@ def stored_tensor(path: Path, name: str) -> Tensor:
 # --- retention -----------------------------------------------------------------------------------------------
 
 
-def prune(folder: Path, keep_last: int, verify_first: Callable[[Path], object] = verify_checkpoint) -> list[str]:
+def prune(folder: Path, keep_last: int) -> list[str]:
     """Remove old checkpoints: the newest ``keep_last`` and the permanent ones stay.
 
-    The newest is read back and verified first; if it is damaged, nothing is removed.
+    The newest is read back and verified first; if it is corrupt, nothing is removed.
 
     Returns:
         The names of the checkpoints that were removed.
+
+    Raises:
+        CheckpointError: The newest checkpoint is corrupt.
     """
     paths = list_checkpoints(folder)
-    doomed = [path for path in paths[keep_last:] if not _is_permanent(path)]
-    if doomed:
-        verify_first(paths[0])
-    for path in doomed:
+    expired = [path for path in paths[keep_last:] if not _is_permanent(path)]
+    if expired:
+        open_checkpoint(paths[0]).verify()
+    for path in expired:
         remove_directory(path)
-    return [path.name for path in doomed]
+    return [path.name for path in expired]
 
 
 def _is_permanent(path: Path) -> bool:
     try:
         return read_manifest(path).permanent
     except CheckpointError:
-        return True  # damaged: never deleted, it may be evidence
+        return True  # corrupt: never deleted, it may be evidence

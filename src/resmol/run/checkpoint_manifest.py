@@ -1,4 +1,4 @@
-"""The directory of a checkpoint: which files it holds, what its manifest says, and whether it is whole.
+"""The directory of a checkpoint: which files it holds, what its manifest states, and whether it is whole.
 
 Nothing in it is believed before it is checked: names, sizes and hashes against the manifest, the manifest against
 its own digest and, where the ledger recorded it, against the ledger. The byte layout is in
@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckpointError
+from resmol.system.atomic_io import file_sha256
 
+FORMAT: Literal[2] = 2  # of version 0.2; version 0.1 wrote 1
 WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
 )  # fmt: skip
@@ -27,16 +31,11 @@ MAX_JSON_BYTES = 64_000_000
 _NAME = re.compile(r"^step-([0-9]{8})$")
 
 
-class Strict(BaseModel):
-    """JSON from a file: no unknown keys, no conversions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class SavedState(Strict):
+class SavedState(StrictModel):
     """What the next step depends on, besides weights and moments.
 
-    The order of the data needs no more than ``step``: it is a function of it.
+    The order of the data needs no more than ``step``: it is a function of it. ``config_sha256`` and
+    ``data_fingerprint`` bind the checkpoint to a configuration and to data; a resume compares them.
     """
 
     step: int
@@ -49,7 +48,7 @@ class SavedState(Strict):
     recent_losses: tuple[float, ...] = ()
 
 
-class FileEntry(Strict):
+class FileEntry(StrictModel):
     """Size and sha256 of a file, and the digest of each tensor in it."""
 
     bytes: int
@@ -57,13 +56,13 @@ class FileEntry(Strict):
     tensors: dict[str, str]
 
 
-class Manifest(Strict):
+class Manifest(StrictModel):
     """The commit record of a checkpoint.
 
     ``parent`` is the sha256 of the manifest of the checkpoint before, so that checkpoints form a chain as well.
     """
 
-    format: Literal[1]
+    format: Literal[2] = FORMAT
     step: int
     parent: str | None
     permanent: bool
@@ -73,9 +72,9 @@ class Manifest(Strict):
         """Return the content of ``manifest.json``: the fields, and the digest that covers them."""
         return json.dumps({**self.model_dump(), "sha256": self.sha256}, indent=1, sort_keys=True).encode()
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Digest of the fields: what the ledger and the next checkpoint call this one by."""
+        """Digest of the fields, by which the ledger and the next checkpoint refer to this one."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -85,8 +84,41 @@ class Manifest(Strict):
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest and state were read; `open_checkpoint` makes one.
+
+    Its tensors are read by `resmol.run.checkpoint.load_into`.
+    """
+
+    path: Path
+    manifest: Manifest
+    state: SavedState
+
+    def verify(self) -> None:
+        """Check every byte against the manifest.
+
+        Raises:
+            CheckpointError: Something is missing, changed or too much; the message names the file.
+        """
+        entries = self.manifest.files
+        if extra := {entry.name for entry in self.path.iterdir()} - {*entries, MANIFEST}:
+            raise corrupt(self.path / min(extra), "does not belong there")
+        for name, entry in entries.items():
+            file = self.path / name
+            if file.is_symlink() or not file.is_file():
+                raise corrupt(file, "is missing")
+            if file.stat().st_size != entry.bytes:
+                raise corrupt(file, f"has {file.stat().st_size} bytes; the manifest states {entry.bytes}")
+        with ThreadPoolExecutor(len(entries)) as pool:  # hashing releases the interpreter
+            hashes = list(pool.map(_sha256, [self.path / name for name in entries]))
+        for (name, entry), found in zip(entries.items(), hashes, strict=True):
+            if found != entry.sha256:
+                raise corrupt(self.path / name, "does not have the sha256 of the manifest")
+
+
+@dataclass(frozen=True)
 class SkippedCheckpoint:
-    """A checkpoint that was passed over, and why."""
+    """A checkpoint that was skipped, and why."""
 
     path: Path
     reason: str
@@ -106,7 +138,7 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the committed directories, newest first; leftovers and foreign names are not looked at."""
+    """Return the committed directories, newest first; leftovers and foreign names are ignored."""
     if not folder.is_dir():
         return []
     found = [
@@ -115,124 +147,113 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, reverse=True)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of a checkpoint without looking at the files it lists.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the manifest and the state of a checkpoint; `Checkpoint.verify` then checks the rest.
 
     Raises:
-        CheckpointError: It is missing, not a manifest, or that of another step.
+        CheckpointError: One of them is missing, not valid, or that of another step or format.
+    """
+    manifest = read_manifest(path)
+    content = _read_json(path / STATE)
+    if hashlib.sha256(content).hexdigest() != manifest.files[STATE].sha256:
+        raise corrupt(path / STATE, "does not have the sha256 of the manifest")
+    try:
+        state = SavedState.model_validate_json(content)
+    except ValidationError as error:
+        raise corrupt(path / STATE, f"is not a saved state ({error.error_count()} problems)") from None
+    if state.step != manifest.step:
+        raise corrupt(path / STATE, "belongs to another step")
+    return Checkpoint(path, manifest, state)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a checkpoint alone.
+
+    Raises:
+        CheckpointError: It is missing, not a manifest, or that of another step or format.
     """
     content = _read_json(path / MANIFEST)
     try:
         fields = json.loads(content)
         fields.pop("sha256")
-        manifest = Manifest.model_validate(fields)
+        written_as = fields["format"]
+        manifest = Manifest.model_validate(fields) if written_as == FORMAT else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise damaged(path / MANIFEST, "is not a manifest") from None
+        raise corrupt(path / MANIFEST, "is not a manifest") from None
+    if manifest is None:
+        raise CheckpointError(
+            f"{path.name}/{MANIFEST} has format {str(written_as)[:20]}; this version of resmol reads {FORMAT}",
+            fix="use the version that wrote it (format 1: 0.1); a model that it exports can be read by every version",
+        )
     if manifest.to_bytes() != content:
-        raise damaged(path / MANIFEST, "is not as it was written: its digest does not cover it")
+        raise corrupt(path / MANIFEST, "is not as it was written: its digest does not cover it")
     if manifest.step != step_of(path):
-        raise damaged(path / MANIFEST, f"belongs to step {manifest.step}")
+        raise corrupt(path / MANIFEST, f"belongs to step {manifest.step}")
     if set(manifest.files) != {WEIGHTS, OPTIMIZER, STATE, CONFIG}:
-        raise damaged(path / MANIFEST, "does not list the files of a checkpoint")
-    return manifest
-
-
-def verify_checkpoint(path: Path) -> Manifest:
-    """Check every byte of a checkpoint against its manifest.
-
-    Raises:
-        CheckpointError: Something is missing, changed or too much; the message names the file.
-    """
-    manifest = read_manifest(path)
-    present = {entry.name for entry in path.iterdir()}
-    if extra := present - {*manifest.files, MANIFEST}:
-        raise damaged(path / min(extra), "does not belong there")
-    for name, entry in manifest.files.items():
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise damaged(file, "is missing")
-        if file.stat().st_size != entry.bytes:
-            raise damaged(file, f"has {file.stat().st_size} bytes; the manifest says {entry.bytes}")
-    with ThreadPoolExecutor(len(manifest.files)) as pool:  # hashing releases the interpreter
-        hashes = list(pool.map(_sha256, [path / name for name in manifest.files]))
-    for (name, entry), found in zip(manifest.files.items(), hashes, strict=True):
-        if found != entry.sha256:
-            raise damaged(path / name, "does not have the sha256 that the manifest says")
-    if _read_state(path).step != manifest.step:
-        raise damaged(path / STATE, "belongs to another step")
+        raise corrupt(path / MANIFEST, "does not list the files of a checkpoint")
     return manifest
 
 
 def newest_valid(
-    folder: Path, recorded: Mapping[str, str], check: Callable[[Path], Manifest] = verify_checkpoint
-) -> tuple[Path, Manifest, list[SkippedCheckpoint]]:
+    folder: Path, recorded: Mapping[str, str], *, verify: bool = True
+) -> tuple[Checkpoint, list[SkippedCheckpoint]]:
     """Find the newest checkpoint that is whole.
 
     Args:
         folder: The ``checkpoints`` directory of a run.
         recorded: Name -> sha256 of the manifest, as the ledger has it. A checkpoint that the ledger knows must be
             the very one; one that it does not know was committed just before a crash.
-        check: How a checkpoint is checked; `read_manifest` reads none of its other files.
+        verify: Check every byte; else the manifest and the state alone are read.
+
+    Returns:
+        The checkpoint, and the newer ones that were skipped.
 
     Raises:
-        CheckpointError: There is none; the message lists why each was passed over.
+        CheckpointError: There is none; the message lists why each was skipped.
     """
-    rejected: list[SkippedCheckpoint] = []
+    skipped: list[SkippedCheckpoint] = []
     for path in list_checkpoints(folder):
         try:
-            manifest = check(path)
+            checkpoint = open_checkpoint(path)
+            if verify:
+                checkpoint.verify()
         except CheckpointError as error:
-            rejected.append(SkippedCheckpoint(path, error.what))
+            skipped.append(SkippedCheckpoint(path, error.what))
             continue
-        if recorded.get(path.name, manifest.sha256) == manifest.sha256:
-            return path, manifest, rejected
-        rejected.append(SkippedCheckpoint(path, "its manifest is not the one that the ledger recorded"))
-    reasons = "".join(f"\n  - {item.path.name}: {item.reason}" for item in rejected)
+        if recorded.get(path.name, checkpoint.manifest.sha256) == checkpoint.manifest.sha256:
+            return checkpoint, skipped
+        skipped.append(SkippedCheckpoint(path, "its manifest is not the one that the ledger recorded"))
+    reasons = "".join(f"\n  - {item.path.name}: {item.reason}" for item in skipped)
     raise CheckpointError(
         f"{folder} holds no valid checkpoint{':' if reasons else ''}{reasons}",
         fix="restore a checkpoint from a copy, or begin again in a new run directory (nothing was deleted here)",
     )
 
 
-def load_state(path: Path) -> tuple[SavedState, str]:
-    """Return ``state.json`` of a verified checkpoint, and the sha256 of its manifest."""
-    return _read_state(path), read_manifest(path).sha256
-
-
 def file_entry(path: Path, digests: dict[str, str]) -> FileEntry:
     """Return size and sha256 of a file as it lies on the disk, together with the digests of its tensors."""
-    with path.open("rb") as file:
-        return FileEntry(
-            bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest(), tensors=digests
-        )
+    return FileEntry(bytes=path.stat().st_size, sha256=file_sha256(path), tensors=digests)
 
 
 def _sha256(file: Path) -> str:
     try:
-        return file_entry(file, {}).sha256
+        return file_sha256(file)
     except OSError as error:
-        raise damaged(file, f"cannot be read ({error.strerror})") from None
-
-
-def _read_state(path: Path) -> SavedState:
-    try:
-        return SavedState.model_validate_json(_read_json(path / STATE))
-    except ValidationError as error:
-        raise damaged(path / STATE, f"is not a saved state ({error.error_count()} problems)") from None
+        raise corrupt(file, f"cannot be read ({error.strerror})") from None
 
 
 def _read_json(path: Path) -> bytes:
     try:
         if path.is_symlink() or path.stat().st_size > MAX_JSON_BYTES:
-            raise damaged(path, "is a link, or larger than any such file")
+            raise corrupt(path, "is a link, or larger than any such file")
         return path.read_bytes()
     except OSError as error:
-        raise damaged(path, f"cannot be read ({error.strerror})") from None
+        raise corrupt(path, f"cannot be read ({error.strerror})") from None
 
 
-def damaged(path: Path, what: str) -> CheckpointError:
-    """Return the error that says what is wrong with a file of a checkpoint."""
+def corrupt(path: Path, what: str) -> CheckpointError:
+    """Return the error for a file of a checkpoint that is not what it has to be."""
     return CheckpointError(
         f"{path.parent.name}/{path.name} {what}",
-        fix="use another checkpoint of this run; `resmol audit RUN` says which are good",
+        fix="use another checkpoint of this run; `resmol audit RUN` lists the good ones",
     )

@@ -1,20 +1,20 @@
-"""The run directory: which file lies where, and the lock that lets one process at a time write there."""
+"""The run directory: which file lies where, whether it can be read, and whether there is room for it."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from resmol.errors import DataError, RunInUse
-from resmol.system.atomic_io import full_disk_is_an_error, make_directory
+from resmol.config.load import load_config
+from resmol.config.run_config import RunConfig
+from resmol.errors import DataError, DiskFull
+from resmol.model.flops import total_parameters
+from resmol.run.ledger import FORMAT, first_record
+from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
+
+FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class RunDir:
     """Names every file of a run."""
 
     path: Path
+
+    @property
+    def lock(self) -> Path:
+        """The file that a process locks while it trains here."""
+        return self.path / "lock"
 
     @property
     def config(self) -> Path:
@@ -45,7 +50,7 @@ class RunDir:
 
     @property
     def tokenizer(self) -> Path:
-        """A copy of the tokenizer, so that the run can speak without a network."""
+        """A copy of the tokenizer, so that the run can generate without a network."""
         return self.path / "tokenizer.json"
 
     @property
@@ -74,89 +79,69 @@ class RunDir:
         return self.evidence / "claims.json"
 
     def exists(self) -> bool:
-        """Tell whether a run was started here."""
+        """Return whether a run was started here."""
         return self.config.is_file()
 
-    def claims(self) -> list[dict[str, Any]]:
-        """Return the claims of `reproduce`, if it ran here, with evidence named relative to the run.
-
-        A file that says something else than claims do is none: each has a name, a verdict and what was measured.
-        """
-        try:
-            found = json.loads(self.claims_file.read_bytes())["checks"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-        checks = [check for check in found if isinstance(check, dict)] if isinstance(found, list) else []
-        checks = [check for check in checks if {"name", "passed", "measured"} <= check.keys()]
-        return [{"expected": "", **check, "evidence": self._inside(str(check.get("evidence", "")))} for check in checks]
-
-    def _inside(self, evidence: str) -> str:
-        """Return a path relative to the run, or only the file's name: no folder of the machine it was made on.
-
-        The paths were relative to wherever the claims were made, or absolute, and the run may have another name since.
-        So a path begins at the last part that names something in a run, else after the run's own name.
-        """
-        own = (self.config, self.ledger, self.log, self.checkpoints, self.tokenizer, self.data, self.evidence)
-        names = {path.name for path in (*own, self.certificate, self.report)}
-        parts = PurePosixPath(evidence).parts
-        starts = [start for start, part in enumerate(parts) if part in names]
-        starts = starts or [start for start in range(1, len(parts)) if parts[start - 1] == self.path.resolve().name]
-        return "/".join(parts[starts[-1] :] if starts else parts[-1:])
+    def load_config(self) -> RunConfig:
+        """Read the configuration of the run (`DataError` as in `require`)."""
+        self.require()
+        return load_config(self.config)
 
     def require(self) -> None:
-        """Raise `DataError` when no run was ever started here."""
+        """Check that this is a run that can be read.
+
+        Raises:
+            DataError: No run was ever started here, or another version of resmol wrote it in another format.
+        """
         if not self.exists():
             raise DataError(
                 f"{self.path} is not a run directory (it has no config.toml)",
                 fix="name the directory that `resmol train` wrote",
             )
+        start = first_record(self.ledger) or {}
+        if start.get("format", FORMAT) != FORMAT:
+            raise DataError(
+                f"{self.path} was written by resmol {start.get('version')} (format {start['format']}); "
+                f"this version reads format {FORMAT}",
+                fix=f"use resmol {start.get('version')} for it; a model that it exports (`resmol export`) can be read "
+                "by every version",
+            )
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the kernel frees it when the process dies, however it dies.
+    def prepare(self, config: RunConfig, tokenizer_json: bytes) -> None:
+        """Make the directory ready for a ledger and checkpoints; a new run gets its configuration and tokenizer.
+
+        Call it only while holding the run's lock: what a crash left behind is removed.
 
         Raises:
-            RunInUse: Another process holds it; the message names its process and host.
+            DiskFull: There is no room for a checkpoint.
+            DataError: The directory cannot be written.
         """
-        make_directory(self.path)
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunInUse(
-                    f"{self.path} is in use by another process: {_owner_of(descriptor)}",
-                    fix="wait for it, stop it with Ctrl-C, or choose another run directory",
-                ) from None
-            with full_disk_is_an_error(self.path / "lock"):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-            yield
-        finally:
-            os.close(descriptor)
+        self._check_room(3 * 4 * total_parameters(config.model))
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        fsync_path(self.path)
+        remove_leftovers(self.checkpoints)
+        remove_leftovers(self.path)
+        if not self.tokenizer.exists():
+            write_durable(self.tokenizer, tokenizer_json)
+        if not self.exists():
+            write_durable(self.config, config.to_toml().encode())
 
-
-def _owner_of(lock: int, patience: float = 1.0) -> str:
-    """Return what a lock's file says of its owner.
-
-    An owner writes its name just after it has the lock, so for an instant the file is empty, or names the process
-    that held the lock before and is dead.
-    """
-    give_up = time.monotonic() + patience
-    while True:
-        said = os.pread(lock, 4096, 0).decode(errors="replace").strip()
-        if _may_be_alive(said) or time.monotonic() > give_up:
-            return said or "unknown"
-        time.sleep(0.01)
-
-
-def _may_be_alive(said: str) -> bool:
-    try:
-        owner = json.loads(said)
-        if owner["host"] == socket.gethostname():
-            os.kill(int(owner["pid"]), 0)  # signal 0 only asks
-    except (ValueError, TypeError, KeyError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True  # it lives, as somebody else's
-    return True
+    def _check_room(self, checkpoint_bytes: int) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < checkpoint_bytes:
+            raise DiskFull(
+                f"a checkpoint needs {checkpoint_bytes:,} bytes; {self.path} has {free:,} free",
+                fix="free some space, or choose a run directory on another disk",
+            )
+        disk = os.statvfs(self.path)
+        if disk.f_files > 0 and disk.f_favail < FILES_OF_A_RUN:  # some file systems have no such limit, and say 0
+            raise DiskFull(
+                f"a run and a checkpoint need {FILES_OF_A_RUN} inodes; {self.path} has {disk.f_favail} free",
+                fix="remove some files, or choose a run directory on another disk",
+            )
+        for folder in (self.path, self.checkpoints):
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise DataError(
+                    f"{folder} cannot be written", fix="check its permissions, and whether the disk is read-only"
+                )

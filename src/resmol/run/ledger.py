@@ -1,8 +1,8 @@
 """The record of a run: append-only JSON lines, each carrying the sha256 of the line before.
 
 Every optimizer step is one line; the console, train.log, TensorBoard, plots and the report are views of it. A line
-is `canonical` JSON, so that the hash of a line is the hash of its bytes. What the chain proves and what it cannot
-is said in docs/ledger-format.md.
+is `canonical` JSON, so that the hash of a line is the hash of its bytes. docs/ledger-format.md states what the chain
+proves and what it cannot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Kind = Literal["start", "step", "eval", "sample", "save", "resume", "rewind", "d
 Record = dict[str, Any]
 
 GENESIS = "0" * 64
-FORMAT = 1
+MAX_LINE_BYTES = 1_000_000
+FORMAT = 2  # of version 0.2; version 0.1 wrote 1
 
 # Fields without which a record cannot be read. A chain can be forged whole, so they are looked at like the rest.
 _NEEDED: dict[str, dict[str, type]] = {
@@ -86,6 +87,16 @@ def read_ledger(path: Path) -> LedgerContent:
         records.append(_parse_line(line, number, head, path))
         head = hashlib.sha256(line).hexdigest()
     return LedgerContent(records, head, len(content) - len(torn), torn)
+
+
+def first_record(path: Path) -> Record | None:
+    """Return the first record of a ledger, unverified; None where there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            record = json.loads(file.readline(MAX_LINE_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _parse_line(line: bytes, number: int, head: str, path: Path) -> Record:
@@ -198,7 +209,7 @@ class Ledger:
 
 
 class NullLedger(Ledger):
-    """The ledger of a process that is not the main one: it makes records and keeps none."""
+    """The ledger of a rank other than 0: it makes records and keeps none."""
 
     def __init__(self) -> None:
         self.records, self.head = [], GENESIS
@@ -247,7 +258,7 @@ def last_fact(records: list[Record], name: str) -> Any:
 
 
 def ends_comparison(record: Record) -> bool:
-    """Tell whether steps after this record need not have the bits of those before it: machine or settings changed."""
+    """Return whether steps after this record need not have the bits of those before it: machine or settings changed."""
     return record["kind"] == "drift" or (record["kind"] == "warn" and "environment" in record)
 
 

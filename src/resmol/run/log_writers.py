@@ -1,7 +1,7 @@
-"""Views of the ledger: console, train.log and TensorBoard show what it says and hold nothing of their own.
+"""Log writers: console, train.log and TensorBoard show the records of the ledger and hold nothing of their own.
 
-A view must never stop training. If its terminal is gone, its pipe full or its disk, it falls silent, once noted in
-the ledger; only the ledger itself may raise.
+A log writer never stops training. If its terminal is gone, or its disk or pipe full, it is disabled, and a ``warn``
+record says so once; only the ledger itself may raise.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from resmol.run.ledger import Kind, Ledger, Record
 
 
 @runtime_checkable
-class View(Protocol):
-    """Something that shows records as they are written."""
+class LogWriter(Protocol):
+    """Shows records as they are written."""
 
     def show(self, record: Record) -> None:
         """Show one record."""
@@ -27,11 +27,11 @@ class View(Protocol):
 
 
 class RunLog:
-    """The ledger together with its views: what is written is recorded first, then shown."""
+    """The ledger together with its log writers: a record is appended first, then shown."""
 
-    def __init__(self, ledger: Ledger, views: Sequence[View]) -> None:
+    def __init__(self, ledger: Ledger, writers: Sequence[LogWriter]) -> None:
         self._ledger = ledger
-        self._views = list(views)
+        self._writers = list(writers)
 
     @property
     def records(self) -> list[Record]:
@@ -44,15 +44,15 @@ class RunLog:
         return self._ledger.head
 
     def write(self, kind: Kind, **fields: Any) -> Record:
-        """Append a record and show it; a view that fails is dropped, with a ``warn`` record."""
+        """Append a record and show it; a log writer that fails is disabled, with a ``warn`` record."""
         record = self._ledger.append(kind, **fields)
-        for view in list(self._views):
+        for writer in list(self._writers):
             try:
-                view.show(record)
+                writer.show(record)
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
-                self._views.remove(view)
-                _close_quietly(view)
-                self.write("warn", what=f"{type(view).__name__} fell silent", reason=type(error).__name__)
+                self._writers.remove(writer)
+                _close_quietly(writer)
+                self.write("warn", what=f"{type(writer).__name__} disabled", reason=type(error).__name__)
         return record
 
     def sync(self) -> None:
@@ -60,19 +60,19 @@ class RunLog:
         self._ledger.sync()
 
     def close(self) -> None:
-        """Close the views, then the ledger."""
-        for view in self._views:
-            _close_quietly(view)
+        """Close the log writers, then the ledger."""
+        for writer in self._writers:
+            _close_quietly(writer)
         self._ledger.close()
 
 
-def _close_quietly(view: View) -> None:
+def _close_quietly(writer: LogWriter) -> None:
     with suppress(OSError, ValueError):
-        view.close()
+        writer.close()
 
 
 class StepFormatter:
-    """Turns records into lines; it decides which steps get one.
+    """Formats records as lines, and decides which steps get one.
 
     Args:
         every: Steps between lines.
@@ -132,7 +132,7 @@ def _eval(record: Record) -> str:
 
 def _save(record: Record) -> str:
     kept = ", permanent" if record["permanent"] else ""
-    stalled = f" (training stood still for {record['stalled_seconds']:.2f} s)" if "stalled_seconds" in record else ""
+    stalled = f" (training stalled for {record['stall_seconds']:.2f} s)"
     return f"save: {record['checkpoint']}, {record['bytes'] / 1e6:,.1f} MB in {record['seconds']:.2f} s{stalled}{kept}"
 
 
@@ -167,13 +167,13 @@ _DESCRIPTIONS: dict[str, Callable[[Record], str]] = {
 class TextLogWriter:
     """Appends the lines to ``train.log``."""
 
-    def __init__(self, path: Path, lines: StepFormatter) -> None:
+    def __init__(self, path: Path, formatter: StepFormatter) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._lines = lines
+        self._formatter = formatter
 
     def show(self, record: Record) -> None:
         """Append the record's line, if it has one."""
-        text = self._lines.line(record)
+        text = self._formatter.line(record)
         if text is not None:
             self._file.write(text + "\n")
 

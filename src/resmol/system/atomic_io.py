@@ -34,7 +34,7 @@ _NO_ROOM = {
 
 
 def fsync_path(path: Path) -> None:
-    """Flush one file or directory to the disk (``OSError`` when the disk says no)."""
+    """Flush one file or directory to the disk (``OSError`` when the disk fails)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +91,7 @@ def commit_directory(final: Path, write_files: Callable[[Path], None], manifest:
 
 
 def stage_directory(final: Path, write_files: Callable[[Path], None]) -> Path:
-    """Do what does not wait for the disk: write the files, into a temporary directory beside ``final``.
+    """Do the part that does not wait for the disk: write the files into a temporary directory beside ``final``.
 
     Returns:
         The temporary directory, for `commit_staged`. Nothing in it is durable yet. Raises what that raises.
@@ -104,7 +104,7 @@ def stage_directory(final: Path, write_files: Callable[[Path], None]) -> Path:
 
 
 def commit_staged(temporary: Path, final: Path, manifest: Callable[[Path], bytes]) -> None:
-    """Do the rest of `commit_directory`: make durable what `stage_directory` wrote, and give it its name."""
+    """Do the rest of `commit_directory`: make the files of `stage_directory` durable, and rename the directory."""
     with full_disk_is_an_error(final), _abandoned_on_error(temporary):
         for file in sorted(temporary.iterdir()):
             fsync_path(file)
@@ -126,13 +126,13 @@ def _abandoned_on_error(temporary: Path) -> Iterator[None]:
 def remove_directory(path: Path) -> None:
     """Remove a committed directory so that a crash never leaves a half that looks whole.
 
-    It first loses its name, atomically; what a crash leaves behind is a ``tmp-`` directory, which no reader
-    looks at and `remove_leftovers` sweeps away.
+    It is first renamed, atomically; a crash leaves a ``tmp-`` directory behind, which every reader ignores and
+    `remove_leftovers` removes.
     """
-    doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
-    os.rename(path, doomed)  # noqa: PTH104
+    expired = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
+    os.rename(path, expired)  # noqa: PTH104
     fsync_path(path.parent)
-    shutil.rmtree(doomed)
+    shutil.rmtree(expired)
 
 
 def remove_leftovers(parent: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Signals that ask a process to finish its step, save, and leave."""
+"""SIGINT and SIGTERM as requests to finish the step, save, and exit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class StopSignal:
-    """While this context is open, SIGINT and SIGTERM ask for a stop instead of causing one.
+    """While this context is open, SIGINT and SIGTERM are noted instead of ending the process.
 
-    The training loop finishes its step, saves, and leaves. A second signal changes nothing, so an impatient Ctrl-C
+    The training loop finishes its step, saves, and exits. A second signal changes nothing, so an impatient Ctrl-C
     cannot cut the save short. SIGHUP is ignored: a run outlives the terminal that started it. Signals can only be
     caught in the main thread; elsewhere the context does nothing.
     """
@@ -22,7 +22,7 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Tell whether a signal arrived."""
+        """Whether a signal arrived."""
         return self.number is not None
 
     @property

@@ -1,6 +1,6 @@
-"""What ``auto`` means: decided once, when a run starts, by device and by measurement, then stored in the run.
+"""Choose what ``auto`` stands for: once, when a run starts, by device and by measurement; the run stores the choice.
 
-Memory is counted before it is taken: a refusal that says what to do beats being killed in the first step.
+Memory is counted before it is allocated: a refusal with advice beats being killed in the first step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from resmol.config.load import with_overrides
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
@@ -30,7 +29,7 @@ Arithmetic: TypeAlias = Literal["mkl", "onednn", "bfloat16"]
 COMPILE_SECONDS = 30.0
 COMPILE_SAVES = 0.02
 CPU_FLOPS_PER_SECOND = 1.5e11
-# bfloat16 must be this much faster before it is worth its rounding; oneDNN, so that noise does not decide.
+# bfloat16 must be this much faster to be worth its rounding; oneDNN, so that noise does not decide.
 BFLOAT16_MUST_GAIN = 1.2
 ONEDNN_MUST_GAIN = 1.05
 MEASUREMENTS = 7
@@ -39,32 +38,32 @@ MEMORY_SHARE = 0.85
 
 
 def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Replace every ``auto`` of the runtime section by a decision.
+    """Replace every ``auto`` of the runtime section by a choice.
 
     Returns:
-        The configuration without ``auto``, and a sentence for each decision.
+        The configuration without ``auto``, and a sentence for each choice.
     """
-    decisions: dict[str, str] = {}
+    choices: dict[str, str] = {}
     reasons: list[str] = []
     device = find_device(config.runtime.device)
     if config.runtime.device == "auto":
-        decisions["device"] = device.type
+        choices["device"] = device.type
     if "auto" in (config.runtime.precision, config.runtime.matmul_backend):
         arithmetic, why = _choose_arithmetic(config, device)
-        decisions |= arithmetic
-        config = with_overrides(config, [f"runtime.{key}={value}" for key, value in arithmetic.items()])  # for memory
+        choices |= arithmetic
+        config = config.replace({f"runtime.{key}": value for key, value in arithmetic.items()})  # for memory
         reasons += why
     if config.runtime.compile == "auto":
-        decisions["compile"], reason = _choose_compile(config, device)
+        choices["compile"], reason = _choose_compile(config, device)
         reasons.append(reason)
     if config.runtime.activation_checkpointing == "auto":
-        decisions["activation_checkpointing"], reason = _choose_activation_checkpointing(config, device)
+        choices["activation_checkpointing"], reason = _choose_activation_checkpointing(config, device)
         reasons.append(reason)
-    return with_overrides(config, [f"runtime.{key}={value}" for key, value in decisions.items()]), reasons
+    return config.replace({f"runtime.{key}": value for key, value in choices.items()}), reasons
 
 
 def needed_memory(config: RunConfig, *, recompute: bool) -> int:
-    """Return the bytes that a training step takes, counted (see `training_memory`), given a settled precision."""
+    """Return the bytes that a training step takes, counted (see `training_memory`), given a resolved precision."""
     parts = training_memory(
         config.model,
         config.batch.micro_batch_size,
@@ -78,7 +77,7 @@ def needed_memory(config: RunConfig, *, recompute: bool) -> int:
 
 
 def check_memory(config: RunConfig) -> None:
-    """Refuse a run that does not fit (`ConfigError`), given its settled configuration."""
+    """Refuse a run that does not fit (`ConfigError`), given its resolved configuration."""
     device = find_device(config.runtime.device)
     recompute = config.runtime.activation_checkpointing == "on"
     needed, free = needed_memory(config, recompute=recompute), _free_memory(device)
@@ -93,7 +92,7 @@ def check_memory(config: RunConfig) -> None:
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes for each process of a run on this machine, or None where the system does not say."""
+    """Return the free bytes for each process of a run on this machine, or None where they are unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = free_memory()
@@ -102,7 +101,7 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _choose_activation_checkpointing(config: RunConfig, device: torch.device) -> tuple[str, str]:
     if _several_processes():
-        return "off", "activation checkpointing: off (memory was not looked at, since there are several processes)"
+        return "off", "activation checkpointing: off (memory was not counted, since there are several ranks)"
     needed, free = needed_memory(config, recompute=False), _free_memory(device)
     chosen = "on" if free is not None and needed > MEMORY_SHARE * free else "off"
     room = "an unknown amount is" if free is None else f"{free / 1e9:.1f} GB are"
@@ -110,7 +109,7 @@ def _choose_activation_checkpointing(config: RunConfig, device: torch.device) ->
 
 
 def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[str, str], list[str]]:
-    """Decide precision and library of the products, which are measured against each other."""
+    """Choose precision and matmul backend by measuring them against each other."""
     if device.type == "cuda" or _several_processes():
         return _arithmetic_by_rule(config, device)
     precision, backend = config.runtime.precision, config.runtime.matmul_backend
@@ -118,7 +117,7 @@ def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[st
     libraries: list[Arithmetic] = ["mkl", "onednn"] if backend == "auto" and has_onednn() else [plain]
     narrow: list[Arithmetic] = [] if precision == "float32" else ["bfloat16"]
     candidates = narrow if precision == "bfloat16" else libraries + narrow
-    if len(candidates) == 1:  # then there is nothing to choose
+    if len(candidates) == 1:  # nothing to choose
         return {"precision": precision, "matmul_backend": plain}, []
     seconds = measured_seconds(config, candidates)
     reasons = []
@@ -126,7 +125,7 @@ def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[st
         gain = seconds["mkl"] / seconds["onednn"]
         plain = "onednn" if gain >= ONEDNN_MUST_GAIN else "mkl"
         reasons.append(
-            f"matmul_backend: {plain} (float32 products of oneDNN measured {gain:.2f}x as fast as the BLAS here)"
+            f"matmul_backend: {plain} (float32 matmuls of oneDNN measured {gain:.2f}x as fast as those of MKL here)"
         )
     if precision == "auto":
         gain = seconds[plain] / seconds["bfloat16"]
@@ -136,7 +135,7 @@ def _choose_arithmetic(config: RunConfig, device: torch.device) -> tuple[dict[st
 
 
 def _arithmetic_by_rule(config: RunConfig, device: torch.device) -> tuple[dict[str, str], list[str]]:
-    """Decide where there is nothing to measure (CUDA), or each process would measure something else."""
+    """Choose where there is nothing to measure (CUDA), or each rank would measure something else."""
     precision, backend = config.runtime.precision, config.runtime.matmul_backend
     reasons = []
     if precision == "auto" and device.type == "cuda":
@@ -144,12 +143,12 @@ def _arithmetic_by_rule(config: RunConfig, device: torch.device) -> tuple[dict[s
         reasons.append(f"precision: {precision}")
     elif precision == "auto":
         precision = "float32"
-        reasons.append("precision: float32 (not measured, since there are several processes)")
+        reasons.append("precision: float32 (not measured, since there are several ranks)")
     return {"precision": precision, "matmul_backend": "mkl" if backend == "auto" else backend}, reasons
 
 
 def _several_processes() -> bool:
-    """Tell whether each of several processes would measure for itself, and they could disagree."""
+    """Return whether each of several ranks would measure for itself, and they could disagree."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

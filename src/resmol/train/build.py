@@ -1,19 +1,67 @@
-"""Build what a run works with: model and optimizer, batches, compiled blocks."""
+"""Build what a run works with: its data and tokenizer, model and optimizer, batches, compiled blocks."""
 
 from __future__ import annotations
+
+import logging
+from pathlib import Path
 
 import torch._functorch.config
 
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.shards import TokenStream
+from resmol.data.resolve import data_folder, open_or_prepare
+from resmol.data.shards import Dataset, TokenStream, verify_shards
+from resmol.data.tokenizer import Tokenizer, load_tokenizer
+from resmol.errors import ConfigError
 from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
+from resmol.run.directory import RunDir
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.parallel import Runtime
 
-ACTIVATION_MEMORY_BUDGET = 0.9  # the share of what the compiler would keep for the backward pass by itself
+logger = logging.getLogger(__name__)
+
+ACTIVATION_MEMORY_BUDGET = 0.9  # share of the activations that the compiler would keep by default
+
+
+def open_run_data(
+    run: RunDir, config: RunConfig, data: str | None, tokenizer: str | Path | None
+) -> tuple[Dataset, Tokenizer]:
+    """Open the data of a run, verified, and its tokenizer; text is prepared if that was not done before.
+
+    Args:
+        run: The run directory; its copy of the tokenizer is taken where ``tokenizer`` is None.
+        config: The configuration that both must fit.
+        data: A prepared folder, or text; None reads what the configuration names.
+        tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
+
+    Raises:
+        ConfigError: The data was made with another tokenizer, or the tokenizer does not fit the model.
+        DataError: Data or tokenizer is missing or corrupt.
+    """
+    own = run.tokenizer if run.tokenizer.is_file() and tokenizer is None else tokenizer
+    found = load_tokenizer(own, sha256=config.tokenizer.sha256)
+    dataset = open_or_prepare(data_folder(None, config.data.path, run.data), data, found)
+    verify_shards(dataset)
+    _check_fit(dataset, config)
+    return dataset, found
+
+
+def _check_fit(dataset: Dataset, config: RunConfig) -> None:
+    if dataset.tokenizer_sha256 != config.tokenizer.sha256:
+        raise ConfigError(
+            f"the data was made with tokenizer {dataset.tokenizer_sha256[:12]}; this run is configured for "
+            f"{config.tokenizer.sha256[:12]}",
+            fix="prepare the text again with the run's tokenizer, or state the other one with "
+            f"--set tokenizer.sha256={dataset.tokenizer_sha256}",
+        )
+    if dataset.vocab_size > config.model.vocab_size or dataset.eos_id != config.model.eos_token_id:
+        raise ConfigError(
+            f"the tokenizer has {dataset.vocab_size} entries and ends documents with {dataset.eos_id}; the model has "
+            f"{config.model.vocab_size} and {config.model.eos_token_id}",
+            fix="set model.vocab_size and model.eos_token_id to the tokenizer's",
+        )
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
@@ -27,7 +75,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
 
 
 def make_loader(config: RunConfig, stream: TokenStream) -> Loader:
-    """Return the batches of a token stream, cut and shuffled as the configuration says."""
+    """Return the batches of a token stream, cut and shuffled as configured."""
     return Loader(
         stream,
         seq_len=config.data.seq_len,
@@ -39,11 +87,20 @@ def make_loader(config: RunConfig, stream: TokenStream) -> Loader:
     )
 
 
-def compile_blocks(model: CausalLM, config: RunConfig) -> None:
-    """Compile the transformer block, in place, where the configuration says so; names and weights stay.
+def make_val_loader(config: RunConfig, stream: TokenStream) -> Loader | None:
+    """Return the batches of the held-out split, or None where it is shorter than a window."""
+    if len(stream) > config.data.seq_len:
+        return make_loader(config, stream)
+    if config.evaluation.every:
+        logger.info(f"evaluation: none, since {len(stream)} held-out tokens are no window of {config.data.seq_len}")
+    return None
 
-    The compiler may keep less than all for the backward pass: it then computes again what costs no product (norms and
-    SwiGLU), while it reads what that is made of anyway. A smaller budget would make it repeat products.
+
+def compile_blocks(model: CausalLM, config: RunConfig) -> None:
+    """Compile the transformer block, in place, if ``runtime.compile`` is on; names and weights stay.
+
+    The compiler may keep less than all activations for the backward pass: it then recomputes norms and SwiGLU, whose
+    inputs it reads anyway and which need no matmul. A smaller budget would make it repeat matmuls.
     """
     if config.runtime.compile == "on":
         torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET

@@ -48,7 +48,6 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int = 0
     tokens_seen: int = 0
-    parent: str | None = None  # sha256 of the manifest of the last checkpoint that was durable when one was saved
     recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see loss_spikes.py
 
 
@@ -64,7 +63,7 @@ class Session:
     data_fingerprint: str
     tokenizer: Tokenizer
     journal: RunLog
-    saver: AsyncCheckpointer
+    checkpointer: AsyncCheckpointer
     stop: StopSignal
     recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be compared with
 
@@ -133,11 +132,9 @@ def train(state: TrainState, session: Session) -> None:
             record_evaluation(state, session)
         if not stopping and is_due(config.sampling.every, step, config.train.steps):
             record_sample(state, session)
-        permanent, last = step in config.checkpoint.permanent, step == config.train.steps
-        session.saver.settle(wait=False)  # a save on its way may be done by now
-        due = is_due(config.checkpoint.every, step, config.train.steps) or session.saver.owed is not None
-        if stopping or last or permanent or due:
-            save(state, session, permanent=permanent, wait=stopping or last)
+        session.checkpointer.poll()
+        if stopping or session.checkpointer.should_save(step):
+            save(state, session, wait=stopping or step == config.train.steps)
         if spike and config.train.on_spike == "stop":
             raise CheckFailed(
                 f"the loss of step {step} is {result.loss:.4f}, far above the recent ones; train.on_spike is stop",
@@ -289,10 +286,10 @@ def record_sample(state: TrainState, session: Session) -> None:
     session.journal.write("sample", step=state.step, prompt=wanted.prompt, text=text, seed=wanted.seed)
 
 
-def save(state: TrainState, session: Session, *, permanent: bool = False, wait: bool = False) -> None:
+def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
     """Write a checkpoint of this step; it becomes durable in the background, or before this returns with ``wait``.
 
-    Only the main process writes.
+    Only rank 0 writes.
     """
     if not session.runtime.is_rank_zero:
         return
@@ -304,8 +301,7 @@ def save(state: TrainState, session: Session, *, permanent: bool = False, wait: 
         data_fingerprint=session.data_fingerprint,
         ledger_head=session.journal.head,
         random_state=torch.get_rng_state().numpy().tobytes().hex(),
-        permanent=permanent,
+        permanent=state.step in session.config.checkpoint.permanent,
         recent_losses=state.recent_losses,
     )
-    session.saver.save(saved, CheckpointTensors.of(state.model, state.optimizer), wait=wait)
-    state.parent = session.saver.parent
+    session.checkpointer.save(saved, CheckpointTensors.of(state.model, state.optimizer), wait=wait)

@@ -1,4 +1,4 @@
-"""How an invocation begins: fresh, or from the newest whole checkpoint, and what the ledger says about it.
+"""Where a run begins: at its first step, or after the newest whole checkpoint; and what the ledger records of that.
 
 After a crash the ledger is ahead of the checkpoint. The steps in between are taken back with a ``rewind`` record and
 executed again; the loop compares their bits with the recorded ones, so every crash is a test of determinism.
@@ -7,8 +7,6 @@ executed again; the loop compares their bits with the recorded ones, so every cr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ import torch
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.checkpoint import MOMENTS, load_optimizer, load_weights, quarantine
-from resmol.run.checkpoint_manifest import STATE, damaged, list_checkpoints, load_state, newest_valid
+from resmol.run.checkpoint import MOMENTS, load_into, quarantine
+from resmol.run.checkpoint_manifest import STATE, Checkpoint, corrupt, list_checkpoints, newest_valid
 from resmol.run.directory import RunDir
 from resmol.run.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
 from resmol.run.log_writers import RunLog
@@ -29,97 +27,90 @@ from resmol.version import __version__
 BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "threads", "device")
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """The circumstances of an invocation.
-
-    Attributes:
-        run: The run directory.
-        config: The configuration, without ``auto``.
-        data_fingerprint: That of the data at hand.
-        environment: Facts about machine and libraries.
-        drifts: Accepted changes of the configuration.
-        allow_fresh: Begin again when every checkpoint is damaged.
-        strict: Refuse an environment in which bitwise equality is not promised.
-    """
-
-    run: RunDir
-    config: RunConfig
-    data_fingerprint: str
-    environment: dict[str, str | int]
-    drifts: dict[str, Any]
-    allow_fresh: bool = False
-    strict: bool = False
-
-
 def bitwise_facts(config: RunConfig) -> tuple[str, ...]:
     """Return the facts of which all must be equal for equal bits; a difference is recorded, and the promise is void.
 
-    The sum over micro-batches has another order when other processes share them; a sum of two has only one.
+    The sum over micro-batches has another order when other ranks share them; a sum of two has only one.
     """
     return (*BITWISE_FACTS, "world_size") if config.grad_accum_steps > 2 else BITWISE_FACTS
 
 
-def begin(state: TrainState, journal: RunLog, beginning: Beginning) -> dict[int, Record]:
-    """Bring ``state`` to where the run stands and record how.
+def resume_or_start(
+    state: TrainState,
+    run_log: RunLog,
+    run: RunDir,
+    config: RunConfig,
+    drifts: dict[str, Any],
+    data_fingerprint: str,
+    environment: dict[str, str | int],
+    *,
+    allow_fresh: bool = False,
+    strict: bool = False,
+) -> Checkpoint | None:
+    """Bring ``state`` to where the run stands, and record how.
+
+    Args:
+        state: Initial weights; filled from a checkpoint if there is one.
+        run_log: The open ledger of the run.
+        run: The run directory.
+        config: The configuration to go on with, without ``auto``.
+        drifts: Its accepted changes from the stored one, ``key -> {"from": ..., "to": ...}``.
+        data_fingerprint: That of the data at hand.
+        environment: Facts about machine and libraries.
+        allow_fresh: Begin again when every checkpoint is corrupt.
+        strict: Refuse an environment in which bitwise equality is not promised.
 
     Returns:
-        The newest executions of the steps after that point: they come again and must give the same bits. Empty
-        where bitwise equality is not promised.
+        The checkpoint that the run goes on from; None at its beginning.
 
     Raises:
         CheckpointError: The run saved checkpoints, and none of them is whole.
-        ConfigError: The data, or in strict mode the environment, is not that of the run.
-        CheckFailed: The ledger is older than the checkpoint.
+        ConfigError: The data, the stored configuration or, with ``strict``, the environment is not that of the run.
+        CheckFailed: The ledger is older than the checkpoint, or the checkpoint is that of another run.
         UsageError: The run is already past the last step that is asked for.
     """
-    facts = {"environment": beginning.environment, "config_sha256": beginning.config.sha256}
-    if not journal.records:
-        _record_start(journal, beginning, facts)
-        return {}
-    _check_fingerprint(journal.records, beginning.data_fingerprint)
-    comparable = _compare_environment(journal, beginning) and not beginning.drifts
-    checkpoint = _find_checkpoint(journal, beginning)
+    facts = {"environment": environment, "config_sha256": config.sha256}
+    if not run_log.records:
+        _record_start(run_log, run, config, data_fingerprint=data_fingerprint, **facts)
+        return None
+    _check_fingerprint(run_log.records, data_fingerprint)
+    _compare_environment(run_log, config, environment, strict=strict)
+    checkpoint = _find_checkpoint(run_log, run, allow_fresh=allow_fresh)
+    position = 1 if checkpoint is None else _check_bindings(run_log, checkpoint)
+    _check_stored_config(run, run_log.records, position, config, drifts)
+    step = 0 if checkpoint is None else checkpoint.state.step
+    if step > config.train.steps:
+        raise UsageError(
+            f"the run is at step {step}; --steps {config.train.steps} lies before it",
+            fix=f"give --steps {step} or more, or start a new run directory",
+        )
     if checkpoint is not None:
         restore(state, checkpoint)
-        _check_ledger_reaches(journal, checkpoint)
-    if state.step > beginning.config.train.steps:
-        raise UsageError(
-            f"the run is at step {state.step}; --steps {beginning.config.train.steps} lies before it",
-            fix=f"give --steps {state.step} or more, or start a new run directory",
-        )
-    _rewind(journal, state.step)
-    again = {step: record for step, record in comparable_steps(journal.records).items() if step > state.step}
-    if beginning.drifts:
-        journal.write("drift", changes=beginning.drifts, config_sha256=beginning.config.sha256)
-    if checkpoint is not None:
-        journal.write(
-            "resume",
-            step=state.step,
-            next_step=state.step + 1,
-            checkpoint=checkpoint.name,
-            manifest_sha256=state.parent,
-            **facts,
-        )
-    journal.sync()
-    return again if comparable else {}
+    _record_resume(run_log, checkpoint, drifts, facts)
+    return checkpoint
 
 
-def restore(state: TrainState, checkpoint: Path) -> None:
+def steps_to_repeat(records: list[Record], step: int) -> dict[int, Record]:
+    """Return the newest executions of the steps after ``step``, which must give the same bits when they come again.
+
+    There are none where bitwise equality is not promised.
+    """
+    return {number: record for number, record in comparable_steps(records).items() if number > step}
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """Fill ``state`` from a verified checkpoint (`CheckpointError` when it is that of another model)."""
-    saved, manifest_sha256 = load_state(checkpoint)
-    load_weights(checkpoint, state.model)
-    load_optimizer(checkpoint, state.model, state.optimizer)
+    load_into(checkpoint, state.model, state.optimizer)
+    saved = checkpoint.state
     try:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
     except (ValueError, RuntimeError):
-        raise damaged(checkpoint / STATE, "holds no state of PyTorch's random generator") from None
-    state.step, state.tokens_seen, state.parent = saved.step, saved.tokens_seen, manifest_sha256
-    state.recent_losses = saved.recent_losses
+        raise corrupt(checkpoint.path / STATE, "holds no state of PyTorch's random generator") from None
+    state.step, state.tokens_seen, state.recent_losses = saved.step, saved.tokens_seen, saved.recent_losses
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
-    """Bring the other processes to where the main one stands: counters, weights and moments."""
+    """Bring the other ranks to where rank 0 stands: counters, weights and moments."""
     counters = torch.tensor([state.step, state.tokens_seen], device=runtime.device)
     runtime.broadcast([counters])
     state.step, state.tokens_seen = (int(number) for number in counters)
@@ -138,22 +129,21 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
         runtime.broadcast(state.optimizer.state[parameter][moment] for moment in MOMENTS)
 
 
-def _record_start(journal: RunLog, beginning: Beginning, facts: dict[str, Any]) -> None:
-    if list_checkpoints(beginning.run.checkpoints):
+def _record_start(run_log: RunLog, run: RunDir, config: RunConfig, **facts: Any) -> None:
+    if list_checkpoints(run.checkpoints):
         raise CheckFailed(
-            f"{beginning.run.path} has checkpoints but an empty ledger: its record is lost",
+            f"{run.path} has checkpoints but an empty ledger: its record is lost",
             fix="restore ledger.jsonl from a copy, or start a new run directory",
         )
-    journal.write(
+    run_log.write(
         "start",
         format=FORMAT,
         version=__version__,
-        name=beginning.config.name,
-        data_fingerprint=beginning.data_fingerprint,
-        parameters=total_parameters(beginning.config.model),
+        name=config.name,
+        parameters=total_parameters(config.model),
         **facts,
     )
-    journal.sync()
+    run_log.sync()
 
 
 def _check_fingerprint(records: list[Record], fingerprint: str) -> None:
@@ -165,62 +155,103 @@ def _check_fingerprint(records: list[Record], fingerprint: str) -> None:
         )
 
 
-def _compare_environment(journal: RunLog, beginning: Beginning) -> bool:
-    """Tell whether bitwise equality with what came before is promised; record it where it is not."""
-    before, now = last_fact(journal.records, "environment"), beginning.environment
+def _compare_environment(
+    run_log: RunLog, config: RunConfig, environment: dict[str, str | int], *, strict: bool
+) -> None:
+    """Record where bitwise equality with what came before is not promised (`ConfigError` if ``strict``)."""
+    before = last_fact(run_log.records, "environment")
     changed = {
-        fact: {"from": before.get(fact), "to": now[fact]}
-        for fact in bitwise_facts(beginning.config)
-        if before.get(fact) != now[fact]
+        fact: {"from": before.get(fact), "to": environment[fact]}
+        for fact in bitwise_facts(config)
+        if before.get(fact) != environment[fact]
     }
-    if changed and beginning.strict:
+    if changed and strict:
         raise ConfigError(
             f"the environment changed, so bitwise equality is not promised: {changed}",
             fix="go back to the environment of the run, or leave out --strict",
         )
     if changed:
         what = "environment changed: bitwise equality is not promised from here"
-        journal.write("warn", what=what, changes=changed, environment=now)
-    return not changed
+        run_log.write("warn", what=what, changes=changed, environment=environment)
 
 
-def _find_checkpoint(journal: RunLog, beginning: Beginning) -> Path | None:
+def _find_checkpoint(run_log: RunLog, run: RunDir, *, allow_fresh: bool) -> Checkpoint | None:
     """Return the newest whole checkpoint, or None where the run had not saved any yet.
 
-    Those that are passed over lose their name: they would count as the newest in retention, and stop the next save.
+    Those that are skipped lose their name: they would count as the newest in retention, and stop the next save.
     """
-    recorded = {name: record["manifest_sha256"] for name, record in effective_saves(journal.records).items()}
-    folder = beginning.run.checkpoints
+    recorded = {name: record["manifest_sha256"] for name, record in effective_saves(run_log.records).items()}
+    folder = run.checkpoints
     if not recorded and not list_checkpoints(folder):
         return None
     try:
-        path, _, rejected = newest_valid(folder, recorded)
+        checkpoint, skipped = newest_valid(folder, recorded)
     except CheckpointError as error:
-        if not beginning.allow_fresh:
+        if not allow_fresh:
             raise
         reason = error.what.replace(f"{folder}", folder.name)  # the ledger may be published; places of a machine stay
-        journal.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=reason)
+        run_log.write("warn", what="no valid checkpoint: beginning again, as allowed", reason=reason)
         for path in list_checkpoints(folder):
             quarantine(path)
         return None
-    for item in rejected:
-        journal.write("warn", what="checkpoint passed over", checkpoint=item.path.name, reason=item.reason)
+    for item in skipped:
+        run_log.write("warn", what="checkpoint skipped", checkpoint=item.path.name, reason=item.reason)
         quarantine(item.path)
-    return path
+    return checkpoint
 
 
-def _check_ledger_reaches(journal: RunLog, checkpoint: Path) -> None:
-    """A checkpoint names the ledger's head at its time; a ledger without that line is an older copy."""
-    head = load_state(checkpoint)[0].ledger_head
-    if head != journal.head and head not in {record["prev"] for record in journal.records}:
+def _check_bindings(run_log: RunLog, checkpoint: Checkpoint) -> int:
+    """Compare what a checkpoint is bound to with the ledger: its head, configuration and data at that time.
+
+    Returns:
+        How many records the ledger had when the checkpoint was saved.
+    """
+    records, name = run_log.records, checkpoint.path.name
+    heads = [*(record["prev"] for record in records), run_log.head]
+    if checkpoint.state.ledger_head not in heads:
         raise CheckFailed(
-            f"the ledger ends before {checkpoint.name} was saved: it is an older copy",
+            f"the ledger ends before {name} was saved: it is an older copy",
             fix="restore the newer ledger.jsonl, or move the newer checkpoints away and go on from an older one",
+        )
+    position = heads.index(checkpoint.state.ledger_head)
+    for field in ("config_sha256", "data_fingerprint"):
+        found, recorded = getattr(checkpoint.state, field), last_fact(records[:position], field)
+        if found != recorded:
+            raise CheckFailed(
+                f"{name} is no checkpoint of this run: its {field} is {found[:12]}, and the ledger recorded "
+                f"{str(recorded)[:12]} before it was saved",
+                fix="move it out of the run, which then goes on from the checkpoint before",
+            )
+    return position
+
+
+def _check_stored_config(
+    run: RunDir, records: list[Record], position: int, config: RunConfig, drifts: dict[str, Any]
+) -> None:
+    """Refuse a stored configuration that the ledger did not record at the checkpoint or since: it was edited.
+
+    The ledger may be ahead of it, since a crash can come between the record of a drift and the new ``config.toml``.
+    """
+    stored = config.replace({key: change["from"] for key, change in drifts.items()}).sha256
+    known = {last_fact(records[:position], "config_sha256")} | {r.get("config_sha256") for r in records[position:]}
+    if stored not in known:
+        raise ConfigError(
+            f"{run.config} is not the configuration that the ledger recorded: a field of drift class A or B was edited",
+            fix="undo the edit; a field of class B is changed by --set, with --accept-drift",
         )
 
 
-def _rewind(journal: RunLog, to_step: int) -> None:
-    """Take back the steps after ``to_step``, if there are any."""
-    last = max(effective_steps(journal.records), default=0)
-    if last > to_step:
-        journal.write("rewind", from_step=last, to_step=to_step)
+def _record_resume(
+    run_log: RunLog, checkpoint: Checkpoint | None, drifts: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Take back the steps that are not in the checkpoint; record accepted drifts, and from where the run goes on."""
+    step = 0 if checkpoint is None else checkpoint.state.step
+    last = max(effective_steps(run_log.records), default=0)
+    if last > step:
+        run_log.write("rewind", from_step=last, to_step=step)
+    if drifts:
+        run_log.write("drift", changes=drifts, config_sha256=facts["config_sha256"])
+    if checkpoint is not None:
+        name, sha256 = checkpoint.path.name, checkpoint.manifest.sha256
+        run_log.write("resume", step=step, next_step=step + 1, checkpoint=name, manifest_sha256=sha256, **facts)
+    run_log.sync()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from resmol.bench.workers.main import Metrics, worker_main
 from resmol.config.load import load_config
-from resmol.run.checkpoint import load_optimizer, load_weights, moment_tensors, weight_tensors
-from resmol.run.checkpoint_manifest import verify_checkpoint
+from resmol.run.checkpoint import load_into, moment_tensors, weight_tensors
+from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.system.atomic_io import fsync_path
 from resmol.train.build import new_state
 from resmol.train.loop import TrainState
@@ -44,9 +44,9 @@ def load_with_resmol(task: Mapping[str, Any]) -> Metrics:
     """Verify a checkpoint and fill model and optimizer from it, as a resume does."""
     path, state = Path(task["checkpoint"]), fresh_state(Path(task["config"]))
     started = time.perf_counter()
-    verify_checkpoint(path)
-    load_weights(path, state.model)
-    load_optimizer(path, state.model, state.optimizer)
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify()
+    load_into(checkpoint, state.model, state.optimizer)
     return {"load_seconds": time.perf_counter() - started}
 
 

@@ -15,29 +15,30 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from resmol.checks import Check, all_passed
+from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckFailed, DataError
-from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES, Strict
+from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.atomic_io import file_sha256, fsync_path
 from resmol.version import __version__
 
 ExportKind = Literal["model", "space", "gguf"]
 
 
-class ExportedFile(Strict):
+class ExportedFile(StrictModel):
     """Size and sha256 of a file."""
 
     bytes: int
     sha256: str
 
 
-class PassedCheck(Strict):
+class PassedCheck(StrictModel):
     """A check that the export passed, and what was measured."""
 
     name: str
     measured: str
 
 
-class ExportManifest(Strict):
+class ExportManifest(StrictModel):
     """The content of an export's ``manifest.json``.
 
     Attributes:

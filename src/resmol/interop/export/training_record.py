@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from resmol.audit.certificate import current_certificate
+from resmol.audit.claims import read_claims
 from resmol.audit.plots import curve_images
-from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import data_folder
 from resmol.data.shards import Manifest, open_dataset
@@ -82,7 +82,7 @@ def write_record(source: Source, folder: Path) -> RunRecord:
     run, stored = source.run, source.settings
     assert run is not None, "a checkpoint without a run has no record"
     assert stored is not None, "a run has a configuration"
-    config = with_overrides(stored, ['data.path=""'])
+    config = stored.replace({"data.path": ""})
     copy = RunDir(folder)
     copy.config.write_text(config.to_toml(), encoding="utf-8")
     copy.ledger.write_bytes(run.ledger.read_bytes())
@@ -101,7 +101,7 @@ def write_record(source: Source, folder: Path) -> RunRecord:
         copy.certificate.write_bytes(run.certificate.read_bytes())
     else:
         certificate = None
-    if claims := run.claims():
+    if claims := read_claims(run):
         copy.evidence.mkdir()
         copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8")
     pictures = {}

@@ -1,0 +1,135 @@
+"""One process at a time holds a lock, whatever happens to the others."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from waiting import HANGS
+
+from resmol.errors import RunInUse
+from resmol.system.locks import exclusive_lock
+
+OWNER = """
+import sys
+import threading
+from pathlib import Path
+from resmol.errors import RunInUse
+from resmol.system.locks import exclusive_lock
+try:
+    with exclusive_lock(Path(sys.argv[1]) / "lock"):
+        print("locked", flush=True)
+        sys.stdin.read()
+except RunInUse as error:
+    print("refused", error.what, flush=True)
+    sys.exit(error.exit_code)
+"""
+Start = Callable[[Path], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start processes that try to hold a run until their standard input ends."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_owner(path: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", OWNER, str(path)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start_owner
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def descriptors() -> list[str]:
+    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def test_the_second_process_is_refused_with_the_name_of_the_first(tmp_path: Path, start: Start) -> None:
+    owner = start(tmp_path / "run")
+    assert first_line(owner) == "locked\n"
+    second = start(tmp_path / "run")
+    message = first_line(second)
+    assert message.startswith("refused")
+    assert f'"pid": {owner.pid}' in message
+    assert f'"host": {json.dumps(socket.gethostname())}' in message
+    assert second.wait(timeout=HANGS) == 75
+
+
+def test_of_many_at_once_exactly_one_gets_it(tmp_path: Path, start: Start) -> None:
+    processes = [start(tmp_path / "run") for _ in range(5)]
+    outcomes = sorted(first_line(process).split()[0] for process in processes)
+    assert outcomes == ["locked", "refused", "refused", "refused", "refused"]
+
+
+def test_a_killed_owner_frees_the_run(tmp_path: Path, start: Start) -> None:
+    owner = start(tmp_path / "run")
+    assert first_line(owner) == "locked\n"
+    with pytest.raises(RunInUse), exclusive_lock(tmp_path / "run" / "lock"):
+        pass
+    owner.send_signal(signal.SIGKILL)
+    owner.wait(timeout=HANGS)
+    with exclusive_lock(tmp_path / "run" / "lock"):
+        written = json.loads((tmp_path / "run" / "lock").read_text())
+    assert written == {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def test_an_error_frees_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(KeyError), exclusive_lock(path):
+        raise KeyError
+    with exclusive_lock(path):
+        pass
+
+
+def test_the_lock_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    before = descriptors()
+    with exclusive_lock(path), pytest.raises(RunInUse), exclusive_lock(path):
+        pass
+    assert descriptors() == before
+
+
+def test_an_unreadable_owner_is_unknown_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with exclusive_lock(path):
+        (tmp_path / "lock").write_bytes(b"\xff\xfe")
+        with pytest.raises(RunInUse, match="in use by another process"), exclusive_lock(path):
+            pass
+        (tmp_path / "lock").write_bytes(b"")
+        with pytest.raises(RunInUse, match="unknown"), exclusive_lock(path):
+            pass
+
+
+def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new owner has the lock but has not written its name yet; the file still names a process that is dead."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    file = tmp_path / "lock"
+    file.write_text(json.dumps({"pid": dead.pid, "host": socket.gethostname()}))
+    owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+    with file.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda _seconds: file.write_text(owner))  # while the contender waits
+        with pytest.raises(RunInUse) as refused, exclusive_lock(tmp_path / "lock"):
+            pass
+    assert owner in refused.value.what
