@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from served import Served, ask, final_text
 from waiting import HANGS
 
@@ -97,7 +97,12 @@ def test_the_fields_reach_the_model(visit: Visit, served: Served) -> None:
 
 
 def test_stop(visit: Visit, served: Served) -> None:
+    def slowly(route: Route) -> None:  # text that is on its way comes after Stop was pressed
+        visit.page.wait_for_timeout(300)
+        route.continue_()
+
     before = served.tokens()
+    visit.page.route("**/gradio_api/cancel", slowly)
     visit.generate("ka", temperature=0, max_new_tokens=500)
     expect(visit.page.locator("#status")).to_contain_text("writing")
     visit.page.click("#stop")

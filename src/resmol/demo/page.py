@@ -21,6 +21,7 @@ from resmol.run.ledger import LedgerTampered, read_ledger
 from resmol.system.templates import template_environment
 
 EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
+READING, WRITING = "reading the prompt", "writing"
 UPDATE_SECONDS = 0.05  # the text on the page grows twenty times a second, however fast the model is
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -66,8 +67,10 @@ def build_page(loaded: LoadedModel, provenance: Provenance, limits: Limits, has_
             show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate",
             trigger_mode="once",
         )  # fmt: skip
-        # These three run in the browser alone, so there is no further function that a stranger could call.
-        stop.click(None, [status], [status], js="(s) => (s || '').replace('writing', 'stopped')", cancels=[event])
+        # These run in the browser alone, so there is no further function that a stranger could call. The status changes
+        # after the end of the answer: an update that is on its way while Stop is pressed would say "writing" again.
+        stop.click(None, cancels=[event])
+        event.then(None, [status], [status], js=f"(s) => (s || '').replace(/{READING}|{WRITING}/, 'stopped')")
         for button, text in zip(buttons, EXAMPLES, strict=True):
             button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
     blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
@@ -140,7 +143,7 @@ def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[]
     notice = untokenizable_notice(loaded.tokenizer, request.prompt)
     tokens: list[int] = []
     text, shown, started, end = request.prompt, 0.0, time.monotonic(), ""
-    yield text, _status("reading the prompt", 0, 0.0, notice)
+    yield text, _status(READING, 0, 0.0, notice)
     stream = loaded.stream(request.prompt, request.sampling, on_token=tokens.append)
     for piece in stream:
         text += piece
@@ -152,7 +155,7 @@ def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[]
             break
         if now - shown >= UPDATE_SECONDS:
             shown = now
-            yield text, _status("writing", len(tokens), now - started, notice)
+            yield text, _status(WRITING, len(tokens), now - started, notice)
     end = end or FINISH_REASONS[stream.completion().finish_reason]
     yield text, _status(end, len(tokens), time.monotonic() - started, notice)
 
