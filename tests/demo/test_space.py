@@ -102,7 +102,7 @@ def test_the_package_in_it_is_whole(demo_space: Path) -> None:
 
 def test_it_starts_from_its_folder(demo_space: Path, demo_run: Path, tmp_path: Path) -> None:
     space = Path(shutil.copytree(demo_space, tmp_path / "space"))
-    heading = space / "resmol" / "templates" / "demo_heading.html.j2"
+    heading = space / "resmol" / "demo" / "templates" / "demo_heading.html.j2"
     heading.write_text(heading.read_text().replace("<h1>", "<h1>from the folder: "))
     with demo_process([sys.executable, "app.py"], tmp_path, cwd=space, env=environment()) as served:
         assert "from the folder: export of a checkpoint" in httpx.get(f"{served.url}/config", timeout=HANGS).text

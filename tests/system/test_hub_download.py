@@ -142,12 +142,15 @@ def test_headers_that_never_end_are_given_up(hub: Hub, monkeypatch: pytest.Monke
     released.set()
 
 
-def test_a_password_in_the_address_of_the_hub_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", ["GET", ""])
+def test_a_password_in_the_address_of_the_hub_is_not_shown(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
     address = hub.endpoint.replace("//", "//user:s3cr3t@w0rd@")
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.endpoint, address)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    hub.breaks = lambda request: 503 if request.startswith("GET") else None
+    hub.breaks = lambda request: 503 if request.startswith(broken) else None
     for ask in (hub_tensors, hub_names):
         with pytest.raises(NetworkError) as caught:
             ask("alice/nano", fix=FIX)

@@ -156,7 +156,7 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
         name="tensor shapes",
         passed=not wrong,
         measured="; ".join(wrong[:_SHOWN]) + _and_more(wrong) or f"{len(common)} shapes",
-        expected="the shapes that config.json implies",
+        expected="the shapes that the configuration implies",
         guards="a config.json that belongs to another model",
     )
 

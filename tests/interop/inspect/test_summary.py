@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from hub_server import Hub, Repo, hub_with_client, sha256
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -182,7 +183,7 @@ def test_a_run_without_a_checkpoint_is_shown(train_tiny: TrainTiny, tmp_path: Pa
 
 
 def test_a_gguf_file_tells_its_architecture(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG))
+    path = write_gguf(tmp_path / "x.gguf", GGUF_CONFIG, hf_weights(GGUF_CONFIG), GGMLQuantizationType.Q8_0)
     found = inspect_model(str(path))
     assert found.config == GGUF_CONFIG
     assert [check.passed for check in found.checks] == [True, True, True]
