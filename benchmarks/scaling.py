@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from resmol.bench.subprocess_runs import QUIET, prepared_folder, run_training
 from resmol.cli.terminal import show_messages
 from resmol.config.load import load_preset, parse_overrides
 from resmol.config.run_config import RunConfig
-from resmol.errors import ConfigError, UsageError
+from resmol.errors import ConfigError, ResmolError, UsageError
 from resmol.model.flops import training_flops_per_token
 from resmol.system.host import free_memory
 from resmol.train.autotune import needed_memory, resolve_auto
@@ -273,4 +274,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ResmolError as error:
+        sys.exit(f"error: {error.what}\n  fix: {error.fix}")

@@ -19,6 +19,7 @@ from resmol.bench.workers.main import Metrics
 from resmol.cli.terminal import show_messages
 from resmol.config.load import load_preset
 from resmol.config.run_config import RunConfig
+from resmol.errors import ResmolError
 from resmol.run.ledger import effective_steps
 
 SECONDS = Quantity("seconds", "seconds", ".2f")
@@ -91,4 +92,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except ResmolError as error:
+        sys.exit(f"error: {error.what}\n  fix: {error.fix}")

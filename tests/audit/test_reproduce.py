@@ -16,7 +16,7 @@ from tiny import TrainTiny
 from waiting import until
 
 from resmol.audit import reproduce as module
-from resmol.audit.evidence import claims
+from resmol.audit.claims import make_claims
 from resmol.audit.reproduce import ReproduceSpec, estimate_seconds, reproduce
 from resmol.cli.console import terminal_log_writers
 from resmol.config.load import with_overrides
@@ -96,7 +96,7 @@ def test_claims_fail_when_the_evidence_does(
 ) -> None:
     train_tiny(spec.run.path, 25)
     spec.run.evidence.mkdir()
-    checks = {check.name: check.passed for check in claims(spec.run, spec.config(), 20, 25)}
+    checks = {check.name: check.passed for check in make_claims(spec.run, spec.config(), 20, 25)}
     assert not checks["architecture and parity with transformers"]
     assert not checks["a new process resumed at step 21"], "one process went through"
     assert not checks["generates text"]

@@ -8,7 +8,6 @@ kept, and the other parts are repeated.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from resmol.audit.evidence import claims
+from resmol.audit.claims import make_claims, write_claims
 from resmol.audit.report import write_report
-from resmol.checks import Check, all_passed
+from resmol.checks import Check
 from resmol.config.load import load_preset
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, StepBatch
@@ -123,9 +122,8 @@ def reproduce(spec: ReproduceSpec) -> list[Check]:
     prompt = config.sampling.prompt
     _part(spec, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"])
 
-    checks = claims(run, config, spec.steps, spec.last_step)
-    evidence = {"passed": all_passed(checks), "checks": [check.to_dict() for check in checks]}
-    write_durable(run.claims_file, json.dumps(evidence, indent=1).encode())
+    checks = make_claims(run, config, spec.steps, spec.last_step)
+    write_claims(run, checks)
     logger.info(f"report: {write_report(run)}")
     return checks
 

@@ -225,7 +225,8 @@ class Comparison:
     @property
     def heading(self) -> str:
         """The title, with the number of rounds."""
-        return f"{self.title}; {self.rounds} rounds, interleaved" + ("" if self.complete else " (interrupted)")
+        count = f"{self.rounds} round{'' if self.rounds == 1 else 's'}"
+        return f"{self.title}; {count}, interleaved" + ("" if self.complete else " (interrupted)")
 
     def render(self, console: Console) -> None:
         """Print the table to a terminal."""
