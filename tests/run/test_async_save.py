@@ -51,13 +51,13 @@ class Bench:
     config: RunConfig
     state: TrainState
     folder: Path
-    journal: RunLog
+    run_log: RunLog
     gate: threading.Event
     threads: list[tuple[str, threading.Thread]]  # who wrote, and who committed
 
     def checkpointer(self, keep_last: int = 10) -> AsyncCheckpointer:
         config = self.config.replace({"checkpoint.keep_last": keep_last})
-        checkpointer = AsyncCheckpointer(self.folder, config, self.journal, None)
+        checkpointer = AsyncCheckpointer(self.folder, config, self.run_log, None)
         checkpointer._thread.submit(self.gate.wait, PATIENCE)
         return checkpointer
 
@@ -70,7 +70,7 @@ class Bench:
         """Fill everything with the step, and save that."""
         self.fill(float(step))
         saved = SavedState(
-            step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.journal.head,
+            step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.run_log.head,
             random_state="", permanent=permanent,
         )  # fmt: skip
         checkpointer.save(saved, CheckpointTensors.of(self.state.model, self.state.optimizer), wait=wait)
@@ -82,10 +82,10 @@ class Bench:
             then(checkpointer)
 
     def saves(self) -> list[int]:
-        return [record["step"] for record in select(self.journal.records, "save")]
+        return [record["step"] for record in select(self.run_log.records, "save")]
 
     def warnings(self) -> list[Record]:
-        return list(select(self.journal.records, "warn"))
+        return list(select(self.run_log.records, "warn"))
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(saving, name, noting(made.threads, name, getattr(saving, name)))
     yield made
     made.gate.set()
-    made.journal.close()
+    made.run_log.close()
 
 
 def noting(threads: list[tuple[str, threading.Thread]], name: str, genuine: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,11 +120,11 @@ def values_in(path: Path) -> set[float]:
 
 def test_a_save_is_of_the_moment_that_it_was_asked_for(bench: Bench) -> None:
     """Weights, moments and the ledger's head are those of step 5, whatever happens before they are on the disk."""
-    bench.journal.write("warn", what="step 5")
-    head = bench.journal.head
+    bench.run_log.write("warn", what="step 5")
+    head = bench.run_log.head
     with bench.checkpointer() as checkpointer:
         bench.save(checkpointer, 5)
-        bench.journal.write("warn", what="step 6")
+        bench.run_log.write("warn", what="step 6")
         bench.fill(6.0)
         bench.gate.set()
     path = bench.folder / "step-00000005"
@@ -137,11 +137,11 @@ def test_the_ledger_hears_of_it_when_it_is_durable(bench: Bench) -> None:
         bench.save(checkpointer, 5)
         checkpointer.poll()
         assert (bench.saves(), list_checkpoints(bench.folder)) == ([], [])
-        bench.journal.write("warn", what="training goes on")
+        bench.run_log.write("warn", what="training goes on")
         bench.gate.set()
         checkpointer.wait_until_finished()
-        assert [record["kind"] for record in bench.journal.records] == ["warn", "save"]
-        assert bench.journal.records[-1]["manifest_sha256"] == read_manifest(bench.folder / "step-00000005").sha256
+        assert [record["kind"] for record in bench.run_log.records] == ["warn", "save"]
+        assert bench.run_log.records[-1]["manifest_sha256"] == read_manifest(bench.folder / "step-00000005").sha256
     assert bench.saves() == [5]
 
 
@@ -317,7 +317,7 @@ def test_of_two_errors_the_first_is_raised_and_both_are_recorded(bench: Bench, m
     monkeypatch.setattr(saving, "commit_checkpoint", broken(OSError(5, "the disk is broken")))
     with pytest.raises(ZeroDivisionError):
         bench.save_and(lambda _: 1 / 0)
-    warning = bench.journal.records[-1]
+    warning = bench.run_log.records[-1]
     assert warning["what"] == "a checkpoint was not written"
     assert "the disk is broken" in warning["reason"]
 

@@ -81,10 +81,10 @@ class Broken:
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("I/O operation on closed file")])
 def test_a_broken_log_writer_is_disabled_once(tmp_path: Path, error: Exception) -> None:
     writer, ledger = Broken(error), Ledger(tmp_path / "ledger.jsonl")
-    journal = RunLog(ledger, [writer])
+    run_log = RunLog(ledger, [writer])
     for step in (1, 2, 3):
-        journal.write("step", **step_record(step))
-    journal.close()
+        run_log.write("step", **step_record(step))
+    run_log.close()
     records = read_ledger(tmp_path / "ledger.jsonl").records
     assert [record["kind"] for record in records] == ["step", "warn", "step", "step"]
     assert records[1]["what"] == "Broken disabled"
@@ -150,10 +150,10 @@ def test_a_slow_reader_loses_lines_and_no_halves(tmp_path: Path) -> None:
 
 
 def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
-    journal = RunLog(Ledger(tmp_path / "ledger.jsonl"), [TextLogWriter(Path("/dev/full"), StepFormatter(1, 2))])
-    journal.write("step", **step_record(1))
-    journal.write("step", **step_record(2))
-    journal.close()
+    run_log = RunLog(Ledger(tmp_path / "ledger.jsonl"), [TextLogWriter(Path("/dev/full"), StepFormatter(1, 2))])
+    run_log.write("step", **step_record(1))
+    run_log.write("step", **step_record(2))
+    run_log.close()
     assert sum(1 for _ in select(read_ledger(tmp_path / "ledger.jsonl").records, "warn")) == 1
 
 

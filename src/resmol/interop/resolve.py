@@ -180,6 +180,7 @@ def _settings(kind: Literal["preset", "config", "run"], path: Path, settings: Ru
 
 
 def _run(run: RunDir, headers_only: bool) -> Source:
+    run.require()
     if not list_checkpoints(run.checkpoints):
         found = _settings("run", run.path, run.load_config())
         return replace(found, run=run, notes=("the run has no checkpoint yet",))

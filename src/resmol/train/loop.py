@@ -62,7 +62,7 @@ class Session:
     val: Loader | None
     data_fingerprint: str
     tokenizer: Tokenizer
-    journal: RunLog
+    run_log: RunLog
     checkpointer: AsyncCheckpointer
     stop: StopSignal
     recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be compared with
@@ -141,13 +141,13 @@ def train(state: TrainState, session: Session) -> None:
                 fix="look at its windows and at the learning rate; to go on all the same: --set train.on_spike=warn",
             )
         if stopping:
-            session.journal.write("stop", step=step, reason=session.stop.name or "a signal to another rank")
+            session.run_log.write("stop", step=step, reason=session.stop.name or "a signal to another rank")
             raise Interrupted(
                 f"stopped by {session.stop.name or 'a signal to another rank'} after step {step}, which is saved",
                 fix="run the same command again to go on",
                 signal_number=session.stop.number or 15,
             )
-    session.journal.write("stop", step=state.step, reason="finished")
+    session.run_log.write("stop", step=state.step, reason="finished")
 
 
 def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: Runtime) -> StepResult:
@@ -213,11 +213,11 @@ def is_due(every: int, step: int, last: int) -> bool:
 
 def record_step(session: Session, result: StepResult, seconds: float) -> None:
     """Write the step into the ledger; if it was executed before, it must be the same step again."""
-    record = session.journal.write("step", **result.to_record(), seconds=round(seconds, 6))
+    record = session.run_log.write("step", **result.to_record(), seconds=round(seconds, 6))
     before = session.recorded.pop(result.step, record)
     if name := first_difference(before, record):
-        session.journal.write("warn", what="re-executed step differs", step=result.step, field=name)
-        session.journal.sync()
+        session.run_log.write("warn", what="re-executed step differs", step=result.step, field=name)
+        session.run_log.sync()
         raise CheckFailed(
             f"step {result.step} was executed again after a crash and its {name} is {record[name]}; the ledger has "
             f"{before[name]} from the first time",
@@ -230,7 +230,7 @@ def record_spike(state: TrainState, session: Session, loss: float) -> bool:
     spike = is_spike(loss, state.recent_losses)
     if spike:
         median = statistics.median(state.recent_losses)
-        session.journal.write("warn", what="loss spike", step=state.step, loss=loss, median=median)
+        session.run_log.write("warn", what="loss spike", step=state.step, loss=loss, median=median)
     state.recent_losses = append_loss(loss, state.recent_losses)
     return spike
 
@@ -242,7 +242,7 @@ def record_straggler(session: Session, step: int, seconds: float) -> None:
         return
     monitor.count_work(seconds)
     if step % STRAGGLER_STEPS == 0 and (reason := monitor.straggler(session.runtime.device)):
-        session.journal.write("warn", what="straggler", step=step, reason=reason)
+        session.run_log.write("warn", what="straggler", step=step, reason=reason)
 
 
 def record_evaluation(state: TrainState, session: Session) -> None:
@@ -257,7 +257,7 @@ def record_evaluation(state: TrainState, session: Session) -> None:
     spelled = tokenizer.spelled_end_bytes(session.val.spelled_ends(windows))
     with torch.compiler.set_stance("force_eager"):
         result = evaluate(state.model, batches, tokenizer.byte_lengths(), session.runtime, spelled_bytes=spelled)
-    session.journal.write(
+    session.run_log.write(
         "eval",
         step=state.step,
         split="val",
@@ -283,7 +283,7 @@ def record_sample(state: TrainState, session: Session) -> None:
     with torch.compiler.set_stance("force_eager"):
         new = list(generate(state.model, prompt, sampling, eos_id=session.tokenizer.eos_id))
     text = session.tokenizer.decode(new)
-    session.journal.write("sample", step=state.step, prompt=wanted.prompt, text=text, seed=wanted.seed)
+    session.run_log.write("sample", step=state.step, prompt=wanted.prompt, text=text, seed=wanted.seed)
 
 
 def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
@@ -299,7 +299,7 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
         tokens_seen=state.tokens_seen,
         config_sha256=session.config.sha256,
         data_fingerprint=session.data_fingerprint,
-        ledger_head=session.journal.head,
+        ledger_head=session.run_log.head,
         random_state=torch.get_rng_state().numpy().tobytes().hex(),
         permanent=state.step in session.config.checkpoint.permanent,
         recent_losses=state.recent_losses,

@@ -173,5 +173,5 @@ def _train(state: TrainState, session: Session) -> None:
     try:
         train(state, session)
     except ProcessLost as error:
-        session.journal.write("warn", what="processes lost each other", step=state.step, reason=error.what)
+        session.run_log.write("warn", what="a collective failed", step=state.step, reason=error.what)
         raise
