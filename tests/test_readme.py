@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from resmol.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FILE_MAP = README.partition("## File map")[2]
+HOUSE = README.partition("## Read the code")[2]
 
 
 def code_blocks(language: str) -> list[str]:
@@ -25,16 +26,21 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("resmol ")]
 
 
-def test_file_map_names_every_module_once_and_nothing_else() -> None:
-    named = re.findall(r"`((?:src|docs|tests)/[\w./-]+)`", FILE_MAP)
-    assert sorted(named) == sorted(set(named)), "named twice"
-    missing = [name for name in named if not (ROOT / name).exists()]
-    assert not missing
+def test_the_tree_names_every_folder_and_the_files_to_start_with() -> None:
     package = ROOT / "src" / "resmol"
-    modules = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
-    folders = {name.rstrip("/") for name in named if (ROOT / name).is_dir()}
-    unnamed = {module for module in modules - set(named) if str(Path(module).parent) not in folders}
-    assert not unnamed
+    named = re.findall(r"^  (\w+)/ ", HOUSE, re.MULTILINE)
+    assert sorted(named) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    order = [name.strip() for layer in reversed(contract["layers"]) for name in layer.split(":")]
+    rank = {name: number for number, layer in enumerate(reversed(contract["layers"])) for name in layer.split(" : ")}
+    assert [rank[name] for name in named] == sorted(rank[name] for name in named), (
+        f"the order of the contract is {order}"
+    )
+    files = re.findall(r"`(\w+/\w+\.py)`", HOUSE)
+    assert files
+    assert [name for name in files if not (package / name).is_file()] == []
 
 
 def test_links_lead_somewhere() -> None:

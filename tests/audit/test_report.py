@@ -11,8 +11,8 @@ import pytest
 from tiny import TrainTiny, rewrite, step_record
 
 from resmol.audit.plots import smoothed, thin
-from resmol.audit.report import duration, summary_facts, write_report
-from resmol.errors import DataError
+from resmol.audit.report import duration, summary_facts, write_loss_image, write_report
+from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, LedgerTampered
 
@@ -147,3 +147,21 @@ def test_facts() -> None:
 def test_smoothing() -> None:
     assert smoothed([3.0] * 5, 10) == pytest.approx([3.0] * 5), "no bias towards zero at the beginning"
     assert smoothed([0.0, 1.0], 3) == pytest.approx([0.0, 2 / 3])
+
+
+def test_the_loss_curve_is_an_image_of_its_own(run: RunDir, tmp_path: Path) -> None:
+    write_loss_image(run, tmp_path / "loss.svg")
+    drawing = (tmp_path / "loss.svg").read_text(encoding="utf-8")
+    assert drawing.startswith("<svg")
+    assert "resumed at 21" in drawing
+    assert "held out" in drawing
+    write_loss_image(run, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match="neither"):
+        write_loss_image(run, tmp_path / "loss.jpg")
+
+
+def test_a_run_without_a_step_has_no_curve(run: RunDir, tmp_path: Path) -> None:
+    rewrite(run, lambda records: records[:1])
+    with pytest.raises(DataError, match="has not recorded a step"):
+        write_loss_image(run, tmp_path / "loss.svg")

@@ -135,7 +135,7 @@ def test_json_in_a_text_may_be_a_prompt(tmp_path: Path) -> None:
     ("name", "content", "kind"),
     [
         ("a.txt", b"PK\x03\x04" + bytes(99), "a ZIP archive"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "gzip-compressed data"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0), "gzip-compressed data"),
         ("a.txt", "one\ntwo\n".encode("utf-16-le") * 9, "text in utf-16-le without a byte order mark"),
         ("a.json", b'["one", "two"]', "a JSON array"),
         ("a.csv", b"id,prompt\n1,one\n", "a table"),

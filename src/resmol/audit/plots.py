@@ -45,6 +45,19 @@ def curve_images(records: Sequence[Record]) -> dict[str, bytes]:
     return {title: _draw(records, paint, size, _png) for title, (paint, size) in _panels(records).items()}
 
 
+def loss_image(records: Sequence[Record], suffix: str) -> bytes:
+    """Return the loss curve as the content of an image file, on white.
+
+    Args:
+        records: The records of a ledger; they hold at least one step.
+        suffix: ``.svg`` or ``.png``.
+    """
+    paint, size = _panels(records)["Loss"]
+    if suffix == ".png":
+        return _draw(records, paint, size, _png)
+    return _draw(records, paint, size, lambda figure: svg(figure, transparent=False)).encode()
+
+
 def _panels(records: Sequence[Record]) -> dict[str, tuple[Painter, tuple[float, float]]]:
     if not effective_steps(list(records)):
         return {}
@@ -70,10 +83,10 @@ def _draw(
         return save(figure)
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure, *, transparent: bool = True) -> str:
     """Return a figure as an SVG element."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=transparent)
     text = out.getvalue()
     return text[text.index("<svg") :]  # without the XML declaration, which is not allowed inside HTML
 

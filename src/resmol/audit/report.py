@@ -11,8 +11,8 @@ import jinja2
 
 from resmol.audit.certificate import current_certificate
 from resmol.audit.claims import read_claims
-from resmol.audit.plots import curves
-from resmol.errors import DataError
+from resmol.audit.plots import curves, loss_image
+from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import describe
@@ -24,6 +24,26 @@ TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
 SMOOTHED_STEPS = 50
 # Raised by records whose chain holds but in which a field is missing or has another type.
 MALFORMED_RECORD = (TypeError, ValueError, KeyError, AttributeError, IndexError, StopIteration, jinja2.TemplateError)
+
+
+IMAGES = (".svg", ".png")
+
+
+def write_loss_image(run: RunDir, out: Path) -> None:
+    """Write the loss curve of a run as an image, SVG or PNG by the name of ``out``.
+
+    Raises:
+        UsageError: The name ends with neither.
+        DataError: This is not a run directory, it has no ledger, or no step was recorded.
+        LedgerTampered: The hash chain of the ledger is broken.
+    """
+    if out.suffix not in IMAGES:
+        raise UsageError(f"--plot {out} is neither .svg nor .png", fix=f"name it {out.with_suffix('.svg')}")
+    run.require()
+    records = read_ledger(run.ledger).records
+    if not effective_steps(records):
+        raise DataError(f"{run.path} has not recorded a step yet", fix="plot it after some steps")
+    write_durable(out, loss_image(records, out.suffix))
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:

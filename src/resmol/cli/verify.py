@@ -94,8 +94,15 @@ def audit(
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html if left out.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the loss curve instead, as .svg or .png.")
+    ] = None,
 ) -> None:
-    """Write a run as one self-contained page."""
-    from resmol.audit.report import write_report
+    """Write a run as one self-contained page, or its loss curve as an image."""
+    from resmol.audit.report import write_loss_image, write_report
 
-    typer.echo(str(write_report(RunDir(run), out)))
+    if plot is not None and out is not None:
+        raise UsageError("--out and --plot are both given", fix="give one of them; --plot names the image itself")
+    if plot is not None:
+        write_loss_image(RunDir(run), plot)
+    typer.echo(str(plot or write_report(RunDir(run), out)))
