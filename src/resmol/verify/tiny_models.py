@@ -99,7 +99,8 @@ def tiny_model_parity(config: ModelConfig, shapes: tuple[TinyShape, ...] = STAND
         results = {f"{shape}: {check.name}": check for shape in shapes for check in _shape_parity(shape, precision)}
         failed = {name: check for name, check in results.items() if not check.passed}
         measured = f"{len(results) - len(failed)} of {len(results)} comparisons on {len(shapes)} shapes hold"
-        checks.append(Check(f"tiny models, {precision}", not failed, measured, "all of them", _GUARDS[precision]))
+        row = f"tiny models, {precision.removeprefix('bfloat16 ')}"
+        checks.append(Check(row, not failed, measured, "all of them", _GUARDS[precision]))
         checks += [replace(check, name=f"{precision}, {name}") for name, check in failed.items()]
     return [*checks, late_positions(config, "float32"), late_positions(config, "bfloat16")]
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
-from jaxtyping import Int
 from torch import Tensor
 
 from resmol.checks import Check
@@ -30,7 +29,7 @@ from resmol.verify.parity import Baseline, Precision, baseline, ids_for, rms_err
 from resmol.verify.tiny_models import fill, two_tiny_blocks
 
 WINDOW = 144  # tokens: two blocks of the blockwise attention backward pass
-DOCUMENT_ENDS = (61, 133)  # where the second document of each window begins
+DOCUMENT_STARTS = (61, 133)  # where the second document of each window begins
 LOSS_CHUNK = 100  # two chunks of each window, of different lengths
 
 
@@ -79,8 +78,8 @@ def training_parity(config: ModelConfig) -> list[Check]:
     """
     tiny = two_tiny_blocks(config).model_copy(update={"max_position_embeddings": WINDOW + 1})
     weights = fill(CausalLM(tiny), seed=11).state_dict()
-    ids = ids_for(tiny.vocab_size, len(DOCUMENT_ENDS), WINDOW + 1, seed=12)
-    document_ids = (torch.arange(WINDOW + 1) >= torch.tensor(DOCUMENT_ENDS)[:, None]).long()
+    ids = ids_for(tiny.vocab_size, len(DOCUMENT_STARTS), WINDOW + 1, seed=12)
+    document_ids = (torch.arange(WINDOW + 1) >= torch.tensor(DOCUMENT_STARTS)[:, None]).long()
     baselines: dict[Precision, Baseline] = {
         precision: baseline(tiny, weights, precision, ids=ids, document_ids=document_ids)
         for precision in ("float32", "bfloat16 autocast")
@@ -100,7 +99,7 @@ def _run_config(model: ModelConfig, variant: Variant) -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig(seq_len=WINDOW),
-        batch=BatchConfig(micro_batch_size=1, global_batch_tokens=len(DOCUMENT_ENDS) * WINDOW),
+        batch=BatchConfig(micro_batch_size=1, global_batch_tokens=len(DOCUMENT_STARTS) * WINDOW),
         runtime=RuntimeConfig(**{**runtime, **variant.runtime}),
     )
 
@@ -119,22 +118,20 @@ def _check(
     if config.runtime.compile == "on" and not has_compiler():
         return without_numbers("not checked: there is no C++ compiler here", passed=True)
     try:
-        found = _step(config, weights, base.ids, base.document_ids)
+        found = _step(config, weights, base)
     except RuntimeError as error:  # PyTorch's compiler
-        return without_numbers(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", passed=False)
+        return without_numbers(f"{type(error).__name__}: {error}".splitlines()[0], passed=False)
     if config.runtime.compile == "on" and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
         return without_numbers("not checked: PyTorch's compiler is switched off", passed=True)
     return base.compare_all(variant.row, compared, rms_errors(found, base.exact), variant.guards)
 
 
-def _step(
-    config: RunConfig, weights: Mapping[str, Tensor], ids: Int[Tensor, "B T"], document_ids: Int[Tensor, "B T"] | None
-) -> Captured:
+def _step(config: RunConfig, weights: Mapping[str, Tensor], base: Baseline) -> Captured:
     """Return the mean loss and its gradients, from one micro-batch for each window."""
-    assert document_ids is not None
+    assert base.document_ids is not None
     batches = [
-        Batch(row[None, :-1], row[None, 1:], documents[None, :-1], (number,), len(row) - 1)
-        for number, (row, documents) in enumerate(zip(ids, document_ids, strict=True))
+        Batch(ids[None, :-1], ids[None, 1:], documents[None, :-1], (window,), WINDOW)
+        for window, (ids, documents) in enumerate(zip(base.ids, base.document_ids, strict=True))
     ]
     budget = torch._functorch.config.activation_memory_budget
     try:
@@ -145,6 +142,6 @@ def _step(
             total = accumulate_gradients(model, batches, config, runtime)
     finally:
         torch._functorch.config.activation_memory_budget = budget  # `compile_blocks` sets it for the whole process
-    tokens = ids[:, 1:].numel()
+    tokens = len(batches) * WINDOW
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": total / tokens} | {f"gradients {name}": grad / tokens for name, grad in gradients.items()}
