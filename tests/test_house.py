@@ -64,7 +64,7 @@ def heavy_after(code: str) -> list[str]:
 
 def test_the_layers_without_torch_are_the_lowest_ones() -> None:
     layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
-    assert {name.strip() for layer in layers[-3:] for name in layer.split(":")} == set(WITHOUT_TORCH)
+    assert {name.strip() for layer in layers[-3:] for name in re.split(r"[:|]", layer)} == set(WITHOUT_TORCH)
     assert len(layers) <= 13
 
 

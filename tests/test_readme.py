@@ -34,7 +34,9 @@ def test_the_tree_names_every_folder_and_the_files_to_start_with() -> None:
         "contracts"
     ][0]
     order = [name.strip() for layer in reversed(contract["layers"]) for name in layer.split(":")]
-    rank = {name: number for number, layer in enumerate(reversed(contract["layers"])) for name in layer.split(" : ")}
+    rank = {
+        name: number for number, layer in enumerate(reversed(contract["layers"])) for name in re.split(r" [:|] ", layer)
+    }
     assert [rank[name] for name in named] == sorted(rank[name] for name in named), (
         f"the order of the contract is {order}"
     )
