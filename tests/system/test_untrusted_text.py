@@ -52,3 +52,8 @@ def test_a_quote_is_one_short_line(text: str) -> None:
 )
 def test_passwords_are_hidden(text: str, shown: str) -> None:
     assert without_password(text) == shown
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_the_byte_order_mark_of_an_editor_is_no_part_of_the_document(encoding: str) -> None:
+    assert parse_json('{"a": "é"}'.encode(encoding)) == {"a": "é"}

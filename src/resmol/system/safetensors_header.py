@@ -162,7 +162,7 @@ def _damaged(origin: str, rule: str) -> CheckpointError:
 
 
 def _json_object(text: bytes) -> dict[str, Any]:
-    table = parse_json(text)
+    table = parse_json(text.decode("utf-8"))  # a byte order mark is no part of this format
     if not isinstance(table, dict):
         raise _BrokenRuleError("its header is not a JSON object")
     return table

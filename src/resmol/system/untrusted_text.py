@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from resmol.system.byte_order_mark import decode_text
+
 MAX_QUOTED = 80
 
 
@@ -14,13 +16,13 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON without the two liberties that readers resolve differently: repeated keys, and NaN or infinity.
 
     Args:
-        text: The document; bytes are decoded as UTF-8.
+        text: The document; bytes are decoded by their byte order mark, or else as UTF-8.
 
     Raises:
         ValueError: It is not such a document; the message names the first problem.
         RecursionError: It is nested thousands of levels deep.
     """
-    decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+    decoded = decode_text(text) if isinstance(text, bytes) else text
     return json.loads(decoded, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
 
 
