@@ -74,7 +74,7 @@ def generates_unnamed(patch: pytest.MonkeyPatch) -> None:
 
     def load_model(*arguments: Any, **options: Any) -> Any:
         loaded = genuine(*arguments, **options)
-        return replace(loaded, source=replace(loaded.source, step=None, sha256=""))
+        return replace(loaded, source=replace(loaded.source, checkpoint=None, sha256=""))
 
     patch.setattr(load, "load_model", load_model)
 
