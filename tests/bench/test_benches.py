@@ -98,9 +98,9 @@ def test_checkpoints_are_saved_and_loaded(
 
 
 def test_the_stall_of_a_save_in_the_background_is_shorter_than_the_save() -> None:
-    record: Any = {"kind": "save", "step": 1, "seconds": 3.0, "bytes": 5}
-    assert first_save([record])["stalled_seconds"] == 3.0
-    assert first_save([{**record, "stalled_seconds": 0.5}])["stalled_seconds"] == 0.5
+    record: Any = {"kind": "save", "step": 1, "seconds": 3.0, "bytes": 5, "stall_seconds": 0.5}
+    assert first_save([record])["save_seconds"] == 3.0
+    assert first_save([record])["stall_seconds"] == 0.5
     with pytest.raises(CheckFailed, match="saved nothing"):
         first_save([])
 

@@ -492,7 +492,7 @@ def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.toml")
 
 
-@pytest.mark.parametrize("content", [b"[model", b"\xff\xfe", b"a = 1\na = 2", b'{"model": 1}'])
+@pytest.mark.parametrize("content", [b"[model", b"a = \xff\xfe", b"a = 1\na = 2", b'{"model": 1}'])
 def test_what_is_not_toml_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(content)

@@ -221,6 +221,11 @@ def test_no_module_reads_pickles() -> None:
     assert len(sources) > 40
     peer = next(path for path in sources if path.parts[-2:] == ("workers", "checkpoint.py"))  # times it on its own file
     sources[peer] = sources[peer].replace("torch.load(path, weights_only=True)", "", 1)
+    formats = next(
+        path for path in sources if path.parts[-2:] == ("data", "formats.py")
+    )  # looks at a header, unpacks nothing
+    for use in ("import tarfile", "tarfile.TarInfo.frombuf(head[:512]", "tarfile.HeaderError"):
+        sources[formats] = sources[formats].replace(use, "", 1)
     assert not [(path.name, word) for path, text in sources.items() for word in forbidden if word in text]
 
 

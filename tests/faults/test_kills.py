@@ -85,10 +85,10 @@ def die_in_the_background(step: int, stage: str, ahead: int, run: Path, setting:
         threading.Condition(),
     )
 
-    def record(state: Any, *arguments: Any) -> None:
-        real_record(state, *arguments)
+    def record(session: Any, result: Any, seconds: float) -> None:
+        real_record(session, result, seconds)
         with changed:
-            recorded[:] = [state.step]
+            recorded[:] = [result.step]
             changed.notify_all()
 
     def die(*arguments: Any) -> Any:

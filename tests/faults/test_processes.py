@@ -347,7 +347,7 @@ def audit(run: Path) -> int:
 
 def without_time(records: list[Record]) -> list[Record]:
     """Take away what the time of day decides, the hashes of it, and how many steps later a save was recorded."""
-    gone = {"time", "seconds", "stalled_seconds", "prev", "manifest_sha256", "seq"}
+    gone = {"time", "seconds", "stall_seconds", "prev", "manifest_sha256", "seq"}
     kept = [{key: value for key, value in record.items() if key not in gone} for record in records]
     return sorted(kept, key=lambda record: record["kind"] == "save")  # stable: both keep their order
 

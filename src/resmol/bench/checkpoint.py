@@ -23,7 +23,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, select
 
 SAVE = Quantity("save_seconds", "save, s", ".2f")
-STALL = Quantity("stalled_seconds", "training stalls, s", ".2f")
+STALL = Quantity("stall_seconds", "training stalls, s", ".2f")
 LOAD = Quantity("load_seconds", "load, s", ".2f")
 # Two short steps: the first save happens in the middle of a run, the second at its end.
 SHORT = {
@@ -114,7 +114,7 @@ def first_save(records: list[Record]) -> Metrics:
         raise CheckFailed("the run saved nothing", fix="report this as a bug")
     return {
         "save_seconds": first["seconds"],
-        "stalled_seconds": first["stall_seconds"],
+        "stall_seconds": first["stall_seconds"],
         "bytes": first["bytes"],
     }
 

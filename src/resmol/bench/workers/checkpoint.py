@@ -53,7 +53,7 @@ def load_with_resmol(task: Mapping[str, Any]) -> Metrics:
 def save_and_load_baseline(task: Mapping[str, Any]) -> Metrics:
     """Save the same tensors with torch.save or safetensors, fsync them, and load them back into place.
 
-    ``stalled_seconds`` is the call that their users make; ``save_seconds`` includes the fsync that users leave out.
+    ``stall_seconds`` is the call that their users make; ``save_seconds`` includes the fsync that users leave out.
     """
     state, path = fresh_state(Path(task["config"])), Path(task["out"])
     tensors = state_tensors(state)
@@ -70,7 +70,7 @@ def save_and_load_baseline(task: Mapping[str, Any]) -> Metrics:
         tensor.copy_(loaded[name])
     return {
         "save_seconds": durable - started,
-        "stalled_seconds": saved - started,
+        "stall_seconds": saved - started,
         "load_seconds": time.perf_counter() - durable,
         "bytes": path.stat().st_size,
     }
