@@ -11,7 +11,7 @@ ResmolError              exit code
 ├── CheckpointError      65   no valid checkpoint, or this one is corrupt (EX_DATAERR)
 ├── NonFiniteError       70   NaN or infinity in a loss or a gradient (EX_SOFTWARE)
 ├── RunInUse             75   another process holds the run's lock (EX_TEMPFAIL)
-└── Interrupted          130  after SIGINT, 143 after SIGTERM; the state was saved
+└── Interrupted          130  after SIGINT, 143 after SIGTERM, 128 + n after another; the state was saved
 """
 
 from __future__ import annotations

@@ -194,22 +194,23 @@ def test_f1_terminated_where_it_hurts(
 
 
 def test_f2_other_signals(campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, tmp_path: Path) -> None:
-    """SIGINT is like SIGTERM; SIGHUP and SIGPIPE do not end a run."""
+    """SIGINT and the signals of batch systems are like SIGTERM; SIGHUP and SIGPIPE do not end a run."""
     count, draw, problems = campaign.count(1, 10), campaign.draw("F2"), []
+    stopping = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
     for trial in range(count):
-        for one in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        for one in (*stopping, signal.SIGHUP, signal.SIGPIPE):
             run, step = tmp_path / f"run-{trial}-{one.name}", draw.randint(1, STEPS - 1)
             code = forks.run(send_in, "accumulate_gradients", step, [one], run, setting)
-            if one == signal.SIGINT:
-                found = stopped_well(run, code, INTERRUPTED, "SIGINT") + goes_on(forks, run, setting, oracle)
+            if one in stopping:
+                found = stopped_well(run, code, 128 + one, one.name) + goes_on(forks, run, setting, oracle)
                 found += [] if newest(run) == STEPS else ["not complete"]
             else:
                 found = [] if (code, reached(run)) == (0, STEPS) else [f"exit code {code} at step {reached(run)}"]
                 found += oracle.differences(run)
             problems += [f"{one.name} in step {step}: {text}" for text in found[:1]]
     campaign.record(
-        "F2", "SIGINT, SIGHUP, SIGPIPE during training", "INT saves and exits with 130, HUP and PIPE are survived",
-        problems, 3 * count,
+        "F2", "SIGINT, SIGUSR1, SIGUSR2, SIGXCPU, SIGHUP, SIGPIPE during training",
+        "the first four save and exit with 128 + n, HUP and PIPE are survived", problems, 6 * count,
     )  # fmt: skip
 
 

@@ -26,6 +26,14 @@ def test_the_first_signal_counts_and_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_signals_of_people_and_of_schedulers_are_requests_to_stop(name: str) -> None:
+    number = signal.Signals[name]
+    with StopSignal() as stop:
+        os.kill(os.getpid(), number)
+        assert (stop.requested, stop.name, stop.number) == (True, name, number)
+
+
 def test_outside_the_main_thread_it_does_nothing() -> None:
     seen = []
 

@@ -32,7 +32,7 @@ from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
 from resmol.system.atomic_io import write_durable
 from resmol.system.host import release_freed_memory
-from resmol.system.signals import StopSignal
+from resmol.system.signals import STOP_SIGNALS, StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import new_state
 from resmol.train.loop import train_step
@@ -189,11 +189,12 @@ def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str]) -> None:
         output, code = _wait(process, stop), process.returncode
     if output.strip():
         write_durable(evidence, output)
-    if code in (130, 143) or stop.number is not None:  # the signal may have come when the part was just ending
+    stopped_by = code - 128 if code - 128 in STOP_SIGNALS else stop.number
+    if stopped_by is not None:  # the signal may have come when the part was just ending
         raise Interrupted(
             f"`{name}` was interrupted",
             fix="give the same command again to continue: the results so far are kept",
-            signal_number=code - 128 if code in (130, 143) else stop.number or signal.SIGTERM,
+            signal_number=stopped_by,
         )
     if code < 0:
         killer = signal.Signals(-code).name

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as requests to finish the step, save, and exit."""
+"""Signals as requests to finish the step, save, and exit: those of a person, and those of batch systems."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+# SIGUSR1 and SIGUSR2 announce the end of a job (Slurm's --signal, SGE's -notify, LSF's -wa), SIGXCPU the end of its
+# processor time (setrlimit(2), LSF). By default each would end the process. Windows has only the first two and the last.
+_STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+STOP_SIGNALS = tuple(signal.Signals[name] for name in _STOPPING if name in signal.Signals.__members__)
+
 
 class StopSignal:
-    """While this context is open, SIGINT and SIGTERM are noted instead of ending the process.
+    """While this context is open, `STOP_SIGNALS` are noted instead of ending the process.
 
     The training loop finishes its step, saves, and exits. A second signal changes nothing, so an impatient Ctrl-C
     cannot cut the save short. SIGHUP is ignored: a run outlives the terminal that started it. Signals can only be
@@ -32,11 +37,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            handlers: dict[int, Any] = {
-                signal.SIGINT: self._note,
-                signal.SIGTERM: self._note,
-                signal.SIGHUP: signal.SIG_IGN,
-            }
+            handlers: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, self._note)
+            if "SIGHUP" in signal.Signals.__members__:
+                handlers[signal.Signals["SIGHUP"]] = signal.SIG_IGN
             self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
