@@ -1,4 +1,4 @@
-"""Rows C1 to C6: bytes of a checkpoint that are not those that were saved, whoever changed them."""
+"""Rows C1 to C7: bytes of a checkpoint that are not those that were saved, whoever changed them."""
 
 from __future__ import annotations
 
@@ -239,10 +239,6 @@ def wholesale_damage() -> dict[str, Damage]:
         rehash(path, step=STEPS_SO_FAR)
         return "not the one that the ledger recorded"
 
-    def a_file_too_many(path: Path, _other: Path) -> str:
-        (path / "notes.pkl").write_bytes(b"x")
-        return "notes.pkl"
-
     def a_link(path: Path, _other: Path) -> str:
         (path / WEIGHTS).rename(path.with_name("elsewhere"))
         (path / WEIGHTS).symlink_to(path.with_name("elsewhere"))
@@ -251,8 +247,7 @@ def wholesale_damage() -> dict[str, Damage]:
     kinds |= {
         "the one before in its place": whole_older, "manifest and state of the one before": older_manifest_and_state,
         "manifest of another run": foreign_manifest, "checkpoint of another run": foreign,
-        "the one before, renumbered": renumbered_manifest, "a file too many": a_file_too_many,
-        "a link instead of a file": a_link,
+        "the one before, renumbered": renumbered_manifest, "a link instead of a file": a_link,
     }  # fmt: skip
     return kinds
 
@@ -491,4 +486,35 @@ def test_c6_crafted_headers(
     campaign.record(
         "C6", "a crafted header, all hashes made to fit", "refused at loading, exit 65, nothing deleted", problems,
         len(chosen), exhaustive=campaign.full, note=f"{len(cases) // 2} forgeries of each of the two files",
+    )  # fmt: skip
+
+
+# --- C7 ---------------------------------------------------------------------------------------------------------
+
+FOREIGN_FILES = (
+    ".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000000000000a", "notes.pkl",
+    "pytorch_model.bin", "model.safetensors.index.json", ".ipynb_checkpoints/x-checkpoint.json", "@eaDir/x",
+)  # fmt: skip
+
+
+def test_c7_foreign_files(
+    campaign: Campaign, forks: Forks, setting: Setting, oracle: Oracle, copy: Callable[[str], Path]
+) -> None:
+    """File managers, editors and people leave something in every checkpoint: the newest is as good as before."""
+    names = campaign.draw("C7").sample(FOREIGN_FILES, campaign.count(3, len(FOREIGN_FILES)))
+    problems = []
+    for name in names:
+        run = copy(f"run-{FOREIGN_FILES.index(name)}")
+        for checkpoint in list_checkpoints(RunDir(run).checkpoints):
+            (checkpoint / name).parent.mkdir(exist_ok=True)
+            (checkpoint / name).write_bytes(b"x")
+        found = [] if not (code := forks.run(train_run, run, setting)) else [f"exit code {code}: {error_of(run)}"]
+        records = read_ledger(RunDir(run).ledger).records
+        resumed = [record["checkpoint"] for record in select(records, "resume")]
+        found += [] if resumed == [NEWEST] else [f"resumed from {resumed}"]
+        found += [path.name for path in RunDir(run).checkpoints.iterdir() if not path.name.startswith("step-")]
+        problems += [f"{name}: {text}" for text in [*found, *oracle.differences(run)][:1]]
+    campaign.record(
+        "C7", "files that are not of the checkpoint lie in every one", "the newest is used, the same bits at the end",
+        problems, len(names), exhaustive=campaign.full,
     )  # fmt: skip

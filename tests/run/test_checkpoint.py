@@ -210,6 +210,18 @@ def test_a_digest_that_does_not_match_memory(good: Path, tiny_config: RunConfig)
         restore(path, tiny_config)
 
 
+def test_a_foreign_file_is_a_warning_and_no_damage(good: Path, messages: list[str]) -> None:
+    newest = good / "step-00000010"
+    for name in (".DS_Store", "a.txt", "b.txt", "c.txt"):
+        (newest / name).write_bytes(b"x")
+    found, skipped = newest_valid(good, {})
+    assert (found.path, skipped) == (newest, [])
+    assert found.foreign_files() == [".DS_Store", "a.txt", "b.txt", "c.txt"]
+    assert messages == [
+        "step-00000010 also holds .DS_Store, a.txt, b.txt and 1 more, which the manifest does not list: ignored"
+    ]
+
+
 def test_a_checkpoint_of_another_format_is_named_as_such(good: Path) -> None:
     path = good / "step-00000010" / "manifest.json"
     for number in (1, 3):

@@ -357,3 +357,28 @@ def test_an_fsync_that_fails_closes_its_descriptor(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="Input/output"):
         fsync_path(tmp_path)
     assert descriptors() == before
+
+
+def test_what_cannot_be_removed_yet_is_left_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    """As on NFS, where the file that a reader has open stays in the folder until it is closed."""
+    final = tmp_path / "final"
+    final.mkdir()
+    write_payload(final)
+    real = os.unlink
+
+    def busy(path: Any, *arguments: Any, **options: Any) -> None:
+        if os.fsdecode(path).endswith("state.json"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", busy)
+        remove_directory(final)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("tmp-final-")
+    assert [file.name for file in left.iterdir()] == ["state.json"]
+    assert messages == [f"{left} could not be removed whole; the next start tries again"]
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -279,5 +279,6 @@ def _checkpoint(path: Path, record: Record | None) -> Check:
     if record is not None and manifest.sha256 != record["manifest_sha256"]:
         return Check(name, False, "its manifest is not the one in the ledger", expected, "exchanged weights", str(path))
     noted = "" if record is not None else " (committed, not yet in the ledger: a crash came between)"
-    measured = f"{manifest.bytes:,} bytes, manifest {manifest.sha256[:16]}{noted}"
+    foreign = f"; not part of it: {', '.join(checkpoint.foreign_files())}" if checkpoint.foreign_files() else ""
+    measured = f"{manifest.bytes:,} bytes, manifest {manifest.sha256[:16]}{noted}{foreign}"
     return Check(name, True, measured, expected, "a flipped bit, a torn file", str(path))

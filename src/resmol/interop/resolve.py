@@ -156,6 +156,7 @@ def _folder(path: Path, headers_only: bool) -> Source:
         checkpoint = open_checkpoint(path)
         if not headers_only:
             checkpoint.verify()
+        checkpoint.warn_of_foreign_files()
         return _checkpoint(checkpoint)
     if (file := only_gguf(path)) is not None:
         return _gguf("gguf", file, headers_only)

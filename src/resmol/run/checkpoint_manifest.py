@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,14 @@ from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckpointError
 from resmol.system.atomic_io import file_sha256
 
+logger = logging.getLogger(__name__)
+
 FORMAT: Literal[2] = 2  # of version 0.2; version 0.1 wrote 1
 WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
 )  # fmt: skip
 MAX_JSON_BYTES = 64_000_000
+SHOWN_FILES = 3  # of those that do not belong to a checkpoint
 _NAME = re.compile(r"^step-([0-9]{8})$")
 
 
@@ -98,11 +102,9 @@ class Checkpoint:
         """Check every byte against the manifest.
 
         Raises:
-            CheckpointError: Something is missing, changed or too much; the message names the file.
+            CheckpointError: A file is missing or changed; the message names it.
         """
         entries = self.manifest.files
-        if extra := {entry.name for entry in self.path.iterdir()} - {*entries, MANIFEST}:
-            raise corrupt(self.path / min(extra), "does not belong there")
         for name, entry in entries.items():
             file = self.path / name
             if file.is_symlink() or not file.is_file():
@@ -114,6 +116,19 @@ class Checkpoint:
         for (name, entry), found in zip(entries.items(), hashes, strict=True):
             if found != entry.sha256:
                 raise corrupt(self.path / name, "does not have the sha256 of the manifest")
+
+    def foreign_files(self) -> list[str]:
+        """Return what the manifest does not list and nothing reads, such as the .DS_Store of a file manager."""
+        return sorted({entry.name for entry in self.path.iterdir()} - {*self.manifest.files, MANIFEST})
+
+    def warn_of_foreign_files(self) -> None:
+        """Log a warning where there are such files; the checkpoint is as good without them."""
+        if found := self.foreign_files():
+            more = f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else ""
+            logger.warning(
+                f"{self.path.name} also holds {', '.join(found[:SHOWN_FILES])}{more}, which the manifest does not "
+                "list: ignored"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,6 +236,7 @@ def newest_valid(
             skipped.append(SkippedCheckpoint(path, error.what))
             continue
         if recorded.get(path.name, checkpoint.manifest.sha256) == checkpoint.manifest.sha256:
+            checkpoint.warn_of_foreign_files()
             return checkpoint, skipped
         skipped.append(SkippedCheckpoint(path, "its manifest is not the one that the ledger recorded"))
     reasons = "".join(f"\n  - {item.path.name}: {item.reason}" for item in skipped)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import uuid
@@ -24,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from resmol.errors import DiskFull
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = "tmp-"
 _NO_ROOM = {
@@ -132,7 +135,17 @@ def remove_directory(path: Path) -> None:
     expired = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
     os.rename(path, expired)  # noqa: PTH104
     fsync_path(path.parent)
-    shutil.rmtree(expired)
+    _remove_tree(expired)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a directory that lost its name; what cannot go yet is logged and left for `remove_leftovers`.
+
+    On NFS a file that a reader has open stays as ``.nfs...`` until it is closed, and a file manager may add its own.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        logger.warning(f"{path} could not be removed whole; the next start tries again")
 
 
 def remove_leftovers(parent: Path) -> list[str]:
@@ -145,7 +158,7 @@ def remove_leftovers(parent: Path) -> list[str]:
     for name in names:
         leftover = parent / name
         if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
+            _remove_tree(leftover)
         else:
             leftover.unlink()
     return names

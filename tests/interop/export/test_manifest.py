@@ -100,6 +100,13 @@ def test_every_change_is_noticed(exported: Path, damage: Any, named: str) -> Non
         verify_export(exported)
 
 
+def test_what_file_managers_leave_behind_is_named_and_ignored(exported: Path, messages: list[str]) -> None:
+    (exported / ".DS_Store").write_bytes(b"x")
+    (exported / "training" / "._ledger.jsonl").write_bytes(b"x")
+    assert ".DS_Store" not in verify_export(exported).files
+    assert messages == [f"{exported} also holds .DS_Store, training/._ledger.jsonl: ignored, not published"]
+
+
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/passwd", "a//b", "./a", "a\\b", ".git/hooks/x", "manifest.json", ""]
 )

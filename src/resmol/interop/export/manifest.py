@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -21,7 +23,11 @@ from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.atomic_io import file_sha256, fsync_path
 from resmol.version import __version__
 
+logger = logging.getLogger(__name__)
+
 ExportKind = Literal["model", "space", "gguf"]
+# By the file managers of macOS, Windows and NAS systems, and by Jupyter.
+LEFT_BEHIND = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini|@eaDir/.*|\.ipynb_checkpoints/.*)$", re.I)
 
 
 class ExportedFile(StrictModel):
@@ -111,7 +117,8 @@ def verify_export(folder: Path) -> ExportManifest:
 
     Raises:
         DataError: There is no such folder.
-        CheckFailed: It has no manifest, or a file is missing, changed or additional; the message names it.
+        CheckFailed: It has no manifest, or a file is missing, changed or additional; the message names it. What file
+            managers and editors leave behind is ignored, and not published.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}", fix="name a folder that `resmol export` wrote")
@@ -125,7 +132,10 @@ def verify_export(folder: Path) -> ExportManifest:
             fix="write it with `resmol export MODEL OUT`, which compares before it finishes",
         )
     present = _present(folder) - {MANIFEST}
-    if extra := sorted(present - manifest.files.keys()):
+    extra = sorted(present - manifest.files.keys())
+    if left := [name for name in extra if LEFT_BEHIND.search(name)]:
+        logger.warning(f"{folder} also holds {', '.join(left[:5])}{', …' * (len(left) > 5)}: ignored, not published")
+    if extra := sorted({*extra} - {*left}):
         raise CheckFailed(
             f"{folder} holds files that the export did not write: {', '.join(extra[:5])}{', …' * (len(extra) > 5)}",
             fix="move them out of the folder; only what was verified is published",
