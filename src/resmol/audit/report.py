@@ -18,6 +18,7 @@ from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import describe
 from resmol.system.atomic_io import write_durable
 from resmol.system.templates import template_environment
+from resmol.system.user_paths import user_path
 from resmol.version import __version__
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
@@ -37,6 +38,7 @@ def write_loss_image(run: RunDir, out: Path) -> None:
         DataError: This is not a run directory, it has no ledger, or no step was recorded.
         LedgerTampered: The hash chain of the ledger is broken.
     """
+    out = user_path(out)
     if out.suffix not in IMAGES:
         raise UsageError(f"--plot {out} is neither .svg nor .png", fix=f"name it {out.with_suffix('.svg')}")
     run.require()
@@ -83,7 +85,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
             f"{run.path} cannot be put into a report ({type(error).__name__}: {error})",
             fix="its records were not written by this version of resmol; report on another run",
         ) from error
-    target = out or run.report
+    target = run.report if out is None else user_path(out)
     write_durable(target, page.encode("utf-8", errors="replace"))
     return target
 

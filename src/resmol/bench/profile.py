@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
+from resmol.system.user_paths import user_path
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.loop import train_step
@@ -29,6 +30,7 @@ def trace_training(config: RunConfig, data: str, file: Path, *, steps: int, warm
     Returns:
         A table of the most expensive operators.
     """
+    file = user_path(file)
     resolved, _ = resolve_auto(config)
     check_memory(resolved)
     with open_runtime(resolved) as runtime:

@@ -26,6 +26,7 @@ from resmol.data.tokenizer import load_tokenizer
 from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger
+from resmol.system.user_paths import user_path
 
 QUIET = {"evaluation.every": 0, "sampling.every": 0, "checkpoint.every": 0}
 
@@ -207,8 +208,8 @@ def prepared_folder(data: str | None, config: RunConfig, own: Path) -> str:
     Raises:
         DataError: The text or the tokenizer is missing or unusable.
     """
-    if data is not None and is_prepared(Path(data)):
-        return str(Path(data).resolve())
+    if data is not None and is_prepared(user_path(data)):
+        return str(user_path(data).resolve())
     text = Text(inputs=(data,)) if data is not None else Text(corpus="shakespeare")
     prepare_text(own, text, load_tokenizer(None, sha256=config.tokenizer.sha256))
     return str(own)

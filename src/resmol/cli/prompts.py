@@ -11,12 +11,12 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from resmol.data.format_signatures import UnsupportedFormat
 from resmol.data.formats import HEAD_BYTES, JSON_SUFFIXES, recognize
 from resmol.errors import DataError
 from resmol.system.byte_order_mark import decode_text, marked_encoding
+from resmol.system.user_paths import user_path
 
 MAX_BYTES = 16 << 20  # a thousand times the largest context of these models
 _SHOWN_PROBLEMS = 5
@@ -60,11 +60,12 @@ def prompts_from(path: str) -> list[Prompt]:
     if path == "-":
         content = _read(sys.stdin.buffer.read, name)
     else:
-        if Path(path).is_dir():
+        file_path = user_path(path)
+        if file_path.is_dir():
             raise DataError(f"{path} is a folder", fix="name a file with a prompt on each line")
-        if not Path(path).exists():
+        if not file_path.exists():
             raise DataError(f"{path} does not exist", fix="check --prompts")
-        with Path(path).open("rb") as file:
+        with file_path.open("rb") as file:
             content = _read(file.read, name)
     as_json = _is_json(path, content)
     found, problems = [], []

@@ -14,6 +14,7 @@ from resmol.config.run_config import RunConfig
 from resmol.config.tables import dotted, merged, nested
 from resmol.errors import ConfigError, DataError
 from resmol.system.byte_order_mark import decode_text
+from resmol.system.user_paths import user_path
 
 
 def preset_names() -> list[str]:
@@ -31,13 +32,14 @@ def load_preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return _build({"name": name} | _preset_table(name), f"preset {name}", overrides)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file, resolve its ``base`` and its ``architecture``, and apply ``section.key=value`` overrides.
 
     Raises:
         ConfigError: The file is not TOML, or its values do not make a configuration; all problems are listed.
         DataError: The file cannot be read.
     """
+    path = user_path(path)
     try:
         return _build(_table_with_base(path), str(path), overrides)
     except RecursionError:
@@ -125,8 +127,8 @@ def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         return table
     if base in preset_names():
         below = _preset_table(base)
-    elif folder is not None and isinstance(base, str) and (folder / base).is_file():
-        below = _read_toml(folder / base)
+    elif folder is not None and isinstance(base, str) and (folder / user_path(base)).is_file():
+        below = _read_toml(folder / user_path(base))
         if "base" in below:
             raise ConfigError(f"{base} has a base of its own", fix="a configuration has one base; merge the two")
         below = _with_architecture(below)

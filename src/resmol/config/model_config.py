@@ -19,6 +19,7 @@ from resmol.config.strict_model import StrictModel
 from resmol.errors import ConfigError, DataError
 from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.untrusted_text import parse_json
+from resmol.system.user_paths import user_path
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -191,7 +192,7 @@ def read_model_config(source: str | Path) -> ModelConfig:
         ConfigError: The file is not JSON, or describes a model that we do not implement.
         DataError: There is no such file; `NetworkError` when the Hub cannot be reached.
     """
-    path = Path(source)
+    path = user_path(source)
     if path.is_dir():
         path = path / "config.json"
     if not path.exists() and is_hub_id(str(source)) and path.suffix != ".json":

@@ -17,6 +17,7 @@ from resmol.data.folders import SUFFIXES, Unused, find_text_files, shown_name, s
 from resmol.data.shards import InputFacts
 from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
+from resmol.system.user_paths import user_path
 
 Split = Literal["train", "val"]
 
@@ -132,7 +133,7 @@ class _Input:
     def find(cls, path: str | Path, options: ReadOptions) -> _Input:
         if str(path) == "-":
             return cls("-", (), False, Unused())
-        root = Path(path).expanduser()
+        root = user_path(path)
         if root.exists() and not root.is_dir():  # also a pipe, as a shell's <(command) makes it
             return cls(str(path), (root,), False, Unused())
         if not root.is_dir():
@@ -149,7 +150,7 @@ class _Input:
     @property
     def label(self) -> str:
         """The input's name without its path."""
-        return "standard input" if self.name == "-" else Path(self.name).expanduser().resolve().name
+        return "standard input" if self.name == "-" else user_path(self.name).resolve().name
 
     def read(self, options: ReadOptions, counts: ReadCounts) -> Iterator[Document]:
         count = InputCount(self.label)
@@ -162,7 +163,7 @@ class _Input:
             with open_file(path) as raw:
                 file = TextFile(raw, path, options)
                 if self.is_folder and file.unsupported:
-                    counts.unused.add(file.unsupported.name, shown_name(path, Path(self.name).expanduser()))
+                    counts.unused.add(file.unsupported.name, shown_name(path, user_path(self.name)))
                 else:
                     yield from _documents(file, count, counts)
 

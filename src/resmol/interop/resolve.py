@@ -44,6 +44,7 @@ from resmol.run.ledger import effective_saves, read_ledger
 from resmol.system.atomic_io import file_sha256
 from resmol.system.hub_download import hub_file, hub_names, hub_tensors, is_hub_id
 from resmol.system.safetensors_header import TensorInfo, read_header
+from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def resolve(source: str | Path, *, headers_only: bool = False) -> Source:
         ConfigError: The configuration describes a model that resmol does not implement.
         DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
     """
-    path, name = Path(source).expanduser(), str(source)
+    path, name = user_path(source), str(source)
     if path.is_dir():
         return _folder(path, headers_only)
     if path.exists():

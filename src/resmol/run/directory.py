@@ -13,15 +13,19 @@ from resmol.errors import DataError, DiskFull
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import FORMAT, first_record
 from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
+from resmol.system.user_paths import user_path
 
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Names every file of a run."""
+    """Names every file of a run; ``~`` in its path is expanded."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", user_path(self.path))
 
     @property
     def lock(self) -> Path:

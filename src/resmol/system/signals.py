@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 # SIGUSR1 and SIGUSR2 announce the end of a job (Slurm's --signal, SGE's -notify, LSF's -wa), SIGXCPU the end of its
-# processor time (setrlimit(2), LSF). By default each would end the process. Windows has only the first two and the last.
+# processor time (setrlimit(2), LSF). By default each would end the process. Windows has the first two and the last.
 _STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
 STOP_SIGNALS = tuple(signal.Signals[name] for name in _STOPPING if name in signal.Signals.__members__)
 

@@ -13,6 +13,7 @@ from resmol.interop.export.gguf_writer import KINDS, write_gguf
 from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, token_text, write_companions
 from resmol.interop.export.training_record import recorded
 from resmol.interop.load import LoadedModel, load_model
+from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Exp
     """
     if dtype not in KINDS:
         raise UsageError(f"{dtype} is not a type of a GGUF export", fix=f"choose from: {', '.join(KINDS)}")
-    require_new(out)
+    require_new(out := user_path(out))
     readers = gguf_readers()
     loaded = load_model(source, device="cpu")
     run = recorded(loaded.source.run)

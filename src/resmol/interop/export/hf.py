@@ -27,6 +27,7 @@ from resmol.interop.load import LoadedModel, load_model
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
 from resmol.system.atomic_io import commit_directory
+from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def export_hf(source: str | Path, out: Path, *, dtype: str = "float32") -> Expor
     """
     if dtype not in DTYPES:
         raise UsageError(f"{dtype} is not a type of a Hugging Face export", fix=f"choose from: {', '.join(DTYPES)}")
-    require_new(out)
+    require_new(out := user_path(out))
     loaded = load_model(source, device="cpu")
 
     def write_files(folder: Path) -> list[Check]:

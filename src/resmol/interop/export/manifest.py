@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 ExportKind = Literal["model", "space", "gguf"]
 # By the file managers of macOS, Windows and NAS systems, and by Jupyter.
-LEFT_BEHIND = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|Thumbs\.db|desktop\.ini|@eaDir/.*|\.ipynb_checkpoints/.*)$", re.I)
+LEFT_BEHIND = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|[Tt]humbs\.db|[Dd]esktop\.ini|@eaDir/.*|\.ipynb_checkpoints/.*)$")
 
 
 class ExportedFile(StrictModel):

@@ -26,6 +26,7 @@ from resmol.interop.export.publish_errors import explained
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.hub_download import require_answer
 from resmol.system.untrusted_text import without_password
+from resmol.system.user_paths import user_path
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
         UsageError: No valid repository id, or the folder is not of this kind.
         CheckFailed: The folder is not a verified export, or was changed since; `DataError`: there is none.
     """
+    folder = user_path(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

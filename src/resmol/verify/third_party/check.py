@@ -22,6 +22,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckFailed, UsageError
 from resmol.model.llama import CausalLM
 from resmol.system.byte_order_mark import decode_text
+from resmol.system.user_paths import user_path
 from resmol.verify.capture import Captured, capture, next_token_loss
 from resmol.verify.parity import GUARDS, Baseline, arithmetic, baseline, greedy_check, ids_for, rms_errors
 from resmol.verify.rmsnorm import check_norm, norm_weight
@@ -235,7 +236,7 @@ def read_name_map(path: Path | None) -> dict[str, str] | None:
     if path is None:
         return None
     try:
-        table = json.loads(decode_text(path.read_bytes()))
+        table = json.loads(decode_text(user_path(path).read_bytes()))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}", fix=NAME_MAP_FIX) from None
     if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
