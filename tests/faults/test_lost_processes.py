@@ -1,4 +1,4 @@
-"""Rows W1 to W4: two ranks train one run, and one of them dies, freezes, is slow, or works on something else.
+"""Rows W1 to W5: two ranks train one run, and one of them dies, freezes, is slow, or works on something else.
 
 The processes are children of the fork server that think torchrun had started them; their store is in the test. What
 torchrun does when one of its processes ends with an error, ending the others, is tried once, with the real one.
@@ -6,6 +6,7 @@ torchrun does when one of its processes ends with an error, ending the others, i
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -32,6 +33,7 @@ from trials import (
     checkpoint_digests,
     command,
     command_arguments,
+    error_of,
     finish,
     run_command_line,
     step_bits,
@@ -344,3 +346,35 @@ def process_of(parent: int, rank: int) -> int:
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split()
     wanted = f"RANK={rank}".encode()
     return next(int(c) for c in children if wanted in Path(f"/proc/{c}/environ").read_bytes().split(b"\0"))
+
+
+# --- W5 ---------------------------------------------------------------------------------------------------------
+
+COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def partly_launched(variables: dict[str, str], run: Path, setting: Setting) -> int:
+    """Do what `resmol train RUN` does where only these of a launcher's variables are there."""
+    os.environ.update(variables)
+    return command(run, setting, "--steps", "2")
+
+
+def test_w5_partly_launched(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
+    """Some of a launcher's variables are left over, missing or empty."""
+    states = list(itertools.product(("set", "empty", "absent"), repeat=len(COMPLETE)))[1:-1]
+    problems, tried = [], campaign.draw("W5").sample(states, campaign.count(12, len(states)))
+    for number, state in enumerate(tried):
+        run = tmp_path / f"run-{number}"
+        named = [name for name, what in zip(COMPLETE, state, strict=True) if what != "absent"]
+        chosen = dict(zip(COMPLETE, state, strict=True))
+        variables = {name: COMPLETE[name] if chosen[name] == "set" else "" for name in named}
+        code = forks.run(partly_launched, variables, run, setting)
+        message = error_of(run)
+        found = [] if code == 2 else [f"exit code {code}"]
+        found += [f"{name} is not named: {message}" for name in COMPLETE if name not in message]
+        found += ["a directory was made"] if run.exists() else []
+        problems += [f"{variables}: {text}" for text in found[:1]]
+    campaign.record(
+        "W5", "only some of a launcher's variables are there, or some are empty",
+        "exit 2 with the names of all, and nothing is trained", problems, len(tried), exhaustive=campaign.full,
+    )  # fmt: skip

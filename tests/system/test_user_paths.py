@@ -55,7 +55,7 @@ def test_python_expands_it_everywhere(
     (home / "base.toml").write_text(tiny_config.to_toml(), encoding="utf-8")
     (home / "own.toml").write_text('base = "~/base.toml"\n[data]\npath = "~/run/data"\n', encoding="utf-8")
     (home / "prompts.txt").write_text("ka\n")
-    config = resmol.load_config("~/own.toml")  # type: ignore[arg-type]
+    config = resmol.load_config("~/own.toml")
     resmol.train_model(config, "~/run", data="~/input.txt", overrides=FEW_STEPS, tokenizer="~/tokenizer.json")
     assert (home / "run" / "checkpoints").is_dir()
     resmol.train_model(config, "~/again", overrides=FEW_STEPS, tokenizer="~/tokenizer.json")  # by its data.path

@@ -104,7 +104,9 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(
     needed = auto.needed_memory(config, recompute=False)
     monkeypatch.setattr(auto, "free_memory", lambda: needed)
     auto.check_memory(config)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ConfigError, match="GB of memory") as caught:
         auto.check_memory(config)
     assert "activation_checkpointing=on" in caught.value.fix

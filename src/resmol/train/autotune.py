@@ -6,7 +6,6 @@ Memory is counted before it is allocated: a refusal with advice beats being kill
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.model.linear import has_onednn, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.system.host import free_memory
+from resmol.system.launcher import this_launch
 from resmol.train.parallel import Runtime, deterministic_kernels, find_device
 
 Arithmetic: TypeAlias = Literal["mkl", "onednn", "bfloat16"]
@@ -96,7 +96,7 @@ def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = free_memory()
-    return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return None if free is None else free // this_launch().local_world_size
 
 
 def _choose_activation_checkpointing(config: RunConfig, device: torch.device) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def _arithmetic_by_rule(config: RunConfig, device: torch.device) -> tuple[dict[s
 
 def _several_processes() -> bool:
     """Return whether each of several ranks would measure for itself, and they could disagree."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return this_launch().world_size > 1
 
 
 def measured_seconds(config: RunConfig, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, float]:

@@ -7,7 +7,9 @@ process with two.
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,10 +22,14 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from resmol.config.run_config import RunConfig
-from resmol.errors import ConfigError
+from resmol.errors import ConfigError, ProcessLost
 from resmol.system.host import host_facts
+from resmol.system.launcher import VARIABLES, Launch, this_launch
 from resmol.train.heartbeat import RankMonitor
 
+logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 10  # of waiting for the other ranks before that is logged
 RANK_0_READY = "resmol/rank 0 is ready"  # a key of torchrun's store
 LONGEST_PREPARATION = timedelta(days=2)  # of a text, by rank 0 alone; if it dies, torchrun ends the others
 
@@ -109,36 +115,33 @@ class Runtime:
         }
 
 
-def is_rank_zero() -> bool:
-    """Return whether this process writes the files, also before there is a `Runtime`."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     """Set up this process by the configuration (without ``auto``) and torchrun's environment variables.
 
     Raises:
         ConfigError: The device does not exist here.
+        UsageError: The launcher's variables are no whole set.
         ProcessLost: The ranks cannot connect to each other.
     """
+    launch = this_launch()
     device = find_device(config.runtime.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     precision = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
     with deterministic_kernels(device):
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launch.world_size == 1:
             yield Runtime.single(device, precision)
         else:
-            with _process_group(device, config.runtime.collective_timeout) as monitor:
+            with _process_group(launch, device, config.runtime.collective_timeout) as monitor:
                 yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, monitor)
 
 
 @contextmanager
-def _process_group(device: torch.device, timeout: int) -> Iterator[RankMonitor]:
+def _process_group(launch: Launch, device: torch.device, timeout: int) -> Iterator[RankMonitor]:
     """Initialize the process group by torchrun's environment variables; the other ranks wait until rank 0 is ready."""
-    store, rank, world_size = next(rendezvous("env://"))
     wait = timedelta(seconds=timeout)
+    store, rank, world_size = _store(launch, wait)
     store.set_timeout(wait)
     if rank == 0:
         store.set(RANK_0_READY, "")  # it prepares the data before
@@ -151,6 +154,24 @@ def _process_group(device: torch.device, timeout: int) -> Iterator[RankMonitor]:
             yield monitor
         finally:
             dist.destroy_process_group()
+
+
+def _store(launch: Launch, wait: timedelta) -> tuple[dist.Store, int, int]:
+    """Connect to the store through which the ranks find each other (`ProcessLost` when it does not answer in time)."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    place = f"rank {launch.rank} of {launch.world_size}"
+    note = threading.Timer(SILENT_SECONDS, logger.info, [f"{place} waits for the others at {address}"])
+    note.daemon = True
+    note.start()
+    try:
+        return next(rendezvous("env://", timeout=wait))
+    except dist.DistError as error:
+        raise ProcessLost(
+            f"{place} did not meet the others at {address} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}",
+            fix=f"start all ranks with torchrun; if RANK and WORLD_SIZE are left over, unset {' '.join(VARIABLES)}",
+        ) from error
+    finally:
+        note.cancel()
 
 
 @contextmanager
@@ -181,6 +202,6 @@ def find_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("runtime.device is cuda, and there is no CUDA device here", fix="set runtime.device=cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", this_launch().local_rank)
     torch.cuda.set_device(device)
     return device

@@ -29,12 +29,13 @@ from resmol.run.ledger import Ledger, NullLedger
 from resmol.run.log_writers import LogWriter, RunLog
 from resmol.system.atomic_io import write_durable
 from resmol.system.host import return_freed_memory
+from resmol.system.launcher import this_launch
 from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
 from resmol.train.loop import Session, TrainState, train
-from resmol.train.parallel import Runtime, is_rank_zero, open_runtime
+from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
 from resmol.version import __version__
 
@@ -69,7 +70,7 @@ def train_model(
     Raises:
         ResmolError: Every failure is one of these, with a sentence on what to do.
     """
-    directory, is_main = RunDir(Path(run)), is_rank_zero()
+    directory, is_main = RunDir(Path(run)), this_launch().rank == 0
     changes = parse_overrides(overrides) | _data_path(directory, data)
     resolve = partial(resolve_config, directory, config, changes, accept_drift)
     resolve()  # a wrong argument leaves nothing behind, not even a directory
