@@ -25,7 +25,7 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, ProcessLost
 from resmol.system.host import host_facts
 from resmol.system.launcher import VARIABLES, Launch, this_launch
-from resmol.train.heartbeat import RankMonitor
+from resmol.train.heartbeat import RankMonitor, Store
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _process_group(launch: Launch, device: torch.device, timeout: int) -> Iterat
             dist.destroy_process_group()
 
 
-def _store(launch: Launch, wait: timedelta) -> tuple[dist.Store, int, int]:
+def _store(launch: Launch, wait: timedelta) -> tuple[Store, int, int]:
     """Connect to the store through which the ranks find each other (`ProcessLost` when it does not answer in time)."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     place = f"rank {launch.rank} of {launch.world_size}"
@@ -164,7 +164,7 @@ def _store(launch: Launch, wait: timedelta) -> tuple[dist.Store, int, int]:
     note.daemon = True
     note.start()
     try:
-        return next(rendezvous("env://", timeout=wait))
+        store, rank, world_size = next(rendezvous("env://", timeout=wait))
     except dist.DistError as error:
         raise ProcessLost(
             f"{place} did not meet the others at {address} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}",
@@ -172,6 +172,7 @@ def _store(launch: Launch, wait: timedelta) -> tuple[dist.Store, int, int]:
         ) from error
     finally:
         note.cancel()
+    return store, rank, world_size
 
 
 @contextmanager
