@@ -194,10 +194,11 @@ def short_dataset(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def train_tiny(tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer) -> TrainTiny:
-    """Train a run directory to a step, on `tiny_dataset` unless ``data=`` says otherwise."""
+    """Train a run directory to a step, on `tiny_dataset` and `tiny_config` unless an option says otherwise."""
 
     def start_or_resume(run: Path, steps: int, *overrides: str, **options: Any) -> TrainState:
         wanted = {"data": str(tiny_dataset.root), "tokenizer": tiny_tokenizer.path} | options
-        return train_model(tiny_config, run, overrides=[f"train.steps={steps}", *overrides], **wanted)
+        config = wanted.pop("config", tiny_config)
+        return train_model(config, run, overrides=[f"train.steps={steps}", *overrides], **wanted)
 
     return start_or_resume

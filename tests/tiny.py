@@ -37,7 +37,8 @@ def step_record(step: int) -> dict[str, object]:
     loss = 11.0 / step**0.1
     return {
         "step": step, "loss": loss, "loss_bits": float_bits(loss), "grad_norm": 1.0, "grad_norm_bits": float_bits(1.0),
-        "lr": 1e-3, "tokens": 64, "tokens_seen": 64 * step, "windows": "0" * 16, "epoch": step / 100, "seconds": 0.01,
+        "lr": 1e-3, "tokens": 64, "tokens_seen": 64 * step, "windows_seen": step,
+        "windows": "0" * 16, "epoch": step / 100, "seconds": 0.01,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import TrainTiny, rewrite
@@ -140,7 +141,21 @@ def test_a_lost_permanent_checkpoint(run: RunDir) -> None:
 
 def test_an_edited_configuration(run: RunDir) -> None:
     run.config.write_text(run.config.read_text().replace("lr = 0.01", "lr = 0.02"))
-    assert {"configuration", "learning rate"} <= failed(audit(run))
+    (check,) = [check for check in audit(run) if not check.passed]
+    assert (check.name, check.measured) == ("configuration", "config.toml: optimizer.lr is 0.02, not 0.01")
+
+
+def test_a_change_without_a_drift_record(run: RunDir) -> None:
+    """The digest that a resume states is that of another configuration, and nothing says which field changed."""
+    rewrite(run, lambda rs: [{**r, "config_sha256": "0" * 64} if r["kind"] == "resume" else r for r in rs])
+    (check,) = [check for check in audit(run) if not check.passed]
+    assert (check.name, "another configuration, and no drift" in check.measured) == ("configuration", True)
+
+
+@pytest.mark.parametrize("forged", [{"config": 1}, {"config": {"optimizer.lr": -1}}, {"config": {"no.such": 1}}])
+def test_a_made_up_configuration_in_the_ledger(run: RunDir, forged: dict[str, Any]) -> None:
+    rewrite(run, lambda rs: [{**rs[0], **forged}, *rs[1:]])
+    assert failed(audit(run)) == {"configuration"}
 
 
 def test_a_torn_tail_is_reported_and_not_repaired(run: RunDir) -> None:

@@ -80,17 +80,18 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
     per_step = size * micro_batches
     windows: list[int] = []
     targets: list[int] = []
-    step = 0
+    seen = 0
     while len(windows) < 2 * loader.n_windows:
-        step += 1
-        found = loader.step(step)
+        found = loader.step_after(seen)
         batches = list(found.batches)
-        assert [window for batch in batches for window in batch.window_ids] == loader.step_windows(step).tolist()
+        assert [window for batch in batches for window in batch.window_ids] == loader.windows_after(seen).tolist()
         assert found.tokens == sum(batch.tokens for batch in batches)
         for batch in batches:
             windows += batch.window_ids
             targets += [tuple(row[row != IGNORE_INDEX].tolist()) for row in batch.targets]
-        assert found.epoch == step * per_step / loader.n_windows
+        assert found.windows_seen == seen + per_step
+        assert found.epoch == (seen + per_step) / loader.n_windows
+        seen = found.windows_seen
     for epoch in range(2):
         part = slice(epoch * loader.n_windows, (epoch + 1) * loader.n_windows)
         assert sorted(windows[part]) == list(range(loader.n_windows))
@@ -100,19 +101,34 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
 def test_steps_continue_across_the_border_of_an_epoch(tmp_path):
     loader = loader_of(stream_of(tmp_path, range(1, 90)), grad_accum_steps=2)  # 11 windows, 4 a step
     straight = WindowShuffle(11, 1).windows(np.arange(40, dtype=np.int64)).tolist()
-    assert [int(window) for step in range(1, 11) for window in loader.step_windows(step)] == straight
+    assert [int(window) for seen in range(0, 40, 4) for window in loader.windows_after(seen)] == straight
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 8, 2), (8, 4, 2, 2, 8)], ids=["doubled first", "halved first"])
+def test_a_batch_size_that_changes_skips_and_repeats_nothing(tmp_path, sizes):
+    stream = stream_of(tmp_path, range(1, 90))  # 11 windows
+    straight = WindowShuffle(11, 1).windows(np.arange(sum(sizes), dtype=np.int64)).tolist()
+    seen, windows, epochs = 0, [], [0.0]
+    for size in sizes:
+        step = loader_of(stream, micro_batch_size=1, grad_accum_steps=size).step_after(seen)
+        seen = step.windows_seen
+        windows += [window for batch in step.batches for window in batch.window_ids]
+        epochs.append(step.epoch)
+    assert (windows, seen) == (straight, sum(sizes))
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == sum(sizes) / 11
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_a_step_without_overlap(tmp_path, world_size):
     loader = loader_of(stream_of(tmp_path, range(1, 500)))
-    for step in (1, 2, 7, 8, 9, 100):
-        shares = [loader.step(step, rank, world_size) for rank in range(world_size)]
+    for seen in (0, 8, 48, 56, 64, 800):
+        shares = [loader.step_after(seen, rank, world_size) for rank in range(world_size)]
         together = [window for share in shares for batch in share.batches for window in batch.window_ids]
-        assert together == loader.step_windows(step).tolist()
-        alone = loader.step(step)
-        assert {(share.tokens, share.window_digest, share.epoch) for share in shares} == {
-            (alone.tokens, alone.window_digest, alone.epoch)
+        assert together == loader.windows_after(seen).tolist()
+        alone = loader.step_after(seen)
+        assert {(share.tokens, share.window_digest, share.windows_seen, share.epoch) for share in shares} == {
+            (alone.tokens, alone.window_digest, alone.windows_seen, alone.epoch)
         }
 
 
@@ -120,30 +136,30 @@ def test_ranks_share_a_step_without_overlap(tmp_path, world_size):
 def test_ranks_that_cannot_share_are_refused(tmp_path, rank, world_size):
     loader = loader_of(stream_of(tmp_path, range(1, 500)))
     with pytest.raises(ConfigError):
-        loader.step(1, rank, world_size)
+        loader.step_after(0, rank, world_size)
 
 
 def test_the_order_does_not_depend_on_how_a_step_is_cut(tmp_path):
     stream = stream_of(tmp_path, range(1, 500))
     one = loader_of(stream, micro_batch_size=8, grad_accum_steps=1)
     other = loader_of(stream, micro_batch_size=1, grad_accum_steps=8)
-    for step in (1, 5, 50):
-        assert one.step(step).window_digest == other.step(step).window_digest
+    for seen in (0, 32, 392):
+        assert one.step_after(seen).window_digest == other.step_after(seen).window_digest
 
 
 def test_the_digest_names_the_windows(tmp_path):
     stream = stream_of(tmp_path, range(1, 500))
     loader = loader_of(stream)
-    ids = loader.step_windows(3)
-    assert loader.step(3).window_digest == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
-    assert len({loader.step(step).window_digest for step in range(1, 100)}) == 99
-    assert loader_of(stream, seed=2).step(3).window_digest != loader.step(3).window_digest
+    ids = loader.windows_after(16)
+    assert loader.step_after(16).window_digest == hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
+    assert len({loader.step_after(8 * step).window_digest for step in range(99)}) == 99
+    assert loader_of(stream, seed=2).step_after(16).window_digest != loader.step_after(16).window_digest
 
 
 def test_the_facts_of_a_step_are_computed_once(tmp_path, monkeypatch):
     loader, calls, windows = loader_of(stream_of(tmp_path, range(1, 500))), [], WindowShuffle.windows
     monkeypatch.setattr(WindowShuffle, "windows", lambda self, places: calls.append(1) or windows(self, places))
-    step = loader.step(2)
+    step = loader.step_after(8)
     first, again = [[batch.window_ids for batch in step.batches] for _ in range(2)]
     assert (first, len(first)) == (again, 4), "a step that is computed again reads the same"
     assert len(calls) == 1
@@ -151,7 +167,7 @@ def test_the_facts_of_a_step_are_computed_once(tmp_path, monkeypatch):
 
 def test_batches_are_read_when_they_are_asked_for(tmp_path):
     loader, reads = loader_of(stream_of(tmp_path, range(1, 500))), []
-    assert isinstance(loader.step(1).batches, Batches)
+    assert isinstance(loader.step_after(0).batches, Batches)
     batches = Batches(lambda windows: reads.append(windows) or loader._batch(windows), [[4, 2], [7], [3]])
     assert (len(batches), len(batches[::2]), reads) == (3, 2, [])
     assert [batch.window_ids for batch in batches[::2]] == [(4, 2), (3,)]
@@ -188,7 +204,7 @@ def test_document_ids_are_left_out_where_plain_attention_is_the_same(tmp_path, t
 
 def test_real_documents_are_separated(tiny_dataset, tiny_tokenizer):
     loader = loader_of(tiny_dataset.train, seq_len=64)
-    for batch in loader.step(1).batches:
+    for batch in loader.step_after(0).batches:
         borders = batch.input_ids == tiny_tokenizer.eos_id
         if batch.document_ids is not None:
             steps = batch.document_ids.diff(dim=1)
@@ -217,6 +233,6 @@ def test_sizes_below_one_are_refused(tmp_path, name):
         loader_of(stream_of(tmp_path, range(1, 500)), **{name: 0})
 
 
-def test_steps_count_from_one(tmp_path):
-    with pytest.raises(ValueError, match="from 1"):
-        loader_of(stream_of(tmp_path, range(1, 500))).step_windows(0)
+def test_a_place_before_the_first_window_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="-1 windows"):
+        loader_of(stream_of(tmp_path, range(1, 500))).windows_after(-1)

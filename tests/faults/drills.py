@@ -111,11 +111,13 @@ def go_to(state: TrainState, session: Session, step: int) -> None:
     """Make up the steps up to ``step``, recorded as real ones are."""
     while state.step < step:
         state.step += 1
-        batch = session.loader.step(state.step)
+        batch = session.loader.step_after(state.windows_seen)
         state.tokens_seen += batch.tokens
+        state.windows_seen = batch.windows_seen
         result = StepResult(
             step=state.step, loss=1 / state.step, grad_norm=1.0, lr=0.01, tokens=batch.tokens,
-            tokens_seen=state.tokens_seen, windows=batch.window_digest, epoch=batch.epoch,
+            tokens_seen=state.tokens_seen, windows_seen=state.windows_seen,
+            windows=batch.window_digest, epoch=batch.epoch,
         )  # fmt: skip
         record_step(session, result, seconds=0.1)
     for parameter in state.model.parameters():

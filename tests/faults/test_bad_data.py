@@ -70,7 +70,7 @@ def first_use(dataset: Dataset, setting: Setting, place: int, steps: int) -> int
     return next(
         step
         for step in range(1, steps + 1)
-        if any(window * length <= place <= (window + 1) * length for window in loader.step_windows(step))
+        if any(window * length <= place <= (window + 1) * length for window in loader.windows_after(2 * (step - 1)))
     )
 
 
@@ -93,7 +93,7 @@ def test_d3_ids_outside_the_vocabulary(
     for trial in range(count):
         width = (2, 4)[trial % 2]
         folder = copy_of_data(tiny_dataset, tmp_path / f"data-{trial}", width)
-        window = draw.choice(loader.step_windows(draw.randint(1, steps)).tolist())
+        window = draw.choice(loader.windows_after(2 * draw.randrange(steps)).tolist())
         place = min(window * length + draw.randrange(length), len(tiny_dataset.train) - 1)
         name, offset = shard_and_offset(tiny_dataset, place)
         token = draw.choice([512, 513, 2 ** (8 * width) - 1, 2 ** (8 * width - 1), draw.randrange(512, 65_536)])

@@ -1,4 +1,4 @@
-"""Rows F1 to F8: signals, readers that do not read, several processes at once, clocks, machines and configurations."""
+"""Rows F1 to F10: signals, readers that do not read, several processes, clocks, machines, and what a run is made of."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -39,11 +40,13 @@ from trials import (
 )
 from waiting import HANGS
 
+import resmol.audit.audit
 import resmol.run.async_save
 import resmol.run.ledger
 import resmol.system.host
 import resmol.train.loop
 import resmol.train.start
+from resmol.checks import Check
 from resmol.config.load import load_config, with_overrides
 from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError, RunInUse
@@ -603,6 +606,123 @@ def test_f8_every_field_drifts(campaign: Campaign, forks: Forks, setting: Settin
     campaign.record(
         "F8", "one field of the configuration changed", "class A refused, B accepted and recorded, C free", problems,
         len(keys), exhaustive=campaign.full, note=str(dict(sorted(Counter(classes[key] for key in keys).items()))),
+    )  # fmt: skip
+
+
+def checks_of(run: Path) -> list[Check]:
+    """Audit a run strictly, in this process."""
+    return resmol.audit.audit.audit(RunDir(run), strict=True)
+
+
+def resume_alone(run: Path, setting: Setting, *arguments: str) -> int:
+    """Do what `resmol train RUN` does without a configuration: the stored one counts."""
+    words = ["--data", str(setting.data), "--tokenizer", str(setting.tokenizer), *arguments]
+    with (run.parent / f"{run.name}.error").open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
+        return run_command_line(["train", str(run), *words], debug=False)
+
+
+def edited(
+    forks: Forks, run: Path, setting: Setting, key: str, config: RunConfig, expected: dict[int, tuple[Any, ...]]
+) -> list[str]:
+    """Change one field in config.toml and resume; return what is not as the field's class says."""
+    kind, old = drift_classes()[key], flatten(config)[key]
+    new, found = another_value(key, old), []
+    RunDir(run).config.write_text(config.replace({key: new}).to_toml(), encoding="utf-8")
+    before = RunDir(run).ledger.read_bytes()
+    code = forks.run(resume_alone, run, setting, "--steps", "22")
+    if kind == "C":
+        found += [] if code == 0 else [f"exit code {code}: {error_of(run)}"]
+        return found + [
+            f"step {step} has other bits" for step, bits in step_bits(run).items() if bits != expected[step]
+        ]
+    found += [] if code == ConfigError.exit_code else [f"exit code {code}: {error_of(run)}"]
+    found += [] if f"{key} (class {kind})" in error_of(run) else [f"it says {error_of(run)}"]
+    found += [] if RunDir(run).ledger.read_bytes() == before else ["refused, and yet the ledger was changed"]
+    failed = [check.name for check in checks_of(run) if not check.passed]
+    return found + ([] if failed == ["configuration"] else [f"the audit fails {failed}"])
+
+
+def test_f8_every_field_edited(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
+    """One field at a time, in the config.toml of a run: as if it had been given on the command line."""
+    template, whole, problems = tmp_path / "template", tmp_path / "whole", []
+    assert forks.run(command, template, setting, *STORED, "--steps", "20") == 0
+    assert forks.run(command, whole, setting, *STORED, "--steps", "22") == 0
+    config, expected, classes = load_config(RunDir(template).config), step_bits(whole), drift_classes()
+    keys = [key for key in classes if len(choices(key)) != 1 and key not in ("data.path", "train.steps")]
+    if not campaign.full:
+        draw = campaign.draw("F8e")
+        keys = [key for kind, some in (("A", 4), ("B", 3), ("C", 2))
+                for key in draw.sample([key for key in keys if classes[key] == kind], some)]  # fmt: skip
+    for key in keys:
+        run = tmp_path / key / "run"
+        run.parent.mkdir()
+        shutil.copytree(template, run)
+        problems += [f"{key}: {text}" for text in edited(forks, run, setting, key, config, expected)[:1]]
+    campaign.record(
+        "F8e", "one field edited in the run's config.toml", "as on the command line; the audit names the field",
+        problems, len(keys), exhaustive=campaign.full,
+    )  # fmt: skip
+
+
+# --- F9: the files of a run --------------------------------------------------------------------------------------
+
+
+def test_f9_files_lost_or_exchanged(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
+    """Delete each file of a run, or exchange it with another run's: equal bits and a sound record, or a refusal."""
+    template, other, whole, problems = (*(tmp_path / name for name in ("template", "other", "whole")), list[str]())
+    assert forks.run(command, template, setting, "--steps", "20") == 0
+    assert forks.run(command, other, setting, "--steps", "20", "--set", "train.seed=9") == 0
+    assert forks.run(command, whole, setting, "--steps", "22") == 0
+    expected = step_bits(whole)
+    files = sorted(path.relative_to(template) for path in template.rglob("*") if path.is_file())
+    trials = [
+        (name, what) for name in files for what in ("deleted", "exchanged") if what == "deleted" or name.name != "lock"
+    ]
+    if not campaign.full:
+        newest = Path("checkpoints/step-00000020")
+        trials = [trial for trial in trials if trial[0].parent in (Path(), newest)]
+    for number, (name, what) in enumerate(trials):
+        run = tmp_path / str(number) / "run"
+        run.parent.mkdir()
+        shutil.copytree(template, run)
+        (run / name).unlink()
+        if what == "exchanged":
+            shutil.copy(other / name, run / name)
+        code = forks.run(resume_alone, run, setting, "--steps", "22")
+        label = f"{name} {what}"
+        if code:
+            problems += [] if "internal error" not in error_of(run) else [f"{label}: {error_of(run)}"]
+            continue
+        wrong = [step for step, bits in step_bits(run).items() if bits != expected[step]]
+        failed = [check.name for check in checks_of(run) if not check.passed]
+        problems += [f"{label}: steps {wrong} differ, the audit fails {failed}"] if wrong or failed else []
+    campaign.record(
+        "F9", "a file of the run deleted, or that of another run", "refused, or equal bits and a sound record",
+        problems, len(trials), exhaustive=campaign.full,
+    )  # fmt: skip
+
+
+# --- F10: the place in the data ----------------------------------------------------------------------------------
+
+
+def test_f10_the_batch_changes_on_the_way(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
+    """Batches of random sizes, changed and killed at random steps: every window once an epoch, in the one order."""
+    draw, count, problems, batch = campaign.draw("F10"), campaign.count(3, 40), list[str](), "batch.global_batch_tokens"
+    for trial in range(count):
+        run, step = tmp_path / str(trial) / "run", 0
+        run.parent.mkdir()
+        for _ in range(4):
+            step += draw.randint(1, 12)
+            change = ["--set", f"{batch}={64 * draw.choice([1, 2, 4])}", "--accept-drift", batch]
+            code = forks.run(command, run, setting, *change, "--steps", str(step))
+            problems += [f"trial {trial}: exit code {code}: {error_of(run)}"] if code else []
+        failed = [f"{check.name}: {check.measured}" for check in checks_of(run) if not check.passed]
+        problems += [f"trial {trial}: {text}" for text in failed[:1]]
+        epochs = [record["epoch"] for _, record in sorted(effective_steps(records_of(run)).items())]
+        problems += [] if epochs == sorted(epochs) else [f"trial {trial}: epochs {epochs}"]
+    campaign.record(
+        "F10", "another batch size at random steps, three times", "the audit recomputes every window; none is missing",
+        problems, count,
     )  # fmt: skip
 
 

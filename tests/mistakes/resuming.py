@@ -79,28 +79,30 @@ def _draw_again(state: Any) -> None:
 
 
 def windows_from(position: Any) -> Any:
-    """Return what makes step s read the windows of ``position(s, resumes)``; ``resumes`` counts the restarts."""
+    """Return what makes the steps of a resumed run read the windows after ``position(seen, resumed_at, per_step)``."""
 
     def put_in(patch: pytest.MonkeyPatch) -> None:
-        genuine, resumed_at = Loader.step_windows, []
+        genuine, resumed_at = Loader.windows_after, []
         genuine_restore = resume.restore
 
         def restore(state: Any, checkpoint: Any) -> None:
             genuine_restore(state, checkpoint)
-            resumed_at.append(state.step)
+            resumed_at.append(state.windows_seen)
+
+        def windows_after(self: Loader, seen: int) -> Any:
+            place = position(seen, resumed_at, self.windows_per_step) if resumed_at else seen
+            return genuine(self, place)
 
         patch.setattr(resume, "restore", restore)
-        patch.setattr(
-            Loader, "step_windows", lambda self, step: genuine(self, position(step, resumed_at) if resumed_at else step)
-        )
+        patch.setattr(Loader, "windows_after", windows_after)
 
     return put_in
 
 
-def _saved_by_the_last_process(step: int, resumed_at: list[int]) -> int:
+def _saved_by_the_last_process(seen: int, resumed_at: list[int], _per_step: int) -> int:
     """The position that is saved counts from the start of the process: right once, wrong the second time."""
     before = resumed_at[-2] if len(resumed_at) > 1 else 0
-    return step - before
+    return seen - before
 
 
 def random_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -302,10 +304,10 @@ MISTAKES: list[Mistake] = [
     mistake(9, "resume: reseeded", reseeded, R, "windows"),
     mistake(9, "resume: fresh weights", after_a_resume(_draw_again), R, "loss_bits"),
     mistake(9, "resume: a step skipped", after_a_resume(_skip_a_step), R, "steps 1 to 24"),
-    mistake(9, "resume: a batch repeated", windows_from(lambda step, _: step - 1), R, "windows"),
-    mistake(9, "resume: a batch skipped", windows_from(lambda step, _: step + 1), R, "windows"),
+    mistake(9, "resume: a batch repeated", windows_from(lambda seen, _, size: seen - size), R, "windows"),
+    mistake(9, "resume: a batch skipped", windows_from(lambda seen, _, size: seen + size), R, "windows"),
     mistake(9, "resume: random tokens", random_tokens, R, "loss_bits"),
-    mistake(10, "loader's state saved, never loaded", windows_from(lambda step, at: step - at[-1]), R, "windows"),
+    mistake(10, "loader's state saved, never loaded", windows_from(lambda seen, at, _: seen - at[-1]), R, "windows"),
     mistake(10, "loader's state right once, wrong at the second resume", windows_from(_saved_by_the_last_process), R,
             "windows"),
     mistake(11, "any error in loading means starting over", starts_over, damage_guard, "all checkpoints corrupt"),

@@ -52,7 +52,7 @@ def _coverage(bench: Bench, data: Dataset) -> set[str]:
     """Count the targets of one epoch: all tokens but the first, each as often as it occurs."""
     loader = make_loader(bench.config, data.train)
     seen: Counter[int] = Counter()
-    windows = [w for step in range(1, 200) for w in loader.step_windows(step).tolist()]
+    windows = [w for step in range(200) for w in loader.windows_after(step * loader.windows_per_step).tolist()]
     for window in windows[: -(-(len(data.train) - 1) // bench.config.data.seq_len)]:
         seen.update(loader._batch([window]).targets[0].tolist())
     del seen[IGNORE_INDEX]

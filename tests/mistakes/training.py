@@ -28,15 +28,15 @@ from resmol.train.parallel import Runtime
 # --- what a step computes ------------------------------------------------------------------------------------
 
 
-def reference_step(bench: Bench, step: int) -> tuple[float, dict[str, Tensor], int]:
-    """Loss and gradients of a step by transformers, from the text itself: one mean over all its tokens."""
+def reference_step(bench: Bench, seen: int) -> tuple[float, dict[str, Tensor], int]:
+    """Loss and gradients of the step after ``seen`` windows by transformers, from the text itself, as one mean."""
     config = bench.config
     loader = make_loader(config, bench.short_data.train)
     reference = LlamaForCausalLM(LlamaConfig(**config.model.to_hf()))
     reference.load_state_dict(new_state(config, RUNTIME).model.state_dict(), strict=True)
     stream, length = bench.short_data.train, config.data.seq_len
     total, tokens = torch.zeros(()), 0
-    for window in loader.step_windows(step).tolist():
+    for window in loader.windows_after(seen).tolist():
         text = stream.read(window * length, min((window + 1) * length + 1, len(stream)))
         ids = torch.from_numpy(text)[None]
         loss = reference(ids, labels=ids).loss  # it shifts the labels itself
@@ -47,15 +47,17 @@ def reference_step(bench: Bench, step: int) -> tuple[float, dict[str, Tensor], i
 
 def step_guard(bench: Bench) -> set[str]:
     """Compare loss and gradients of a step of unequal micro-batches with transformers, on one process and on two."""
-    step = next(s for s in range(1, 40) if make_loader(bench.config, bench.short_data.train).step(s).tokens != 64)
-    loss, gradients, tokens = reference_step(bench, step)
+    whole = make_loader(bench.config, bench.short_data.train)
+    places = range(0, 40 * whole.windows_per_step, whole.windows_per_step)
+    seen = next(place for place in places if whole.step_after(place).tokens != 64)
+    loss, gradients, tokens = reference_step(bench, seen)
     found = set()
     for micro, world in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 2)):
         overrides = [f"batch.micro_batch_size={micro}", "data.document_mask=false"]
         config = with_overrides(bench.config, overrides)
         state = new_state(config, RUNTIME)
         loader = make_loader(config, bench.short_data.train)
-        ours = _on_processes(state, loader, step, config, world)
+        ours = _on_processes(state, loader, seen, config, world)
         where = "micro-batches" if world == 1 else "processes"
         if not math.isclose(ours / tokens, loss, rel_tol=1e-5):
             found.add(f"loss of the step over {where}")
@@ -65,7 +67,7 @@ def step_guard(bench: Bench) -> set[str]:
     return found
 
 
-def _on_processes(state: Any, loader: Loader, step: int, config: Any, world: int) -> float:
+def _on_processes(state: Any, loader: Loader, seen: int, config: Any, world: int) -> float:
     """Run the ranks one after the other; what the last one reduces over is what the others computed."""
     others: list[list[Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +83,7 @@ def _on_processes(state: Any, loader: Loader, step: int, config: Any, world: int
             patch.setattr(distributed.dist, "all_reduce", all_reduce)
             state.optimizer.zero_grad(set_to_none=True)
             runtime = Runtime(rank, world, RUNTIME.device, None)
-            batches = loader.step(step, rank, world).batches
+            batches = loader.step_after(seen, rank, world).batches
             total = train.accumulate_gradients(state.model, batches, config, runtime)
             others.append(computed)
     return float(total)
@@ -217,7 +219,7 @@ def zero_guard(bench: Bench) -> set[str]:
     if (bench.config.model.bos_token_id, bench.config.model.eos_token_id, bench.tokenizer.eos_id) != (0, 0, 0):
         found.add("configuration with bos = eos = 0")
     loader = make_loader(bench.config, bench.short_data.train)
-    batches = [batch for step in range(1, 10) for batch in loader.step(step).batches]
+    batches = [batch for step in range(9) for batch in loader.step_after(step * loader.windows_per_step).batches]
     ends = [batch for batch in batches if bool((batch.input_ids[:, :-1] == 0).any())]
     if not ends or any(batch.document_ids is None for batch in ends):
         found.add("documents that end with token 0")
@@ -252,7 +254,7 @@ def figures_guard(bench: Bench) -> set[str]:
     records = effective_steps(read_ledger(bench.folder / "figures" / "ledger.jsonl").records)
     found = {"seconds of a step"} if {record["seconds"] for record in records.values()} != {0.0} else set()
     model, losses = new_state(bench.config, RUNTIME).model, []
-    for batch in make_loader(bench.config, bench.data.train).step(1).batches:
+    for batch in make_loader(bench.config, bench.data.train).step_after(0).batches:
         logits = model(batch.input_ids, batch.document_ids).flatten(0, 1).detach()
         losses.append(F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"))
     mean = float(torch.cat(losses).sum()) / sum(int((loss != 0).sum()) for loss in losses)

@@ -70,8 +70,8 @@ class Bench:
         """Fill everything with the step, and save that."""
         self.fill(float(step))
         saved = SavedState(
-            step=step, tokens_seen=0, config_sha256="", data_fingerprint="", ledger_head=self.run_log.head,
-            random_state="", permanent=permanent,
+            step=step, tokens_seen=0, windows_seen=0, config_sha256="", data_fingerprint="",
+            ledger_head=self.run_log.head, random_state="", permanent=permanent,
         )  # fmt: skip
         checkpointer.save(saved, CheckpointTensors.of(self.state.model, self.state.optimizer), wait=wait)
 

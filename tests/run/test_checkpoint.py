@@ -270,6 +270,7 @@ def test_saving_over_a_corrupt_one_quarantines_it(good: Path, tiny_config: RunCo
     saved = SavedState(
         step=10,
         tokens_seen=1,
+        windows_seen=1,
         config_sha256="",
         data_fingerprint="",
         ledger_head="",

@@ -49,7 +49,7 @@ def test_accumulation_is_one_large_batch(tiny_config: RunConfig, tiny_dataset: D
     for micro in (1, 2, 4):
         config = with_overrides(tiny_config, [f"batch.micro_batch_size={micro}"])
         state = new_state(config, RUNTIME)
-        batches = make_loader(config, tiny_dataset.train).step(3).batches
+        batches = make_loader(config, tiny_dataset.train).step_after(8).batches
         assert len({window for batch in batches for window in batch.window_ids}) == 4, "no window twice"
         loss = accumulate_gradients(state.model, batches, config, RUNTIME)
         found.append((float(loss), gradients(state)))
@@ -82,7 +82,7 @@ def test_two_threads_give_the_same_bits_each_time(tiny_config: RunConfig) -> Non
 
 def test_unequal_micro_batches_are_weighted_by_tokens(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
     """Against transformers: one mean over all tokens of the step, not a mean of the micro-batches' means."""
-    batches = make_loader(tiny_config, tiny_dataset.train).step(1).batches
+    batches = make_loader(tiny_config, tiny_dataset.train).step_after(0).batches
     targets = batches[0].targets.clone()
     targets[:, 3:] = IGNORE_INDEX
     short = Batch(batches[0].input_ids, targets, None, batches[0].window_ids, int((targets != IGNORE_INDEX).sum()))
@@ -108,7 +108,7 @@ def test_loss_is_that_of_the_next_token(tiny_config: RunConfig, tiny_dataset: Da
     reference = LlamaForCausalLM(LlamaConfig(**tiny_config.model.to_hf()))
     reference.load_state_dict(state.model.state_dict(), strict=True)
     config = with_overrides(tiny_config, ["data.document_mask=false"])
-    batch = make_loader(config, tiny_dataset.train).step(1).batches[0]
+    batch = make_loader(config, tiny_dataset.train).step_after(0).batches[0]
     whole = torch.cat([batch.input_ids, batch.targets[:, -1:]], dim=1)
     expected = reference(whole, labels=whole).loss
     found = accumulate_gradients(state.model, [batch], config, RUNTIME) / batch.tokens
@@ -118,7 +118,7 @@ def test_loss_is_that_of_the_next_token(tiny_config: RunConfig, tiny_dataset: Da
 def test_documents_do_not_see_each_other(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:
     """With the mask, the hidden states after an end-of-document token do not depend on what came before it."""
     loader = make_loader(tiny_config, tiny_dataset.train)
-    batch = next(b for step in range(1, 200) for b in loader.step(step).batches if b.document_ids is not None)
+    batch = next(b for step in range(200) for b in loader.step_after(4 * step).batches if b.document_ids is not None)
     row = next(i for i, ids in enumerate(batch.document_ids) if ids.max() > 0)
     border = int((batch.document_ids[row] == 0).sum())
     model = new_state(tiny_config, RUNTIME).model
@@ -140,7 +140,7 @@ def test_the_record_of_a_step_is_what_the_step_returns(
     records = effective_steps(read_ledger(tmp_path / "run" / "ledger.jsonl").records)
     state, loader = new_state(tiny_config, RUNTIME), make_loader(tiny_config, tiny_dataset.train)
     for step in (1, 2):
-        result = train_step(state, loader.step(step), tiny_config, RUNTIME).to_record()
+        result = train_step(state, loader.step_after(state.windows_seen), tiny_config, RUNTIME).to_record()
         assert records[step].items() >= result.items()
         assert set(REPRODUCIBLE_FIELDS) < set(result)
         assert records[step].keys() - result.keys() == {"seconds", "seq", "prev", "time", "kind"}
@@ -151,7 +151,7 @@ def test_the_first_difference_is_the_one_that_the_others_follow_from(
     tiny_config: RunConfig, tiny_dataset: Dataset
 ) -> None:
     loader = make_loader(tiny_config, tiny_dataset.train)
-    result = train_step(new_state(tiny_config, RUNTIME), loader.step(1), tiny_config, RUNTIME)
+    result = train_step(new_state(tiny_config, RUNTIME), loader.step_after(0), tiny_config, RUNTIME)
     changed = dataclasses.replace(result, loss=1.5, windows="other")
     assert first_difference(result.to_record(), changed.to_record()) == "windows"
     assert first_difference(result.to_record(), dataclasses.replace(result, loss=1.5).to_record()) == "loss_bits"
@@ -175,7 +175,7 @@ def test_loss_of_the_step_is_the_mean_over_its_tokens(
     record = effective_steps(read_ledger(tmp_path / "run" / "ledger.jsonl").records)[1]
     model = new_state(tiny_config, RUNTIME).model
     total = tokens = 0.0
-    for batch in make_loader(tiny_config, tiny_dataset.train).step(1).batches:
+    for batch in make_loader(tiny_config, tiny_dataset.train).step_after(0).batches:
         logits = model(batch.input_ids, batch.document_ids)
         loss = F.cross_entropy(
             logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -229,15 +229,15 @@ def test_non_finite_loss_leaves_everything_as_it_was(
 ) -> None:
     state = new_state(tiny_config, RUNTIME)
     loader = make_loader(tiny_config, tiny_dataset.train)
-    first = train_step(state, loader.step(1), tiny_config, RUNTIME)
+    first = train_step(state, loader.step_after(0), tiny_config, RUNTIME)
     weights = {name: t.clone() for name, t in state.model.state_dict().items()}
     moments = [state.optimizer.state[p]["exp_avg_sq"].clone() for p in state.model.parameters()]
     genuine = CausalLM.loss
     monkeypatch.setattr(CausalLM, "loss", lambda *a: genuine(*a) * bad)
     with pytest.raises(NonFiniteError, match=r"step 2 .*windows") as stopped:
-        train_step(state, loader.step(2), tiny_config, RUNTIME)
+        train_step(state, loader.step_after(state.windows_seen), tiny_config, RUNTIME)
     assert stopped.value.exit_code == 70
-    assert (state.step, state.tokens_seen) == (1, first.tokens)
+    assert (state.step, state.tokens_seen, state.windows_seen) == (1, first.tokens, first.windows_seen)
     assert all(torch.equal(t, weights[name]) for name, t in state.model.state_dict().items())
     assert all(
         torch.equal(state.optimizer.state[p]["exp_avg_sq"], m)
@@ -259,7 +259,7 @@ def test_a_fault_that_does_not_come_twice_is_survived(
 
         with monkeypatch.context() as patch:
             patch.setattr(CausalLM, "loss", flaky)
-            results.append(train_step(state, loader.step(1), tiny_config, RUNTIME))
+            results.append(train_step(state, loader.step_after(0), tiny_config, RUNTIME))
     assert results[0] == results[1]
 
 
@@ -318,7 +318,9 @@ def test_three_steps_give_the_golden_numbers(tiny_config: RunConfig) -> None:
     for step in range(1, 4):
         ids = (torch.arange(4 * 17).reshape(4, 17) * 7919 * step) % 512
         batches = [Batch(rows[:, :-1], rows[:, 1:], None, (0, 1), 32) for rows in ids.split(2)]
-        result = train_step(state, StepBatch(batches, 64, "", 0.0), tiny_config, RUNTIME)
+        result = train_step(
+            state, StepBatch(batches, 64, window_digest="", windows_seen=0, epoch=0.0), tiny_config, RUNTIME
+        )
         found.append({"loss": result.loss, "grad_norm": result.grad_norm})
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -11,12 +11,15 @@ import pytest
 from test_resume import assert_equal_runs
 from tiny import TrainTiny
 
+from resmol.audit.audit import audit
+from resmol.checks import all_passed
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import ConfigError
-from resmol.run.ledger import Kind, Record, read_ledger, select
+from resmol.run.directory import RunDir
+from resmol.run.ledger import Kind, Record, effective_steps, read_ledger, select
 from resmol.train.parallel import Runtime, open_runtime
 
 OFTEN = ["evaluation.every=5", "evaluation.windows=7", "sampling.every=5"]  # 4 batches, the last one of one window
@@ -28,7 +31,9 @@ def torchrun_words(processes: int) -> list[str]:
     return [*launcher, "-m", "resmol"]
 
 
-def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer: Path, steps: int) -> None:
+def torchrun(
+    processes: int, config: RunConfig, run: Path, data: Path, tokenizer: Path, steps: int, *options: str
+) -> None:
     file = run.parent / "tiny.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
     command = torchrun_words(processes)
@@ -43,6 +48,7 @@ def torchrun(processes: int, config: RunConfig, run: Path, data: Path, tokenizer
         str(data),
         "--tokenizer",
         str(tokenizer),
+        *options,
     ]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -76,6 +82,20 @@ def test_one_process_two_and_one_again(
     records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
     assert [r["environment"]["world_size"] for r in records if r["kind"] in ("start", "resume")] == [1, 2, 1]
     assert not list(select(records, "warn"))
+
+
+def test_two_processes_go_on_after_the_last_window_with_twice_the_batch(
+    tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer
+) -> None:
+    run, batch = tmp_path / "run", "batch.global_batch_tokens"
+    quiet = ("evaluation.every=0", "sampling.every=0")
+    train_tiny(run, 5, *quiet)
+    doubled = with_overrides(tiny_config, [f"{batch}=128", *quiet])
+    torchrun(2, doubled, run, tiny_dataset.root, tiny_tokenizer.path, 10, "--accept-drift", batch)
+    train_tiny(run, 12, *quiet, accept_drift=[batch])
+    steps = effective_steps(read_ledger(run / "ledger.jsonl").records)
+    assert [steps[step]["windows_seen"] for step in (5, 6, 10, 11, 12)] == [20, 28, 60, 64, 68]
+    assert all_passed(audit(RunDir(run), strict=True))
 
 
 def test_cuda_without_a_device(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

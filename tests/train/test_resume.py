@@ -11,13 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import TrainTiny
 
 from resmol.audit.audit import audit
 from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
+from resmol.data.loader import StepBatch
 from resmol.data.shards import Dataset
+from resmol.data.shuffle import WindowShuffle
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
 from resmol.run import checkpoint, checkpoint_manifest
@@ -491,31 +494,150 @@ def test_accepted_drifts_are_what_a_later_checkpoint_is_bound_to(tmp_path: Path,
     assert all_passed([check for check in audit(RunDir(run)) if check.name == "configuration"])
 
 
-def test_a_stored_configuration_that_was_edited_is_refused(tmp_path: Path, train_tiny: TrainTiny) -> None:
+EDITS = [
+    ("beta2 = 0.95", "beta2 = 0.5", r"optimizer\.beta2 \(class A\): 0\.95 -> 0\.5"),
+    ("document_mask = true", "document_mask = false", r"data\.document_mask \(class A\): True -> False"),
+    ("weight_decay = 0.01", "weight_decay = 0.5", r"optimizer\.weight_decay \(class B\): 0\.01 -> 0\.5"),
+    ("clip_norm = 1.0", "clip_norm = 9.0", r"optimizer\.clip_norm \(class B\)"),
+]
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file.name} holds {old!r} {text.count(old)} times"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("old", "new", "named"), EDITS)
+def test_an_edited_configuration_is_refused_field_by_field(
+    tmp_path: Path, train_tiny: TrainTiny, old: str, new: str, named: str
+) -> None:
     run = tmp_path / "run"
     train_tiny(run, 5)
-    stored = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(stored.replace("lr = 0.01", "lr = 0.02"))
-    with pytest.raises(ConfigError, match="not the configuration that the ledger recorded"):
-        train_tiny(run, 10, "optimizer.lr=0.02")
-    (run / "config.toml").write_text(stored.replace("keep_last = 100", "keep_last = 99"))
-    assert train_tiny(run, 10).step == 10, "a field of class C may be edited"
+    edit(run / "config.toml", old, new)
+    ledger = (run / "ledger.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=named):
+        train_tiny(run, 10, config=None)
+    with pytest.raises(ConfigError, match=r"config\.toml was edited, and another configuration is given as well"):
+        train_tiny(run, 10)
+    assert (run / "ledger.jsonl").read_bytes() == ledger
+    failed = [check.measured for check in audit(RunDir(run)) if not check.passed]
+    assert len(failed) == 1
+    assert failed[0].startswith("config.toml: ")
 
 
-@pytest.mark.parametrize("again", [["optimizer.lr=0.02"], []], ids=["with the drift", "without it"])
-def test_a_crash_between_the_record_of_a_drift_and_the_stored_configuration(
-    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any, again: list[str]
-) -> None:
-    """The ledger is then ahead of config.toml; the run goes on all the same."""
-    run, accepted = tmp_path / "run", {"accept_drift": ["optimizer.lr"]}
+def test_an_edit_of_class_b_is_recorded_when_it_is_accepted(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run, lr = tmp_path / "run", "optimizer.lr"
     train_tiny(run, 5)
-    stored = (run / "config.toml").read_bytes()
+    edit(run / "config.toml", "lr = 0.01", "lr = 0.02")
+    assert train_tiny(run, 10, config=None, accept_drift=[lr]).step == 10
+    changes = next(select(read_ledger(run / "ledger.jsonl").records, "drift"))["changes"]
+    assert changes == {lr: {"from": 0.01, "to": 0.02}}
+    assert all_passed(audit(RunDir(run)))
+
+
+def test_a_field_of_class_c_may_be_edited(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 5)
+    edit(tmp_path / "run" / "config.toml", "keep_last = 100", "keep_last = 99")
+    assert train_tiny(tmp_path / "run", 10, config=None).step == 10
+    assert all_passed(audit(RunDir(tmp_path / "run")))
+
+
+def test_a_lost_configuration_is_restored_from_the_ledger(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run, lr = tmp_path / "run", "optimizer.lr"
+    train_tiny(run, 5)
+    train_tiny(run, 8, "optimizer.lr=0.02", accept_drift=[lr])
+    bound = RunDir(run).load_config().bound_fields()
+    (run / "config.toml").unlink()
+    with pytest.raises(ConfigError, match=r"optimizer\.beta2 \(class A\)"):
+        train_tiny(run, 10, "optimizer.lr=0.02", "optimizer.beta2=0.5")
+    assert not (run / "config.toml").exists()
+    assert train_tiny(run, 10, config=None).step == 10
+    assert RunDir(run).load_config().bound_fields() == bound
+    assert all_passed(audit(RunDir(run)))
+
+
+def test_the_configuration_of_another_run_is_refused(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 5)
+    train_tiny(tmp_path / "other", 5, "train.seed=9")
+    (tmp_path / "run" / "config.toml").write_bytes((tmp_path / "other" / "config.toml").read_bytes())
+    with pytest.raises(ConfigError, match=r"train\.seed \(class A\): 8 -> 9"):
+        train_tiny(tmp_path / "run", 10, config=None)
+
+
+@pytest.mark.parametrize("again", [{"accept_drift": ["optimizer.lr"]}, {}], ids=["accepted again", "not accepted"])
+def test_a_crash_between_the_stored_configuration_and_the_record_of_its_drift(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any, again: dict[str, Any]
+) -> None:
+    """config.toml is then ahead of the ledger, which decides."""
+    run = tmp_path / "run"
+    train_tiny(run, 5)
     with monkeypatch.context() as patch:
-        patch.setattr("resmol.train.start.write_durable", lambda *_: die())
+        patch.setattr(resume, "_record_resume", lambda *_: die())
         with pytest.raises(Crash):
-            train_tiny(run, 10, "optimizer.lr=0.02", **accepted)
-    assert (run / "config.toml").read_bytes() == stored
-    assert [r["kind"] for r in read_ledger(run / "ledger.jsonl").records[-2:]] == ["drift", "resume"]
-    assert train_tiny(run, 10, *again, **accepted).step == 10
-    assert train_tiny(run, 12, *again).step == 12
-    assert all_passed([check for check in audit(RunDir(run)) if check.name == "configuration"])
+            train_tiny(run, 10, "optimizer.lr=0.02", accept_drift=["optimizer.lr"])
+    assert "lr = 0.02" in (run / "config.toml").read_text(encoding="utf-8")
+    assert not any(select(read_ledger(run / "ledger.jsonl").records, "drift"))
+    if again:
+        assert train_tiny(run, 10, config=None, **again).step == 10
+        assert all_passed(audit(RunDir(run)))
+    else:
+        with pytest.raises(ConfigError, match=r"optimizer\.lr \(class B\)"):
+            train_tiny(run, 10, config=None)
+
+
+# --- the place in the data -----------------------------------------------------------------------------------
+
+
+def windows_read(monkeypatch: Any) -> list[int]:
+    """Record the windows that training reads from here on, in their order."""
+    genuine, read = module.train_step, list[int]()
+
+    def train_step(state: Any, batch: StepBatch, *arguments: Any) -> Any:
+        read.extend(window for micro_batch in batch.batches for window in micro_batch.window_ids)
+        return genuine(state, batch, *arguments)
+
+    monkeypatch.setattr(module, "train_step", train_step)
+    return read
+
+
+@pytest.mark.parametrize("tokens", [(64, 128, 32), (128, 64, 256)], ids=["doubled first", "halved first"])
+def test_a_batch_that_changes_goes_on_after_the_last_window(
+    tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset, monkeypatch: Any, tokens: tuple[int, ...]
+) -> None:
+    """None is skipped and none repeated, over more than an epoch; the audit recomputes it."""
+    run, batch = tmp_path / "run", "batch.global_batch_tokens"
+    quiet = ("evaluation.every=0", "sampling.every=0", "batch.micro_batch_size=1")
+    read = windows_read(monkeypatch)
+    for number, size in enumerate(tokens, start=1):
+        options = (f"{batch}={size}", *quiet)
+        train_tiny(run, 7 * number, *options, data=str(short_dataset.root), accept_drift=[batch])
+    steps = effective_steps(read_ledger(run / "ledger.jsonl").records)
+    seq_len = RunDir(run).load_config().data.seq_len
+    count = 7 * sum(tokens) // seq_len
+    n_windows = -(-(len(short_dataset.train) - 1) // seq_len)
+    order = WindowShuffle(n_windows, RunDir(run).load_config().data.seed)
+    assert read == order.windows(np.arange(count, dtype=np.int64)).tolist()
+    assert steps[21]["windows_seen"] == count > n_windows
+    assert steps[21]["epoch"] == count / n_windows
+    epochs = [steps[step]["epoch"] for step in range(1, 22)]
+    assert epochs == sorted(epochs)
+    assert all_passed(audit(RunDir(run), strict=True))
+
+
+def test_the_audit_notices_a_place_that_is_computed_from_the_step(
+    tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any
+) -> None:
+    """With (step - 1) times the batch of today, a batch that doubled skips windows."""
+    run, batch = tmp_path / "run", "batch.global_batch_tokens"
+    train_tiny(run, 5)
+    genuine = resume.restore
+
+    def restore(state: Any, checkpoint: Any) -> None:
+        genuine(state, checkpoint)
+        state.windows_seen *= 2
+
+    monkeypatch.setattr(resume, "restore", restore)
+    train_tiny(run, 10, f"{batch}=128", accept_drift=[batch])
+    failed = {check.name for check in audit(RunDir(run)) if not check.passed}
+    assert failed == {"tokens", "data order"}

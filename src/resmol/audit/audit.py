@@ -15,9 +15,10 @@ from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
-from resmol.data.shards import open_dataset
-from resmol.errors import CheckpointError, ResmolError
+from resmol.data.shards import TokenStream, open_dataset
+from resmol.errors import CheckpointError, ConfigError, ResmolError
 from resmol.run.checkpoint_manifest import list_checkpoints, open_checkpoint
+from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
     LedgerTampered,
@@ -25,7 +26,6 @@ from resmol.run.ledger import (
     effective_saves,
     effective_steps,
     ends_comparison,
-    last_fact,
     read_ledger,
     select,
 )
@@ -36,8 +36,8 @@ from resmol.train.lr_schedule import lr_at
 logger = logging.getLogger(__name__)
 
 FIELDS = {  # the fields of each kind of record that an audit reads
-    "start": ("data_fingerprint", "config_sha256", "environment"),
-    "step": ("loss", "grad_norm", "tokens_seen", "seconds", *REPRODUCIBLE_FIELDS),
+    "start": ("data_fingerprint", "config", "config_sha256", "environment"),
+    "step": ("loss", "grad_norm", "tokens_seen", "windows_seen", "seconds", *REPRODUCIBLE_FIELDS),
     "save": ("permanent",),
     "resume": ("step", "next_step", "checkpoint", "manifest_sha256", "config_sha256", "environment"),
     "drift": ("changes",),
@@ -63,11 +63,16 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         content = read_ledger(run.ledger)
     except LedgerTampered as error:
         return [Check("hash chain", False, error.what, "every line carries the hash of the line before")]
-    config, records = run.load_config(), content.records
+    records = content.records
     if problems := list(_incomplete(records)):
         return [
             _check("record fields", problems, "", "every record has its fields", "a ledger that resmol did not write")
         ]
+    stored = run.load_config()
+    try:
+        history = ConfigHistory(records, stored)
+    except ConfigError as error:
+        return [_check("configuration", [error.what], "", "fields that make a configuration", "a made-up ledger")]
     lines = f"{len(records):,} lines, head {content.head[:16]}"
     torn = f", and a torn end of {len(content.torn)} bytes (repaired at the next start)" if content.torn else ""
     whole = (
@@ -82,14 +87,14 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         _continuity(records),
         _executions(records),
         _resumes(records),
-        _tokens(records),
+        _tokens(records, history),
         _finite(records),
-        _learning_rate(records, config),
-        _data_order(records, config, run, strict),
+        _learning_rate(records, history),
+        _data_order(records, history, stored, run, strict),
     ]  # fmt: skip
     logger.info("reading every checkpoint back")
-    checks += [_configuration(records, config), *_checkpoints(run, records)]
-    return [*checks, *(replay(run, config, records, replay_options) if replay_options is not None else [])]
+    checks += [_configuration(records, history, stored), *_checkpoints(run, records)]
+    return [*checks, *(replay(run, stored, records, replay_options) if replay_options is not None else [])]
 
 
 def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:
@@ -181,17 +186,20 @@ def _resumes(records: list[Record]) -> Check:
     )
 
 
-def _tokens(records: list[Record]) -> Check:
-    problems, seen = [], 0
+def _tokens(records: list[Record], history: ConfigHistory) -> Check:
+    problems, tokens, windows = [], 0, 0
     for step, record in sorted(effective_steps(records).items()):
-        seen += record["tokens"]
-        if record["tokens_seen"] != seen:
-            problems.append(f"step {step}: {record['tokens_seen']} tokens seen, the sum is {seen}")
+        tokens += record["tokens"]
+        windows += history.at(record).windows_per_step
+        if record["tokens_seen"] != tokens:
+            problems.append(f"step {step}: {record['tokens_seen']} tokens seen, the sum is {tokens}")
+        if record["windows_seen"] != windows:
+            problems.append(f"step {step}: {record['windows_seen']} windows seen, the sum is {windows}")
     return _check(
         "tokens",
         problems,
-        f"{seen:,} tokens",
-        "tokens_seen is the sum over the steps",
+        f"{tokens:,} tokens in {windows:,} windows",
+        "tokens_seen and windows_seen are the sums over the steps",
         "a counter that was reset",
     )
 
@@ -202,52 +210,55 @@ def _finite(records: list[Record]) -> Check:
     return _check("finite numbers", problems, "every loss and gradient norm", "no NaN or infinity", "a diverged run")
 
 
-def _learning_rate(records: list[Record], config: RunConfig) -> Check:
-    """Compare with the closed form; after an accepted drift of the peak, only the last stretch can be compared."""
-    drifted = max((r["seq"] for r in select(records, "drift") if "optimizer.lr" in r["changes"]), default=0)
-    steps = [record for record in effective_steps(records).values() if record["seq"] > drifted]
-    problems = [
-        f"step {r['step']}: {r['lr']} instead of {wanted}"
-        for r in steps
-        if r["lr"] != (wanted := lr_at(r["step"], config.schedule, config.optimizer.lr))
-    ]
+def _learning_rate(records: list[Record], history: ConfigHistory) -> Check:
+    """Compare with the closed form, under the configuration in force at each step."""
+    problems, steps = [], effective_steps(records)
+    for step, record in steps.items():
+        config = history.at(record)
+        wanted = lr_at(step, config.schedule, config.optimizer.lr)
+        if record["lr"] != wanted:
+            problems.append(f"step {step}: {record['lr']} instead of {wanted}")
     measured = f"{len(steps):,} steps equal the closed form"
     return _check("learning rate", problems, measured, "exactly lr_at(step)", "a schedule that jumps at the resume")
 
 
-def _data_order(records: list[Record], config: RunConfig, run: RunDir, strict: bool) -> Check:
+def _data_order(records: list[Record], history: ConfigHistory, stored: RunConfig, run: RunDir, strict: bool) -> Check:
     """Recompute the windows that each step had to read; needs the data's manifest, not its tokens."""
     name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
-    drifted = any(key.startswith("batch.") for r in select(records, "drift") for key in r["changes"])
     try:
-        dataset = open_dataset(data_folder(None, config.data.path, run.data))
+        dataset = open_dataset(data_folder(None, stored.data.path, run.data))
     except ResmolError as error:
         return Check(name, not strict, f"not recomputed: {error.what}", expected, "a loader that starts over")
     start = next(select(records, "start"), {})
     if dataset.fingerprint != start.get("data_fingerprint"):
         return Check(name, False, "the data here is not the data of the run", expected, "exchanged data")
-    if drifted:
-        return Check(name, not strict, "not recomputed: the batch size was changed on the way", expected)
-    problems = list(_wrong_windows(records, make_loader(config, dataset.train)))
+    problems = list(_wrong_windows(records, history, dataset.train))
     return _check(name, problems, "recomputed for every step", expected, "a loader that starts over at a resume")
 
 
-def _wrong_windows(records: list[Record], loader: Loader) -> Iterator[str]:
-    for step, record in effective_steps(records).items():
-        if record["windows"] != loader.step(step).window_digest:
+def _wrong_windows(records: list[Record], history: ConfigHistory, stream: TokenStream) -> Iterator[str]:
+    """Yield the steps that did not read the windows after those of the step before."""
+    loaders: dict[str, Loader] = {}
+    windows_seen = 0
+    for step, record in sorted(effective_steps(records).items()):
+        config = history.at(record)
+        loader = loaders.setdefault(config.sha256, make_loader(config, stream))
+        if record["windows"] != loader.step_after(windows_seen).window_digest:
             yield f"step {step} read other windows"
+        windows_seen = record["windows_seen"]
 
 
-def _configuration(records: list[Record], config: RunConfig) -> Check:
-    recorded = last_fact(records, "config_sha256")
-    problems = [] if recorded == config.sha256 else ["config.toml is not what the last start recorded"]
+def _configuration(records: list[Record], history: ConfigHistory, stored: RunConfig) -> Check:
+    """Check that the fields of class A and B are the recorded ones, and that each change of them has a drift record."""
+    problems = [f"line {r['seq']}: another configuration, and no drift" for r in history.unrecorded_changes(records)]
+    recorded, found = history.newest.bound_fields(), stored.bound_fields()
+    problems += [
+        f"config.toml: {key} is {found[key]}, not {recorded[key]}" for key in found if found[key] != recorded[key]
+    ]
     return _check(
-        "configuration",
-        problems,
-        config.sha256[:16],
-        "config.toml as recorded",
+        "configuration", problems, stored.sha256[:16], "config.toml as recorded, each change with a drift record",
         "a configuration edited later",
-    )
+    )  # fmt: skip
 
 
 def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:

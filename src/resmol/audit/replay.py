@@ -17,7 +17,7 @@ from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
-from resmol.data.shards import open_dataset, verify_shards
+from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.errors import ConfigError, ResmolError
 from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import (
@@ -29,6 +29,7 @@ from resmol.run.checkpoint_manifest import (
     read_manifest,
     step_of,
 )
+from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, last_fact, select
 from resmol.train.build import compile_blocks, make_loader, new_state
@@ -100,27 +101,27 @@ def replay(run: RunDir, config: RunConfig, records: list[Record], options: Repla
     except ResmolError as error:
         return [_unsupported("replay", f"the tokens are not here ({error.what})", options)]
     checks, started = [], time.perf_counter()
-    loader = make_loader(config, dataset.train)
     for segment in drawn:
         logger.info(f"replay: steps {segment.start + 1} to {segment.end}")
-        checks.append(_replay_segment(run, config, records, segment, loader, options))
+        checks.append(_replay_segment(run, config, records, segment, dataset, options))
     return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, options)]
 
 
 def _replay_segment(
-    run: RunDir, config: RunConfig, records: list[Record], segment: Segment, loader: Loader, options: ReplayOptions
+    run: RunDir, stored: RunConfig, records: list[Record], segment: Segment, dataset: Dataset, options: ReplayOptions
 ) -> Check:
     name = f"replay of steps {segment.start + 1} to {segment.end}"
     steps = effective_steps(records)
-    first = steps[segment.start + 1]["seq"]
-    if any(record["seq"] > first for record in select(records, "drift")):
-        return _unsupported(name, "the configuration was changed after these steps", options)
-    environment = _environment_at(records, first)
-    same_threads = config.replace({"runtime.threads": environment["threads"]})
+    first, last = steps[segment.start + 1]["seq"], steps[segment.end]["seq"]
+    if any(first < record["seq"] < last for record in select(records, "drift")):
+        return _unsupported(name, "the configuration was changed between these steps", options)
     try:
+        config = ConfigHistory(records, stored).at(steps[segment.start + 1])
         find_device(config.runtime.device)
     except ConfigError as error:
         return _unsupported(name, error.what, options)
+    environment = _environment_at(records, first)
+    same_threads = config.replace({"runtime.threads": environment["threads"]})
     with open_runtime(same_threads) as runtime:
         if differences := _differences(environment, runtime, config):
             return _unsupported(name, f"another machine or library: {differences}", options)
@@ -132,17 +133,16 @@ def _replay_segment(
         except ResmolError as error:
             return Check(name, False, f"FAIL: {error.what}", EXPECTED, GUARDS)
         compile_blocks(state.model, config)
+        loader = make_loader(config, dataset.train)
         for step in range(segment.start + 1, segment.end + 1):
-            if wrong := _execute(state, step, steps[step], config, loader, runtime):
+            if wrong := _execute(state, steps[step], config, loader, runtime):
                 return Check(name, False, f"FAIL at step {step}: {wrong}", EXPECTED, GUARDS)
     return _compare_state(name, state, run, segment)
 
 
-def _execute(
-    state: TrainState, step: int, record: Record, config: RunConfig, loader: Loader, runtime: Runtime
-) -> str | None:
-    """Execute a step and return the first field that is not as recorded."""
-    found = train_step(state, loader.step(step), config, runtime).to_record()
+def _execute(state: TrainState, record: Record, config: RunConfig, loader: Loader, runtime: Runtime) -> str | None:
+    """Execute the step after ``state`` and return the first field that is not as recorded."""
+    found = train_step(state, loader.step_after(state.windows_seen), config, runtime).to_record()
     name = first_difference(record, found)
     return None if name is None else f"{name} is {found[name]}, recorded is {record[name]}"
 

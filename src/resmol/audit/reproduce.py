@@ -145,7 +145,8 @@ def estimate_seconds(config: RunConfig, steps: int) -> float:
         generator=torch.Generator().manual_seed(0),
     )
     micro_batch = Batch(ids, ids, None, tuple(range(len(ids))), ids.numel())
-    batch = StepBatch([micro_batch] * config.grad_accum_steps, config.batch.global_batch_tokens, "", 0.0)
+    micro_batches = [micro_batch] * config.grad_accum_steps
+    batch = StepBatch(micro_batches, config.batch.global_batch_tokens, window_digest="", windows_seen=0, epoch=0.0)
     times = []
     with open_runtime(resolved) as runtime:
         state = new_state(resolved, runtime)

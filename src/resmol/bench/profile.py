@@ -39,7 +39,7 @@ def trace_training(config: RunConfig, data: str, file: Path, *, steps: int, warm
         compile_blocks(state.model, resolved)
 
         def step() -> None:
-            train_step(state, loader.step(state.step + 1), resolved, runtime)
+            train_step(state, loader.step_after(state.windows_seen), resolved, runtime)
 
         for _ in range(warmup):
             step()

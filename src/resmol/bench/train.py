@@ -186,7 +186,8 @@ def shared_inputs(config: RunConfig, folder: Path, data: str, steps: int) -> dic
     state = new_state(config, Runtime.single())
     save_file({name: tensor.contiguous() for name, tensor in weight_tensors(state.model).items()}, files["weights"])
     loader = make_loader(config, open_dataset(Path(data)).train)
-    batches = [batch for step in range(1, steps + 1) for batch in loader.step(step).batches]
+    seen = range(0, steps * loader.windows_per_step, loader.windows_per_step)
+    batches = [batch for windows_seen in seen for batch in loader.step_after(windows_seen).batches]
     windows = {
         "input_ids": torch.cat([batch.input_ids for batch in batches]),
         "targets": torch.cat([batch.targets for batch in batches]),

@@ -40,8 +40,8 @@ def reconcile(
         lines = "\n".join(f"  - {key} (class {classes[key]}): {before[key]!r} -> {after[key]!r}" for key in refused)
         acceptable = " ".join(f"--accept-drift {key}" for key in refused if classes[key] == "B")
         raise ConfigError(
-            f"the configuration differs from the one this run was started with:\n{lines}",
-            fix="start a new run directory for class A changes"
+            f"the configuration differs from the one that the run's ledger recorded:\n{lines}",
+            fix="undo class A changes (also an edit of config.toml), or start a new run directory"
             + (f"; to go on with a class B change, add {acceptable} (it is recorded)" if acceptable else ""),
         )
     drifts = {key: {"from": before[key], "to": after[key]} for key in changed if classes[key] == "B"}

@@ -189,6 +189,11 @@ class RunConfig(StrictModel):
         """Forward passes in an optimizer step, over all processes."""
         return self.batch.global_batch_tokens // (self.batch.micro_batch_size * self.data.seq_len)
 
+    @property
+    def windows_per_step(self) -> int:
+        """Windows of ``data.seq_len`` tokens in an optimizer step, over all processes."""
+        return self.batch.global_batch_tokens // self.data.seq_len
+
     @classmethod
     def parse(cls, table: Mapping[str, Any], origin: str) -> RunConfig:
         """Return the configuration that a table from ``origin`` states (`ConfigError` lists all of its problems)."""
@@ -212,9 +217,13 @@ class RunConfig(StrictModel):
 
     @property
     def sha256(self) -> str:
-        """The identity of the configuration: digest of what the numbers depend on, the fields of class A and B."""
-        bound = {key: value for key, value in flatten(self).items() if drift_classes()[key] != "C"}
-        return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        """The identity of the configuration: the digest of `bound_fields` as sorted JSON."""
+        return hashlib.sha256(json.dumps(self.bound_fields(), sort_keys=True).encode()).hexdigest()
+
+    def bound_fields(self) -> dict[str, Any]:
+        """Return ``section.key`` -> value of what the numbers depend on: the fields of drift class A and B."""
+        classes = drift_classes()
+        return {key: value for key, value in flatten(self).items() if classes[key] != "C"}
 
 
 def drift_classes() -> dict[str, DriftClass]:

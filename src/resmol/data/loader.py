@@ -2,8 +2,9 @@
 
 Window w is the tokens [w*T, w*T + T + 1): its first T are the inputs, its last T the targets, so neighboring
 windows share one token and every token but the stream's first is a target exactly once an epoch. The last
-window may be short; it is padded, and the padding is no target. Which windows step s sees is arithmetic on
-(seed, s); there is no other state, so a resumed run needs the step's number and nothing else.
+window may be short; it is padded, and the padding is no target. What a run has seen is one number: how many windows,
+over all epochs. A step takes the next ones of the order, as many as the batch has today, so a batch size that changes
+on the way skips nothing and repeats nothing.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ class StepBatch:
         tokens: Targets of the step over all ranks: the divisor of the loss.
         window_digest: The first 16 hex digits of the SHA-256 of the step's window ids (little-endian int64), over all
             ranks.
+        windows_seen: Windows that the run has seen after this step, over all epochs.
         epoch: Passes over the stream that are done after this step.
     """
 
     batches: Sequence[Batch]
     tokens: int
     window_digest: str
+    windows_seen: int
     epoch: float
 
 
@@ -148,15 +151,14 @@ class Loader:
         self._document_mask = document_mask
         self._order = WindowShuffle(self.n_windows, seed)
 
-    def step_windows(self, step: int) -> Int64[np.ndarray, " G"]:
-        """Return the windows of step ``step`` (from 1): positions (step - 1) * G to step * G of the order."""
-        if step < 1:
-            raise ValueError(f"steps count from 1, not {step}")
-        first = (step - 1) * self.windows_per_step
-        return self._order.windows(np.arange(first, first + self.windows_per_step, dtype=np.int64))
+    def windows_after(self, windows_seen: int) -> Int64[np.ndarray, " G"]:
+        """Return the windows of the step that follows ``windows_seen`` windows: the next G positions of the order."""
+        if windows_seen < 0:
+            raise ValueError(f"a run cannot have seen {windows_seen} windows")
+        return self._order.windows(np.arange(windows_seen, windows_seen + self.windows_per_step, dtype=np.int64))
 
-    def step(self, step: int, rank: int = 0, world_size: int = 1) -> StepBatch:
-        """Return the data of step ``step`` (from 1); no token is read until its batches are.
+    def step_after(self, windows_seen: int, rank: int = 0, world_size: int = 1) -> StepBatch:
+        """Return the data of the step that follows ``windows_seen`` windows; no token is read until its batches are.
 
         The ranks share the micro-batches in contiguous blocks, in the order of the ranks.
 
@@ -168,14 +170,15 @@ class Loader:
                 f"{self._grad_accum_steps} micro-batches a step do not divide by {world_size} ranks",
                 fix="choose a number of micro-batches per step that the number of ranks divides",
             )
-        windows = self.step_windows(step)
+        windows = self.windows_after(windows_seen)
         share = self.windows_per_step // world_size
         short = int(np.count_nonzero(windows == self.n_windows - 1))
         return StepBatch(
             batches=self._batches(windows[rank * share : (rank + 1) * share].tolist(), self._micro_batch_size),
             tokens=self.windows_per_step * self._seq_len - short * (self._seq_len - self._last_targets()),
             window_digest=hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()[:16],
-            epoch=step * self.windows_per_step / self.n_windows,
+            windows_seen=windows_seen + self.windows_per_step,
+            epoch=(windows_seen + self.windows_per_step) / self.n_windows,
         )
 
     def sequential(self, batch_size: int, limit: int | None = None) -> Batches:

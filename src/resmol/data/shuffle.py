@@ -2,7 +2,7 @@
 
 Position p = epoch * n + i is the p-th window that training sees. Within an epoch, i -> window is a bijection
 of [0, n), re-keyed every epoch, so that each window is seen exactly once an epoch and a run can start at any
-step with no state but the step's number. The batch size and the number of ranks play no role.
+position with no state but the position. The batch size and the number of ranks play no role.
 
 The bijection is a Feistel network, which permutes [0, 2^b) whatever its round function is (Luby and Rackoff,
 "How to construct pseudorandom permutations from pseudorandom functions", 1988); values that fall outside [0,

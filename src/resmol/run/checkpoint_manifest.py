@@ -38,12 +38,13 @@ _NAME = re.compile(r"^step-([0-9]{8})$")
 class SavedState(StrictModel):
     """What the next step depends on, besides weights and moments.
 
-    The order of the data needs no more than ``step``: it is a function of it. ``config_sha256`` and
+    ``windows_seen`` is the place in the data: the order of the windows is a function of the seed. ``config_sha256`` and
     ``data_fingerprint`` bind the checkpoint to a configuration and to data; a resume compares them.
     """
 
     step: int
     tokens_seen: int
+    windows_seen: int
     config_sha256: str
     data_fingerprint: str
     ledger_head: str

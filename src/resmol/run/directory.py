@@ -17,6 +17,12 @@ from resmol.system.user_paths import user_path
 
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
+CONFIG_HEAD = """\
+# Written by resmol. To change the run, give `resmol train` --set section.key=value. A field of drift class A is fixed;
+# one of class B also needs --accept-drift section.key. docs/configuration.md lists fields and classes.
+
+"""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -91,6 +97,10 @@ class RunDir:
         self.require()
         return load_config(self.config)
 
+    def write_config(self, config: RunConfig) -> None:
+        """Store the configuration, for people and for the next start (`DiskFull`)."""
+        write_durable(self.config, (CONFIG_HEAD + config.to_toml()).encode())
+
     def require(self) -> None:
         """Check that this is a run that can be read.
 
@@ -128,7 +138,7 @@ class RunDir:
         if not self.tokenizer.exists():
             write_durable(self.tokenizer, tokenizer_json)
         if not self.exists():
-            write_durable(self.config, config.to_toml().encode())
+            self.write_config(config)
 
     def _check_room(self, checkpoint_bytes: int) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

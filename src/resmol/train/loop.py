@@ -1,7 +1,8 @@
 """The training loop, the file to read first: what a step is, and what happens around it.
 
-There are no callbacks and nothing to inherit from. A step is a pure function of the state, the step number and the
-data: batches and learning rate depend on the number alone, so a resumed run does what an uninterrupted one does.
+There are no callbacks and nothing to inherit from. A step is a pure function of the state and the data: the batch
+depends on the windows seen so far, the learning rate on the step's number, so a resumed run does what an uninterrupted
+one does.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class TrainState:
     optimizer: torch.optim.AdamW
     step: int = 0
     tokens_seen: int = 0
+    windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
     recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see loss_spikes.py
 
 
@@ -79,6 +81,7 @@ class StepResult:
         lr: The learning rate of the update.
         tokens: Targets of the step over all ranks.
         tokens_seen: Targets of this step and all before it.
+        windows_seen: Windows of this step and all before it.
         windows: The digest of the step's window ids.
         epoch: Passes over the data that are done after this step.
     """
@@ -89,6 +92,7 @@ class StepResult:
     lr: float
     tokens: int
     tokens_seen: int
+    windows_seen: int
     windows: str
     epoch: float
 
@@ -120,7 +124,7 @@ def train(state: TrainState, session: Session) -> None:
         started = time.perf_counter()
         step = state.step + 1
         runtime.set_phase(f"step {step}")
-        batch = session.loader.step(step, runtime.rank, runtime.world_size)
+        batch = session.loader.step_after(state.windows_seen, runtime.rank, runtime.world_size)
         result = train_step(state, batch, config, runtime)
         seconds = time.perf_counter() - started
 
@@ -155,7 +159,7 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
 
     Args:
         state: Model, optimizer and counters; changed in place, or not at all if this raises.
-        batch: The data of step ``state.step`` + 1.
+        batch: The data of the step that follows ``state.windows_seen`` windows.
         config: Learning rate, clipping, chunking.
         runtime: Device, arithmetic and the other ranks.
 
@@ -180,6 +184,7 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
     apply_update(state.optimizer, lr=lr, tokens=batch.tokens, norm=norm, clip_norm=config.optimizer.clip_norm)
     state.step += 1
     state.tokens_seen += batch.tokens
+    state.windows_seen = batch.windows_seen
     return StepResult(
         step=state.step,
         loss=loss,
@@ -187,6 +192,7 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
         lr=lr,
         tokens=batch.tokens,
         tokens_seen=state.tokens_seen,
+        windows_seen=state.windows_seen,
         windows=batch.window_digest,
         epoch=batch.epoch,
     )
@@ -297,6 +303,7 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
     saved = SavedState(
         step=state.step,
         tokens_seen=state.tokens_seen,
+        windows_seen=state.windows_seen,
         config_sha256=session.config.sha256,
         data_fingerprint=session.data_fingerprint,
         ledger_head=session.run_log.head,

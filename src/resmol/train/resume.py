@@ -54,7 +54,7 @@ def resume_or_start(
         run_log: The open ledger of the run.
         run: The run directory.
         config: The configuration to go on with, without ``auto``.
-        drifts: Its accepted changes from the stored one, ``key -> {"from": ..., "to": ...}``.
+        drifts: Its accepted changes from the recorded one, ``key -> {"from": ..., "to": ...}``.
         data_fingerprint: That of the data at hand.
         environment: Facts about machine and libraries.
         allow_fresh: Begin again when every checkpoint is corrupt.
@@ -65,7 +65,7 @@ def resume_or_start(
 
     Raises:
         CheckpointError: The run saved checkpoints, and none of them is whole.
-        ConfigError: The data, the stored configuration or, with ``strict``, the environment is not that of the run.
+        ConfigError: The data or, with ``strict``, the environment is not that of the run.
         CheckFailed: The ledger is older than the checkpoint, or the checkpoint is that of another run.
         UsageError: The run is already past the last step that is asked for.
     """
@@ -76,8 +76,8 @@ def resume_or_start(
     _check_fingerprint(run_log.records, data_fingerprint)
     _compare_environment(run_log, config, environment, strict=strict)
     checkpoint = _find_checkpoint(run_log, run, allow_fresh=allow_fresh)
-    position = 1 if checkpoint is None else _check_bindings(run_log, checkpoint)
-    _check_stored_config(run, run_log.records, position, config, drifts)
+    if checkpoint is not None:
+        _check_bindings(run_log, checkpoint)
     step = 0 if checkpoint is None else checkpoint.state.step
     if step > config.train.steps:
         raise UsageError(
@@ -86,6 +86,7 @@ def resume_or_start(
         )
     if checkpoint is not None:
         restore(state, checkpoint)
+    run.write_config(config)
     _record_resume(run_log, checkpoint, drifts, facts)
     return checkpoint
 
@@ -106,14 +107,15 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
     except (ValueError, RuntimeError):
         raise corrupt(checkpoint.path / STATE, "holds no state of PyTorch's random generator") from None
-    state.step, state.tokens_seen, state.recent_losses = saved.step, saved.tokens_seen, saved.recent_losses
+    state.step, state.tokens_seen, state.windows_seen = saved.step, saved.tokens_seen, saved.windows_seen
+    state.recent_losses = saved.recent_losses
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
     """Bring the other ranks to where rank 0 stands: counters, weights and moments."""
-    counters = torch.tensor([state.step, state.tokens_seen], device=runtime.device)
+    counters = torch.tensor([state.step, state.tokens_seen, state.windows_seen], device=runtime.device)
     runtime.broadcast([counters])
-    state.step, state.tokens_seen = (int(number) for number in counters)
+    state.step, state.tokens_seen, state.windows_seen = (int(number) for number in counters)
     losses = torch.full((HISTORY,), math.nan, dtype=torch.float64, device=runtime.device)
     losses[: len(state.recent_losses)] = torch.tensor(state.recent_losses, dtype=torch.float64)
     runtime.broadcast([losses])
@@ -135,11 +137,13 @@ def _record_start(run_log: RunLog, run: RunDir, config: RunConfig, **facts: Any)
             f"{run.path} has checkpoints but an empty ledger: its record is lost",
             fix="restore ledger.jsonl from a copy, or start a new run directory",
         )
+    run.write_config(config)
     run_log.write(
         "start",
         format=FORMAT,
         version=__version__,
         name=config.name,
+        config=config.bound_fields(),
         parameters=total_parameters(config.model),
         **facts,
     )
@@ -200,12 +204,8 @@ def _find_checkpoint(run_log: RunLog, run: RunDir, *, allow_fresh: bool) -> Chec
     return checkpoint
 
 
-def _check_bindings(run_log: RunLog, checkpoint: Checkpoint) -> int:
-    """Compare what a checkpoint is bound to with the ledger: its head, configuration and data at that time.
-
-    Returns:
-        How many records the ledger had when the checkpoint was saved.
-    """
+def _check_bindings(run_log: RunLog, checkpoint: Checkpoint) -> None:
+    """Compare what a checkpoint is bound to with the ledger: its head, configuration and data at that time."""
     records, name = run_log.records, checkpoint.path.name
     heads = [*(record["prev"] for record in records), run_log.head]
     if checkpoint.state.ledger_head not in heads:
@@ -222,23 +222,6 @@ def _check_bindings(run_log: RunLog, checkpoint: Checkpoint) -> int:
                 f"{str(recorded)[:12]} before it was saved",
                 fix="move it out of the run, which then goes on from the checkpoint before",
             )
-    return position
-
-
-def _check_stored_config(
-    run: RunDir, records: list[Record], position: int, config: RunConfig, drifts: dict[str, Any]
-) -> None:
-    """Refuse a stored configuration that the ledger did not record at the checkpoint or since: it was edited.
-
-    The ledger may be ahead of it, since a crash can come between the record of a drift and the new ``config.toml``.
-    """
-    stored = config.replace({key: change["from"] for key, change in drifts.items()}).sha256
-    known = {last_fact(records[:position], "config_sha256")} | {r.get("config_sha256") for r in records[position:]}
-    if stored not in known:
-        raise ConfigError(
-            f"{run.config} is not the configuration that the ledger recorded: a field of drift class A or B was edited",
-            fix="undo the edit; a field of class B is changed by --set, with --accept-drift",
-        )
 
 
 def _record_resume(

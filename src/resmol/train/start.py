@@ -21,13 +21,13 @@ from resmol.config.drift import reconcile
 from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import data_folder
-from resmol.errors import ProcessLost, UsageError
+from resmol.errors import ConfigError, ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
+from resmol.run.config_history import recorded_config
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger
 from resmol.run.log_writers import LogWriter, RunLog
-from resmol.system.atomic_io import write_durable
 from resmol.system.host import return_freed_memory
 from resmol.system.launcher import this_launch
 from resmol.system.locks import exclusive_lock
@@ -77,6 +77,10 @@ def train_model(
     with ExitStack() as stack:
         if is_main:
             stack.enter_context(exclusive_lock(directory.lock))
+            if directory.ledger.exists() and not directory.exists():
+                logger.warning(
+                    "config.toml is missing: it is restored from the ledger; fields of class C are as given now"
+                )
         requested, drifts = resolve()  # again: from here on no other process changes the run
         open_data = partial(open_run_data, directory, requested, data, tokenizer)
         opened = open_data() if is_main else None  # text is prepared once, not by every rank
@@ -92,7 +96,6 @@ def train_model(
                 state, run_log, directory, resolved, drifts, dataset.fingerprint, runtime.environment(),
                 allow_fresh=allow_fresh, strict=strict,
             )  # fmt: skip
-            write_durable(directory.config, resolved.to_toml().encode())  # only now is it sure to be the run's
         share_state(state, runtime)
         check_ranks_agree(state, resolved, dataset.fingerprint, runtime)
         checkpointer = stack.enter_context(AsyncCheckpointer(directory.checkpoints, resolved, run_log, checkpoint))
@@ -107,7 +110,9 @@ def train_model(
 def resolve_config(
     run: RunDir, config: RunConfig | None, changes: Mapping[str, Any], accept_drift: Sequence[str]
 ) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the configuration to run with, and the accepted drifts from the stored one.
+    """Return the configuration to run with, and the accepted drifts from the one that the ledger recorded.
+
+    An edited ``config.toml`` is a request like any other; a lost one is taken from the ledger.
 
     Args:
         run: The run directory.
@@ -120,18 +125,32 @@ def resolve_config(
         ConfigError: A value is wrong, or a field differs that may not.
         DataError: The run was written in another format.
     """
-    if not run.exists():
+    stored = run.load_config() if run.exists() else None
+    before = recorded_config(run.ledger, stored) or stored
+    if before is None:
         if config is None:
             raise UsageError(
                 f"{run.path} is a new run, and neither a preset nor a configuration was given",
                 fix="add --preset nano (or another preset, or --config FILE)",
             )
         return config.replace(changes), {}
-    stored = run.load_config()
-    requested = (config or stored).replace(changes)
+    if config is not None and stored is not None:
+        _refuse_edits(stored, before)
+    requested = (config or stored or before).replace(changes)
     if not requested.data.path:  # a preset does not say where the data lies; the run does
-        requested = requested.replace({"data.path": stored.data.path})
-    return reconcile(stored, requested, accept_drift)
+        requested = requested.replace({"data.path": before.data.path})
+    return reconcile(before, requested, accept_drift)
+
+
+def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
+    """Refuse an edited ``config.toml`` beside another configuration: one of the two would be ignored."""
+    found, known = stored.bound_fields(), recorded.bound_fields()
+    edits = [f"  - {key}: {known[key]!r} -> {value!r}" for key, value in found.items() if value != known[key]]
+    if edits:
+        raise ConfigError(
+            "the run's config.toml was edited, and another configuration is given as well:\n" + "\n".join(edits),
+            fix="undo the edit, or leave out --preset and --config to ask for what the file says now",
+        )
 
 
 def _data_path(run: RunDir, data: str | None) -> dict[str, str]:
