@@ -29,8 +29,8 @@ lr = 1e-3
 The drift class decides what happens when a run is resumed with another value. **A**: refused. **B**: refused, unless
 `--accept-drift section.key` is given; the change is recorded in the ledger. **C**: free.
 
-The ledger of a run records every field of class A and B at its start, and each accepted drift. A resume compares what is
-asked for with that record. A run's `config.toml` may be edited: `resmol train RUN` without `--preset` and `--config`
+The ledger of a run records every field of class A and B at its start, and each accepted drift. A resume compares what
+is asked for with that record. A run's `config.toml` may be edited: `resmol train RUN` without `--preset` and `--config`
 takes the edit as a request, with the same rules. A lost `config.toml` is restored from the ledger. The digest of all
 fields of class A and B (`config_sha256`) is the identity of a configuration.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from resmol.model.flops import total_parameters
 from resmol.run.ledger import FORMAT, first_record
 from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
 from resmol.system.user_paths import user_path
+
+logger = logging.getLogger(__name__)
 
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
@@ -138,6 +141,10 @@ class RunDir:
         if not self.tokenizer.exists():
             write_durable(self.tokenizer, tokenizer_json)
         if not self.exists():
+            if self.ledger.exists():
+                logger.warning(
+                    "config.toml is missing: restored from the ledger, with the fields of class C as given now"
+                )
             self.write_config(config)
 
     def _check_room(self, checkpoint_bytes: int) -> None:

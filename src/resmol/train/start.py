@@ -77,10 +77,6 @@ def train_model(
     with ExitStack() as stack:
         if is_main:
             stack.enter_context(exclusive_lock(directory.lock))
-            if directory.ledger.exists() and not directory.exists():
-                logger.warning(
-                    "config.toml is missing: it is restored from the ledger; fields of class C are as given now"
-                )
         requested, drifts = resolve()  # again: from here on no other process changes the run
         open_data = partial(open_run_data, directory, requested, data, tokenizer)
         opened = open_data() if is_main else None  # text is prepared once, not by every rank
