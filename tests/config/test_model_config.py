@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import resmol.config.model_config
+from resmol.config.hf_fields import MUST_BE, WITHOUT_INFLUENCE
 from resmol.config.load import load_preset, preset_names
-from resmol.config.model_config import ModelConfig, parse_hf_config, read_model_config
+from resmol.config.model_config import ModelConfig, end_token_ids, parse_hf_config, read_model_config
 from resmol.errors import ConfigError, DataError, NetworkError
 
 # The shape of a published config.json, at a size of our own.
@@ -88,13 +89,86 @@ def test_theta_is_found_in_both_spellings(changes: dict[str, Any]) -> None:
 def test_token_id_0_is_an_id(name: str) -> None:
     """The mistake this guards against: ``config.eos_token_id or default``."""
     assert getattr(parse_hf_config(table(**{name: 0})), name) == 0
-    assert f"{name}: Field required" in refusal(**{name: MISSING})
-    assert name in refusal(**{name: None})
 
 
-@pytest.mark.parametrize("name", ["dtype", "pad_token_id", "_name_or_path", "torch_dtype", "use_cache"])
-def test_what_leaves_the_numbers_alone_is_ignored(name: str) -> None:
-    assert parse_hf_config(table(**{name: None})) == parse_hf_config(GENUINE)
+def test_a_missing_end_is_not_guessed() -> None:
+    assert "eos_token_id: Field required" in refusal(eos_token_id=MISSING)
+    assert "eos_token_id: Field required" in refusal(eos_token_id=MISSING, bos_token_id=MISSING)
+
+
+@pytest.mark.parametrize(
+    ("value", "first", "ends"),
+    [(3, 3, (3,)), ([3], 3, (3,)), ([3, 5], 3, (3, 5)), ([700, 5], 5, (700, 5)), (None, 0, ()), (0, 0, (0,))],
+)
+def test_a_text_may_have_several_ends_or_none(value: Any, first: int, ends: tuple[int, ...]) -> None:
+    assert parse_hf_config(table(eos_token_id=value)).eos_token_id == first
+    assert end_token_ids(table(eos_token_id=value)) == ends
+
+
+@pytest.mark.parametrize("value", [MISSING, None])
+def test_what_may_be_missing_has_the_librarys_value(value: Any) -> None:
+    """Against transformers: the first Llama's file has no key/value heads, others no tying and no initializer."""
+    names = ("num_key_value_heads", "tie_word_embeddings", "initializer_range", "hidden_act")
+    for name in names:
+        read = parse_hf_config(table(**{name: value}))
+        theirs = LlamaConfig(**{key: item for key, item in GENUINE.items() if key != name})
+        assert getattr(read, name) == getattr(theirs, name), name
+    assert parse_hf_config(table(bos_token_id=value, eos_token_id=7)).bos_token_id == 7
+
+
+# --- what cannot change a number ------------------------------------------------------------------------------
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    {"transformers.js_config": {"dtype": "q4"}, "unsloth_fixed": True, "unsloth_version": "2024.11.9"},
+    {"_attn_implementation_autoset": True, "_attn_implementation": "sdpa", "attn_implementation": None},
+    {"return_dict": True, "tokenizer_class": "GPT2Tokenizer", "id2label": {"0": "a"}, "problem_type": None},
+    {"pretraining_tp": 2},
+    {"hidden_act": "swish"},
+    {"rope_scaling": {}},
+    {"rope_scaling": {"rope_type": "default"}},
+    {"rope_scaling": {"type": "default", "factor": 1.0}},
+    {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    {"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 1}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 128}},
+    {
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        }
+    },
+    {"rope_parameters": {"rope_theta": 100000.0, "rope_type": "default", "type": "default"}},
+    {"rope_parameters": {"rope_theta": 100000.0, "rope_type": "linear", "factor": 1.0, "partial_rotary_factor": 1.0}},
+    {"rope_scaling": {"rope_theta": 100000, "rope_type": "default"}},
+    {"layer_types": ["full_attention", "full_attention"]},
+    {"sliding_window": None, "quantization_config": None, "attention_bias": None, "rope_interleaved": None},
+    {"partial_rotary_factor": 1.0, "use_sliding_window": False, "pruned_heads": {}, "is_encoder_decoder": False},
+    {"temperature": 0.7, "max_length": 20, "bad_words_ids": None, "num_beams": 1, "repetition_penalty": 1.2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", NEUTRAL, ids=lambda changes: "-".join(changes))
+def test_what_leaves_the_numbers_alone_is_accepted(changes: dict[str, Any]) -> None:
+    assert parse_hf_config(table(**changes)) == parse_hf_config(GENUINE)
+
+
+@pytest.mark.parametrize("changes", [c for c in NEUTRAL if {*c} & {"rope_scaling", "rope_parameters"}])
+def test_neutral_scaling_turns_as_none_does_in_transformers(changes: dict[str, Any]) -> None:
+    def cosines(**more: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**table(**more) | {"num_hidden_layers": 1}))
+        found: torch.Tensor = model.model.rotary_emb(torch.zeros(1), torch.arange(128)[None])[0]
+        return found
+
+    torch.testing.assert_close(cosines(**changes), cosines(), atol=1e-5, rtol=0)
+
+
+def test_everything_that_the_library_writes_for_any_model_is_known() -> None:
+    """The attributes of PretrainedConfig in the installed version; those that name an architecture must be neutral."""
+    attributes = {*LlamaConfig().to_dict(), *LlamaConfig(num_labels=3, id2label={0: "a"}).to_dict()}
+    architecture = {*ModelConfig.model_fields, "head_dim", "rope_parameters"}
+    assert attributes - architecture <= {*WITHOUT_INFLUENCE, *MUST_BE}
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -121,9 +195,20 @@ def test_what_leaves_the_numbers_alone_is_ignored(name: str) -> None:
         ({"rope_theta": 0}, "rope_theta"),
         ({"rope_theta": -1e5}, "rope_theta"),
         ({"rope_parameters": [1]}, "rope_parameters is [1], not a table"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
-        ({"rope_parameters": {"factor": 4.0}}, "rope_parameters.factor is not implemented"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_theta": 10000.0}}, "and rope_scaling.rope_theta (10000.0) disagree"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "only rotation without scaling"),
+        ({"rope_parameters": {"factor": 4.0}}, "only rotation without scaling"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only rotation without scaling"),
+        ({"rope_scaling": {"type": "linear"}}, "only rotation without scaling"),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 1.0}}, "only rotation without scaling"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 1.0}}, "only rotation without scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 1.2}}, "only rotation without scaling"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64}},
+            "only rotation without scaling",
+        ),
+        ({"rope_scaling": {"type": 1, "factor": 1.0}}, "only rotation without scaling"),
+        ({"rope_scaling": [1]}, "rope_scaling is [1], not a table"),
     ],
 )
 def test_a_theta_that_is_missing_or_contradictory_is_refused(changes: dict[str, Any], expected: str) -> None:
@@ -134,11 +219,15 @@ def test_a_theta_that_is_missing_or_contradictory_is_refused(changes: dict[str, 
     ("name", "value"),
     [
         ("attention_bias", True),
+        ("attention_bias", 0),
         ("attention_dropout", 0.1),
         ("mlp_bias", True),
         ("model_type", "mistral"),
-        ("pretraining_tp", 2),
         ("rope_interleaved", True),
+        ("partial_rotary_factor", 0.5),
+        ("logit_scale", 0.5),
+        ("embedding_multiplier", 12.0),
+        ("pruned_heads", {"0": [1]}),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ],
 )
@@ -146,9 +235,9 @@ def test_another_architecture_is_refused_by_name(name: str, value: Any) -> None:
     assert f"{name} is {value!r}; only " in refusal(**{name: value})
 
 
-def test_the_refused_values_above_are_all_there_are() -> None:
-    refused = {args[0] for mark in test_another_architecture_is_refused_by_name.pytestmark for args in mark.args[1]}
-    assert refused == set(resmol.config.model_config._MUST_BE)
+@pytest.mark.parametrize("name", MUST_BE)
+def test_every_field_with_one_meaning_has_values_that_are_refused(name: str) -> None:
+    assert f"{name} is 'x'; only " in refusal(**{name: "x"})
 
 
 @pytest.mark.parametrize(
@@ -157,11 +246,9 @@ def test_the_refused_values_above_are_all_there_are() -> None:
         ("auto_map", {"AutoModelForCausalLM": "modeling.Evil"}),
         ("sliding_window", 4096),
         ("quantization_config", {"bits": 4}),
-        ("logit_scale", 0.5),
         ("no_rope_layers", [1]),
-        ("partial_rotary_factor", 0.5),
-        ("embedding_multiplier", 12.0),
         ("num_experts", 8),
+        ("attn_temperature", True),
     ],
 )
 def test_an_unknown_field_is_refused_by_name(name: str, value: Any) -> None:
@@ -186,14 +273,25 @@ def test_an_unknown_field_is_refused_by_name(name: str, value: Any) -> None:
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
         ({"initializer_range": float("nan")}, "initializer_range"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
-        ({"eos_token_id": [0, 1]}, "eos_token_id"),
+        ({"eos_token_id": []}, "eos_token_id"),
+        ({"eos_token_id": [0.5]}, "eos_token_id"),
+        ({"eos_token_id": [700]}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
     ],
 )
 def test_a_shape_or_value_that_cannot_be_is_refused(changes: dict[str, Any], expected: str) -> None:
     assert expected in refusal(**changes)
 
 
-@pytest.mark.parametrize("name", [name for name in ModelConfig.model_fields if name != "hidden_act"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "max_position_embeddings", "rms_norm_eps", "rope_theta", "eos_token_id",
+    ],
+)  # fmt: skip
 def test_a_missing_field_is_not_guessed(name: str) -> None:
     assert name in refusal(**{name: MISSING})
 

@@ -1,8 +1,8 @@
 """Hugging Face's ``config.json``: read strictly, written so that transformers reads back the same model.
 
 The fields of `ModelConfig` have Hugging Face's names. Whatever else a config.json holds is either known to leave
-the numbers alone, or must have the one value under which this implementation is right, or is refused by name:
-a field that is skipped silently is how a reproduction goes wrong.
+the numbers alone, or must mean what this implementation does, or is refused by name (`hf_fields`): a field that is
+skipped silently is how a reproduction goes wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from resmol.config.hf_fields import field_problems, stated_thetas
 from resmol.config.strict_model import StrictModel
 from resmol.errors import ConfigError, DataError
 from resmol.system.hub_download import hub_file, is_hub_id
@@ -22,30 +23,7 @@ from resmol.system.untrusted_text import parse_json
 from resmol.system.user_paths import user_path
 
 MAX_CONFIG_BYTES = 1_000_000
-
-# Present in published files, without influence on the numbers of a forward pass.
-_WITHOUT_INFLUENCE = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "is_llama_config",
-        "pad_token_id",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    ]
-)
-# Fields with one value that we implement; any other value is another architecture.
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "mlp_bias": (False,),
-    "model_type": ("llama",),
-    "pretraining_tp": (1,),
-    "rope_interleaved": (False,),
-    "rope_scaling": (None,),
-}
+_WANTED = "name a config.json, a folder that holds one, a preset or a Hub id like HuggingFaceTB/SmolLM2-135M"
 
 
 def architecture_field(description: str, **constraints: Any) -> Any:
@@ -115,13 +93,16 @@ class ModelConfig(StrictModel):
 def parse_hf_config(table: Mapping[str, Any], origin: str = "config.json") -> ModelConfig:
     """Turn the contents of a config.json into a `ModelConfig`.
 
+    What a file may leave out, or hold as null, has the value that transformers gives it: as many key/value heads as
+    query heads, an output layer of its own, an initializer of 0.02. Of several ends, `ModelConfig` holds the first;
+    `end_token_ids` returns all.
+
     Raises:
         ConfigError: A field is missing, contradictory, unknown or stands for another architecture; all are listed.
     """
-    problems = [*_wrong_values(table), *_unknown_fields(table)]
-    theta, theta_problem = _rope_theta(table)
-    problems += theta_problem
-    values = {name: table[name] for name in ModelConfig.model_fields if name in table} | {"rope_theta": theta}
+    theta, problems = _rope_theta(table)
+    problems += field_problems(table, ModelConfig.model_fields)
+    values = _with_defaults(table) | {"rope_theta": theta}
     try:
         config = ModelConfig.model_validate_json(json.dumps(values))
         problems += _head_dim_problem(table, config)
@@ -136,45 +117,64 @@ def parse_hf_config(table: Mapping[str, Any], origin: str = "config.json") -> Mo
     return config
 
 
-def _wrong_values(table: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} is {table[name]!r}; only {allowed[0]!r} is implemented"
-        for name, allowed in _MUST_BE.items()
-        if name in table and table[name] not in allowed
-    ]
+def end_token_ids(table: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end a text by the field ``eos_token_id``: one, several, or none."""
+    stated = table.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [stated]
+    return tuple(token for token in ids if type(token) is int and token >= 0)
 
 
-def _unknown_fields(table: Mapping[str, Any]) -> list[str]:
-    known = {*ModelConfig.model_fields, *_MUST_BE, *_WITHOUT_INFLUENCE, "rope_parameters", "head_dim"}
-    return [
-        f"{name}: unknown field, refused because it could change the numbers" for name in table if name not in known
-    ]
+def _with_defaults(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `ModelConfig`; what is missing or null and harmless gets the library's value."""
+    values = {name: table[name] for name in ModelConfig.model_fields if name in table}
+    defaults = {
+        "num_key_value_heads": table.get("num_attention_heads"),
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "hidden_act": "silu",
+    }
+    values |= {name: value for name, value in defaults.items() if values.get(name) is None}
+    if values["hidden_act"] == "swish":  # another name of the same function
+        values["hidden_act"] = "silu"
+    values |= _token_ids(table)
+    return values
+
+
+def _token_ids(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one id for the beginning and one for the end, which may be several, null, or (the beginning) missing.
+
+    A model without an end still needs an id that stands for an empty prompt: that of its beginning, or 0.
+    """
+    begin, end, found = table.get("bos_token_id"), table.get("eos_token_id"), {}
+    if isinstance(end, list):
+        size = table.get("vocab_size")
+        inside = [token for token in end_token_ids(table) if not isinstance(size, int) or token < size]
+        end = found["eos_token_id"] = inside[0] if inside else end
+    if end is None and "eos_token_id" in table:
+        end = found["eos_token_id"] = 0 if begin is None else begin
+    if begin is None and end is not None:
+        found["bos_token_id"] = end
+    return found
 
 
 def _rope_theta(table: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """Find theta in both spellings; the default of the reference library would be silently wrong."""
-    parameters = table.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping):
-        return 1.0, [f"rope_parameters is {parameters!r}, not a table"]
-    found = [value for value in (table.get("rope_theta"), parameters.get("rope_theta")) if value is not None]
-    problems = [
-        f"rope_parameters.{key} is not implemented" for key in parameters if key not in ("rope_theta", "rope_type")
-    ]
-    if parameters.get("rope_type", "default") != "default":
-        problems.append(f"rope_parameters.rope_type is {parameters['rope_type']!r}; only 'default' is implemented")
-    if not found:
+    """Find theta in all spellings; the default of the reference library would be silently wrong."""
+    stated = stated_thetas(table)
+    if not stated:
         return 1.0, [
-            *problems,
-            "rope_theta is missing, here and in rope_parameters (the library's 10000 would be a guess)",
+            "rope_theta is missing, here and in rope_parameters (the library's 10000 would be a guess; write it "
+            "into the file if the model was trained with it)"
         ]
-    if len(found) == 2 and found[0] != found[1]:
-        problems.append(f"rope_theta ({found[0]}) and rope_parameters.rope_theta ({found[1]}) disagree")
+    (place, first), *others = stated.items()
+    problems = [
+        f"{place} ({first}) and {other} ({value}) disagree" for other, value in others if value != first
+    ]  # fmt: skip
     try:
-        theta = math.nan if isinstance(found[0], bool | str) else float(found[0])
+        theta = math.nan if isinstance(first, bool | str) else float(first)
     except (TypeError, OverflowError):
         theta = math.nan
     if not math.isfinite(theta):
-        return 1.0, [*problems, f"rope_theta is {str(found[0])[:40]}, not a number"]
+        return 1.0, [*problems, f"rope_theta is {str(first)[:40]}, not a number"]
     return theta, problems
 
 
@@ -197,21 +197,32 @@ def read_model_config(source: str | Path) -> ModelConfig:
         path = path / "config.json"
     if not path.exists() and is_hub_id(str(source)) and path.suffix != ".json":
         path = hub_file(str(source), "config.json", fix="check the name and the network, or name a config.json")
+    return parse_hf_config(read_hf_table(path), str(path))
+
+
+def read_hf_table(path: Path, wanted: str = _WANTED) -> dict[str, Any]:
+    """Read a small JSON file of a model: config.json, generation_config.json, tokenizer_config.json.
+
+    Args:
+        path: The file.
+        wanted: What to name instead, for the message about a file that is missing.
+
+    Raises:
+        ConfigError: It is too large, no regular file, or does not hold a JSON object.
+        DataError: There is no such file, or it cannot be read.
+    """
     try:
         if path.exists() and not path.is_file():  # a device or a pipe could be read for ever
-            raise ConfigError(f"{path} is not a regular file", fix="name a config.json")
+            raise ConfigError(f"{path} is not a regular file", fix=f"name a {path.name}")
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES} bytes", fix="name a config.json")
+            raise ConfigError(f"{path} has over {MAX_CONFIG_BYTES} bytes", fix=f"name a {path.name}")
         table = parse_json(path.read_bytes())
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}",
-            fix="name a config.json, a folder that holds one, a preset or a Hub id like HuggingFaceTB/SmolLM2-135M",
-        ) from None
+        raise DataError(f"cannot read {path}: {error.strerror}", fix=wanted) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not sound JSON ({error}); it may be truncated", fix="fetch the file again"
         ) from None
     if not isinstance(table, dict):
-        raise ConfigError(f"{path} holds a {type(table).__name__}, not an object", fix="name a model's config.json")
-    return parse_hf_config(table, str(path))
+        raise ConfigError(f"{path} holds a {type(table).__name__}, not an object", fix=f"name a model's {path.name}")
+    return table
