@@ -85,7 +85,13 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": config.eos_token_id,
     } | changes
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
-    adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    adds = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in metadata.items():
         if value is not None:
             adds[type(value)](key, value)

@@ -43,10 +43,12 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "load_tokenizer",
+    "tried_tokenizer",
 ]
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
+_ANY_TEXT = "ab"
 _TRIAL_SECONDS = 10
 _TRIAL_BYTES = 4 << 30  # address space, of which Python and the Rust allocator reserve far more than they touch
 
@@ -54,15 +56,27 @@ _TRIAL_BYTES = 4 << 30  # address space, of which Python and the Rust allocator 
 class Tokenizer:
     """A byte-level BPE tokenizer.
 
+    A file may ask for tokens around a text, such as one that begins it (its post-processor). Training adds none, so
+    that documents are what they hold and their end; a model from elsewhere was trained with them.
+
+    Args:
+        data: The bytes of a `tokenizer.json`.
+        path: Where they come from, for messages.
+        adds_special_tokens: Whether a prompt, and a document to evaluate on, gets what the post-processor adds.
+        eos_id: The token that ends a document where the vocabulary has none of the usual names (`END_OF_TEXT`).
+
     Attributes:
         sha256: SHA-256 of the `tokenizer.json` it was made from; datasets and runs record it.
         path: Where that file lies.
         data: The bytes of that file, for an export.
         vocab_size: Largest token id + 1.
         eos_id: The token that ends a document. It may be 0.
+        adds_special_tokens: See above.
     """
 
-    def __init__(self, data: bytes, path: Path) -> None:
+    def __init__(
+        self, data: bytes, path: Path, *, adds_special_tokens: bool = False, eos_id: int | None = None
+    ) -> None:
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.path = path
         self.data = data
@@ -74,7 +88,8 @@ class Tokenizer:
         self._rust.no_padding()
         self._bytes = _bytes_of_tokens(self._rust)
         self.vocab_size = len(self._bytes)
-        self.eos_id = _eos_id(self._rust, path)
+        self.eos_id = _eos_id(self._rust, path, eos_id)
+        self.adds_special_tokens = adds_special_tokens
         vocabulary = self._rust.get_vocab(with_added_tokens=False)
         self._untokenizable = bytes(value for value, letter in _byte_alphabet().items() if letter not in vocabulary)
 
@@ -89,9 +104,32 @@ class Tokenizer:
         added = self._rust.get_added_tokens_decoder()
         return {token: added[token].content for token in sorted(added) if added[token].special}
 
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """The tokens that are found in a text before it is cut into words: id -> spelling, control tokens included."""
+        added = self._rust.get_added_tokens_decoder()
+        return {token: added[token].content for token in sorted(added)}
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the file's post-processor puts before and after a text."""
+        with _rust_panics_are_errors(self.path):
+            plain = self._rust.encode(_ANY_TEXT, add_special_tokens=False).ids
+            whole = self._rust.encode(_ANY_TEXT, add_special_tokens=True).ids
+        starts = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
+        at = starts[0] if starts else len(whole)
+        return whole[:at], whole[at + len(plain) :]
+
+    def token_id(self, spelling: str) -> int | None:
+        """Return the id of a token as it is written in the vocabulary, None where it is not there."""
+        return self._rust.token_to_id(spelling)
+
+    def spelling(self, token: int) -> str | None:
+        """Return a token as it is written in the vocabulary, such as ``<|endoftext|>``; None for an unknown id."""
+        return self._rust.id_to_token(token)
+
     def with_special_tokens_as_text(self) -> Tokenizer:
         """Return the same tokenizer, for which the spelling of a control token is text like any other."""
-        other = Tokenizer(self.data, self.path)
+        other = Tokenizer(self.data, self.path, adds_special_tokens=self.adds_special_tokens, eos_id=self.eos_id)
         other._rust.encode_special_tokens = True
         return other
 
@@ -101,9 +139,21 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, computed on all cores (threads in Rust, the order is kept)."""
+        return self._encode(texts, add_special_tokens=False)
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids that a model reads for each prompt, with the tokens that belong around a text."""
+        return self._encode(texts, add_special_tokens=self.adds_special_tokens)
+
+    @property
+    def document_start(self) -> list[int]:
+        """The ids that begin a document; none in training."""
+        return self.around()[0] if self.adds_special_tokens else []
+
+    def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         # The fast variant leaves out the character offsets, which are unused here: half the time and memory.
         with _rust_panics_are_errors(self.path):
-            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -186,11 +236,22 @@ def load_tokenizer(
             fix=f"put the expected file there; if this one is meant, give `prepare` --tokenizer-sha256 {actual} and "
             f"`train` --set tokenizer.sha256={actual}",
         )
-    if actual != SMOLLM2_TOKENIZER_SHA256:
-        _try_in_a_subprocess(data, path)
-    tokenizer = Tokenizer(data, path)
+    tokenizer = tried_tokenizer(data, path)
     tokenizer.path = keep_in_cache(data, path, cache)  # only what turned out to be usable
     return tokenizer
+
+
+def tried_tokenizer(
+    data: bytes, path: Path, *, adds_special_tokens: bool = False, eos_id: int | None = None
+) -> Tokenizer:
+    """Make a tokenizer from the bytes of a `tokenizer.json` from outside; arguments are those of `Tokenizer`.
+
+    Raises:
+        DataError: It is no byte-level BPE tokenizer, or trying it out failed.
+    """
+    if hashlib.sha256(data).hexdigest() != SMOLLM2_TOKENIZER_SHA256:
+        _try_in_a_subprocess(data, path)
+    return Tokenizer(data, path, adds_special_tokens=adds_special_tokens, eos_id=eos_id)
 
 
 # A file from outside can make the Rust library panic (an exception that is no `Exception`), loop for ever in
@@ -254,11 +315,13 @@ def _require_byte_level(config: dict[str, Any], path: Path) -> None:
         raise _unusable(path, f"model {config['model'].get('type')}, decoder {kinds}; byte counts need byte-level BPE")
 
 
-def _eos_id(rust: tokenizers.Tokenizer, path: Path) -> int:
+def _eos_id(rust: tokenizers.Tokenizer, path: Path, otherwise: int | None) -> int:
     for name in END_OF_TEXT:
         token = rust.token_to_id(name)
         if token is not None:  # 0 is an id like any other
             return token
+    if otherwise is not None and rust.id_to_token(otherwise) is not None:
+        return otherwise
     raise _unusable(path, f"it has none of the tokens {', '.join(END_OF_TEXT)} to end a document with")
 
 

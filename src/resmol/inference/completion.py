@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
@@ -88,8 +88,9 @@ class Completion:
     Attributes:
         prompt: The text of the prompt.
         text: The generated text; it ends before a stop string.
-        prompt_ids: The tokens that the model read; for an empty prompt, the end-of-document token.
-        token_ids: The generated tokens, including those that a stop string cut off, without the end-of-document token.
+        prompt_ids: The tokens that the model read, with those that its tokenizer adds; if there are none, the
+            end-of-document token.
+        token_ids: The generated tokens, including those that a stop string cut off, without the token that ended it.
         logprobs: Their log-probabilities in nats: log-softmax of the raw logits, before penalty, temperature and
             filters. Empty unless asked for.
         finish_reason: A key of `FINISH_REASONS`; see `generate.DecodingState`.
@@ -190,6 +191,7 @@ class TextStreamer:
         prompt: The text to continue.
         sampling: How to sample.
         stop: Stop strings: the text ends before the first of them.
+        ends: The tokens that end the text; None for the one of the model's configuration.
         on_token: Called with every token id, also one that completes no character.
         with_logprobs: Keep the tokens' log-probabilities for `completion`; each costs a softmax.
 
@@ -205,11 +207,12 @@ class TextStreamer:
         sampling: SamplingParams,
         *,
         stop: Sequence[str] = (),
+        ends: Collection[int] | None = None,
         on_token: Callable[[int], None] = lambda _token: None,
         with_logprobs: bool = False,
     ) -> None:
-        eos = model.config.eos_token_id
-        ids = tokenizer.encode(prompt)
+        eos = model.config.eos_token_id if ends is None else ends
+        (ids,) = tokenizer.encode_prompts([prompt])
         self._tokens = DecodingState(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
         self._writer = _Writer(self._tokens, tokenizer, stop)
         self._clock = _Clock(decode(model, self._tokens))
@@ -238,6 +241,7 @@ def complete_batches(
     sampling: SamplingParams,
     *,
     stop: Sequence[str] = (),
+    ends: Collection[int] | None = None,
     batch_size: int = 8,
     names: Sequence[str] = (),
     with_logprobs: bool = False,
@@ -253,6 +257,7 @@ def complete_batches(
         prompts: The texts to continue.
         sampling: How to sample; each text has its own random generator with the same seed.
         stop: Stop strings.
+        ends: The tokens that end a text; None for the one of the model's configuration.
         batch_size: Texts that are decoded together.
         names: Names of the prompts for error messages; by default ``prompt 1``, ``prompt 2``, ...
         with_logprobs: Keep the tokens' log-probabilities; each costs a softmax.
@@ -264,11 +269,11 @@ def complete_batches(
     if batch_size < 1:
         raise UsageError(f"the batch size is {batch_size}", fix="take 1 or more")
     _check_prompts(model, tokenizer, prompts, names)
-    eos = model.config.eos_token_id
+    eos = model.config.eos_token_id if ends is None else ends
     for part in _slices(len(prompts), batch_size):  # a row holds a random generator and a buffer, so only for a batch
         rows = [
             DecodingState(model.config, ids, sampling, eos_id=eos, with_logprobs=with_logprobs)
-            for ids in tokenizer.encode_batch(prompts[part])
+            for ids in tokenizer.encode_prompts(prompts[part])
         ]
         yield from _complete_together(model, prompts[part], [_Writer(row, tokenizer, stop) for row in rows])
 
@@ -276,7 +281,7 @@ def complete_batches(
 def _check_prompts(model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], names: Sequence[str]) -> None:
     """Raise `UsageError` with the name of a prompt that the model cannot read; tokenizing twice costs little."""
     for part in _slices(len(prompts), _CHECKED_TOGETHER):
-        for number, ids in enumerate(tokenizer.encode_batch(prompts[part]), start=part.start):
+        for number, ids in enumerate(tokenizer.encode_prompts(prompts[part]), start=part.start):
             try:
                 check_prompt(model.config, ids or [model.config.eos_token_id])
             except UsageError as error:

@@ -10,7 +10,7 @@ applies the penalty and none of the other three.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ class DecodingState:
         config: The architecture of the model.
         prompt: Token ids; an empty prompt becomes the end-of-document token, which starts a new document.
         sampling: How to sample.
-        eos_id: The token that ends the text; None if no token does.
+        eos_id: The token that ends the text, or several of them; None if no token does.
         with_logprobs: Whether to keep the log-probability of each token.
 
     Attributes:
@@ -55,7 +55,7 @@ class DecodingState:
         prompt: Sequence[int],
         sampling: SamplingParams,
         *,
-        eos_id: int | None,
+        eos_id: int | Collection[int] | None,
         with_logprobs: bool = False,
     ) -> None:
         self.prompt = list(prompt) or [config.eos_token_id]
@@ -65,7 +65,7 @@ class DecodingState:
         self.finish_reason: FinishReason | None = None
         self.sampling = sampling
         self.limit = min(sampling.max_new_tokens, config.max_position_embeddings - len(self.prompt))
-        self._eos_id = eos_id
+        self._ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
         self._with_logprobs = with_logprobs
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._seen = torch.tensor(self.prompt + [0] * self.limit)  # filled in place, not allocated for each token
@@ -74,7 +74,7 @@ class DecodingState:
         """Sample the next token from the logits of the last one; return whether it was added (or ended the text)."""
         length = len(self.prompt) + len(self.tokens)
         token = sample_token(logits, self._seen[:length], self.sampling, self._generator)
-        if token == self._eos_id:
+        if token in self._ends:
             self.finish_reason = "eos"
             return False
         if self._with_logprobs:  # first, so that Ctrl-C in between cannot leave a token without one
@@ -101,7 +101,9 @@ def check_prompt(config: ModelConfig, ids: Sequence[int]) -> None:
         )
 
 
-def generate(model: CausalLM, prompt: Sequence[int], sampling: SamplingParams, *, eos_id: int | None) -> Iterator[int]:
+def generate(
+    model: CausalLM, prompt: Sequence[int], sampling: SamplingParams, *, eos_id: int | Collection[int] | None
+) -> Iterator[int]:
     """Yield new token ids until ``eos_id`` (which is not yielded), ``max_new_tokens`` or the end of the context.
 
     An empty prompt starts a new document: the model reads its end-of-document token first.

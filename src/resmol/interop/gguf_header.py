@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,6 @@ MAX_HEADER_BYTES = 16_000_000  # SmolLM2's, with its vocabulary and merges, has 
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 512
 
-# ggml type number -> name, items in a block, bytes of a block (ggml.h); only types of weights are listed.
-_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
-GGUF_TYPES = tuple(name for name, _, _ in _TYPES.values())
 _SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
@@ -51,6 +35,7 @@ class GGUFTensor:
         shape: Rows first, as in PyTorch (the file has it the other way round).
         start: Where its data begins in the file.
         end: Where its data ends in the file.
+        part: Which of the header's files holds it.
     """
 
     kind: str
@@ -58,18 +43,30 @@ class GGUFTensor:
     shape: tuple[int, ...]
     start: int
     end: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """A header that keeps the rules; ``metadata`` holds scalars, strings and lists of them."""
+    """A header that keeps the rules.
+
+    Attributes:
+        metadata: Scalars, strings and lists of them, by key.
+        tensors: The table of tensors, by GGUF's name.
+        files: The file; the parts of a split one in their order (`gguf_parts`).
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    files: tuple[Path, ...] = ()
 
 
 class _BrokenRuleError(ValueError):
     """A broken rule, in words; turned into a `CheckpointError` that names the file."""
+
+
+class _UnreadableTypeError(ValueError):
+    """A type of tensors that nothing here can read; the file may be sound."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -81,17 +78,11 @@ def is_gguf(path: Path) -> bool:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path") from None
 
 
-def only_gguf(folder: Path) -> Path | None:
-    """Return the GGUF file that a folder is there for: the only one, without a config.json of other weights."""
-    files = sorted(folder.glob("*.gguf"))
-    return files[0] if len(files) == 1 and not (folder / "config.json").exists() else None
-
-
 def read_gguf_header(path: Path) -> GGUFHeader:
-    """Read metadata and tensor table.
+    """Read metadata and tensor table of one file.
 
     Raises:
-        CheckpointError: It is not a GGUF file, or it breaks a rule of the format.
+        CheckpointError: It is not a GGUF file, it breaks a rule of the format, or no reader of its types is installed.
         DataError: It is not there, or cannot be read.
     """
     try:
@@ -100,9 +91,13 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         with path.open("rb") as file:
             file_size = path.stat().st_size
             cursor = _Cursor(file.read(min(file_size, MAX_HEADER_BYTES)))
-        return _parse(cursor, file_size)
+        return replace(_parse(cursor, file_size), files=(path,))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path") from None
+    except _UnreadableTypeError as error:
+        raise CheckpointError(
+            f"{path}: {error}", fix="name a file of another type, such as Q8_0, Q4_K_M or F16; this one may be sound"
+        ) from None
     except ValueError as error:  # our own rules, and text that is not UTF-8
         raise CheckpointError(
             f"{path} is not a sound GGUF file: {str(error)[:300]}",
@@ -215,6 +210,28 @@ def _place(
 
 
 def _known_type(name: str, number: int) -> tuple[str, int, int]:
-    if number not in _TYPES:
-        raise _BrokenRuleError(f"tensor {name!r} has ggml type {number}; supported are {', '.join(GGUF_TYPES)}")
-    return _TYPES[number]
+    """Return the name of a tensor's type, the items in a block, and the bytes of a block."""
+    if (found := readable_types().get(number)) is not None:
+        return found
+    from gguf import GGMLQuantizationType
+
+    named = {kind.value: f" ({kind.name})" for kind in GGMLQuantizationType}.get(number, "")
+    raise _UnreadableTypeError(
+        f"tensor {name!r} has ggml type {number}{named}, which the installed gguf package cannot dequantize"
+    )
+
+
+@lru_cache
+def readable_types() -> dict[int, tuple[str, int, int]]:
+    """Return the types that the gguf package dequantizes: ggml number -> name, items in a block, bytes of a block."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, quants
+
+    found = {}
+    for kind, (items, size) in GGML_QUANT_SIZES.items():
+        try:
+            quants.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
+        except NotImplementedError:  # integers, and types of intermediate results
+            continue
+        found[kind.value] = (kind.name, items, size)
+    return found

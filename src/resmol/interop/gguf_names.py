@@ -6,7 +6,9 @@ pairs where Hugging Face's layout rotates ``(i, i + Dh/2)``. `permuted` is that 
 
 from __future__ import annotations
 
+import math
 import mmap
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,30 @@ _FIELDS = {
     "rope.freq_base": "rope_theta",
 }
 _HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+DEFAULT_THETA = 10_000.0  # of llama.cpp and transformers for a file without rope.freq_base: that of Llama 1 and 2
+# Fields that change nothing with these values (llama.cpp: llama-model.cpp, llama-hparams.h).
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_used_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "pooling_type": (0,),
+    "residual_scale": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "tensor_data_layout": ("Meta AI original pth",),  # the order of query and key rows that all such files have
+    "use_parallel_residual": (False,),
+}
+_SCALING = "rope.scaling."
+_ROTARY = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
 
 
 def gguf_config(header: GGUFHeader, origin: str = "the file") -> ModelConfig:
@@ -59,8 +85,9 @@ def gguf_config(header: GGUFHeader, origin: str = "the file") -> ModelConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise _unsupported(origin, [f"its architecture is {architecture!r}; only 'llama' is implemented"])
-    stated = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+    stated = {key.removeprefix("llama."): _one(value) for key, value in metadata.items() if key.startswith("llama.")}
     stated.setdefault("attention.head_count_kv", stated.get("attention.head_count"))
+    stated.setdefault("rope.freq_base", DEFAULT_THETA)
     problems = [f"llama.{key} is missing" for key in _FIELDS if stated.get(key) is None]
     problems += _tokenizer_problems(metadata) + _unsupported_fields(stated)
     embedding = header.tensors.get("token_embd.weight")
@@ -97,15 +124,62 @@ def _tokenizer_problems(metadata: dict[str, Any]) -> list[str]:
     return [] if known else ["tokenizer.ggml.eos_token_id is missing: where a text ends would be a guess"]
 
 
+def gguf_ends(header: GGUFHeader) -> tuple[int, ...]:
+    """Return the tokens that end a text: of the text itself, of a turn, of a message; llama.cpp ends at each."""
+    ids = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return tuple(dict.fromkeys(token for token in ids if type(token) is int))
+
+
+def gguf_notes(header: GGUFHeader) -> tuple[str, ...]:
+    """Return sentences about what a file leaves to be assumed."""
+    if "llama.rope.freq_base" in header.metadata:
+        return ()
+    return (
+        f"the file states no llama.rope.freq_base; theta is {DEFAULT_THETA:,.0f}, as in llama.cpp and transformers",
+    )
+
+
+def _one(value: Any) -> Any:
+    """Return a number that a file repeats for every block."""
+    return value[0] if isinstance(value, list) and value and all(item == value[0] for item in value) else value
+
+
 def _unsupported_fields(stated: dict[str, Any]) -> list[str]:
-    """Return the fields that could change the numbers and are not implemented; descriptive fields are accepted."""
+    """Return the fields that could change the numbers and are not implemented; neutral ones may stay."""
     harmless = {*_FIELDS, *_HEAD_DIMS, "vocab_size"}
-    neutral: dict[str, Any] = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
     return [
         f"llama.{key} is {str(value)[:40]!r}, which is not implemented"
         for key, value in stated.items()
-        if key not in harmless and (key not in neutral or neutral[key] != value)
+        if key not in harmless and not _is_neutral(key, value, stated)
     ]
+
+
+def _is_neutral(key: str, value: Any, stated: dict[str, Any]) -> bool:
+    if key.startswith(_SCALING):
+        return _scales_nothing(stated)
+    if key == "attention.scale":  # of the scores; 0 stands for the usual 1 / sqrt(Dh)
+        return value == 0 or _is_usual_scale(value, stated.get("embedding_length"), stated.get("attention.head_count"))
+    return value in _NEUTRAL.get(key, ())
+
+
+def _is_usual_scale(value: Any, width: Any, heads: Any) -> bool:
+    numbers = all(isinstance(number, int | float) and number > 0 for number in (value, width, heads))
+    return numbers and math.isclose(value, (width / heads) ** -0.5, rel_tol=1e-6)
+
+
+def _scales_nothing(stated: dict[str, Any]) -> bool:
+    """Return whether rope scaling is off: by its type, or since its factor is 1 (0 stands for none)."""
+    scaling = {key.removeprefix(_SCALING): value for key, value in stated.items() if key.startswith(_SCALING)}
+    if scaling.get("type") == "none":
+        return True
+    known = {"type", "factor", "attn_factor", "original_context_length", "finetuned"}
+    return (
+        scaling.get("type", "linear") in ("linear", "yarn")
+        and scaling.get("factor", 1) in (0, 1)
+        and scaling.get("attn_factor", 1) == 1
+        and scaling.get("original_context_length") in (None, 0, stated.get("context_length"))
+        and all(name in known or name.startswith("yarn_") for name in scaling)
+    )
 
 
 def _check_sizes(config: ModelConfig, stated: dict[str, Any], origin: str) -> None:
@@ -148,35 +222,56 @@ def gguf_name(name: str) -> str:
 
 
 def gguf_tensor_infos(header: GGUFHeader) -> dict[str, TensorInfo]:
-    """Return Hugging Face's name, the GGUF type and the shape of each tensor."""
+    """Return Hugging Face's name, the GGUF type and the shape of each weight; rotary tables are none."""
     return {
         hf_name(name): TensorInfo(tensor.kind, tensor.shape, tensor.start, tensor.end)
         for name, tensor in header.tensors.items()
+        if not _ROTARY.fullmatch(name)
     }
 
 
-def gguf_tensors(path: Path, header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
-    """Yield Hugging Face's name and the values of each tensor, one at a time.
+def gguf_tensors(header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str, Float32[np.ndarray, ...]]]:
+    """Yield Hugging Face's name and the values of each weight, one at a time, over all parts of the model.
 
     Raises:
-        CheckpointError: Names or shapes are not those of ``config``, or a type cannot be dequantised.
+        CheckpointError: Names or shapes are not those of ``config``, or a rotary table scales the rotation.
     """
-    _check_table(path, header, config)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for name, tensor in header.tensors.items():
-            raw = np.frombuffer(content[tensor.start : tensor.end], dtype=np.uint8)
-            values = _dequantised(raw, tensor).reshape(tensor.shape)
-            yield hf_name(name), unpermuted(values, rotated_heads(name, config))
+    _check_table(header, config)
+    for number, path in enumerate(header.files):
+        own = {name: tensor for name, tensor in header.tensors.items() if tensor.part == number}
+        if not own:  # the first part may hold the metadata alone
+            continue
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for name, tensor in own.items():
+                raw = np.frombuffer(content[tensor.start : tensor.end], dtype=np.uint8)
+                values = _dequantised(raw, tensor).reshape(tensor.shape)
+                if _ROTARY.fullmatch(name):
+                    _check_rotary(path, name, values, config)
+                else:
+                    yield hf_name(name), unpermuted(values, rotated_heads(name, config))
 
 
-def _check_table(path: Path, header: GGUFHeader, config: ModelConfig) -> None:
+def _check_table(header: GGUFHeader, config: ModelConfig) -> None:
     expected = tensor_shapes(config)
-    found = {hf_name(name): tensor.shape for name, tensor in header.tensors.items()}
-    if found != expected or len(found) != len(header.tensors):
+    names = [name for name in header.tensors if not _ROTARY.fullmatch(name)]
+    found = {hf_name(name): header.tensors[name].shape for name in names}
+    if found != expected or len(found) != len(names):
         wrong = min({*found, *expected}, key=lambda name: (found.get(name) == expected.get(name), name))
         raise CheckpointError(
-            f"{path} holds {wrong!r} as {found.get(wrong)}; its own metadata asks for {expected.get(wrong)}",
+            f"{header.files[0]} holds {wrong!r} as {found.get(wrong)}; its own metadata asks for {expected.get(wrong)}",
             fix="fetch or convert the file again",
+        )
+
+
+def _check_rotary(path: Path, name: str, values: Float32[np.ndarray, ...], config: ModelConfig) -> None:
+    """Refuse divisors of the frequencies (rope_freqs) that are not 1, and frequencies that are not theta's."""
+    wanted = np.ones(config.head_dim // 2)
+    if not name.startswith("rope_freqs"):
+        wanted = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    if values.shape != wanted.shape or not np.allclose(values, wanted, rtol=1e-3):
+        raise CheckpointError(
+            f"{path} scales the rotation by the tensor {name}, which is not implemented",
+            fix="use a GGUF file of a model without rope scaling, such as SmolLM2's",
         )
 
 

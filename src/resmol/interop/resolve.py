@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resmol.config.load import load_config, load_preset, preset_names
-from resmol.config.model_config import ModelConfig, read_model_config
+from resmol.config.model_config import (
+    ModelConfig,
+    end_token_ids,
+    parse_hf_config,
+    read_hf_table,
+    read_model_config,
+)
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
@@ -27,8 +33,10 @@ from resmol.data.tokenizer_files import (
     SMOLLM2_WHEEL_MEMBER_SHA256,
 )
 from resmol.errors import DataError, NetworkError
-from resmol.interop.gguf_header import GGUFHeader, is_gguf, only_gguf, read_gguf_header
-from resmol.interop.gguf_names import gguf_config, gguf_tensor_infos
+from resmol.interop.generation_config import text_ends
+from resmol.interop.gguf_header import GGUFHeader, is_gguf
+from resmol.interop.gguf_names import gguf_config, gguf_ends, gguf_notes, gguf_tensor_infos
+from resmol.interop.gguf_parts import gguf_models, gguf_of_folder, part_names, read_gguf, shown
 from resmol.interop.hf_folder import INDEX, WEIGHTS, WeightFiles, find_weights
 from resmol.interop.pypi_weights import pypi_weights
 from resmol.run.checkpoint_manifest import (
@@ -49,7 +57,13 @@ from resmol.system.user_paths import user_path
 logger = logging.getLogger(__name__)
 
 PYPI = "pypi"
-HUB_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model",
+)  # fmt: skip
+HUB_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES
+)  # fmt: skip
 FILE_ENDINGS = (".json", ".toml", ".safetensors", ".gguf")  # of a name that was meant for a file, not for the Hub
 
 SourceKind = Literal["preset", "config", "run", "checkpoint", "huggingface", "gguf", "safetensors", "hub", "pypi"]
@@ -69,6 +83,7 @@ class Source:
         checkpoint: The checkpoint, with its manifest and state.
         run: The run that the checkpoint belongs to, or that has none yet.
         settings: The configuration of the run or of the preset.
+        ends: The tokens that end a text, where the files beside the weights name them; None for `config`'s.
         notes: Sentences for a person.
     """
 
@@ -80,6 +95,7 @@ class Source:
     checkpoint: Checkpoint | None = None
     run: RunDir | None = None
     settings: RunConfig | None = None
+    ends: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -159,7 +175,7 @@ def _folder(path: Path, headers_only: bool) -> Source:
             checkpoint.verify()
         checkpoint.warn_of_foreign_files()
         return _checkpoint(checkpoint)
-    if (file := only_gguf(path)) is not None:
+    if not _has_safetensors(path) and (file := gguf_of_folder(path)) is not None:
         return _gguf("gguf", file, headers_only)
     return _huggingface("huggingface", path, headers_only)
 
@@ -221,30 +237,50 @@ def _run_of(checkpoint: Path) -> RunDir | None:
 
 
 def _huggingface(kind: Literal["huggingface", "hub"], path: Path, headers_only: bool) -> Source:
-    has_weights = any((path / name).exists() for name in (WEIGHTS, INDEX))
+    has_weights = _has_safetensors(path)
     if has_weights and not (path / "config.json").exists():
         return Source("safetensors", path, weights=find_weights(path), notes=("the folder has no config.json",))
-    config = read_model_config(path)
+    table = read_hf_table(path / "config.json")
+    ends = text_ends(path, table)
+    if not end_token_ids(table) and ends:  # generation_config.json alone names one
+        table["eos_token_id"] = list(ends)
+    config = parse_hf_config(table, str(path / "config.json"))
     if not has_weights and headers_only:
         return Source("config", path, config, notes=("the folder holds no safetensors file",))
     weights = find_weights(path)
-    return Source(kind, path, config, weights, "" if headers_only else _digest(weights))
+    notes = () if ends else ("its files name no token that ends a text, so only the limit of tokens does",)
+    for note in notes:
+        logger.info(f"{path}: {note}")
+    return Source(kind, path, config, weights, "" if headers_only else _digest(weights.files), ends=ends, notes=notes)
 
 
-def _digest(weights: WeightFiles) -> str:
-    digests = [file_sha256(path) for path in weights.files]
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (WEIGHTS, INDEX))
+
+
+def _digest(files: tuple[Path, ...]) -> str:
+    digests = [file_sha256(path) for path in files]
     if len(digests) == 1:
         return digests[0]
-    lines = "".join(f"{value}  {path.name}\n" for value, path in zip(digests, weights.files, strict=True))
+    lines = "".join(f"{value}  {path.name}\n" for value, path in zip(digests, files, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _gguf(kind: Literal["gguf", "hub"], path: Path, headers_only: bool) -> Source:
-    header = read_gguf_header(path)
+    header = read_gguf(path)
     types = ", ".join(sorted({tensor.kind for tensor in header.tensors.values()}))
-    digest = "" if headers_only else file_sha256(path)
-    notes = (f"{types}; loading dequantizes it to float32",)
-    return Source(kind, path, gguf_config(header, str(path)), header, digest, notes=notes)
+    assumed = gguf_notes(header)
+    for note in assumed if not headers_only else ():  # where the headers are all that is wanted, notes are shown
+        logger.warning(f"{path.name}: {note}")
+    return Source(
+        kind,
+        path,
+        gguf_config(header, str(path)),
+        header,
+        "" if headers_only else _digest(header.files),
+        ends=gguf_ends(header),
+        notes=(f"{types}; loading dequantizes it to float32", *assumed),
+    )
 
 
 def _pypi() -> Source:
@@ -266,7 +302,8 @@ def _hub(hub_id: str, headers_only: bool) -> Source:
             fix=f"run `hf download {hub_id} {gguf}` and inspect the file",
         )
     if gguf is not None:
-        return _gguf("hub", _downloaded(hub_id, revision, (gguf, "tokenizer.json")) / gguf, headers_only)
+        wanted = (*part_names(gguf), *TOKENIZER_FILES)
+        return _gguf("hub", _downloaded(hub_id, revision, wanted) / gguf, headers_only)
     # A few hundred bytes: another architecture is refused before its weights are downloaded.
     config = read_model_config(hub_file(hub_id, "config.json", revision=revision, fix=_what_may_be_meant(hub_id)))
     if not headers_only:
@@ -279,16 +316,16 @@ def _hub(hub_id: str, headers_only: bool) -> Source:
 
 
 def _only_gguf_of(hub_id: str, names: list[str]) -> str | None:
-    """Return the GGUF file of a repository that has no config.json (`DataError` when it has several)."""
-    files = [name for name in names if name.endswith(".gguf") and "/" not in name]
-    if "config.json" in names or not files:
+    """Return the GGUF model of a repository without safetensors, by its first part (`DataError` if it has several)."""
+    models = gguf_models(names)
+    if not models or any(name.endswith(".safetensors") for name in names):
         return None
-    if len(files) > 1:
+    if len(models) > 1:
         raise DataError(
-            f"{hub_id} holds {len(files)} GGUF files ({', '.join(files[:5])}) and no config.json",
+            f"{hub_id} holds {len(models)} GGUF models ({shown(models)}) and no safetensors file",
             fix="download the one that you mean, with the tokenizer.json beside it, and name the file",
         )
-    return files[0]
+    return models[0]
 
 
 def _downloaded(hub_id: str, revision: str | None, files: tuple[str, ...]) -> Path:

@@ -17,7 +17,7 @@ from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RuntimeConfig
 from resmol.errors import UsageError
-from resmol.interop.gguf_header import GGUF_TYPES, GGUFHeader
+from resmol.interop.gguf_header import GGUFHeader, readable_types
 from resmol.interop.hf_folder import WEIGHT_DTYPES, cross_check
 from resmol.interop.inspect.diagram import mermaid
 from resmol.interop.inspect.open_questions import (
@@ -181,7 +181,8 @@ def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None 
 def _checks(found: Source) -> list[Check]:
     if found.config is None or found.tensors is None:
         return []
-    types = GGUF_TYPES if isinstance(found.weights, GGUFHeader) else WEIGHT_DTYPES
+    gguf = isinstance(found.weights, GGUFHeader)
+    types = [name for name, _, _ in readable_types().values()] if gguf else WEIGHT_DTYPES
     return cross_check(found.config, found.tensors, types)
 
 
