@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from small_models import reference
 from tiny import TrainTiny
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
 
 from resmol.data.shards import Dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.interop.evaluate import evaluate_model
 from resmol.interop.export import hf
@@ -45,3 +52,64 @@ def test_a_model_without_a_run_needs_a_text(run: Path, tiny_dataset: Dataset, tm
 def test_negative_sizes_are_refused(run: Path) -> None:
     with pytest.raises(UsageError, match="must not be negative"):
         evaluate_model(run, windows=-1)
+
+
+@pytest.mark.parametrize("begin", ["", "ka", "<|endoftext|>"])
+@pytest.mark.parametrize("seq_len", [64, 8])
+def test_documents_begin_as_the_models_tokenizer_says(
+    begin: str, seq_len: int, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    """Against transformers: a document by itself; its beginning is read and not predicted, and may be the end token."""
+    model = reference(vocab_size=512, initializer_range=0.5).eval()
+    model.save_pretrained(tmp_path / "hf")
+    rust = RustTokenizer.from_str(tiny_tokenizer.data.decode())
+    if begin:
+        named = [(begin, rust.token_to_id(begin))]
+        rust.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=named)
+    rust.save(str(tmp_path / "hf" / "tokenizer.json"))
+    texts = ["ka lo mi", "lo", "mi ka 12 ka"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = evaluate_model(tmp_path / "hf", str(tmp_path / "text.jsonl"), seq_len=seq_len)
+
+    documents = [[*rust.encode(text).ids, 0] for text in texts]
+    # Without a beginning, a document's first token is predicted from all of the document before it.
+    following = [[] if begin else ids[:1] for ids in documents[1:]] + [[]]
+    losses = [
+        loss
+        for ids, first in zip(documents, following, strict=True)
+        for loss in cross_entropies(model, ids if first else ids[:-1], ids[1:] + first)
+    ]
+    unpredicted = 0 if begin else len(tiny_tokenizer.token_bytes(documents[0][0]))
+    assert (done["tokens"], done["bytes"]) == (len(losses), sum(map(len, texts)) - unpredicted)
+    if seq_len == 64:  # a shorter window cuts the context of a document
+        assert done["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def cross_entropies(model: Any, inputs: list[int], targets: list[int]) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([inputs])).logits[0]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none").tolist()
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_refused(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    reference(vocab_size=512).save_pretrained(tmp_path / "hf")
+    rust = RustTokenizer.from_str(tiny_tokenizer.data.decode())
+    rust.add_special_tokens(["[PAD]"])
+    rust.save(str(tmp_path / "hf" / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("ka lo [PAD] mi")
+    with pytest.raises(DataError, match="the text holds the token 512, and the model has 512 rows"):
+        evaluate_model(tmp_path / "hf", str(tmp_path / "text.txt"))
+
+
+def test_a_folder_that_another_tokenizer_prepared_is_said(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_dataset: Dataset, messages: list[str]
+) -> None:
+    reference(vocab_size=512).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(tiny_tokenizer.data)
+    evaluate_model(tmp_path / "hf", str(tiny_dataset.root), windows=1)
+    assert not messages
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(tiny_tokenizer.data + b"\n")
+    evaluate_model(tmp_path / "hf", str(tiny_dataset.root), windows=1)
+    assert any("was prepared with another tokenizer.json" in line for line in messages)

@@ -27,6 +27,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value;
 Preset = Annotated[str | None, typer.Option(help="Name of a preset, e.g. nano or smollm2-135m-cpu.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML configuration.")]
 TokenizerSource = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id.")]
+ModelTokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id; the model's own if left out."),
+]
 TokenizerHash = Annotated[str | None, typer.Option(help="sha256 of a tokenizer that is not SmolLM2's.")]
 Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
 

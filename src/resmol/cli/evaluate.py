@@ -12,6 +12,7 @@ from rich.table import Table
 from resmol.cli.app import (
     ConfigFile,
     Json,
+    ModelTokenizer,
     Preset,
     app,
     chosen_config,
@@ -30,13 +31,14 @@ def evaluate(
     ] = None,
     windows: Annotated[int, typer.Option(min=0, help="Windows to use; 0 takes all.")] = 0,
     seq_len: Annotated[int, typer.Option(min=0, help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
+    tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
     """Measure held-out loss, perplexity and bits per byte."""
     set_up_process()
     from resmol.interop.evaluate import evaluate_model
 
-    result = evaluate_model(model, data, windows=windows, seq_len=seq_len)
+    result = evaluate_model(model, data, windows=windows, seq_len=seq_len, tokenizer=tokenizer)
     if json_:
         print_json(result)
     else:

@@ -9,6 +9,7 @@ import typer
 
 from resmol.cli.app import (
     Json,
+    ModelTokenizer,
     app,
 )
 from resmol.cli.terminal import print_json, report_checks, say
@@ -76,12 +77,13 @@ def demo(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+    tokenizer: ModelTokenizer = None,
 ) -> None:
     """Serve a page to try a model in: text, sampling, and the record of its training."""
     set_up_process()
     from resmol.demo import serve
 
-    serve(model, host, port)
+    serve(model, host, port, tokenizer)
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from resmol.cli.app import Json, app
-from resmol.cli.prompts import Prompt, given_prompt, prompts_from
+from resmol.cli.app import Json, ModelTokenizer, app
+from resmol.cli.prompts import Prompt, escape_notice, given_prompt, prompts_from
 from resmol.cli.terminal import print_json, say
 from resmol.errors import UsageError
 from resmol.inference.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file to decode together.")] = 8,
+    tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
     """Continue a prompt, the prompts of a file, or typed prompts."""
@@ -44,13 +45,16 @@ def generate(
         raise UsageError("--interactive and --json exclude each other", fix="use --prompts - with --json")
     sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty)
     stops = StopStrings(stop or ()).strings
+    for option, value in (("--prompt", prompt), *(("--stop", one) for one in stops)):
+        if notice := escape_notice(option, value or ""):
+            say(notice)
     set_up_process()
     from resmol.interop.load import load_model
 
     # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.
     text = None if prompt is None else given_prompt(prompt)
     several = None if prompts is None else prompts_from(prompts)
-    loaded = load_model(model)
+    loaded = load_model(model, tokenizer=tokenizer)
     say(loaded.source.describe())
     facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.source.to_dict()}
     if text is not None:
@@ -114,8 +118,8 @@ def _generate_several(
 
     try:
         for batch in complete_batches(
-            loaded.model, loaded.tokenizer, texts, sampling, stop=stop, batch_size=batch_size, names=places,
-            with_logprobs=facts is not None,
+            loaded.model, loaded.tokenizer, texts, sampling, stop=stop, ends=loaded.ends, batch_size=batch_size,
+            names=places, with_logprobs=facts is not None,
         ):  # fmt: skip
             here = places[len(tokens) : len(tokens) + len(batch)]
             if facts is None:

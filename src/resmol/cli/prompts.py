@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ def given_prompt(text: str) -> str:
     if _holds_surrogate(text):  # Python decodes arguments that are not UTF-8 to surrogates
         raise DataError("--prompt is not UTF-8", fix="pass the text as UTF-8")
     return text
+
+
+def escape_notice(option: str, text: str) -> str:
+    """Return a sentence about an escape of a line break or tab, which an option takes as it is; "" without one."""
+    found = re.search(r"\\[nrt]", text)
+    if found is None:
+        return ""
+    return (
+        f"note: {option} holds a backslash and the letter {found[0][1]}, taken as they are; for a line break or a tab, "
+        f"bash and zsh write {option} $'{found[0]}'"
+    )
 
 
 def prompts_from(path: str) -> list[Prompt]:

@@ -82,7 +82,8 @@ def prepare(
     Args:
         out: A folder that does not exist yet, or is empty.
         corpus: The documents.
-        tokenizer: Its end-of-document token is appended to each document.
+        tokenizer: Its end-of-document token is appended to each document; nothing comes before one, except for text
+            that a model from elsewhere is evaluated on (`Tokenizer.document_start`).
         val_fraction: Share of the documents to hold out, in [0, 1); 0 holds out nothing.
         seed: Seed of that choice.
         shard_tokens: A new shard begins at the first document end after this many tokens.
@@ -116,10 +117,11 @@ def is_held_out(number: int, seed: int, val_fraction: float) -> bool:
 
 @dataclass
 class _Item:
-    """A piece of text on its way to a writer; ``ends`` closes the document after it."""
+    """A piece of text on its way to a writer; ``begins`` and ``ends`` say where its document does."""
 
     text: str
     split: str
+    begins: bool = False
     ends: bool = False
 
 
@@ -180,12 +182,15 @@ class _Job:
 
     def _write_tokens(self, writers: dict[str, SplitWriter]) -> None:
         reported = 0
+        start = np.array(self.tokenizer.document_start, dtype=np.int64)
         end = np.array([self.tokenizer.eos_id], dtype=np.int64)
         is_special = np.zeros(self.tokenizer.vocab_size, dtype=np.bool_)
         is_special[list(self.tokenizer.special_tokens)] = True
         for batch in self._batches():
             for item, ids in zip(batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True):
                 tokens = np.array(ids, dtype=np.int64)
+                if item.begins and len(start):
+                    writers[item.split].append(start)
                 writers[item.split].append(tokens)
                 self.totals.special_tokens.update(tokens[is_special[tokens]].tolist())
                 if item.ends:
@@ -226,10 +231,11 @@ class _Job:
                 continue
             split = self._split_of(document)
             self.totals.documents += 1
+            begins = True
             for following in document.pieces:
-                yield _Item(piece, split)
-                piece = following
-            yield _Item(piece, split, ends=True)
+                yield _Item(piece, split, begins)
+                piece, begins = following, False
+            yield _Item(piece, split, begins, ends=True)
 
     def _split_of(self, document: Document) -> str:
         if document.split is not None:

@@ -25,13 +25,16 @@ EVERYWHERE = "0.0.0.0"  # noqa: S104 - a Space is reached through the Hub's prox
 SPACE_MARK = "SPACE_ID"  # set by the Hub in every Space
 
 
-def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limits | None = None) -> None:
+def serve(
+    model: str, host: str = "127.0.0.1", port: int = PORT, tokenizer: str | None = None, *, limits: Limits | None = None
+) -> None:
     """Load a model and serve the page until Ctrl-C.
 
     Args:
         model: What `load_model` takes.
         host: The address to listen on; any but this machine's own lets others in.
         port: 0 takes a free one; the logged line names it.
+        tokenizer: What `load_model` takes; by default the model's own.
         limits: What visitors may ask for.
 
     Raises:
@@ -39,7 +42,7 @@ def serve(model: str, host: str = "127.0.0.1", port: int = PORT, *, limits: Limi
     """
     require_gradio()
     with listening_socket(host, port) as listener:  # before the weights: a port that is taken is known at once
-        loaded = load_model(model)
+        loaded = load_model(model, tokenizer=tokenizer)
         _serve_loaded(loaded, provenance_of(loaded), listener, limits or Limits(), embedded=False)
 
 

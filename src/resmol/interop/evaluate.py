@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from resmol.data.loader import Loader
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from resmol.data.loader import Batch, Loader
 from resmol.data.resolve import Text, data_folder, is_prepared, prepare_text
 from resmol.data.shards import Dataset, open_dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
+from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.system.user_paths import user_path
 from resmol.train.evaluate import evaluate
 from resmol.train.parallel import Runtime
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_EVALUATION_LENGTH = 512
 
 
-def evaluate_model(model: str | Path, data: str | None = None, *, windows: int = 0, seq_len: int = 0) -> dict[str, Any]:
+def evaluate_model(
+    model: str | Path,
+    data: str | None = None,
+    *,
+    windows: int = 0,
+    seq_len: int = 0,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> dict[str, Any]:
     """Measure the loss of a model on held-out text.
+
+    A document of a text begins with what the model's tokenizer puts before one, if the model was trained elsewhere; the
+    beginning is read, and not predicted.
 
     Args:
         model: Whatever `load_model` takes. A checkpoint has the settings and the text of the run that it lies in.
         data: A prepared folder (its held-out part, or all where it has none) or text; None takes the run's own.
         windows: How many windows to use; 0 takes all.
         seq_len: Tokens in a window; 0 takes the run's, or 512.
+        tokenizer: What `load_model` takes.
 
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``bits_per_byte``, ``tokens``, ``bytes``, and what was measured.
@@ -36,7 +58,7 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
     """
     if windows < 0 or seq_len < 0:
         raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
-    loaded = load_model(model)
+    loaded = load_model(model, tokenizer=tokenizer)
     settings = loaded.source.settings
     with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
         dataset = _evaluation_data(data, loaded, Path(scratch))
@@ -49,9 +71,12 @@ def evaluate_model(model: str | Path, data: str | None = None, *, windows: int =
         )  # fmt: skip
         runtime = Runtime.single(loaded.model.lm_head.weight.device)
         batches = loader.sequential(max(1, 2048 // length), windows or None)
+        if dataset.vocab_size > loaded.config.vocab_size:
+            _require_rows(batches, loaded.config.vocab_size)
+        starts = _DocumentStarts(batches, loaded, dataset.eos_id)
         result = evaluate(
-            loaded.model, batches, loaded.tokenizer.byte_lengths(), runtime,
-            spelled_bytes=loaded.tokenizer.spelled_end_bytes(loader.spelled_ends(windows or None)),
+            loaded.model, starts, loaded.tokenizer.byte_lengths(), runtime,
+            spelled_bytes=loaded.tokenizer.spelled_end_bytes(loader.spelled_ends(windows or None) - starts.ends()),
         )  # fmt: skip
     return {
         "loss": result.loss,
@@ -70,7 +95,7 @@ def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Da
     if data is not None and not is_prepared(user_path(data)):
         return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer)
     if data is not None:
-        return open_dataset(user_path(data))
+        return _prepared(user_path(data), loaded.tokenizer)
     run, settings = loaded.source.run, loaded.source.settings
     if run is None or settings is None:
         raise DataError(
@@ -78,3 +103,77 @@ def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Da
             fix="name some: --data input.txt, or a folder that `resmol prepare` wrote",
         )
     return open_dataset(data_folder(None, settings.data.path, run.data))
+
+
+def _prepared(folder: Path, tokenizer: Tokenizer) -> Dataset:
+    """Open a prepared folder; say so if its ids may be another tokenizer's."""
+    dataset = open_dataset(folder)
+    if dataset.tokenizer_sha256 != tokenizer.sha256:
+        logger.warning(
+            f"{folder} was prepared with another tokenizer.json ({dataset.tokenizer_sha256[:12]}) than the model's "
+            f"({tokenizer.sha256[:12]}); the loss means something only if both give the same ids"
+        )
+    return dataset
+
+
+def _require_rows(batches: Sequence[Batch], rows: int) -> None:
+    """Refuse tokens that the model has no row for, before it is asked about them."""
+    highest = max((int(batch.input_ids.max()) for batch in batches), default=0)
+    if highest >= rows:
+        raise DataError(
+            f"the text holds the token {highest}, and the model has {rows} rows",
+            fix="evaluate on a text without added tokens, prepared with the model's own tokenizer",
+        )
+
+
+class _DocumentStarts(Sequence[Batch]):
+    """Batches in which the token that begins a document is read, and is no target.
+
+    Where a document begins with the token that also ends one, the second of two in a row begins the next document, so
+    that its text can see it.
+
+    Args:
+        batches: The batches as the loader reads them.
+        loaded: The model, with its tokenizer.
+        eos_id: The token that ends a document.
+    """
+
+    def __init__(self, batches: Sequence[Batch], loaded: LoadedModel, eos_id: int) -> None:
+        self._batches = batches
+        self._start = loaded.tokenizer.document_start
+        self._eos_id = eos_id
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        batch = self._batches[index]
+        return self._with_starts(batch) if self._start else batch
+
+    def ends(self) -> int:
+        """Return how many beginnings of documents look like an end token that a text spells."""
+        if self._start[:1] != [self._eos_id]:
+            return 0
+        return sum(batch.tokens - self._with_starts(batch).tokens for batch in self._batches)
+
+    def _with_starts(self, batch: Batch) -> Batch:
+        follows_end = batch.input_ids == self._eos_id
+        begins = follows_end & (batch.targets == self._start[0])
+        targets = batch.targets.masked_fill(begins, IGNORE_INDEX)
+        documents = batch.document_ids
+        if documents is not None and self._start[0] == self._eos_id:
+            first = torch.tensor([window == 0 for window in batch.window_ids])  # a text begins with a beginning
+            documents = _document_ids(follows_end, torch.cat([first[:, None], begins[:, :-1]], dim=1))
+        return replace(batch, targets=targets, document_ids=documents, tokens=int((targets != IGNORE_INDEX).sum()))
+
+
+def _document_ids(ends: Bool[Tensor, "B T"], starts: Bool[Tensor, "B T"]) -> Int64[Tensor, "B T"]:
+    """Return how many documents ended before each position; an end token that begins a document ends none."""
+    closing = (ends & ~starts).long()
+    return closing.cumsum(1) - closing
