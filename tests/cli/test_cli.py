@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_models import reference
 from tiny import TrainTiny
 
 from resmol.__main__ import exit_code, run
@@ -178,6 +179,25 @@ def test_one_text_file_is_the_whole_interface(
     code, error = failure(capsys, *arguments, "--steps", "14")
     assert code == 3
     assert "another text" in error
+
+
+def test_a_model_without_a_tokenizer_names_an_option_that_the_command_has(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], own_cache: Path
+) -> None:
+    reference(vocab_size=512).save_pretrained(tmp_path / "hf")
+    (tmp_path / "text.txt").write_text("ka lo")
+    model = str(tmp_path / "hf")
+    for command in (
+        ["generate", model, "--prompt", "ka\\n"],
+        ["evaluate", model, "--data", str(tmp_path / "text.txt")],
+    ):
+        code, text = failure(capsys, *command)
+        assert code == 3
+        assert "name it with --tokenizer PATH" in text
+        assert run([*command, "--tokenizer", str(tiny_tokenizer.path), "--json"], debug=True) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["model"]["kind"] == "huggingface"
+        assert ("--prompt holds a backslash" in captured.err) == (command[0] == "generate")
 
 
 def test_audit_evaluate_generate_as_json(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resmol.cli import prompts as module
-from resmol.cli.prompts import decoded, given_prompt, one_line, prompts_from
+from resmol.cli.prompts import decoded, escape_notice, given_prompt, one_line, prompts_from
 from resmol.errors import DataError
 
 
@@ -33,6 +33,26 @@ def written(folder: Path, name: str, content: bytes) -> str:
 def test_standard_input_loses_one_line_break(content: bytes, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feed(monkeypatch, content)
     assert given_prompt("-") == text
+
+
+@pytest.mark.parametrize(
+    ("text", "letter", "written"),
+    [
+        ("\\n", "n", "$'\\n'"),
+        ("a\\tb", "t", "$'a\\tb'"),
+        ("it's\\n", "n", "$'...\\n...'"),
+        ("x" * 50 + "\\r", "r", "...\\r..."),
+    ],
+)
+def test_an_escape_is_taken_as_it_is_and_said(text: str, letter: str, written: str) -> None:
+    notice = escape_notice("--stop", text)
+    assert f"--stop holds a backslash and the letter {letter}" in notice
+    assert notice.endswith(f"write --stop {written}") or written in notice
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a\tb", "n", "C:\\x", "\\"])
+def test_without_an_escape_nothing_is_said(text: str) -> None:
+    assert escape_notice("--prompt", text) == ""
 
 
 def test_a_given_prompt_is_taken_as_it_is() -> None:

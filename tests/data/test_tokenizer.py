@@ -218,7 +218,11 @@ def no_end_of_text(config):
     }
 
 
-@pytest.mark.parametrize("change", [panic_in_merges, panic_in_pattern, no_byte_level, no_end_of_text])
+def one_huge_id(config):
+    config["model"]["vocab"]["zzz"] = 2_000_000_000  # a table of that many entries takes 16 GB
+
+
+@pytest.mark.parametrize("change", [panic_in_merges, panic_in_pattern, no_byte_level, no_end_of_text, one_huge_id])
 def test_a_hostile_tokenizer_is_an_error_and_not_the_end(tiny_tokenizer_file, own_cache, change):
     hostile = write_tokenizer(tiny_tokenizer_file, change)
     with pytest.raises(DataError, match="not a usable tokenizer"):

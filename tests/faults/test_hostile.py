@@ -547,7 +547,7 @@ LEADING_OUT = (
 
 
 def test_g4_paths(campaign: Campaign, forks: Forks, model: Path, run: Path, setting: Setting, tmp_path: Path) -> None:
-    """Names that lead out of a folder, and links that do."""
+    """Names that lead out of a folder, and links to what is no weight file."""
     names, secret = list(load_file(model / WEIGHTS)), tmp_path / "secret.safetensors"
     (model / WEIGHTS).rename(secret)  # a sound weight file, so that only the way to it is wrong
     folders = []
@@ -557,8 +557,6 @@ def test_g4_paths(campaign: Campaign, forks: Forks, model: Path, run: Path, sett
         (folders[-1] / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     for number, (link, target) in enumerate(
         (
-            (WEIGHTS, secret),
-            (WEIGHTS, Path("../secret.safetensors")),
             ("model.safetensors.index.json", Path("/etc/passwd")),
             (WEIGHTS, Path("/dev/zero")),
             (WEIGHTS, Path(WEIGHTS)),
@@ -592,9 +590,13 @@ def test_g4_paths(campaign: Campaign, forks: Forks, model: Path, run: Path, sett
     index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "ok.safetensors")})
     (model / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     assert find_weights(model).files == (model / "ok.safetensors",)  # the control: such an index is read
+    for target in (secret, Path("../secret.safetensors")):  # a link of a folder that the user named is the user's
+        linked = Path(shutil.copytree(model, tmp_path / f"linked-{target.is_absolute()}"))
+        (linked / WEIGHTS).symlink_to(target)
+        assert find_weights(linked).files == (linked / WEIGHTS,)
     campaign.record(
-        "G4", "names and links that lead out of a folder", "refused", problems, len(folders) + len(commands),
-        exhaustive=True,
+        "G4", "names that lead out of a folder, links to what is no weight file", "refused", problems,
+        len(folders) + len(commands), exhaustive=True,
     )  # fmt: skip
 
 

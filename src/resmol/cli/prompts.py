@@ -21,6 +21,7 @@ from resmol.system.user_paths import user_path
 
 MAX_BYTES = 16 << 20  # a thousand times the largest context of these models
 _SHOWN_PROBLEMS = 5
+_SHOWN_CHARS = 40  # of an option's value
 _FIX = 'write a prompt on each line, or in a .jsonl file an object with a string "prompt" on each line'
 
 
@@ -52,9 +53,10 @@ def escape_notice(option: str, text: str) -> str:
     found = re.search(r"\\[nrt]", text)
     if found is None:
         return ""
+    written = text if len(text) <= _SHOWN_CHARS and "'" not in text and text.isprintable() else f"...{found[0]}..."
     return (
         f"note: {option} holds a backslash and the letter {found[0][1]}, taken as they are; for a line break or a tab, "
-        f"bash and zsh write {option} $'{found[0]}'"
+        f"bash and zsh write {option} $'{written}'"
     )
 
 

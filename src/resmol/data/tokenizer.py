@@ -49,6 +49,7 @@ __all__ = [
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 _ANY_TEXT = "ab"
+_MAX_ID = 1 << 24  # one false id must not take gigabytes; vocabularies have up to some 2^18 tokens
 _TRIAL_SECONDS = 10
 _TRIAL_BYTES = 4 << 30  # address space, of which Python and the Rust allocator reserve far more than they touch
 
@@ -86,7 +87,7 @@ class Tokenizer:
         # A file may ask for cut or padded output; both would change the text unnoticed.
         self._rust.no_truncation()
         self._rust.no_padding()
-        self._bytes = _bytes_of_tokens(self._rust)
+        self._bytes = _bytes_of_tokens(self._rust, path)
         self.vocab_size = len(self._bytes)
         self.eos_id = _eos_id(self._rust, path, eos_id)
         self.adds_special_tokens = adds_special_tokens
@@ -336,11 +337,14 @@ def _byte_alphabet() -> dict[int, str]:
     return {value: chr(value) if value in printable else chr(256 + moved.index(value)) for value in range(256)}
 
 
-def _bytes_of_tokens(rust: tokenizers.Tokenizer) -> list[bytes]:
+def _bytes_of_tokens(rust: tokenizers.Tokenizer, path: Path) -> list[bytes]:
     """Return the bytes of each id by the library's rule: a token with a letter of no byte is plain UTF-8."""
     values = {letter: value for value, letter in _byte_alphabet().items()}
     vocabulary = rust.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    largest = max(vocabulary.values(), default=-1)
+    if largest > _MAX_ID:
+        raise _unusable(path, f"it has a token with the id {largest}")
+    table = [b""] * (largest + 1)
     for token, index in vocabulary.items():
         inside = all(letter in values for letter in token)
         table[index] = bytes(values[letter] for letter in token) if inside else token.encode("utf-8")

@@ -33,6 +33,7 @@ GGUF_STEPS: dict[str, list[dict[str, Any]]] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3_STEPS),
 }
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # tokenizer.ggml.token_type; 1 is normal
+_ID_DIGITS = 10
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Roles of tokenizer_config.json, whose tokens are control tokens; GPT-2's class has a name for three of them.
 _GPT2_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -161,7 +162,12 @@ def _decoder_entries(stated: Any) -> dict[int, dict[str, Any]]:
         return {}
     entries = {}
     for key, item in stated.items():
-        if key.isdecimal() and isinstance(item, dict) and isinstance(item.get("content"), str):
+        if (
+            key.isdecimal()
+            and len(key) < _ID_DIGITS
+            and isinstance(item, dict)
+            and isinstance(item.get("content"), str)
+        ):
             flags = {name: item[name] for name in _FLAGS if isinstance(item.get(name), bool)}
             entries[int(key)] = _added_token(int(key), item["content"], special=False) | flags
     return entries

@@ -33,6 +33,7 @@ from resmol.errors import ConfigError, DataError
 from resmol.interop.gguf_header import GGUFHeader
 from resmol.interop.resolve import PYPI, Source
 from resmol.system.untrusted_text import parse_json
+from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def named_tokenizer(named: str | Path, source: Source) -> Tokenizer:
     Raises:
         DataError: There is no such file, or it is unusable; `NetworkError` when the Hub cannot be reached.
     """
-    folder = Path(named).expanduser()
+    folder = user_path(named)
     found = _of_folder(folder) if folder.is_dir() else find_tokenizer(named, "", None)
     if found is None:
         raise DataError(f"there is no tokenizer in {folder}", fix="name a tokenizer.json or a folder that holds one")
@@ -155,8 +156,8 @@ def _table(path: Path) -> dict[str, Any]:
 def _not_read(folder: Path, what: str) -> DataError:
     return DataError(
         f"{folder} holds {what}",
-        fix="let transformers write a tokenizer.json, by AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), "
-        "and name it with --tokenizer OTHER",
+        fix="if it is byte-level BPE, let transformers write its tokenizer.json, by "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), and give --tokenizer OTHER; others are not read",
     )
 
 

@@ -36,8 +36,9 @@ from resmol.errors import DataError, NetworkError
 from resmol.interop.generation_config import text_ends
 from resmol.interop.gguf_header import GGUFHeader, is_gguf
 from resmol.interop.gguf_names import gguf_config, gguf_ends, gguf_notes, gguf_tensor_infos
-from resmol.interop.gguf_parts import gguf_models, gguf_of_folder, part_names, read_gguf, shown
+from resmol.interop.gguf_parts import gguf_of_folder, part_names, read_gguf
 from resmol.interop.hf_folder import INDEX, WEIGHTS, WeightFiles, find_weights
+from resmol.interop.hub_repository import HUB_FILES, TOKENIZER_FILES, downloaded, only_gguf_of, what_may_be_meant
 from resmol.interop.pypi_weights import pypi_weights
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
@@ -57,13 +58,6 @@ from resmol.system.user_paths import user_path
 logger = logging.getLogger(__name__)
 
 PYPI = "pypi"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model",
-)  # fmt: skip
-HUB_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES
-)  # fmt: skip
 FILE_ENDINGS = (".json", ".toml", ".safetensors", ".gguf")  # of a name that was meant for a file, not for the Hub
 
 SourceKind = Literal["preset", "config", "run", "checkpoint", "huggingface", "gguf", "safetensors", "hub", "pypi"]
@@ -294,8 +288,8 @@ def _pypi() -> Source:
 
 def _hub(hub_id: str, headers_only: bool) -> Source:
     revision = SMOLLM2_HUB_REVISION if hub_id == SMOLLM2_HUB_ID else None
-    names = hub_names(hub_id, revision=revision, fix=_what_may_be_meant(hub_id))
-    gguf = _only_gguf_of(hub_id, names)
+    names = hub_names(hub_id, revision=revision, fix=what_may_be_meant(hub_id))
+    gguf = only_gguf_of(hub_id, names)
     if gguf is not None and headers_only:
         raise DataError(
             f"{hub_id} keeps its architecture in {gguf}, which is not downloaded to be inspected",
@@ -303,49 +297,13 @@ def _hub(hub_id: str, headers_only: bool) -> Source:
         )
     if gguf is not None:
         wanted = (*part_names(gguf), *TOKENIZER_FILES)
-        return _gguf("hub", _downloaded(hub_id, revision, wanted) / gguf, headers_only)
+        return _gguf("hub", downloaded(hub_id, revision, wanted) / gguf, headers_only)
     # A few hundred bytes: another architecture is refused before its weights are downloaded.
-    config = read_model_config(hub_file(hub_id, "config.json", revision=revision, fix=_what_may_be_meant(hub_id)))
+    config = read_model_config(hub_file(hub_id, "config.json", revision=revision, fix=what_may_be_meant(hub_id)))
     if not headers_only:
-        return _huggingface("hub", _downloaded(hub_id, revision, HUB_FILES), headers_only)
+        return _huggingface("hub", downloaded(hub_id, revision, HUB_FILES), headers_only)
     found = Source("hub", Path(hub_id), config)
     try:
         return replace(found, weights=WeightFiles((), hub_tensors(hub_id, revision=revision, fix="try again")))
     except NetworkError as error:
         return replace(found, notes=(f"config.json was not compared with the weights: {error.what}",))
-
-
-def _only_gguf_of(hub_id: str, names: list[str]) -> str | None:
-    """Return the GGUF model of a repository without safetensors, by its first part (`DataError` if it has several)."""
-    models = gguf_models(names)
-    if not models or any(name.endswith(".safetensors") for name in names):
-        return None
-    if len(models) > 1:
-        raise DataError(
-            f"{hub_id} holds {len(models)} GGUF models ({shown(models)}) and no safetensors file",
-            fix="download the one that you mean, with the tokenizer.json beside it, and name the file",
-        )
-    return models[0]
-
-
-def _downloaded(hub_id: str, revision: str | None, files: tuple[str, ...]) -> Path:
-    """Return the folder in the Hub's cache that holds these files of a repository."""
-    from huggingface_hub import snapshot_download
-
-    logger.info(f"fetching {hub_id} from the Hub (weights already in its cache are not fetched again)")
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
-    except Exception as error:  # the client raises many kinds; each means that the download failed
-        raise NetworkError(
-            f"the weights of {hub_id} could not be downloaded ({type(error).__name__})",
-            fix="check the connection and try again: what was fetched is kept; or use the source pypi",
-        ) from error
-
-
-def _what_may_be_meant(hub_id: str) -> str:
-    """Return what to do about a name that the Hub does not know: a mistyped run directory has the form of an id."""
-    path = Path(hub_id)
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    folder = f"did you mean the folder {path.with_name(near[0])}? otherwise " if near else ""
-    return f"{folder}check the name and the network, or use the source pypi"

