@@ -27,6 +27,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from resmol.data.byte_level import byte_alphabet, bytes_of_tokens
 from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
     SMOLLM2_HUB_REVISION,
@@ -49,7 +50,6 @@ __all__ = [
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 _ANY_TEXT = "ab"
-_MAX_ID = 1 << 24  # one false id must not take gigabytes; vocabularies have up to some 2^18 tokens
 _TRIAL_SECONDS = 10
 _TRIAL_BYTES = 4 << 30  # address space, of which Python and the Rust allocator reserve far more than they touch
 
@@ -84,15 +84,15 @@ class Tokenizer:
         with _rust_panics_are_errors(path):
             self._rust = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
             _require_byte_level(json.loads(data), path)
+            self._bytes = bytes_of_tokens(self._rust.get_vocab(with_added_tokens=True))
         # A file may ask for cut or padded output; both would change the text unnoticed.
         self._rust.no_truncation()
         self._rust.no_padding()
-        self._bytes = _bytes_of_tokens(self._rust, path)
         self.vocab_size = len(self._bytes)
         self.eos_id = _eos_id(self._rust, path, eos_id)
         self.adds_special_tokens = adds_special_tokens
         vocabulary = self._rust.get_vocab(with_added_tokens=False)
-        self._untokenizable = bytes(value for value, letter in _byte_alphabet().items() if letter not in vocabulary)
+        self._untokenizable = bytes(value for value, letter in byte_alphabet().items() if letter not in vocabulary)
 
     @property
     def untokenizable_bytes(self) -> bytes:
@@ -324,28 +324,3 @@ def _eos_id(rust: tokenizers.Tokenizer, path: Path, otherwise: int | None) -> in
     if otherwise is not None and rust.id_to_token(otherwise) is not None:
         return otherwise
     raise _unusable(path, f"it has none of the tokens {', '.join(END_OF_TEXT)} to end a document with")
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """Return the letter that byte-level BPE writes for each byte value.
-
-    Printable Latin-1 stands for itself, the other 68 values are moved to U+0100 upwards in their order
-    (GPT-2, ``bytes_to_unicode``), so that a vocabulary file holds no control characters and no spaces.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    moved = [value for value in range(256) if value not in printable]
-    return {value: chr(value) if value in printable else chr(256 + moved.index(value)) for value in range(256)}
-
-
-def _bytes_of_tokens(rust: tokenizers.Tokenizer, path: Path) -> list[bytes]:
-    """Return the bytes of each id by the library's rule: a token with a letter of no byte is plain UTF-8."""
-    values = {letter: value for value, letter in _byte_alphabet().items()}
-    vocabulary = rust.get_vocab(with_added_tokens=True)
-    largest = max(vocabulary.values(), default=-1)
-    if largest > _MAX_ID:
-        raise _unusable(path, f"it has a token with the id {largest}")
-    table = [b""] * (largest + 1)
-    for token, index in vocabulary.items():
-        inside = all(letter in values for letter in token)
-        table[index] = bytes(values[letter] for letter in token) if inside else token.encode("utf-8")
-    return table
