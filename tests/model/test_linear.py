@@ -139,8 +139,8 @@ def test_reading_follows_the_processor(tmp_path: Path, monkeypatch: pytest.Monke
     for vendor, expected in (("AuthenticAMD", "onednn"), ("GenuineIntel", "mkl"), ("", "mkl")):
         facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: one\n")
         monkeypatch.setattr(module, "has_onednn", lambda: True)
-        assert module.default_inference_backend(facts) == expected
+        assert module.default_matmul_backend(facts) == expected
         monkeypatch.setattr(module, "has_onednn", lambda: False)
-        assert module.default_inference_backend(facts) == "mkl"
+        assert module.default_matmul_backend(facts) == "mkl"
     monkeypatch.setattr(module, "has_onednn", lambda: True)
-    assert module.default_inference_backend(tmp_path / "absent") == "mkl"
+    assert module.default_matmul_backend(tmp_path / "absent") == "mkl"

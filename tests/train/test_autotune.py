@@ -1,12 +1,14 @@
-"""`auto` is decided once, by device and measurement, and said."""
+"""`auto` is decided once, by rules, and said."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
+from resmol.model.llama import CausalLM
 from resmol.train import autotune as auto
 from resmol.train.autotune import resolve_auto
 
@@ -37,54 +39,53 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, m
 
 
 @pytest.mark.parametrize(
-    ("onednn", "bfloat16", "expected"),
+    ("capabilities", "windows", "expected"),
     [
-        (1.0, 2.5, ("mkl", "float32")),
-        (1.0, 0.9, ("mkl", "float32")),
-        (1.0, 0.6, ("mkl", "bfloat16")),
-        (0.97, 1.0, ("mkl", "float32")),
-        (0.7, 0.65, ("onednn", "float32")),
-        (0.7, 0.5, ("onednn", "bfloat16")),
+        ({"amx_bf16": True, "avx512_bf16": True}, 4096, "bfloat16"),
+        ({"avx512_bf16": True}, 4096, "bfloat16"),
+        ({"avx512_bf16": True}, 1, "float32"),
+        ({"amx_bf16": False, "avx512_f": True}, 4096, "float32"),
+        ({}, 4096, "float32"),
     ],
+    ids=["AMX", "AVX-512", "a small micro-batch", "no unit", "unknown"],
 )
-def test_another_arithmetic_must_be_clearly_faster(
-    tiny_config: RunConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    onednn: float,
-    bfloat16: float,
-    expected: tuple[str, str],
+def test_precision_is_a_rule_of_processor_and_size(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], windows: int, expected: str
 ) -> None:
-    """bfloat16 is compared with the faster of the two ways to compute in float32."""
-    monkeypatch.setattr(auto, "has_onednn", lambda: True)
-    monkeypatch.setattr(auto, "measured_seconds", lambda *_: {"mkl": 1.0, "onednn": onednn, "bfloat16": bfloat16})
-    decided, reasons = resolve_auto(
-        with_overrides(tiny_config, ["runtime.precision=auto", "runtime.matmul_backend=auto"])
-    )
-    assert (decided.runtime.matmul_backend, decided.runtime.precision) == expected
-    assert f"matmul_backend: {expected[0]}" in reasons[0]
-    assert f"{1 / onednn:.2f}x" in reasons[0]
-    assert f"precision: {expected[1]}" in reasons[1]
-    assert f"{min(1.0, onednn if expected[0] == 'onednn' else 1.0) / bfloat16:.2f}x" in reasons[1]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    sizes = [f"batch.micro_batch_size={windows}", f"batch.global_batch_tokens={16 * windows}"]
+    wanted = with_overrides(tiny_config, ["runtime.precision=auto", *sizes])
+    for _ in range(2):
+        decided, reasons = resolve_auto(wanted)
+        assert decided.runtime.precision == expected
+        assert f"precision: {expected} (" in reasons[0]
+        assert "`--set runtime.precision=...` pins it" in reasons[0]
 
 
-def test_only_what_is_undecided_is_measured(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-    monkeypatch.setattr(auto, "has_onednn", lambda: True)
-    monkeypatch.setattr(
-        auto, "measured_seconds", lambda _config, names: asked.append(list(names)) or dict.fromkeys(names, 1.0)
-    )
-    for settings in ("auto mkl", "auto onednn", "float32 auto", "bfloat16 auto"):
-        precision, backend = settings.split()
-        changes = [f"runtime.precision={precision}", f"runtime.matmul_backend={backend}"]
-        decided, _ = resolve_auto(with_overrides(tiny_config, changes))
-        assert "auto" not in (decided.runtime.precision, decided.runtime.matmul_backend)
-    assert asked == [["mkl", "bfloat16"], ["onednn", "bfloat16"], ["mkl", "onednn"]]
+def test_a_version_of_pytorch_that_cannot_tell_takes_float32(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_auto(with_overrides(tiny_config, ["runtime.precision=auto"]))[0].runtime.precision == "float32"
 
 
-def test_the_measurement_measures(tiny_config: RunConfig) -> None:
-    seconds = auto.measured_seconds(tiny_config, ["mkl", "bfloat16"])
-    assert set(seconds) == {"mkl", "bfloat16"}
-    assert all(0 < value < 60 for value in seconds.values())
+@pytest.mark.parametrize("backend", ["mkl", "onednn"])
+def test_the_library_is_a_rule_of_the_processor(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(auto, "default_matmul_backend", lambda: backend)
+    decided, reasons = resolve_auto(with_overrides(tiny_config, ["runtime.matmul_backend=auto"]))
+    assert decided.runtime.matmul_backend == backend
+    assert f"matmul_backend: {backend} (" in reasons[0]
+    narrow = with_overrides(tiny_config, ["runtime.matmul_backend=auto", "runtime.precision=bfloat16"])
+    assert not any("matmul_backend" in reason for reason in resolve_auto(narrow)[1]), "no matmul is in float32"
+
+
+def test_nothing_is_timed(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement beside another program can come out either way; two runs of one command must have equal bits."""
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("a clock was read"))
+    monkeypatch.setattr(CausalLM, "loss", lambda *_: pytest.fail("a model was run"))
+    resolve_auto(with_overrides(tiny_config, [f"runtime.{key}=auto" for key in DECIDED if key != "compile"]))
 
 
 @pytest.mark.parametrize(("free", "expected"), [(None, "off"), (10**12, "off"), (10, "on")])

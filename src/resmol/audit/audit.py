@@ -255,8 +255,12 @@ def _configuration(records: list[Record], history: ConfigHistory, stored: RunCon
     problems += [
         f"config.toml: {key} is {found[key]}, not {recorded[key]}" for key in found if found[key] != recorded[key]
     ]
+    runtime = stored.runtime
+    library = "" if runtime.precision == "bfloat16" else f" by {runtime.matmul_backend}"
+    arithmetic = f"{runtime.precision}{library}, compile {runtime.compile}, on {runtime.device}"
     return _check(
-        "configuration", problems, stored.sha256[:16], "config.toml as recorded, each change with a drift record",
+        "configuration", problems, f"{stored.sha256[:16]}; {arithmetic}",
+        "config.toml as recorded, each change with a drift record",
         "a configuration edited later",
     )  # fmt: skip
 

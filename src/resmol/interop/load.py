@@ -27,7 +27,7 @@ from resmol.interop.hf_folder import WeightFiles, cross_check, surplus_names, we
 from resmol.interop.model_tokenizer import model_tokenizer, named_tokenizer
 from resmol.interop.resolve import Source, resolve
 from resmol.interop.surplus import check_surplus
-from resmol.model.linear import default_inference_backend, set_matmul_backend
+from resmol.model.linear import default_matmul_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
 from resmol.system.safetensors_header import read_header
@@ -174,7 +174,7 @@ def load_model(
     model = CausalLM.empty(config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _fill(model, found)
     model.eval().requires_grad_(requires_grad=False)
-    set_matmul_backend(model, default_inference_backend())
+    set_matmul_backend(model, default_matmul_backend())
     return LoadedModel(model, found, _tokenizer_choice(tokenizer, found))
 
 

@@ -50,11 +50,11 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def default_inference_backend(cpu_facts: Path = CPU_FACTS) -> MatmulBackend:
-    """Return the library for inference: oneDNN on AMD's processors, the BLAS on all others.
+def default_matmul_backend(cpu_facts: Path = CPU_FACTS) -> MatmulBackend:
+    """Return the library that is faster on this processor: oneDNN on AMD's, the BLAS on all others.
 
-    Training measures instead (`autotune`). Inference follows a rule: the last bits of logits depend on the library,
-    and the same prompt and seed must give the same text on a busy machine too.
+    A rule, no measurement: the last bits depend on the library, and the same command must give the same bits on a busy
+    machine too.
     """
     is_amd = processor_field("vendor_id", cpu_facts) == "AuthenticAMD"
     return "onednn" if is_amd and has_onednn() else "mkl"
