@@ -41,11 +41,11 @@ def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, m
 @pytest.mark.parametrize(
     ("capabilities", "windows", "expected"),
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, 4096, "bfloat16"),
-        ({"avx512_bf16": True}, 4096, "bfloat16"),
+        ({"amx_bf16": True, "avx512_bf16": True}, 16384, "bfloat16"),
+        ({"avx512_bf16": True}, 16384, "bfloat16"),
         ({"avx512_bf16": True}, 1, "float32"),
-        ({"amx_bf16": False, "avx512_f": True}, 4096, "float32"),
-        ({}, 4096, "float32"),
+        ({"amx_bf16": False, "avx512_f": True}, 16384, "float32"),
+        ({}, 16384, "float32"),
     ],
     ids=["AMX", "AVX-512", "a small micro-batch", "no unit", "unknown"],
 )
