@@ -44,7 +44,7 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except ResmolError as error:
         if debug:
             raise
-        _print_error(error.what, error.fix)
+        _print_error(error.what, _fix_for(arguments, error.fix))
         return exit_code(error)
     except typer.exceptions.TyperException as error:
         command = next((word for word in arguments if not word.startswith("-")), "")
@@ -75,6 +75,15 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
 def exit_code(error: ResmolError) -> int:
     """Return the exit code that stands for an error; after a signal it is 128 + the signal's number."""
     return 128 + error.signal_number if isinstance(error, Interrupted) else error.exit_code
+
+
+def _fix_for(arguments: Sequence[str], fix: str) -> str:
+    """Return a fix in which options of other commands are named as such."""
+    from resmol.cli import app
+    from resmol.cli.fixes import command_of, complete_fix, options_of_commands
+
+    commands = options_of_commands(app)
+    return complete_fix(fix, command_of(arguments, commands), commands)
 
 
 def _print_error(what: str, fix: str) -> None:
