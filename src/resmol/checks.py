@@ -40,5 +40,5 @@ def largest(values: Iterable[float]) -> float:
 
 
 def all_passed(checks: Sequence[Check]) -> bool:
-    """Tell whether every check passed; no checks at all is not a pass."""
+    """Return whether every check passed; no checks at all is not a pass."""
     return bool(checks) and all(check.passed for check in checks)

@@ -328,3 +328,13 @@ def test_an_internal_error_is_said_without_a_traceback(
     assert "internal error: KeyError" in text
     with pytest.raises(KeyError):
         run(["audit", "x"], debug=True)
+
+
+def test_the_commands_are_listed_in_the_order_of_work_in_80_columns(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["--help"], debug=True) == 0
+    lines = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in lines][:6] == ["inspect", "prepare", "train", "verify", "audit", "evaluate"]
+    assert [line for line in lines if "..." in line or len(line) > 80] == []

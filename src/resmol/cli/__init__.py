@@ -15,6 +15,11 @@ from resmol.cli import (  # each registers its commands
 from resmol.cli.app import app
 from resmol.cli.once import OnceCommand
 
+IN_ORDER_OF_WORK = (
+    "inspect", "prepare", "train", "verify", "audit", "evaluate", "generate", "export", "publish", "demo", "ablate",
+    "report", "reproduce",
+)  # fmt: skip
+app.registered_commands.sort(key=lambda command: IN_ORDER_OF_WORK.index(getattr(command.callback, "__name__", "")))
 for command in (*app.registered_commands, *bench.bench.registered_commands):
     command.cls = OnceCommand
 

@@ -28,7 +28,7 @@ from resmol.errors import Interrupted, UsageError
 from resmol.system.process_setup import set_up_process
 
 bench = typer.Typer(
-    help="Measure speed and memory against other libraries and the roofline of the machine.",
+    help="Measure speed and memory against other software.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

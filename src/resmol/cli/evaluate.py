@@ -64,7 +64,10 @@ def ablate(
     warmup: Annotated[int, typer.Option(help="Steps before them.")] = 5,
     json_: Json = False,
 ) -> None:
-    """Compare settings: speed, memory and loss, with intervals and a control that shows the noise."""
+    """Compare settings: speed, memory and loss, with intervals.
+
+    A control, the first setting once more under another name, shows the noise.
+    """
     chosen = chosen_config(preset, config) or load_preset("nano")
     from resmol.bench.ablate import Ablation
     from resmol.bench.ablate import ablate as run_ablation

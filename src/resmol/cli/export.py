@@ -29,7 +29,10 @@ def export(
     model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
     json_: Json = False,
 ) -> None:
-    """Write a folder for other software; finished only when it computes our logits and token ids from the folder."""
+    """Write a folder for other software, read back before it exists.
+
+    It is finished only when the other software computes our logits and token ids from it.
+    """
     if format_ not in ("hf", "gguf"):
         raise UsageError(f"{format_} is not a format of an export", fix="choose from: hf, gguf")
     if space and format_ != "hf":
@@ -79,7 +82,10 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
     tokenizer: ModelTokenizer = None,
 ) -> None:
-    """Serve a page to try a model in: text, sampling, and the record of its training."""
+    """Serve a page to try a model in.
+
+    It shows text as it is generated, settings of the sampling, and the record of the model's training.
+    """
     set_up_process()
     from resmol.demo import serve
 

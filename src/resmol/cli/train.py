@@ -122,7 +122,10 @@ def reproduce(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Train, resume, evaluate and audit in separate processes, and print claims with their evidence."""
+    """Train, resume, evaluate and audit, each in its own process.
+
+    Claims are printed with their evidence.
+    """
     set_up_process()  # the estimate trains in this process, as fast as `train` will
     from resmol.audit.reproduce import ReproduceSpec
     from resmol.audit.reproduce import reproduce as run_reproduction

@@ -31,7 +31,7 @@ def inspect(
     ] = "smollm2-135m",
     json_: Json = False,
 ) -> None:
-    """Show an architecture: parameters per part, FLOPs per token, memory, diagram."""
+    """Show an architecture: parameters, FLOPs, memory, diagram."""
     from resmol.interop.inspect import inspect_model
 
     inspection = inspect_model(source)
@@ -53,7 +53,7 @@ def verify(
     explain: Annotated[bool, typer.Option("--explain", help="Show which mistake each check guards against.")] = False,
     json_: Json = False,
 ) -> None:
-    """Prove the architecture: sanity checks, and parity with transformers."""
+    """Prove the architecture, by checks and parity with transformers."""
     chosen = chosen_config(preset, config)
     if weights != "random" and (chosen or model):
         raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
@@ -74,7 +74,10 @@ def audit(
     certify: Annotated[bool, typer.Option(help="Write RUN/certificate.json if everything holds.")] = False,
     json_: Json = False,
 ) -> None:
-    """Check a run's record: hash chain, continuity, learning rate, data order, checkpoints; replay parts of it."""
+    """Check a run's record and checkpoints, and replay parts of it.
+
+    Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
+    """
     from resmol.audit.audit import audit as run_audit
     from resmol.audit.certificate import write_certificate
     from resmol.audit.replay import ReplayOptions
@@ -98,7 +101,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="Write the loss curve instead, as .svg or .png.")
     ] = None,
 ) -> None:
-    """Write a run as one self-contained page, or its loss curve as an image."""
+    """Write a run as one page, or its loss curve as an image."""
     from resmol.audit.report import write_loss_image, write_report
 
     if plot is not None and out is not None:

@@ -11,6 +11,11 @@ from pydantic_core import ErrorDetails
 
 from resmol.errors import ConfigError
 
+RENAMED = {  # in configurations of version 0.1
+    "runtime.products": "runtime.matmul_backend",
+    "runtime.peer_timeout": "runtime.collective_timeout",
+}
+
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return one table laid over another: a table in both is merged, any other value comes from ``above``."""
@@ -60,6 +65,8 @@ def invalid(error: ValidationError, origin: str, known: Sequence[str]) -> Config
 def _in_words(problem: ErrorDetails, known: Sequence[str]) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or "sections disagree"
     if problem["type"] == "extra_forbidden":
+        if where in RENAMED:
+            return f"{where}: unknown key; since version 0.2 it is {RENAMED[where]}"
         nearest = difflib.get_close_matches(where, known, n=1)
         return f"{where}: unknown key" + (f"; did you mean {nearest[0]}?" if nearest else "")
     given = "" if problem["type"] in ("missing", "value_error") else f" (given: {problem['input']!r})"

@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = "resmol-dataset"
-FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 
 _MAX_MANIFEST_BYTES = 64 << 20

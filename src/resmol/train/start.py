@@ -70,22 +70,22 @@ def train_model(
     Raises:
         ResmolError: Every failure is one of these, with a sentence on what to do.
     """
-    directory, is_main = RunDir(Path(run)), this_launch().rank == 0
+    directory, is_rank_zero = RunDir(Path(run)), this_launch().rank == 0
     changes = parse_overrides(overrides) | _data_path(directory, data)
     resolve = partial(resolve_config, directory, config, changes, accept_drift)
     resolve()  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
-        if is_main:
+        if is_rank_zero:
             stack.enter_context(exclusive_lock(directory.lock))
         requested, drifts = resolve()  # again: from here on no other process changes the run
         open_data = partial(open_run_data, directory, requested, data, tokenizer)
-        opened = open_data() if is_main else None  # text is prepared once, not by every rank
+        opened = open_data() if is_rank_zero else None  # text is prepared once, not by every rank
         resolved = decide_auto(requested)
         runtime = stack.enter_context(open_runtime(resolved))
         dataset, own_tokenizer = opened or open_data()
         stop = stack.enter_context(StopSignal())
         state, run_log, checkpoint = new_state(resolved, runtime), RunLog(NullLedger(), ()), None
-        if is_main:
+        if is_rank_zero:
             directory.prepare(resolved, own_tokenizer.data)
             run_log = stack.enter_context(closing(RunLog(Ledger(directory.ledger), log_writers(resolved))))
             checkpoint = resume_or_start(
