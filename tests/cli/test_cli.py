@@ -331,7 +331,7 @@ def test_an_internal_error_is_said_without_a_traceback(
 
 
 def test_the_commands_are_listed_in_the_order_of_work_in_80_columns(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["--help"], debug=True) == 0
