@@ -1,4 +1,4 @@
-"""Rows C1 to C7: bytes of a checkpoint that are not those that were saved, whoever changed them."""
+"""Rows C1 to C8: bytes of a checkpoint that are not those that were saved, whoever changed them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 from campaign import Campaign
 from safetensors.torch import load_file, save_file
-from trials import STEPS, Forks, Oracle, Setting, error_of, train_run
+from trials import STEPS, Forks, Oracle, Setting, error_of, finish, train_run
 
-from resmol.errors import CheckpointError
+from resmol.errors import CheckpointError, ResmolError
+from resmol.interop import load, resolve
+from resmol.run import checkpoint_manifest
 from resmol.run.checkpoint import digest_all
 from resmol.run.checkpoint_manifest import (
     CONFIG,
@@ -32,6 +35,7 @@ from resmol.run.checkpoint_manifest import (
     list_checkpoints,
     newest_valid,
     read_manifest,
+    step_of,
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
@@ -517,4 +521,56 @@ def test_c7_foreign_files(
     campaign.record(
         "C7", "files that are not of the checkpoint lie in every one", "the newest is used, the same bits at the end",
         problems, len(names), exhaustive=campaign.full,
+    )  # fmt: skip
+
+
+# --- C8 ---------------------------------------------------------------------------------------------------------
+
+
+def test_c8_readers_of_a_live_run(
+    campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run saves after every step and keeps two. The reader is slow: all that it listed, or opened, could go."""
+    count, run, problems, steps = campaign.count(9, 200), tmp_path / "run", list[str](), list[int]()
+    folder = RunDir(run).checkpoints
+    child = forks.start(train_run, run, setting, "train.steps=1000000", "checkpoint.every=1", "checkpoint.keep_last=2")
+
+    def newest() -> int:
+        return max((step_of(path) for path in list_checkpoints(folder)), default=0)
+
+    def wait_for(step: int) -> None:
+        while newest() < step:
+            assert child.is_alive(), error_of(run)
+            time.sleep(0.001)
+
+    def slow_after(real: Callable[..., Any], at: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = real(*arguments, **options)
+            if waits.pop(at, None):
+                wait_for(newest() + 4)
+            return result
+
+        return call
+
+    waits: dict[str, bool] = {}
+    for module, name in ((checkpoint_manifest, "list_checkpoints"), (resolve, "newest_valid"), (load, "resolve")):
+        monkeypatch.setattr(module, name, slow_after(getattr(module, name), name))
+    wait_for(2)
+    for trial in range(count):
+        waits |= {("list_checkpoints", "newest_valid", "resolve")[trial % 3]: True}
+        present = newest()
+        try:
+            step = load.load_model(run, device="cpu").source.step or 0
+        except ResmolError as error:
+            problems.append(f"try {trial}: {error.what}")
+            continue
+        problems += [f"try {trial}: step {step}, and step {present} was there"] if step < present else []
+        steps.append(step)
+    child.terminate()
+    finish(child)
+    kept = len(list_checkpoints(folder))
+    problems += [] if kept <= 3 else [f"{kept} checkpoints were left"]  # one may have been read to the end
+    campaign.record(
+        "C8", "slow readers of a run that saves after every step", "the newest checkpoint that stays, every time",
+        problems, count, note=f"{len(set(steps))} different checkpoints were read, up to step {max(steps, default=0)}",
     )  # fmt: skip

@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant("nothing is read back before older ones go", "run/checkpoint.py",
            "        open_checkpoint(paths[0]).verify()\n", "        pass\n", ("prune_on_corruption", {})),
     Mutant("the run is not locked", "system/locks.py",
-           "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+           "    lock = _locked(path)\n", "    lock = FileLock(path)\n",
            ("second_process", {})),
     Mutant("the files are written in the background, from weights that go on changing", "run/async_save.py",
            "        seconds = self._thread.submit(self._commit, staged, started)\n",

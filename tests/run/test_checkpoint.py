@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError
 from resmol.model.llama import CausalLM
 from resmol.run import checkpoint as module
+from resmol.run import checkpoint_manifest as manifest_module
 from resmol.run.checkpoint import (
     CheckpointTensors,
     commit_checkpoint,
@@ -33,6 +35,7 @@ from resmol.run.checkpoint_manifest import (
     open_checkpoint,
     read_manifest,
 )
+from resmol.system.locks import kept_while_read, unless_being_read
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 
@@ -280,3 +283,53 @@ def test_saving_over_a_corrupt_one_quarantines_it(good: Path, tiny_config: RunCo
     commit_checkpoint(stage_checkpoint(good, saved, CheckpointTensors.of(state.model, state.optimizer), parent=None))
     assert (good / "corrupt-step-00000010-1" / "manifest.json").exists()
     open_checkpoint(good / "step-00000010").verify()
+
+
+# --- a reader beside a run that is being trained -----------------------------------------------------------------
+
+
+def test_what_a_reader_holds_is_pruned_when_it_is_done(good: Path) -> None:
+    with ExitStack() as hold:
+        assert newest_valid(good, {}, hold=hold)[0].path.name == "step-00000010"
+        with unless_being_read(good / "step-00000010" / "manifest.json") as free:
+            assert not free
+    with unless_being_read(good / "step-00000010" / "manifest.json") as free:
+        assert free
+
+
+def test_retention_passes_over_what_is_being_read(good: Path) -> None:
+    with kept_while_read(good / "step-00000005" / "manifest.json"):
+        assert prune(good, keep_last=1) == []
+    assert prune(good, keep_last=1) == ["step-00000005"]
+
+
+def test_a_reader_looks_again_when_what_it_listed_is_gone(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both that it knew of are pruned, and a newer one is there, before it opens the first."""
+    real, looks = list_checkpoints, []
+
+    def stale(folder: Path) -> list[Path]:
+        looks.append(found := real(folder))
+        if len(looks) == 1:
+            (good / "step-00000010").rename(good / "tmp-a")
+            (good / "step-00000005").rename(good / "tmp-b")
+        elif len(looks) == 2:
+            (good / "tmp-b").rename(good / "step-00000005")
+        return found if len(looks) < 2 else real(folder)
+
+    monkeypatch.setattr(manifest_module, "list_checkpoints", stale)
+    found, skipped = newest_valid(good, {})
+    assert (found.path.name, skipped, len(looks)) == ("step-00000005", [], 2)
+
+
+def test_one_that_goes_while_it_is_verified_is_not_called_corrupt(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the file system has no locks: the next one is taken, and nothing is reported as skipped."""
+    real = manifest_module.file_sha256
+
+    def prune_first(file: Path) -> str:
+        if file.parent.name == "step-00000010" and file.exists():
+            shutil.rmtree(file.parent, ignore_errors=True)
+        return real(file)
+
+    monkeypatch.setattr(manifest_module, "file_sha256", prune_first)
+    found, skipped = newest_valid(good, {})
+    assert (found.path.name, skipped) == ("step-00000005", [])

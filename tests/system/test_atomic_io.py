@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from resmol.errors import DiskFull
+from resmol.system import atomic_io
 from resmol.system.atomic_io import (
     commit_directory,
     fsync_path,
@@ -382,3 +383,32 @@ def test_what_cannot_be_removed_yet_is_left_for_the_next_start(
     assert messages == [f"{left} could not be removed whole; the next start tries again"]
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_that_cannot_sync_directories_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str], number: int
+) -> None:
+    """As CIFS and some FUSE mounts; a file that cannot be synced stays an error, and so does a disk that fails."""
+    real = os.fsync
+    atomic_io._log_no_directory_sync.cache_clear()
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().is_dir() is directories:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    directories = True
+    commit(tmp_path / "one")
+    write_durable(tmp_path / "two", b"x")
+    make_directory(tmp_path / "three" / "four")
+    assert is_whole(tmp_path / "one")
+    assert len(messages) == 1
+    assert f"cannot sync directories ({os.strerror(number)})" in messages[0]
+    directories = False
+    with pytest.raises(OSError, match=os.strerror(number)):
+        commit(tmp_path / "five")
+    directories, number = True, errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        commit(tmp_path / "six")

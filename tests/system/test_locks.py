@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -12,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from waiting import HANGS
 
 from resmol.errors import RunInUse
-from resmol.system.locks import exclusive_lock
+from resmol.system.locks import exclusive_lock, kept_while_read, unless_being_read
 
 OWNER = """
 import sys
@@ -133,3 +135,98 @@ def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(
         with pytest.raises(RunInUse) as refused, exclusive_lock(tmp_path / "lock"):
             pass
     assert owner in refused.value.what
+
+
+# --- file systems without locks ------------------------------------------------------------------------------
+
+
+WITHOUT_FLOCK = """
+import errno
+import fcntl
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.fixture(params=["ENOLCK", "ENOSYS", "EOPNOTSUPP", "EINVAL"])
+def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that answers so to `flock`."""
+    number = getattr(errno, request.param)
+
+    def flock(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_without_locks_a_file_stands_for_one(tmp_path: Path, no_flock: None, messages: list[str]) -> None:
+    path = tmp_path / "run" / "lock"
+    with exclusive_lock(path):
+        (message,) = messages
+        assert "without locks" in message
+        assert "lock.soft keeps other processes out" in message
+        with pytest.raises(RunInUse) as refused, exclusive_lock(path):
+            pass
+        assert f'"pid": {os.getpid()}' in refused.value.what
+        assert str(path.with_name("lock.soft")) in refused.value.fix
+    with exclusive_lock(path):
+        pass
+    assert {file.name for file in path.parent.iterdir()} == {"lock"}
+
+
+def test_without_locks_a_dead_process_of_this_host_is_replaced(tmp_path: Path) -> None:
+    """One that was killed, so that its file stays."""
+    code = WITHOUT_FLOCK + OWNER
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert first_line(process) == "locked\n"
+        assert (tmp_path / "lock.soft").exists()
+        process.kill()
+        process.communicate()
+
+
+def test_other_errors_of_the_lock_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), exclusive_lock(tmp_path / "lock"):
+        pass
+
+
+# --- readers and retention -----------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_kept_and_what_goes_is_not_begun(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text("{}")
+    with kept_while_read(file), kept_while_read(file), unless_being_read(file) as free:
+        assert not free
+    with unless_being_read(file) as free:
+        assert free
+        with pytest.raises(FileNotFoundError), kept_while_read(file):
+            pass
+
+
+def test_what_is_exchanged_while_it_is_opened_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = tmp_path / "manifest.json", fcntl.flock
+    file.write_text("{}")
+
+    def exchange_first(descriptor: int, how: int) -> None:
+        file.rename(tmp_path / "moved")
+        file.write_text("{}")
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", exchange_first)
+    with pytest.raises(FileNotFoundError), kept_while_read(file):
+        pass
+
+
+def test_without_locks_nothing_is_kept(tmp_path: Path, no_flock: None) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text("{}")
+    with kept_while_read(file), unless_being_read(file) as free:
+        assert free

@@ -24,15 +24,15 @@ def test_auto_is_replaced_and_said(tiny_config: RunConfig) -> None:
 
 
 def test_without_a_compiler_it_runs_uncompiled(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.train.autotune.shutil.which", lambda _: None)
+    monkeypatch.setattr(auto, "compiler_problem", lambda device: f"no compiler for {device}")
     long_run = with_overrides(tiny_config, ["runtime.compile=auto", "train.steps=100000000"])
     decided, reasons = resolve_auto(long_run)
     assert decided.runtime.compile == "off"
-    assert "no C++ compiler" in reasons[0]
+    assert reasons[0] == "compile: off (no compiler for cpu; the run trains uncompiled)"
 
 
 def test_a_long_run_is_compiled_and_a_short_one_is_not(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resmol.train.autotune.shutil.which", lambda name: name)
+    monkeypatch.setattr(auto, "compiler_problem", lambda _device: "")
     for steps, expected in ((100_000_000, "on"), (10, "off")):
         wanted = with_overrides(tiny_config, ["runtime.compile=auto", f"train.steps={steps}"])
         assert resolve_auto(wanted)[0].runtime.compile == expected

@@ -17,7 +17,7 @@ from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
 from resmol.data.shards import TokenStream, open_dataset
 from resmol.errors import CheckpointError, ConfigError, ResmolError
-from resmol.run.checkpoint_manifest import list_checkpoints, open_checkpoint
+from resmol.run.checkpoint_manifest import MANIFEST, list_checkpoints, open_checkpoint
 from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
@@ -29,6 +29,7 @@ from resmol.run.ledger import (
     read_ledger,
     select,
 )
+from resmol.system.locks import kept_while_read
 from resmol.train.build import make_loader
 from resmol.train.loop import REPRODUCIBLE_FIELDS, first_difference
 from resmol.train.lr_schedule import lr_at
@@ -268,7 +269,8 @@ def _configuration(records: list[Record], history: ConfigHistory, stored: RunCon
 def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
     recorded = effective_saves(records)
     present = list_checkpoints(run.checkpoints)
-    checks = [_checkpoint(path, recorded.get(path.name)) for path in reversed(present)]
+    looked_at = [_checkpoint(path, recorded.get(path.name)) for path in reversed(present)]
+    checks = [check for check in looked_at if check is not None]
     names = {path.name for path in present}
     lost = [name for name, record in recorded.items() if record["permanent"] and name not in names]
     checks.append(
@@ -280,20 +282,26 @@ def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
     return checks
 
 
-def _checkpoint(path: Path, record: Record | None) -> Check:
+def _checkpoint(path: Path, record: Record | None) -> Check | None:
+    """Check every byte of a checkpoint; None where a run that is being trained has pruned it meanwhile."""
     name, expected = (
         f"checkpoint {path.name}",
         "every byte as in its manifest, and the manifest as in the ledger",
     )
     try:
-        checkpoint = open_checkpoint(path)
-        checkpoint.verify()
-    except CheckpointError as error:
-        return Check(name, False, error.what, expected, "a flipped bit, a torn file", str(path))
+        with kept_while_read(path / MANIFEST):
+            checkpoint = open_checkpoint(path)
+            checkpoint.verify()
+            extra = checkpoint.foreign_files()
+    except (CheckpointError, FileNotFoundError) as error:
+        if not path.exists():
+            return None
+        what = error.what if isinstance(error, CheckpointError) else f"{path.name}/{MANIFEST} is missing"
+        return Check(name, False, what, expected, "a flipped bit, a torn file", str(path))
     manifest = checkpoint.manifest
     if record is not None and manifest.sha256 != record["manifest_sha256"]:
         return Check(name, False, "its manifest is not the one in the ledger", expected, "exchanged weights", str(path))
     noted = "" if record is not None else " (committed, not yet in the ledger: a crash came between)"
-    foreign = f"; not part of it: {', '.join(checkpoint.foreign_files())}" if checkpoint.foreign_files() else ""
+    foreign = f"; not part of it: {', '.join(extra)}" if extra else ""
     measured = f"{manifest.bytes:,} bytes, manifest {manifest.sha256[:16]}{noted}{foreign}"
     return Check(name, True, measured, expected, "a flipped bit, a torn file", str(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.errors import ConfigError, ResmolError
 from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import (
+    MANIFEST,
     OPTIMIZER,
     WEIGHTS,
     checkpoint_name,
@@ -32,7 +34,9 @@ from resmol.run.checkpoint_manifest import (
 from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, last_fact, select
+from resmol.system.locks import kept_while_read
 from resmol.train.build import compile_blocks, make_loader, new_state
+from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState, first_difference, train_step
 from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import bitwise_facts, restore
@@ -101,9 +105,13 @@ def replay(run: RunDir, config: RunConfig, records: list[Record], options: Repla
     except ResmolError as error:
         return [_unsupported("replay", f"the tokens are not here ({error.what})", options)]
     checks, started = [], time.perf_counter()
-    for segment in drawn:
-        logger.info(f"replay: steps {segment.start + 1} to {segment.end}")
-        checks.append(_replay_segment(run, config, records, segment, dataset, options))
+    with ExitStack() as hold:
+        for step in {step for segment in drawn for step in (segment.start, segment.end)}:
+            with suppress(FileNotFoundError):  # not every segment ends at a checkpoint
+                hold.enter_context(kept_while_read(run.checkpoints / checkpoint_name(step) / MANIFEST))
+        for segment in drawn:
+            logger.info(f"replay: steps {segment.start + 1} to {segment.end}")
+            checks.append(_replay_segment(run, config, records, segment, dataset, options))
     return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, options)]
 
 
@@ -117,7 +125,7 @@ def _replay_segment(
         return _unsupported(name, "the configuration was changed between these steps", options)
     try:
         config = ConfigHistory(records, stored).at(steps[segment.start + 1])
-        find_device(config.runtime.device)
+        require_compiler(config, find_device(config.runtime.device).type)
     except ConfigError as error:
         return _unsupported(name, error.what, options)
     environment = _environment_at(records, first)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import CheckpointError, DataError, UsageError
+from resmol.errors import CheckpointError, DataError, ResmolError, UsageError
 from resmol.inference.completion import Completion, TextStreamer, complete_batches
 from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.gguf_header import GGUFHeader
@@ -30,7 +31,12 @@ from resmol.interop.surplus import check_surplus
 from resmol.model.linear import default_matmul_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
+from resmol.run.checkpoint_manifest import list_checkpoints
+from resmol.run.directory import RunDir
 from resmol.system.safetensors_header import read_header
+from resmol.system.user_paths import user_path
+
+MAX_LOADS = 20  # of a run that prunes what is being read, where the file system has no locks
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +175,33 @@ def load_model(
         ConfigError: The configuration describes a model that resmol does not implement.
         DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
     """
-    found = resolve(source)
-    config = _require_weights(found)
-    model = CausalLM.empty(config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _fill(model, found)
+    checkpoints = RunDir(user_path(source)).checkpoints
+    for _ in range(MAX_LOADS):
+        before = list_checkpoints(checkpoints)
+        try:
+            model, found = _filled(source, device)
+            break
+        except ResmolError:
+            if list_checkpoints(checkpoints) == before:  # else the run pruned what was being read: no locks there
+                raise
+    else:
+        raise CheckpointError(
+            f"{source} removed {MAX_LOADS} checkpoints while they were read",
+            fix="try again when it has ended, or let it keep more: --set checkpoint.keep_last=10",
+        )
+    return LoadedModel(model, found, _tokenizer_choice(tokenizer, found))
+
+
+def _filled(source: str | Path, device: str | torch.device | None) -> tuple[CausalLM, Source]:
+    """Return the model that ``source`` names, in evaluation mode; a run that is being trained waits with pruning it."""
+    with ExitStack() as hold:
+        found = resolve(source, hold=hold)
+        config = _require_weights(found)
+        model = CausalLM.empty(config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        _fill(model, found)
     model.eval().requires_grad_(requires_grad=False)
     set_matmul_backend(model, default_matmul_backend())
-    return LoadedModel(model, found, _tokenizer_choice(tokenizer, found))
+    return model, found
 
 
 def _tokenizer_choice(given: Tokenizer | str | Path | None, source: Source) -> Callable[[], Tokenizer]:

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from resmol.interop.hf_folder import INDEX, WEIGHTS, WeightFiles, find_weights
 from resmol.interop.hub_repository import HUB_FILES, TOKENIZER_FILES, downloaded, only_gguf_of, what_may_be_meant
 from resmol.interop.pypi_weights import pypi_weights
 from resmol.run.checkpoint_manifest import (
+    MANIFEST,
     OPTIMIZER,
     STATE,
     Checkpoint,
@@ -52,6 +54,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_saves, read_ledger
 from resmol.system.atomic_io import file_sha256
 from resmol.system.hub_download import hub_file, hub_names, hub_tensors, is_hub_id
+from resmol.system.locks import kept_while_read
 from resmol.system.safetensors_header import TensorInfo, read_header
 from resmol.system.user_paths import user_path
 
@@ -126,7 +129,7 @@ class Source:
         return f"model: {self.kind} {self.path}{step}, sha256 {self.sha256[:16]}"
 
 
-def resolve(source: str | Path, *, headers_only: bool = False) -> Source:
+def resolve(source: str | Path, *, headers_only: bool = False, hold: ExitStack | None = None) -> Source:
     """Find what ``source`` names.
 
     Args:
@@ -134,6 +137,7 @@ def resolve(source: str | Path, *, headers_only: bool = False) -> Source:
         headers_only: Read configurations and headers, no weights. Otherwise the weights are made ready to be read: a
             checkpoint is verified against its manifest, of a run the newest checkpoint that passes is taken, other
             weights are hashed, and a model on the Hub is downloaded.
+        hold: Keeps a checkpoint where it is until this is closed, also in a run that is being trained.
 
     Raises:
         CheckpointError: A checkpoint, an index or a header is damaged, or the weights are a pickle.
@@ -142,7 +146,8 @@ def resolve(source: str | Path, *, headers_only: bool = False) -> Source:
     """
     path, name = user_path(source), str(source)
     if path.is_dir():
-        return _folder(path, headers_only)
+        with ExitStack() as own:
+            return _folder(path, headers_only, own if hold is None else hold)
     if path.exists():
         return _file(path, headers_only)
     if name == PYPI:
@@ -159,11 +164,13 @@ def resolve(source: str | Path, *, headers_only: bool = False) -> Source:
     )
 
 
-def _folder(path: Path, headers_only: bool) -> Source:
+def _folder(path: Path, headers_only: bool, hold: ExitStack) -> Source:
     if RunDir(path).exists():
-        return _run(RunDir(path), headers_only)
+        return _run(RunDir(path), headers_only, hold)
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
+        with suppress(FileNotFoundError):  # of the manifest, which `open_checkpoint` reports
+            hold.enter_context(kept_while_read(path / MANIFEST))
         checkpoint = open_checkpoint(path)
         if not headers_only:
             checkpoint.verify()
@@ -191,14 +198,14 @@ def _settings(kind: Literal["preset", "config", "run"], path: Path, settings: Ru
 # --- runs and checkpoints ------------------------------------------------------------------------------------
 
 
-def _run(run: RunDir, headers_only: bool) -> Source:
+def _run(run: RunDir, headers_only: bool, hold: ExitStack) -> Source:
     run.require()
     if not list_checkpoints(run.checkpoints):
         found = _settings("run", run.path, run.load_config())
         return replace(found, run=run, notes=("the run has no checkpoint yet",))
     saves = effective_saves(read_ledger(run.ledger).records) if run.ledger.exists() else {}
     recorded = {name: record["manifest_sha256"] for name, record in saves.items()}
-    checkpoint, skipped = newest_valid(run.checkpoints, recorded, verify=not headers_only)
+    checkpoint, skipped = newest_valid(run.checkpoints, recorded, verify=not headers_only, hold=hold)
     for item in skipped:
         logger.info(f"skipped {item.path.name}: {item.reason}")
     return _checkpoint(checkpoint)

@@ -33,6 +33,7 @@ from resmol.errors import CheckpointError, DiskFull
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import (
     CONFIG,
+    MANIFEST,
     OPTIMIZER,
     STATE,
     WEIGHTS,
@@ -48,6 +49,7 @@ from resmol.run.checkpoint_manifest import (
     read_manifest,
 )
 from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
+from resmol.system.locks import unless_being_read
 from resmol.system.safetensors_header import read_header
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -246,7 +248,8 @@ def stored_tensor(path: Path, name: str) -> Tensor:
 def prune(folder: Path, keep_last: int) -> list[str]:
     """Remove old checkpoints: the newest ``keep_last`` and the permanent ones stay.
 
-    The newest is read back and verified first; if it is corrupt, nothing is removed.
+    The newest is read back and verified first; if it is corrupt, nothing is removed. One that another process is
+    reading stays until the next time.
 
     Returns:
         The names of the checkpoints that were removed.
@@ -258,9 +261,13 @@ def prune(folder: Path, keep_last: int) -> list[str]:
     expired = [path for path in paths[keep_last:] if not _is_permanent(path)]
     if expired:
         open_checkpoint(paths[0]).verify()
+    removed = []
     for path in expired:
-        remove_directory(path)
-    return [path.name for path in expired]
+        with unless_being_read(path / MANIFEST) as free:
+            if free:
+                remove_directory(path)
+                removed.append(path.name)
+    return removed
 
 
 def _is_permanent(path: Path) -> bool:

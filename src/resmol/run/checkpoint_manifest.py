@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckpointError
 from resmol.system.atomic_io import file_sha256
+from resmol.system.locks import kept_while_read
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
 )  # fmt: skip
 MAX_JSON_BYTES = 64_000_000
+MAX_LOOKS = 1000  # at a folder whose checkpoints go while they are looked at; each look is a newer one
 SHOWN_FILES = 3  # of those that do not belong to a checkpoint
 _NAME = re.compile(r"^step-([0-9]{8})$")
 
@@ -211,15 +214,20 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def newest_valid(
-    folder: Path, recorded: Mapping[str, str], *, verify: bool = True
+    folder: Path, recorded: Mapping[str, str], *, verify: bool = True, hold: ExitStack | None = None
 ) -> tuple[Checkpoint, list[SkippedCheckpoint]]:
     """Find the newest checkpoint that is whole.
+
+    Others may write while this reads: a checkpoint that was listed and is gone is no corrupt one, but a reason to look
+    again.
 
     Args:
         folder: The ``checkpoints`` directory of a run.
         recorded: Name -> sha256 of the manifest, as the ledger has it. A checkpoint that the ledger knows must be
             the very one; one that it does not know was committed just before a crash.
         verify: Check every byte; else the manifest and the state alone are read.
+        hold: Keeps retention away from the checkpoint that is returned, until it is closed. Needed by readers that do
+            not hold the run's lock.
 
     Returns:
         The checkpoint, and the newer ones that were skipped.
@@ -227,24 +235,45 @@ def newest_valid(
     Raises:
         CheckpointError: There is none; the message lists why each was skipped.
     """
-    skipped: list[SkippedCheckpoint] = []
-    for path in list_checkpoints(folder):
-        try:
-            checkpoint = open_checkpoint(path)
-            if verify:
-                checkpoint.verify()
-        except CheckpointError as error:
-            skipped.append(SkippedCheckpoint(path, error.what))
-            continue
-        if recorded.get(path.name, checkpoint.manifest.sha256) == checkpoint.manifest.sha256:
-            checkpoint.warn_of_foreign_files()
-            return checkpoint, skipped
-        skipped.append(SkippedCheckpoint(path, "its manifest is not the one that the ledger recorded"))
+    for _ in range(MAX_LOOKS):
+        found, skipped = _newest_of(list_checkpoints(folder), recorded, verify=verify, hold=hold)
+        if found is not None:
+            found.warn_of_foreign_files()
+            return found, skipped
+        if all(item.path.exists() for item in skipped):
+            break
     reasons = "".join(f"\n  - {item.path.name}: {item.reason}" for item in skipped)
     raise CheckpointError(
         f"{folder} holds no valid checkpoint{':' if reasons else ''}{reasons}",
         fix="restore a checkpoint from a copy, or begin again in a new run directory (nothing was deleted here)",
     )
+
+
+def _newest_of(
+    paths: Sequence[Path], recorded: Mapping[str, str], *, verify: bool, hold: ExitStack | None
+) -> tuple[Checkpoint | None, list[SkippedCheckpoint]]:
+    """Return the first of these that is whole, and those before it that are not; None where one went meanwhile."""
+    skipped: list[SkippedCheckpoint] = []
+    for path in paths:
+        with ExitStack() as held:
+            try:
+                if hold is not None:
+                    held.enter_context(kept_while_read(path / MANIFEST))
+                checkpoint = open_checkpoint(path)
+                if verify:
+                    checkpoint.verify()
+                if recorded.get(path.name, checkpoint.manifest.sha256) != checkpoint.manifest.sha256:
+                    raise corrupt(path / MANIFEST, "is not the one that the ledger recorded")
+            except (CheckpointError, OSError) as error:
+                reason = error.what if isinstance(error, CheckpointError) else f"cannot be read ({error.strerror})"
+                skipped.append(SkippedCheckpoint(path, reason))
+                if not path.exists():
+                    return None, skipped
+                continue
+            if hold is not None:
+                hold.push(held.pop_all())
+            return checkpoint, skipped
+    return None, skipped
 
 
 def file_entry(path: Path, digests: dict[str, str]) -> FileEntry:

@@ -15,6 +15,7 @@ retried on the same file: the temporary directory is abandoned and the caller st
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -34,15 +35,37 @@ _NO_ROOM = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file grew over what this file system, or the limit of `ulimit -f`, allows",
 }
+# How systems answer that have no such operation for a directory: to sync it, or (the last two) to open it. Not EIO.
+_NO_DIRECTORY_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR,
+}  # fmt: skip
 
 
 def fsync_path(path: Path) -> None:
-    """Flush one file or directory to the disk (``OSError`` when the disk fails)."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush one file or directory to the disk (``OSError`` when the disk fails).
+
+    A file system that cannot flush directories at all (CIFS, some FUSE mounts, Windows) is no failure: that is logged
+    once, and its names become durable when it likes.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC or not path.is_dir():
+            raise
+        _log_no_directory_sync(path.stat().st_dev, error.strerror)
+
+
+@functools.cache
+def _log_no_directory_sync(_device: int, reason: str) -> None:
+    """Log it once for each file system."""
+    logger.warning(
+        f"this file system cannot sync directories ({reason}): a crash of the process loses nothing, but a power cut "
+        "may take back the newest names, and a checkpoint with them"
+    )
 
 
 def make_directory(path: Path) -> None:

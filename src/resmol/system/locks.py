@@ -1,51 +1,95 @@
-"""A lock that one process holds at a time, on a directory that several may want to write to."""
+"""Locks: one process at a time may write to a directory, and what is being read is not removed.
+
+A lock of the kernel ends with its process, however that dies. Some file systems have none (a Lustre mount without
+``flock``, NFS without its lock daemon, some FUSE mounts); there a file stands for the lock.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
+import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
 from resmol.errors import RunInUse
 from resmol.system.atomic_io import full_disk_is_an_error, make_directory
 
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
 OWNER_PATIENCE_SECONDS = 1.0
 MAX_OWNER_BYTES = 4096
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+WITHOUT_LOCKS = ".soft"  # the ending of the file that stands for a lock
 
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Hold the directory of the lock file ``path`` for this process, by `flock`.
+    """Hold the directory of the lock file ``path`` for this process.
 
-    The directory is made if it is missing. The kernel frees the lock when the process dies, however it dies.
+    The directory is made if it is missing. The kernel frees the lock when the process dies. Where the file system has
+    no locks, a file beside ``path`` stands for it; one that a dead process of this host left behind is taken over.
 
     Raises:
         RunInUse: Another process holds it; the message names its process id and host.
     """
     make_directory(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = _locked(path)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunInUse(
-                f"{path.parent} is in use by another process: {_owner_of(descriptor)}",
-                fix="wait for it, stop it with Ctrl-C, or choose another run directory",
-            ) from None
-        with full_disk_is_an_error(path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        with full_disk_is_an_error(path), path.open("r+b" if path.exists() else "wb") as file:
+            file.write(owner)
+            file.truncate()
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
-def _owner_of(descriptor: int) -> str:
+def _locked(path: Path) -> BaseFileLock:
+    """Acquire the kernel's lock, or the one that a file stands for."""
+    lock: BaseFileLock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunInUse(
+            f"{path.parent} is in use by another process: {_owner_of(path)}",
+            fix="wait for it, stop it with Ctrl-C, or choose another run directory",
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        lock = _soft_lock(path, error.strerror or str(error))
+    return lock
+
+
+def _soft_lock(path: Path, reason: str) -> BaseFileLock:
+    marker = path.with_name(f"{path.name}{WITHOUT_LOCKS}")
+    lock = SoftFileLock(marker, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunInUse(
+            f"{path.parent} is in use by another process: {_owner_of(path)}",
+            fix=f"wait for it or stop it; if it died on another host, remove {marker}, which it could not",
+        ) from None
+    logger.warning(
+        f"{path.parent} lies on a file system without locks ({reason}): {marker.name} keeps other processes out "
+        "instead, and after a crash on another host has to be removed by hand"
+    )
+    return lock
+
+
+def _owner_of(path: Path) -> str:
     """Return the content of a lock file, which names its owner.
 
     An owner writes its name just after it has the lock, so for an instant the file is empty, or names the process
@@ -53,7 +97,8 @@ def _owner_of(descriptor: int) -> str:
     """
     deadline = time.monotonic() + OWNER_PATIENCE_SECONDS
     while True:
-        owner = os.pread(descriptor, MAX_OWNER_BYTES, 0).decode(errors="replace").strip()
+        with path.open("rb") as file:
+            owner = file.read(MAX_OWNER_BYTES).decode(errors="replace").strip()
         if _may_be_alive(owner) or time.monotonic() > deadline:
             return owner or "unknown"
         time.sleep(0.01)
@@ -68,4 +113,47 @@ def _may_be_alive(owner: str) -> bool:
         return False
     except PermissionError:
         return True  # alive, as another user's process
+    return True
+
+
+# --- readers and retention -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def kept_while_read(path: Path) -> Iterator[None]:
+    """Let `unless_being_read` of other processes leave a file alone while this context is open.
+
+    Where the file system has no locks, nothing keeps the file.
+
+    Raises:
+        FileNotFoundError: It was removed or renamed before this could begin.
+    """
+    with path.open("rb") as file:
+        if not _flock(file.fileno(), exclusive=False) or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield
+
+
+@contextmanager
+def unless_being_read(path: Path) -> Iterator[bool]:
+    """Yield whether nobody reads a file by `kept_while_read`, and let nobody begin to while this context is open."""
+    try:
+        file = path.open("r+b")
+    except OSError:
+        yield True
+        return
+    with file:
+        yield _flock(file.fileno(), exclusive=True)
+
+
+def _flock(descriptor: int, *, exclusive: bool) -> bool:
+    """Lock an open file without waiting; return False only where another process holds it."""
+    if sys.platform == "win32":
+        return True  # what is open there can be neither renamed nor removed
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # no locks here
     return True

@@ -8,7 +8,6 @@ Memory is counted before it is allocated: a refusal with advice beats being kill
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.model.linear import default_matmul_backend
 from resmol.system.host import free_memory
 from resmol.system.launcher import this_launch
+from resmol.train.compiler import compiler_problem
 from resmol.train.parallel import find_device
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
@@ -144,21 +144,19 @@ def _several_processes() -> bool:
     return this_launch().world_size > 1
 
 
-def has_compiler() -> bool:
-    """Return whether there is a C++ compiler, which torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-
-
 def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    if not has_compiler():
-        return "off", "compile: off (there is no C++ compiler here)"
     if device.type == "cuda":
-        return "on", "compile: on"
+        return _on_if_it_works(device, "compile: on")
     tokens = config.train.steps * config.batch.global_batch_tokens
     flops = tokens * training_flops_per_token(config.model, config.data.seq_len)
     saved = COMPILE_SAVES * flops / CPU_FLOPS_PER_SECOND
-    chosen = "on" if saved > COMPILE_SECONDS else "off"
-    return (
-        chosen,
-        f"compile: {chosen} (it would take about {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s)",
-    )
+    reason = f"(it would take about {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s)"
+    if saved <= COMPILE_SECONDS:
+        return "off", f"compile: off {reason}"
+    return _on_if_it_works(device, f"compile: on {reason}")
+
+
+def _on_if_it_works(device: torch.device, sentence: str) -> tuple[str, str]:
+    """Choose compilation with this sentence, or none where torch.compile does not work."""
+    problem = compiler_problem(device.type)
+    return ("off", f"compile: off ({problem}; the run trains uncompiled)") if problem else ("on", sentence)

@@ -16,6 +16,7 @@ from resmol.errors import ConfigError
 from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
+from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.parallel import Runtime
@@ -99,9 +100,12 @@ def make_val_loader(config: RunConfig, stream: TokenStream) -> Loader | None:
 def compile_blocks(model: CausalLM, config: RunConfig) -> None:
     """Compile the transformer block, in place, if ``runtime.compile`` is on; names and weights stay.
 
+    Raises `ConfigError` where torch.compile does not work.
+
     The compiler may keep less than all activations for the backward pass: it then recomputes norms and SwiGLU, whose
     inputs it reads anyway and which need no matmul. A smaller budget would make it repeat matmuls.
     """
+    require_compiler(config, model.lm_head.weight.device.type)
     if config.runtime.compile == "on":
         torch._functorch.config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         for layer in model.model.layers:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from resmol.config.drift import reconcile
 from resmol.config.load import parse_overrides
@@ -34,6 +35,7 @@ from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
+from resmol.train.compiler import broken_compiler, first_sentence
 from resmol.train.loop import Session, TrainState, train
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
@@ -188,6 +190,8 @@ def _train(state: TrainState, session: Session) -> None:
     compile_blocks(state.model, session.config)
     try:
         train(state, session)
+    except TorchDynamoException as error:  # the compiler worked for a line of code, but not for a block
+        raise broken_compiler(first_sentence(error)) from error
     except ProcessLost as error:
         session.run_log.write("warn", what="a collective failed", step=state.step, reason=error.what)
         raise

@@ -20,8 +20,8 @@ from resmol.config.run_config import BatchConfig, DataConfig, RunConfig, Runtime
 from resmol.data.loader import Batch
 from resmol.model.linear import has_onednn
 from resmol.model.llama import CausalLM
-from resmol.train.autotune import has_compiler
 from resmol.train.build import compile_blocks, new_state
+from resmol.train.compiler import compiler_problem
 from resmol.train.loop import accumulate_gradients
 from resmol.train.parallel import open_runtime
 from resmol.verify.capture import Captured
@@ -115,8 +115,8 @@ def _check(
 
     if config.runtime.matmul_backend == "onednn" and not has_onednn():
         return without_numbers("not checked: this PyTorch has no oneDNN", passed=True)
-    if config.runtime.compile == "on" and not has_compiler():
-        return without_numbers("not checked: there is no C++ compiler here", passed=True)
+    if config.runtime.compile == "on" and (problem := compiler_problem("cpu")):
+        return without_numbers(f"not checked: {problem}", passed=True)
     try:
         found = _step(config, weights, base)
     except RuntimeError as error:  # PyTorch's compiler
