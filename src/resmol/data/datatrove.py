@@ -24,6 +24,7 @@ from resmol.data.shards import (
     token_dtype,
     token_width,
 )
+from resmol.data.token_file import TokenFile
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.atomic_io import full_disk_is_an_error, write_durable
@@ -111,21 +112,21 @@ def _describe_all(
     return shards, all_ends
 
 
-def _tokens_of(path: Path, width: int) -> np.ndarray:
+def _tokens_of(path: Path, width: int) -> TokenFile:
     size = path.stat().st_size
     if path.is_symlink() or size == 0 or size % width:
         raise DataError(
             f"{path} is not a file of {width}-byte tokens ({size} bytes)",
             fix="links and empty files are refused; leave out the file, or tokenize again",
         )
-    return np.memmap(path, dtype=token_dtype(width), mode="r")
+    return TokenFile(path, token_dtype(width))
 
 
-def _scan(tokens: np.ndarray, tokenizer: Tokenizer, name: str) -> Int64[np.ndarray, " n"]:
+def _scan(tokens: TokenFile, tokenizer: Tokenizer, name: str) -> Int64[np.ndarray, " n"]:
     """Return the position after each end-of-document token (`DataError` for ids outside the vocabulary)."""
     ends = [np.zeros(0, dtype=np.int64)]
     for start in range(0, len(tokens), _SCAN_TOKENS):
-        block = tokens[start : start + _SCAN_TOKENS]
+        block = tokens.read(start, min(start + _SCAN_TOKENS, len(tokens)))
         if int(block.max()) >= tokenizer.vocab_size:
             raise DataError(
                 f"{name} holds token {int(block.max())}, the vocabulary ends before {tokenizer.vocab_size}",

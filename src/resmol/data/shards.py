@@ -9,7 +9,7 @@ For each shard, three files (huggingface/datatrove, ``pipeline/tokens/tokenizer.
     people
 
 and one `manifest.json` for the folder, written last. It comes from outside like any file: names, sizes and
-sums are checked before a byte is mapped. docs/data-format.md describes every field.
+sums are checked before a token is read. docs/data-format.md describes every field.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jaxtyping import Int64, Integer
 from pydantic import Field, ValidationError, model_validator
 
 from resmol.config.strict_model import StrictModel
+from resmol.data.token_file import TokenFile
 from resmol.errors import DataError
 from resmol.system.atomic_io import file_sha256
 
@@ -151,7 +152,7 @@ class Manifest(StrictModel):
 
 
 class TokenStream:
-    """The tokens of one split as one sequence, read through memory maps.
+    """The tokens of one split as one sequence, read where it is asked for.
 
     Attributes:
         root: The folder of the dataset.
@@ -165,7 +166,6 @@ class TokenStream:
         self.vocab_size = vocab_size
         self._dtype = token_dtype(token_bytes)
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64).tolist()
-        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self._ends else 0
@@ -190,27 +190,20 @@ class TokenStream:
         return tokens
 
     def _slice(self, number: int, offset: int, count: int) -> Integer[np.ndarray, " n"]:
-        piece = self._map(number)[offset : offset + count]
+        shard = self.shards[number]
+        path, first = self.root / shard.name, shard.start + offset
+        try:
+            piece = TokenFile(path, self._dtype).read(first, first + count)
+        except (OSError, EOFError) as error:
+            raise _damaged(path, str(error)) from error
         # Checked here, on the processor: on a GPU a bad id would be an assertion much later, without a name.
         if int(piece.max()) >= self.vocab_size:
             bad = int(np.argmax(piece >= self.vocab_size))
-            shard = self.shards[number]
             raise DataError(
-                f"{shard.name}: token {shard.start + offset + bad} is {int(piece[bad])} of {self.vocab_size}",
+                f"{shard.name}: token {first + bad} is {int(piece[bad])} of {self.vocab_size}",
                 fix="the shard is damaged or was made with another tokenizer; prepare the data again",
             )
         return piece
-
-    def _map(self, number: int) -> np.ndarray:
-        if number not in self._maps:
-            shard = self.shards[number]
-            path = self.root / shard.name
-            try:
-                whole = np.memmap(path, dtype=self._dtype, mode="r", shape=(shard.bytes // self._dtype.itemsize,))
-            except (OSError, ValueError) as error:
-                raise _damaged(path, str(error)) from error
-            self._maps[number] = whole[shard.start : shard.start + shard.tokens]
-        return self._maps[number]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
@@ -33,7 +32,7 @@ from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
 from resmol.run.checkpoint_manifest import list_checkpoints
 from resmol.run.directory import RunDir
-from resmol.system.safetensors_header import read_header
+from resmol.system.safetensors_header import Header, read_header
 from resmol.system.user_paths import user_path
 
 MAX_LOADS = 20  # of a run that prunes what is being read, where the file system has no locks
@@ -276,16 +275,21 @@ def _fill(model: CausalLM, source: Source) -> None:
 def _fill_from_safetensors(model: CausalLM, weights: WeightFiles, origin: Path) -> None:
     """Read the weights, and then compare what the files say twice."""
     names = weight_names(model.config, weights.tensors)
-    places = {name: path for path in weights.files for name in read_header(path).tensors}
-    _copy_into(model, ((name, _stored(places[stored], stored)) for name, stored in names.items()), origin)
+    headers = {path: read_header(path) for path in weights.files}
+    places = {name: path for path, header in headers.items() for name in header.tensors}
+
+    def stored(name: str) -> Tensor:
+        return _stored(places[name], name, headers[places[name]])
+
+    _copy_into(model, ((name, stored(other)) for name, other in names.items()), origin)
     for name in sorted(surplus_names(model.config, weights.tensors)):
-        check_surplus(model, name, _stored(places[name], name), str(places[name]))
+        check_surplus(model, name, stored(name), str(places[name]))
 
 
-def _stored(path: Path, name: str) -> Tensor:
+def _stored(path: Path, name: str, header: Header) -> Tensor:
     try:
-        return stored_tensor(path, name)
-    except (SafetensorError, OSError) as error:
+        return stored_tensor(path, name, header)
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}", fix="fetch or export the model again") from None
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,9 +50,14 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.system.locks import unless_being_read
-from resmol.system.safetensors_header import read_header
+from resmol.system.safetensors_header import Header, read_header
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STORED_TYPES = {  # safetensors' names; every type that its header may name
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64,
+    "I64": torch.int64, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 # --- saving --------------------------------------------------------------------------------------------------
@@ -202,7 +207,6 @@ def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Ad
     if optimizer is None:
         return
     parameters = dict(model.named_parameters())
-    # Filled where they stay: tensors of a mapped file would be read from the disk again, and copied, by the first step.
     moments = {f"{name}.{moment}": torch.empty_like(p) for name, p in parameters.items() for moment in MOMENTS}
     _fill(moments, checkpoint.path / OPTIMIZER, files[OPTIMIZER])
     for name, parameter in parameters.items():
@@ -220,7 +224,7 @@ def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:
         raise corrupt(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {expected.get(wrong)}")
 
     def fill(name: str) -> None:
-        tensor = stored_tensor(path, name)
+        tensor = stored_tensor(path, name, header)
         if digest(tensor) != entry.tensors.get(name):
             raise corrupt(path, f"gave other bytes for {name} than were in memory when it was saved")
         if not bool(torch.isfinite(tensor).all()):
@@ -231,15 +235,31 @@ def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:
         list(pool.map(fill, targets))
 
 
-def stored_tensor(path: Path, name: str) -> Tensor:
+def stored_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
     """Read one tensor of a safetensors file.
 
-    The file is opened for this tensor alone: it is mapped, and what was read of a mapped file counts as memory of the
-    process until it is closed. Weights that are loaded one by one are then never held twice.
+    It is read and not mapped, which costs the same time: some file systems cannot map files, a mapped file that shrinks
+    kills the process, and its pages count as the process's memory.
+
+    Args:
+        path: The file.
+        name: The tensor.
+        header: The file's header; None reads it.
+
+    Raises:
+        CheckpointError: The file ends within the tensor, or its header breaks a rule.
+        OSError: It cannot be read.
     """
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+    header = header or read_header(path)
+    info = header.tensors[name]
+    content = bytearray(info.end - info.start)
+    with path.open("rb") as file:
+        file.seek(header.header_bytes + info.start)
+        if file.readinto(content) != len(content):
+            raise corrupt(path, f"ends within {name}")
+    if not content:
+        return torch.empty(info.shape, dtype=STORED_TYPES[info.dtype])
+    return torch.frombuffer(content, dtype=STORED_TYPES[info.dtype]).reshape(info.shape)
 
 
 # --- retention -----------------------------------------------------------------------------------------------
