@@ -20,12 +20,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { CREATE = 1, READ = 2, WRITE = 4, FSYNC = 8, RENAME = 16, UNLINK = 32, MKDIR = 64, RMDIR = 128, TRUNCATE = 256 };
+enum { SYNC_DIRECTORY = 512, MAP = 1024, LOCK = 2048 }; /* operations that a file system may lack */
 enum { COUNT, EXIT_BEFORE, EXIT_AFTER, EXIT_TORN, FAIL, SHORT, SLEEP };
 #define KILLED 137
 
@@ -277,7 +280,9 @@ ssize_t pwritev(int descriptor, const struct iovec *parts, int count, off_t at) 
 int fsync(int descriptor) {
     REAL(int, "fsync", int);
     char path[PATH_MAX];
+    struct stat file;
     if (!atomic_load(&armed) || !path_of_descriptor(descriptor, path)) return real(descriptor);
+    if (!fstat(descriptor, &file) && S_ISDIR(file.st_mode) && before(hits(SYNC_DIRECTORY, path))) return -1;
     WATCHED(FSYNC, "fsync", path, "", 0, descriptor, real(descriptor));
 }
 
@@ -286,6 +291,25 @@ int fdatasync(int descriptor) {
     char path[PATH_MAX];
     if (!atomic_load(&armed) || !path_of_descriptor(descriptor, path)) return real(descriptor);
     WATCHED(FSYNC, "fsync", path, "", 0, descriptor, real(descriptor));
+}
+
+int flock(int descriptor, int operation) {
+    REAL(int, "flock", int, int);
+    char path[PATH_MAX];
+    int watched = atomic_load(&armed) && path_of_descriptor(descriptor, path);
+    return watched && before(hits(LOCK, path)) ? -1 : real(descriptor, operation);
+}
+
+void *mmap(void *address, size_t length, int protection, int flags, int descriptor, off_t offset) {
+    REAL(void *, "mmap", void *, size_t, int, int, int, off_t);
+    char path[PATH_MAX];
+    int watched = atomic_load(&armed) && descriptor >= 0 && path_of_descriptor(descriptor, path);
+    if (watched && before(hits(MAP, path))) return MAP_FAILED;
+    return real(address, length, protection, flags, descriptor, offset);
+}
+
+void *mmap64(void *address, size_t length, int protection, int flags, int descriptor, off64_t offset) {
+    return mmap(address, length, protection, flags, descriptor, offset);
 }
 
 static int watched_truncate(int descriptor, off_t length) {

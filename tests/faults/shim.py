@@ -44,8 +44,11 @@ KINDS = {
     "mkdir": 64,
     "rmdir": 128,
     "truncate": 256,  # ftruncate
+    "sync-directory": 512,  # fsync of a directory
+    "map": 1024,  # mmap of a file
+    "lock": 2048,  # flock
 }
-EFFECTS = tuple(kind for kind in KINDS if kind != "read")
+EFFECTS = tuple(kind for kind, number in KINDS.items() if kind != "read" and number <= 256)
 EVER = 2**62
 KILLED = 137  # the exit code of a process that the shim ended
 

