@@ -7,7 +7,6 @@ pairs where Hugging Face's layout rotates ``(i, i + Dh/2)``. `permuted` is that 
 from __future__ import annotations
 
 import math
-import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,9 +240,10 @@ def gguf_tensors(header: GGUFHeader, config: ModelConfig) -> Iterator[tuple[str,
         own = {name: tensor for name, tensor in header.tensors.items() if tensor.part == number}
         if not own:  # the first part may hold the metadata alone
             continue
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with path.open("rb") as file:
             for name, tensor in own.items():
-                raw = np.frombuffer(content[tensor.start : tensor.end], dtype=np.uint8)
+                file.seek(tensor.start)
+                raw = np.frombuffer(file.read(tensor.end - tensor.start), dtype=np.uint8)
                 values = _dequantised(raw, tensor).reshape(tensor.shape)
                 if _ROTARY.fullmatch(name):
                     _check_rotary(path, name, values, config)
