@@ -109,6 +109,31 @@ def test_a_prompt_begins_as_the_post_processor_says(folder: Path, tiny_tokenizer
     assert ours(folder) == theirs(folder) != found
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"pad_token": "ka"},
+        {"eos_token": {"__type": "AddedToken", "content": "lo"}, "additional_special_tokens": ["mi"]},
+        {"split_special_tokens": True},
+        {"add_bos_token": True, "bos_token": "<|endoftext|>"},  # which transformers leaves to the tokenizer.json
+    ],
+)
+def test_tokenizer_config_decides_what_is_a_control_token(
+    folder: Path, tiny_tokenizer: Tokenizer, stated: dict[str, Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    (folder / "tokenizer.json").write_bytes(tiny_tokenizer.data)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **stated}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    reader = AutoTokenizer.from_pretrained(folder)
+    texts = ["kalomi ka lo<|endoftext|>12 mi", "lolo"]
+    found = load_model(folder).tokenizer
+    assert found.encode_prompts(texts) == [reader(text)["input_ids"] for text in texts]
+    changes = found.encode(texts[0]) != tiny_tokenizer.encode(texts[0])
+    assert changes == ("add_bos_token" not in stated)
+
+
 @pytest.mark.parametrize("add_bos", [None, False, True])
 def test_vocab_and_merges_are_the_tokenizer_of_the_folder(
     folder: Path, tiny_tokenizer: Tokenizer, add_bos: bool | None

@@ -154,6 +154,17 @@ def test_a_gguf_file_and_a_folder_that_is_there_for_it(tmp_path: Path) -> None:
     assert found.tensors["model.embed_tokens.weight"].shape == (96, 192)
 
 
+def test_a_folder_with_an_adapter_is_refused(folder: Path, hub: Hub) -> None:
+    """transformers adds it to the base model that it names, so the weights here are not what the model computes."""
+    (folder / "adapter_config.json").write_text("{}")
+    put(hub, folder)
+    for source in (folder, "alice/nano"):
+        for headers_only in (True, False):
+            with pytest.raises(DataError, match="holds a PEFT adapter") as caught:
+                resolve(source, headers_only=headers_only)
+            assert "merge_and_unload" in caught.value.fix
+
+
 def test_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A path takes precedence over a preset of the same name."""
     monkeypatch.chdir(tmp_path)

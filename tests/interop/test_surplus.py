@@ -88,3 +88,16 @@ def test_another_copy_is_refused_and_the_message_says_what_to_set(folder: Path, 
     with pytest.raises(CheckpointError, match=r"lm_head\.weight with other numbers than the embedding") as caught:
         logits(folder)
     assert '"tie_word_embeddings": false' in caught.value.fix
+
+
+def test_a_model_that_was_saved_without_its_output_layer_is_read_as_transformers_does(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = logits(folder)
+    rewrite(folder, lambda t: t.update({name.removeprefix("model."): t.pop(name) for name in list(t)}))
+    assert torch.equal(logits(folder), before)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[5, 7, 1, 0]])).logits
+    torch.testing.assert_close(logits(folder), theirs, atol=1e-5, rtol=1e-5)
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["norm.weight"]}))
+    with pytest.raises(CheckpointError, match="tensor names"):
+        logits(folder)

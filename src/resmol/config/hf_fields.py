@@ -14,8 +14,8 @@ from typing import Any
 _LIBRARY = """
     _commit_hash _name_or_path architectures chunk_size_feed_forward dtype finetuning_task id2label is_decoder
     keys_to_ignore_at_inference label2id name_or_path num_labels output_attentions output_hidden_states problem_type
-    return_dict task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers_version
-    use_bfloat16 use_cache use_return_dict
+    output_past return_dict task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript
+    transformers_version use_bfloat16 use_cache use_return_dict xla_device
 """
 # Token ids and settings of generation; older versions kept them here. None enters a forward pass.
 _GENERATION = """
@@ -25,11 +25,13 @@ _GENERATION = """
     output_scores pad_token_id prefix remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id
     suppress_tokens temperature top_k top_p typical_p
 """
-# Notes of nanotron's converter, transformers.js, unsloth, axolotl and TRL, the first Llama converters; the number of
-# slices that a product was once computed in.
+# Notes of nanotron's converter, transformers.js, unsloth, axolotl, TRL, PEFT and the first Llama converters on how a
+# model was made or named. pretraining_tp is the number of slices that a product was once computed in.
 _TOOLS = """
-    is_llama_config transformers.js_config use_flash_attention use_flash_attn flash_attn_2_enabled max_sequence_length
-    model_max_length unsloth_fixed unsloth_version pretraining_tp
+    is_llama_config transformers.js_config use_flash_attention use_flash_attn flash_attn flash_attn_2_enabled
+    gradient_checkpointing use_gradient_checkpointing max_sequence_length max_seq_length max_seq_len seq_length
+    model_max_length unsloth_fixed unsloth_version pretraining_tp base_model_name_or_path model_name bos_token eos_token
+    pad_token unk_token
 """
 WITHOUT_INFLUENCE = frozenset(f"{_LIBRARY} {_GENERATION} {_TOOLS}".split())
 # Beginnings of further such names: how attention is computed, and whatever transformers.js and unsloth add.
@@ -54,17 +56,23 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "mlp_bias": (False,),
     "model_type": ("llama",),
+    "num_experts": (0,),
+    "num_experts_per_tok": (0,),
+    "num_local_experts": (0,),
+    "num_nextn_predict_layers": (0,),
     "partial_rotary_factor": (1,),
     "pruned_heads": ({},),
     "qkv_bias": (False,),
     "resid_pdrop": (0,),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),
+    "rope_traditional": (False,),
     "tie_encoder_decoder": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
 _ROPE_TABLES = ("rope_scaling", "rope_parameters")
+_ORIGINAL_CONTEXT = "original_max_position_embeddings"  # what scaling would start from
 _ROPE_KINDS_WITH_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 
 
@@ -75,7 +83,7 @@ def field_problems(table: Mapping[str, Any], known: Mapping[str, Any]) -> list[s
     """
     problems = [problem for name in _ROPE_TABLES if (problem := _rope_problem(name, table))]
     for name, value in table.items():
-        if value is None or name in known or name in _ROPE_TABLES or name == "head_dim":
+        if value is None or name in known or name in (*_ROPE_TABLES, _ORIGINAL_CONTEXT, "head_dim"):
             continue
         if name in MUST_BE:
             problems += _value_problem(name, value)
@@ -116,12 +124,13 @@ def _rope_problem(name: str, table: Mapping[str, Any]) -> str:
         return "" if scaling in (None, {}) else f"{name} is {scaling!r}, not a table"
     if not isinstance(scaling, Mapping):
         return f"{name} is {scaling!r}, not a table"
-    if _scales_nothing(scaling, table.get("max_position_embeddings")):
+    contexts = (None, table.get("max_position_embeddings"))
+    if _scales_nothing(scaling, all(place.get(_ORIGINAL_CONTEXT) in contexts for place in (scaling, table))):
         return ""
     return f"{name} is {dict(scaling)!r}; only rotation without scaling is implemented"
 
 
-def _scales_nothing(scaling: Mapping[str, Any], context: Any) -> bool:
+def _scales_nothing(scaling: Mapping[str, Any], same_context: bool) -> bool:
     """Return whether positions and frequencies stay as they are.
 
     By modeling_rope_utils.py of transformers: "default" uses none of the other values; with a factor of 1, the others
@@ -135,11 +144,10 @@ def _scales_nothing(scaling: Mapping[str, Any], context: Any) -> bool:
     if kinds == {"default"}:
         return whole
     ones = all(stated(key) in (None, 1) for key in ("factor", "attention_factor"))
-    same_context = stated("original_max_position_embeddings") in (None, context)
     named = not kinds or (kinds <= set(_ROPE_KINDS_WITH_FACTOR) and stated("factor") is not None)
     known = {
         "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "attention_factor",
-        "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale",
+        _ORIGINAL_CONTEXT, "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale",
         "mscale_all_dim", "truncate", "finetuned",
     }  # fmt: skip
     return whole and ones and same_context and named and scaling.keys() <= known

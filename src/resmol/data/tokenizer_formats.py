@@ -129,9 +129,7 @@ def tokenizer_json_from_vocab(
         raise DataError(f"{path}/vocab.json does not give every token a number", fix="fetch the file again")
     entries = {index: _added_token(index, token, special=True) for token, index in added.items()}
     ids = {**vocabulary, **added}
-    names = [_spelling(stated.get(role, _GPT2_ROLES.get(role))) for role in _ROLES]
-    further = stated.get("additional_special_tokens", stated.get("extra_special_tokens"))
-    names += [_spelling(entry) for entry in further] if isinstance(further, list) else []
+    names = _control_names({**_GPT2_ROLES, **stated})
     entries |= {ids[name]: _added_token(ids[name], name, special=True) for name in names if name in ids}
     entries |= _decoder_entries(stated.get("added_tokens_decoder"))
     prefix = {"add_prefix_space": stated.get("add_prefix_space") is True}
@@ -148,6 +146,13 @@ def _role(stated: Mapping[str, Any], role: str, ids: Mapping[str, int], path: Pa
     if name not in ids:
         raise DataError(f"{path} adds its {role} {name!r} to a text, which is no token", fix="fetch the files again")
     return name, ids[name]
+
+
+def _control_names(stated: Mapping[str, Any]) -> list[str]:
+    """Return the tokens that tokenizer_config.json gives a role, or lists as control tokens."""
+    further = stated.get("additional_special_tokens", stated.get("extra_special_tokens"))
+    entries = [*(stated.get(role) for role in _ROLES), *(further if isinstance(further, list) else ())]
+    return [name for entry in entries if (name := _spelling(entry))]
 
 
 def _spelling(entry: Any) -> str:
@@ -174,6 +179,27 @@ def _decoder_entries(stated: Any) -> dict[int, dict[str, Any]]:
 
 
 # --- tokenizer.json --------------------------------------------------------------------------------------------
+
+
+def with_control_tokens(data: bytes, stated: Mapping[str, Any]) -> bytes:
+    """Return a `tokenizer.json` in which the tokens that tokenizer_config.json names are control tokens.
+
+    transformers makes them so: a text that spells one gets the token. The file is returned as it is where they are that
+    already, and where a name is no token.
+
+    Args:
+        data: The file.
+        stated: The content of tokenizer_config.json, laid over special_tokens_map.json.
+    """
+    try:
+        document = json.loads(data)
+        vocabulary, added = document["model"]["vocab"], document["added_tokens"]
+        known = {item["content"] for item in added}
+        names = [name for name in dict.fromkeys(_control_names(stated)) if name not in known and name in vocabulary]
+        more = [_added_token(vocabulary[name], name, special=True) for name in names]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return data  # unusable, as trying it out will show
+    return _to_bytes(document | {"added_tokens": [*added, *more]}) if more else data
 
 
 def with_tokens_around(data: bytes, before: Sequence[tuple[str, int]], after: Sequence[tuple[str, int]]) -> bytes:

@@ -22,11 +22,12 @@ from resmol.system.untrusted_text import parse_json, quoted
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # all become float32
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+_PREFIX = "model."
 MAX_INDEX_BYTES = 10_000_000
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", ".metadata")
 # Tables that older versions of transformers stored beside the weights, and that theta determines.
-_ROTARY = re.compile(r"model\.(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+_ROTARY = re.compile(r"(model\.)?(layers\.(?P<layer>\d+)\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _SHOWN = 4  # names in a message
 
 
@@ -115,9 +116,12 @@ def _bad_index(origin: Path, reason: str) -> CheckpointError:
 def weight_names(config: ModelConfig, names: Collection[str]) -> dict[str, str]:
     """Return the name in a weight file of each weight that it holds: Hugging Face's name -> name in the file.
 
-    Of a tied matrix, a file may hold either name, or both.
+    Of a tied matrix, a file may hold either name, or both. The file of a model without its output layer (LlamaModel)
+    leaves out the prefix ``model.``.
     """
-    found = {name: name for name in names if not is_rotary_table(config, name)}
+    bare = EMBEDDING.removeprefix(_PREFIX) in names and not any(name.startswith(_PREFIX) for name in names)
+    weights = [name for name in names if not is_rotary_table(config, name)]
+    found = {f"{_PREFIX}{name}" if bare and name != OUTPUT else name: name for name in weights}
     if config.tie_word_embeddings and OUTPUT in found:
         found.setdefault(EMBEDDING, OUTPUT)
         del found[OUTPUT]

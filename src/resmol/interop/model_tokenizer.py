@@ -27,6 +27,7 @@ from resmol.data.tokenizer_formats import (
     tokenizer_json_from_gguf,
     tokenizer_json_from_metadata,
     tokenizer_json_from_vocab,
+    with_control_tokens,
     with_tokens_around,
 )
 from resmol.errors import ConfigError, DataError
@@ -62,8 +63,7 @@ def model_tokenizer(source: Source) -> Tokenizer:
     folder = source.path if source.path.is_dir() else source.path.parent
     if isinstance(source.weights, GGUFHeader) and GGUF_TOKENS in source.weights.metadata:
         return _of_gguf(source.weights.metadata, source)
-    found = _of_folder(folder)
-    return _smollm2_tokenizer(source, folder) if found is None else _tried(*found, source)
+    return _of_folder(folder, source) or _smollm2_tokenizer(source, folder)
 
 
 def named_tokenizer(named: str | Path, source: Source) -> Tokenizer:
@@ -77,10 +77,12 @@ def named_tokenizer(named: str | Path, source: Source) -> Tokenizer:
         DataError: There is no such file, or it is unusable; `NetworkError` when the Hub cannot be reached.
     """
     folder = user_path(named)
-    found = _of_folder(folder) if folder.is_dir() else find_tokenizer(named, "", None)
+    if not folder.is_dir():
+        return _tried(*find_tokenizer(named, "", None), source)
+    found = _of_folder(folder, source)
     if found is None:
         raise DataError(f"there is no tokenizer in {folder}", fix="name a tokenizer.json or a folder that holds one")
-    return _tried(*found, source)
+    return found
 
 
 def _tried(data: bytes, path: Path, source: Source) -> Tokenizer:
@@ -110,28 +112,34 @@ def _smollm2_tokenizer(source: Source, folder: Path) -> Tokenizer:
 # --- the files of a folder -----------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path) -> tuple[bytes, Path] | None:
-    """Return a tokenizer.json, as it is or built from other files of the folder; None if there is no tokenizer.
+def _of_folder(folder: Path, source: Source) -> Tokenizer | None:
+    """Return the tokenizer of tokenizer.json, or one built from other files of the folder; None if there is none.
 
     Raises:
         DataError: The files are those of a tokenizer that is not read here: it is never replaced by another one.
     """
-    own = folder / "tokenizer.json"
+    own, words = folder / "tokenizer.json", folder / "vocab.json"
+    stated = _stated(folder)
     if own.exists():
-        return read_tokenizer_file(own), own
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _of_vocab(folder), folder / "vocab.json"
-    others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
-    if others:
-        raise _not_read(folder, f"a tokenizer only as {others[0]}")
-    return None
+        found = _tried(with_control_tokens(read_tokenizer_file(own), stated), own, source)
+    elif words.exists() and (folder / "merges.txt").exists():
+        found = _tried(_of_vocab(folder, stated), words, source)
+    else:
+        others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
+        if others:
+            raise _not_read(folder, f"a tokenizer only as {others[0]}")
+        return None
+    return found.with_special_tokens_as_text() if stated.get("split_special_tokens") is True else found
 
 
-def _of_vocab(folder: Path) -> bytes:
+def _stated(folder: Path) -> dict[str, Any]:
+    """Return the content of tokenizer_config.json, laid over that of special_tokens_map.json."""
+    return {**_table(folder / "special_tokens_map.json"), **_table(folder / "tokenizer_config.json")}
+
+
+def _of_vocab(folder: Path, stated: Mapping[str, Any]) -> bytes:
     """Build the tokenizer of vocab.json and merges.txt, whose rule for words is that of the class that is named."""
-    table = {name: _table(folder / f"{name}.json") for name in ("config", "special_tokens_map", "tokenizer_config")}
-    stated = {**table["special_tokens_map"], **table["tokenizer_config"]}
-    kind = stated.get("tokenizer_class", table["config"].get("tokenizer_class"))
+    kind = stated.get("tokenizer_class", _table(folder / "config.json").get("tokenizer_class"))
     if kind not in GPT2_CLASSES:
         named = "without a tokenizer_class" if kind is None else f"of the class {str(kind)[:40]}"
         raise _not_read(folder, f"its tokenizer as vocab.json and merges.txt {named}; those of GPT2Tokenizer are read")

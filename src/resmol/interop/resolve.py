@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +61,7 @@ from resmol.system.user_paths import user_path
 logger = logging.getLogger(__name__)
 
 PYPI = "pypi"
+ADAPTER = "adapter_config.json"
 FILE_ENDINGS = (".json", ".toml", ".safetensors", ".gguf")  # of a name that was meant for a file, not for the Hub
 
 SourceKind = Literal["preset", "config", "run", "checkpoint", "huggingface", "gguf", "safetensors", "hub", "pypi"]
@@ -238,6 +239,7 @@ def _run_of(checkpoint: Path) -> RunDir | None:
 
 
 def _huggingface(kind: Literal["huggingface", "hub"], path: Path, headers_only: bool) -> Source:
+    _refuse_adapter(path, (file.name for file in path.iterdir()))
     has_weights = _has_safetensors(path)
     if has_weights and not (path / "config.json").exists():
         return Source("safetensors", path, weights=find_weights(path), notes=("the folder has no config.json",))
@@ -253,6 +255,16 @@ def _huggingface(kind: Literal["huggingface", "hub"], path: Path, headers_only: 
     for note in notes:
         logger.info(f"{path}: {note}")
     return Source(kind, path, config, weights, "" if headers_only else _digest(weights.files), ends=ends, notes=notes)
+
+
+def _refuse_adapter(origin: str | Path, names: Iterable[str]) -> None:
+    """Refuse a folder with an adapter, which transformers adds to the weights that the adapter names."""
+    if ADAPTER in names:
+        raise DataError(
+            f"{origin} holds a PEFT adapter ({ADAPTER}), which is not implemented",
+            fix="merge it into its base model (PEFT: merge_and_unload) and save that; if these weights are merged "
+            f"already, move {ADAPTER} out of the folder",
+        )
 
 
 def _has_safetensors(folder: Path) -> bool:
@@ -296,6 +308,7 @@ def _pypi() -> Source:
 def _hub(hub_id: str, headers_only: bool) -> Source:
     revision = SMOLLM2_HUB_REVISION if hub_id == SMOLLM2_HUB_ID else None
     names = hub_names(hub_id, revision=revision, fix=what_may_be_meant(hub_id))
+    _refuse_adapter(hub_id, names)
     gguf = only_gguf_of(hub_id, names)
     if gguf is not None and headers_only:
         raise DataError(
