@@ -95,6 +95,20 @@ def test_every_type_that_the_package_dequantizes_is_read(kind: gguf.GGMLQuantiza
         assert readable_types()[kind.value] == (kind.name, items, size)
 
 
+def test_arrays_of_arrays_are_read(tmp_path: Path) -> None:
+    inner = struct.pack("<IQ2i", 5, 2, -1, 7)
+    (tmp_path / "x.gguf").write_bytes(file_bytes([field("a", 9, struct.pack("<IQ", 9, 2) + inner * 2)], []))
+    assert read_gguf_header(tmp_path / "x.gguf").metadata == {"a": [[-1, 7], [-1, 7]]}
+
+
+def test_a_version_that_is_not_read_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(file_bytes([], [], version=1))
+    with pytest.raises(CheckpointError, match="its version is 1") as caught:
+        read_gguf_header(tmp_path / "x.gguf")
+    assert "not a sound" not in caught.value.what
+    assert "llama.cpp" in caught.value.fix
+
+
 ENDLESS = field("a", 9, struct.pack("<IQ", 0, 2**60))  # an array of 2^60 bytes; the gguf package never returns
 
 
@@ -110,7 +124,8 @@ ENDLESS = field("a", 9, struct.pack("<IQ", 0, 2**60))  # an array of 2^60 bytes;
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), "a string claims"),
         (file_bytes([ENDLESS], []), "an array claims"),
         (file_bytes([field("a", 9, struct.pack("<IQ", 8, 2**60))], []), "an array claims"),
-        (file_bytes([field("a", 9, struct.pack("<IQ", 9, 1))], []), "type 9 is not supported"),
+        (file_bytes([field("a", 9, struct.pack("<IQ", 9, 1) * 4)], []), "type 9 is not supported"),
+        (file_bytes([field("a", 9, struct.pack("<IQ", 9, 2**60))], []), "an array claims"),
         (file_bytes([field("a", 13, b"")], []), "type 13 is not supported"),
         (file_bytes([field("a", 8, struct.pack("<Q", 1) + b"\xff")], []), "utf-8"),
         (file_bytes([field("a", 7, b"\1")] * 2, []), "'a' occurs twice"),

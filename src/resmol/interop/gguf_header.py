@@ -20,6 +20,7 @@ MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 16_000_000  # SmolLM2's, with its vocabulary and merges, has 1.8 MB
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 512
+MAX_DEPTH = 4  # of arrays in arrays
 
 _SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"))) | {10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -51,7 +52,7 @@ class GGUFHeader:
     """A header that keeps the rules.
 
     Attributes:
-        metadata: Scalars, strings and lists of them, by key.
+        metadata: Scalars, strings, lists of them and lists of lists, by key.
         tensors: The table of tensors, by GGUF's name.
         files: The file; the parts of a split one in their order (`gguf_parts`).
     """
@@ -65,8 +66,12 @@ class _BrokenRuleError(ValueError):
     """A broken rule, in words; turned into a `CheckpointError` that names the file."""
 
 
-class _UnreadableTypeError(ValueError):
-    """A type of tensors that nothing here can read; the file may be sound."""
+class _UnsupportedError(ValueError):
+    """What a sound file may hold and nothing here reads: what it is, and what to do."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
 
 
 def is_gguf(path: Path) -> bool:
@@ -94,10 +99,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         return replace(_parse(cursor, file_size), files=(path,))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path") from None
-    except _UnreadableTypeError as error:
-        raise CheckpointError(
-            f"{path}: {error}", fix="name a file of another type, such as Q8_0, Q4_K_M or F16; this one may be sound"
-        ) from None
+    except _UnsupportedError as error:
+        raise CheckpointError(f"{path}: {error}", fix=f"{error.fix}; the file may be sound") from None
     except ValueError as error:  # our own rules, and text that is not UTF-8
         raise CheckpointError(
             f"{path} is not a sound GGUF file: {str(error)[:300]}",
@@ -137,8 +140,11 @@ class _Cursor:
             return self._array()
         return self.text() if kind == _STRING else self.scalar(_scalar_form(kind))
 
-    def _array(self) -> list[Any]:
+    def _array(self, depth: int = 1) -> list[Any]:
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        if kind == _ARRAY and depth < MAX_DEPTH:
+            self._require_items(count, 12)  # the type and the count of each
+            return [self._array(depth + 1) for _ in range(count)]
         if kind == _STRING:
             self._require_items(count, 8)
             return [self.text() for _ in range(count)]
@@ -152,7 +158,7 @@ class _Cursor:
 
 
 def _scalar_form(kind: int) -> str:
-    if kind not in _SCALARS:  # arrays of arrays too: the format knows them, no model uses them
+    if kind not in _SCALARS:
         raise _BrokenRuleError(f"metadata type {kind} is not supported")
     return _SCALARS[kind]
 
@@ -163,7 +169,10 @@ def _parse(cursor: _Cursor, file_size: int) -> GGUFHeader:
     cursor.at = len(MAGIC)
     version, tensor_count, field_count = (cursor.scalar(form) for form in ("<I", "<Q", "<Q"))
     if version not in (2, 3):
-        raise _BrokenRuleError(f"its version is {version}; 2 and 3 are supported (big-endian files are not)")
+        raise _UnsupportedError(
+            f"its version is {version}; 2 and 3 are supported (big-endian files are not)",
+            fix="convert the model again with llama.cpp of today, for little-endian machines",
+        )
     metadata: dict[str, Any] = {}
     for _ in range(field_count):  # a false count ends at the end of the data, not in memory
         key = cursor.text(MAX_NAME_BYTES)
@@ -216,8 +225,9 @@ def _known_type(name: str, number: int) -> tuple[str, int, int]:
     from gguf import GGMLQuantizationType
 
     named = {kind.value: f" ({kind.name})" for kind in GGMLQuantizationType}.get(number, "")
-    raise _UnreadableTypeError(
-        f"tensor {name!r} has ggml type {number}{named}, which the installed gguf package cannot dequantize"
+    raise _UnsupportedError(
+        f"tensor {name!r} has ggml type {number}{named}, which the installed gguf package cannot dequantize",
+        fix="name a file of another type, such as Q8_0, Q4_K_M or F16",
     )
 
 
