@@ -198,6 +198,10 @@ def test_a_model_without_a_tokenizer_names_an_option_that_the_command_has(
         captured = capsys.readouterr()
         assert json.loads(captured.out)["model"]["kind"] == "huggingface"
         assert ("--prompt holds a backslash" in captured.err) == (command[0] == "generate")
+    command = ["export", model, str(tmp_path / "out")]
+    assert failure(capsys, *command)[0] == 3
+    assert run([*command, "--tokenizer", str(tiny_tokenizer.path.parent)], debug=True) == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tiny_tokenizer.data
 
 
 def test_audit_evaluate_generate_as_json(

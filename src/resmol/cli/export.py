@@ -27,6 +27,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; with gguf also q8_0.")] = "float32",
     space: Annotated[bool, typer.Option("--space", help="A Space with the demo, the weights and the record.")] = False,
     model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
+    tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
     """Write a folder for other software, read back before it exists.
@@ -44,11 +45,11 @@ def export(
     from resmol.interop.export import export_gguf, export_hf
 
     if space:
-        done = export_space(model, out, dtype=dtype, model_repo=model_repo)
+        done = export_space(model, out, dtype=dtype, model_repo=model_repo, tokenizer=tokenizer)
     elif format_ == "gguf":
-        done = export_gguf(model, out, dtype=dtype)
+        done = export_gguf(model, out, dtype=dtype, tokenizer=tokenizer)
     else:
-        done = export_hf(model, out, dtype=dtype)
+        done = export_hf(model, out, dtype=dtype, tokenizer=tokenizer)
     report_checks(f"export to {out}", done.checks, json_)
 
 

@@ -31,6 +31,7 @@ SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the p
 
 def export_space(
     source: str | Path, out: Path, *, dtype: str = "float32", model_repo: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Export:  # fmt: skip
     """Write a Space that serves a model; it can be started where it is, or pushed to the Hub.
 
@@ -40,6 +41,7 @@ def export_space(
         dtype: The type of the weights in the file.
         model_repo: ``OWNER/NAME`` of the repository that holds the same export: the Space then fetches the weights from
             there, and refuses others than these.
+        tokenizer: What `load_model` takes; by default the model's own.
 
     Returns:
         The Space, with the checks that the export in it passed.
@@ -53,7 +55,7 @@ def export_space(
         raise UsageError(f"{model_repo} does not name a repository", fix="write it as OWNER/NAME")
 
     def write_files(folder: Path) -> Sequence[Check]:
-        model = export_hf(source, folder / "model", dtype=dtype)
+        model = export_hf(source, folder / "model", dtype=dtype, tokenizer=tokenizer)
         if model_repo is not None:
             (folder / "model" / WEIGHTS).unlink()  # its hash stays in the manifest: the Space serves no other weights
         logger.info("writing the Space")

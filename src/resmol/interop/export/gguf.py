@@ -20,13 +20,16 @@ logger = logging.getLogger(__name__)
 MODELFILE = "Modelfile"
 
 
-def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Export:
+def export_gguf(
+    source: str | Path, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None
+) -> Export:
     """Write a model as a folder with a GGUF file.
 
     Args:
         source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
         out: The folder to create.
         dtype: One of `KINDS`; the error of the rounding is measured and bounded.
+        tokenizer: What `load_model` takes; by default the model's own.
 
     Returns:
         The export, with the checks that it passed.
@@ -42,7 +45,7 @@ def export_gguf(source: str | Path, out: Path, *, dtype: str = "float32") -> Exp
         raise UsageError(f"{dtype} is not a type of a GGUF export", fix=f"choose from: {', '.join(KINDS)}")
     require_new(out := user_path(out))
     readers = gguf_readers()
-    loaded = load_model(source, device="cpu")
+    loaded = load_model(source, tokenizer=tokenizer, device="cpu")
     run = recorded(loaded.source.run)
     name = plain_name(out.resolve().name if run is None else run.path.resolve().name)
     file_name = f"{name}-{KINDS[dtype]}.gguf"

@@ -49,13 +49,14 @@ class Export:
     files: dict[str, str]
 
 
-def export_hf(source: str | Path, out: Path, *, dtype: str = "float32") -> Export:
+def export_hf(source: str | Path, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None) -> Export:
     """Write a model as a Hugging Face folder.
 
     Args:
         source: What `load_model` takes: a run, a checkpoint, a folder, a GGUF file, a Hub id.
         out: The folder to create.
         dtype: The dtype of the weights in the file; the error of the cast is measured.
+        tokenizer: What `load_model` takes; by default the model's own.
 
     Returns:
         The export, with the checks that it passed.
@@ -69,7 +70,7 @@ def export_hf(source: str | Path, out: Path, *, dtype: str = "float32") -> Expor
     if dtype not in DTYPES:
         raise UsageError(f"{dtype} is not a type of a Hugging Face export", fix=f"choose from: {', '.join(DTYPES)}")
     require_new(out := user_path(out))
-    loaded = load_model(source, device="cpu")
+    loaded = load_model(source, tokenizer=tokenizer, device="cpu")
 
     def write_files(folder: Path) -> list[Check]:
         logger.info(f"writing {loaded.source.path} as {dtype}")
