@@ -187,6 +187,15 @@ def test_a_missing_file_is_said(tmp_path, own_cache):
         load_tokenizer(tmp_path / "nothing.json")
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path, own_cache):
+    (tmp_path / "tokenizer.json").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:9ca9\nsize 2104556\n"
+    )
+    with pytest.raises(DataError, match="is a Git LFS pointer") as caught:
+        load_tokenizer(tmp_path)
+    assert "git lfs pull" in caught.value.fix
+
+
 # Hostile files
 
 

@@ -34,6 +34,7 @@ SMOLLM2_WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70
 _WHEEL_MEMBER_MAX_BYTES = 100_000_000
 
 _MAX_BYTES = 64 << 20
+_LFS_POINTER = b"version https://git-lfs"
 _OPTION = "give --tokenizer PATH to a command that has it"  # prepare, train, generate, evaluate, export, demo
 
 
@@ -101,6 +102,11 @@ def read_tokenizer_file(path: Path) -> bytes:
         raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}", fix="check the path") from error
     if len(data) > _MAX_BYTES:
         raise DataError(f"the tokenizer {path} is larger than 64 MB", fix=f"name a real {path.name}")
+    if data.startswith(_LFS_POINTER):
+        raise DataError(
+            f"{path} is a Git LFS pointer: the file itself was not downloaded",
+            fix="run `git lfs pull` in its folder, or download the file",
+        )
     return data.removeprefix(codecs.BOM_UTF8)  # which an editor may have added; the hash is that of the JSON
 
 
