@@ -118,7 +118,7 @@ def bench_prepare(
     from resmol.data.resolve import Text
     from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
-    text = Text(tuple(input_ or ()), corpus if corpus or input_ else "shakespeare")
+    text = Text(tuple(input_ or ()), corpus=corpus if corpus or input_ else "shakespeare")
     request = PrepareBench(text, megabytes, workers, repeats)
     found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
     _run(lambda folder: [preparation_comparison(request, found, folder)], repeats, json_, markdown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,9 +20,35 @@ from resmol.cli.app import (
     chosen_config,
 )
 from resmol.cli.terminal import print_json, report_checks
+from resmol.errors import UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.process_setup import set_up_process
+
+if TYPE_CHECKING:
+    from resmol.data.resolve import Text
+
+
+HeldOut = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--val", help="Text to hold out: file or folder; repeatable. A folder with train/ and val/ needs none."
+    ),
+]
+ValFraction = Annotated[
+    float | None, typer.Option(help="Share of the documents to hold out; 0.01 unless the text says what to.")
+]
+TextField = Annotated[str, typer.Option(help="The field of a JSON line with the text, e.g. data.text.")]
+
+
+def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float | None, **more: Any) -> Text:
+    """Return which text to prepare (`UsageError` when it is said twice what to hold out)."""
+    from resmol.data.resolve import Text
+
+    if val and val_fraction is not None:
+        raise UsageError("--val and --val-fraction are both given", fix="leave one of them out")
+    share = 0.01 if val_fraction is None else val_fraction
+    return Text(tuple(inputs or ()), tuple(val or ()), val_fraction=share, **more)
 
 
 @app.command()
@@ -31,11 +57,12 @@ def prepare(
     input_: Annotated[
         list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for standard input.")
     ] = None,
+    val: HeldOut = None,
     corpus: Corpus = None,
     tokenizer: TokenizerSource = None,
     tokenizer_sha256: TokenizerHash = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the documents to hold out.")] = 0.01,
-    text_field: Annotated[str, typer.Option(help="The field of a JSON line with the text, e.g. data.text.")] = "text",
+    val_fraction: ValFraction = None,
+    text_field: TextField = "text",
     encoding: Annotated[
         str | None, typer.Option(help="Of text without a byte order mark; UTF-8, strictly, if left out.")
     ] = None,
@@ -50,12 +77,12 @@ def prepare(
     """Turn text into token shards and a manifest."""
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
-    from resmol.data.resolve import Text, prepare_text
+    from resmol.data.resolve import prepare_text
     from resmol.data.text_file import ReadOptions
     from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
 
     options = ReadOptions(text_field, encoding, format_, include_hidden)
-    text = Text(tuple(input_ or ()), corpus, val_fraction, options, special_tokens)
+    text = _text(input_, val, val_fraction, corpus=corpus, options=options, special_tokens=special_tokens)
     found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
     dataset = prepare_text(out, text, found)
     if json_:
@@ -68,6 +95,9 @@ def train(
     preset: Preset = None,
     config: ConfigFile = None,
     data: Annotated[str | None, typer.Option(help="Prepared folder, or text to prepare on the fly.")] = None,
+    val: HeldOut = None,
+    val_fraction: ValFraction = None,
+    text_field: TextField = "text",
     steps: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
     set_: Set = None,
     tokenizer: TokenizerSource = None,
@@ -83,13 +113,17 @@ def train(
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     set_up_process()
     from resmol.cli.console import terminal_log_writers
+    from resmol.data.text_file import ReadOptions
     from resmol.system.peak_memory import peak_memory_bytes
     from resmol.train.start import train_model
 
+    if data is None and (val or val_fraction is not None or text_field != "text"):
+        raise UsageError("--val, --val-fraction and --text-field say how to read --data", fix="add --data PATH")
+    options = ReadOptions(text_field=text_field)
     state = train_model(
         chosen,
         run,
-        data=data,
+        data=None if data is None else _text([data], val, val_fraction, options=options),
         overrides=overrides,
         tokenizer=tokenizer,
         accept_drift=accept_drift or [],

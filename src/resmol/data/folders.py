@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from resmol.data.formats import JSON_SUFFIXES
 from resmol.data.shards import UnusedFacts
@@ -13,6 +14,9 @@ from resmol.errors import DataError
 
 SUFFIXES = tuple(f"{suffix}{packed}" for packed in ("", ".gz") for suffix in (".txt", ".md", ".text", *JSON_SUFFIXES))
 
+Split = Literal["train", "val"]
+
+_SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _SHOWN_NAMES = 3
 _MAX_REASONS = 20  # a folder may hold files with any number of endings
 
@@ -65,6 +69,32 @@ def find_text_files(root: Path, *, include_hidden: bool = False) -> tuple[list[P
         else:
             unused.add(reason, shown_name(path, root))
     return sorted(files, key=lambda file: file.relative_to(root).as_posix()), unused
+
+
+def has_split_folders(files: Sequence[Path]) -> bool:
+    """Return whether a folder divides its text itself: some of its files lie in ``train``, and some in ``val``.
+
+    Args:
+        files: Its files, relative to it.
+    """
+    return {"train", "val"} <= {_SPLIT_FOLDERS.get(file.parts[0].lower()) for file in files if len(file.parts) > 1}
+
+
+def split_of_path(file: Path) -> Split:
+    """Return the split of a file in a folder that divides its text itself; what lies beside its subfolders trains."""
+    return "val" if len(file.parts) > 1 and _SPLIT_FOLDERS.get(file.parts[0].lower()) == "val" else "train"
+
+
+def without_test(files: list[Path], root: Path, unused: Unused) -> list[Path]:
+    """Return the files that are not in ``test``; those are counted as unused."""
+    kept = []
+    for file in files:
+        place = file.relative_to(root)
+        if len(place.parts) > 1 and place.parts[0].lower() == "test":
+            unused.add("the test split", shown_name(file, root))
+        else:
+            kept.append(file)
+    return kept
 
 
 def shown_name(path: Path, root: Path) -> str:

@@ -42,7 +42,7 @@ from resmol.version import __version__
 BATCH_BYTES = 1 << 20
 _PROGRESS_BYTES = 8 << 20
 
-HeldOut = Literal["documents", "position", "none"]
+HeldOut = Literal["named", "documents", "position", "none"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def prepare(
 ) -> Dataset:
     """Tokenise a corpus into the folder ``out``: every token once, in the order of the documents.
 
-    A document goes to train or val as a whole: where a named corpus says so, else by a hash of (seed, its
+    A document goes to train or val as a whole: where the corpus says so, else by a hash of (seed, its
     number among the documents with text); the first one always trains. If the hash held out nothing, the last
     document is held out; if that is more than half of all tokens (a single file), only the last
     ``val_fraction`` of the tokens are, by position.
@@ -239,16 +239,18 @@ class _Job:
 
     def _split_of(self, document: Document) -> str:
         if document.split is not None:
-            split: str = document.split
-        else:
-            split = "val" if is_held_out(self.totals.documents, self.seed, self.val_fraction) else "train"
-        if split == "val":
+            self.totals.held_out = "named"
+            return document.split
+        is_val = is_held_out(self.totals.documents, self.seed, self.val_fraction)
+        if is_val:
             self.totals.held_out = "documents"
-        return split
+        return "val" if is_val else "train"
 
     def _hold_out_something(self, writers: dict[str, SplitWriter]) -> None:
         train, val = writers["train"], writers["val"]
-        if self.totals.held_out == "documents" or self.val_fraction == 0:
+        if self.totals.held_out == "named":
+            self._require_both(writers)
+        if self.totals.held_out in ("named", "documents") or self.val_fraction == 0:
             return
         last = train.last_document_tokens()
         if train.documents > 1 and 2 * last <= train.tokens:
@@ -262,6 +264,16 @@ class _Job:
             self.totals.held_out = "position"
             val.append(train.take_back(count))
         val.end_document()
+
+    def _require_both(self, writers: dict[str, SplitWriter]) -> None:
+        """Refuse input that names its splits and leaves one of them empty."""
+        for split, writer in writers.items():
+            if writer.documents == 0:
+                part = "held-out" if split == "val" else "training"
+                raise DataError(
+                    f"there is no text in the {part} part of {self.corpus.name}",
+                    fix="check its files; where the text does not say what to hold out, a share of it is",
+                )
 
     def _report_progress(self, writers: dict[str, SplitWriter]) -> None:
         if self.on_progress is not None:

@@ -8,18 +8,26 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from resmol.data.chunking import InputCount, ReadCounts, cut_into_pieces, decoded, repaired, without_mark
-from resmol.data.folders import SUFFIXES, Unused, find_text_files, shown_name, shown_unused
+from resmol.data.folders import (
+    SUFFIXES,
+    Split,
+    Unused,
+    find_text_files,
+    has_split_folders,
+    shown_name,
+    shown_unused,
+    split_of_path,
+    without_test,
+)
 from resmol.data.shards import InputFacts
 from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
 from resmol.system.user_paths import user_path
-
-Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
 
     JSON lines hold one document a line; any other text is one document. gzip is unpacked on the way. A text is
     UTF-8, or what its byte order mark says; invalid bytes are replaced and counted, line ends stay as they are.
-    Files in a folder that are in no format that is read are counted as unused.
+    Files in a folder that are in no format that is read are counted as unused. A folder with ``train`` and ``val`` (or
+    ``valid``, ``validation``, ``dev``) in it says what is held out; its ``test`` is then used for neither.
 
     Raises:
         DataError: Nothing was named, a path is missing or unreadable, or a folder holds no text; later, while
@@ -79,6 +88,18 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
         None if from_pipe else sum(file.stat().st_size for file in files),
         read,
     )
+
+
+def with_held_out(train: Corpus, val: Corpus) -> Corpus:
+    """Return the documents of both; those of ``val`` are held out, whatever a folder's own subfolders say."""
+
+    def read(counts: ReadCounts) -> Iterator[Document]:
+        for corpus, split in ((train, "train"), (val, "val")):
+            for document in corpus.read(counts):
+                yield replace(document, split=cast(Split, split))
+
+    sizes = [corpus.bytes_total for corpus in (train, val)]
+    return Corpus(f"{train.name}, {val.name}", None if None in sizes else sum(cast(list[int], sizes)), read)
 
 
 def input_facts(source: Path) -> InputFacts:
@@ -128,6 +149,7 @@ class _Input:
     files: tuple[Path, ...]
     is_folder: bool
     unused: Unused
+    has_splits: bool = False
 
     @classmethod
     def find(cls, path: str | Path, options: ReadOptions) -> _Input:
@@ -145,7 +167,10 @@ class _Input:
                 f"{root} holds no text" + (f" ({found})" if found else ""),
                 fix=f"put files into it that end in {', '.join(SUFFIXES)}, or name other text files one by one",
             )
-        return cls(str(path), tuple(files), True, unused)
+        has_splits = has_split_folders([file.relative_to(root) for file in files])
+        if has_splits:
+            files = without_test(files, root, unused)
+        return cls(str(path), tuple(files), True, unused, has_splits)
 
     @property
     def label(self) -> str:
@@ -165,7 +190,9 @@ class _Input:
                 if self.is_folder and file.unsupported:
                     counts.unused.add(file.unsupported.name, shown_name(path, user_path(self.name)))
                 else:
-                    yield from _documents(file, count, counts)
+                    split = split_of_path(path.relative_to(user_path(self.name))) if self.has_splits else None
+                    for document in _documents(file, count, counts):
+                        yield replace(document, split=split)
 
 
 def _documents(file: TextFile, count: InputCount, counts: ReadCounts) -> Iterator[Document]:

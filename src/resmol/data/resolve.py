@@ -9,7 +9,7 @@ from pathlib import Path
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.datatrove import import_datatrove, is_token_folder
 from resmol.data.prepare import Progress, prepare
-from resmol.data.readers import Corpus, input_facts, read_inputs
+from resmol.data.readers import Corpus, input_facts, read_inputs, with_held_out
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
 from resmol.data.summary import log_summary
 from resmol.data.text_file import ReadOptions
@@ -29,13 +29,15 @@ class Text:
 
     Attributes:
         inputs: Files, folders, or ``-``.
+        val: Files and folders to hold out, all of them and nothing else.
         corpus: The name of a corpus; exclusive with ``inputs``.
-        val_fraction: Share of the documents that is held out.
+        val_fraction: Share of the documents that is held out where the text does not say what is.
         options: How to read the inputs.
         special_tokens: ``as-tokens``: the spelling of a control token becomes that token; ``as-text``: it is text.
     """
 
     inputs: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
     corpus: str | None = None
     val_fraction: float = 0.01
     options: ReadOptions = field(default_factory=ReadOptions)
@@ -52,19 +54,20 @@ class Text:
         if bool(self.inputs) == (self.corpus is not None):
             raise UsageError("give either --input or --corpus", fix="e.g. --input input.txt, or --corpus shakespeare")
         if self.corpus is not None:
-            if self.options != ReadOptions():
+            if self.options != ReadOptions() or self.val:
                 raise UsageError("a named corpus is read in one way", fix="give options for reading with --input only")
             return named_corpus(self.corpus)
-        return read_inputs(self.inputs, self.options)
+        inputs = read_inputs(self.inputs, self.options)
+        return with_held_out(inputs, read_inputs(self.val, self.options)) if self.val else inputs
 
 
 def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Prepare text into the folder ``out`` and show the progress on a terminal; raises what `prepare` raises."""
     out = user_path(out)
-    for path in text.inputs:
+    for path in (*text.inputs, *text.val):
         if is_prepared(user_path(path)):
             raise UsageError(f"{path} is prepared already", fix=f"use it as it is: --data {path}")
-    if any(is_token_folder(user_path(path)) for path in text.inputs):
+    if any(is_token_folder(user_path(path)) for path in (*text.inputs, *text.val)):
         return _adopt(out, text, tokenizer)
     if text.special_tokens == "as-text":
         tokenizer = tokenizer.with_special_tokens_as_text()
@@ -81,7 +84,7 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
 
 def _adopt(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     """Give a folder of token files that datatrove wrote its manifest; the tokens stay where they are."""
-    if len(text.inputs) != 1 or user_path(text.inputs[0]).resolve() != out.resolve():
+    if text.val or len(text.inputs) != 1 or user_path(text.inputs[0]).resolve() != out.resolve():
         raise UsageError(
             f"{text.inputs[0]} holds token files, which are used where they are",
             fix=f"give the same folder twice: resmol prepare {text.inputs[0]} --input {text.inputs[0]}",
@@ -108,23 +111,26 @@ def data_folder(data: str | None, stored: str, own: Path) -> Path:
     return folder if is_prepared(folder) else own
 
 
-def open_or_prepare(folder: Path, data: str | None, tokenizer: Tokenizer) -> Dataset:
-    """Open the prepared folder, after preparing ``data`` into it where that is still to be done.
+def open_or_prepare(folder: Path, text: Text | None, tokenizer: Tokenizer) -> Dataset:
+    """Open the prepared folder, after preparing ``text`` into it where that is still to be done.
 
     Raises:
         DataError: There is nothing to open and nothing to prepare, or ``folder`` was made from another text.
     """
     if not is_prepared(folder):
-        if data is None:
+        if text is None:
             raise DataError(
                 f"there is no prepared data in {folder}",
                 fix="add --data input.txt, or a folder that `resmol prepare` wrote",
             )
-        logger.info(f"preparing {data} into {folder}")
-        return prepare_text(folder, Text(inputs=(data,)), tokenizer)
+        logger.info(f"preparing {', '.join((*text.inputs, *text.val))} into {folder}")
+        return prepare_text(folder, text, tokenizer)
     dataset = open_dataset(folder)
-    if data is not None and not is_prepared(user_path(data)):
-        check_same_inputs(dataset, user_path(data))
+    for source in () if text is None else (*text.inputs, *text.val):
+        if not is_prepared(user_path(source)):
+            check_same_inputs(dataset, user_path(source))
+        elif text is not None and text.val:
+            raise UsageError(f"{source} is prepared already, with its held-out text", fix="leave --val out")
     return dataset
 
 

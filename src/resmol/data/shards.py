@@ -120,7 +120,7 @@ class SourceFacts(StrictModel):
     duplicates: Count = 0
     val_in_train: Count = 0
     unused: tuple[UnusedFacts, ...] = ()
-    held_out: Literal["documents", "position", "none"]
+    held_out: Literal["named", "documents", "position", "none"]
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     seed: int
 

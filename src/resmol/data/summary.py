@@ -10,6 +10,7 @@ from resmol.data.shards import Dataset, SourceFacts
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = {
+    "named": "{documents} documents, as named",
     "documents": "{documents} documents",
     "position": "the end of the last document",
     "none": "nothing",

@@ -9,7 +9,7 @@ import torch._functorch.config
 
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.resolve import data_folder, open_or_prepare
+from resmol.data.resolve import Text, data_folder, open_or_prepare
 from resmol.data.shards import Dataset, TokenStream, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError
@@ -27,14 +27,14 @@ ACTIVATION_MEMORY_BUDGET = 0.9  # share of the activations that the compiler wou
 
 
 def open_run_data(
-    run: RunDir, config: RunConfig, data: str | None, tokenizer: str | Path | None
+    run: RunDir, config: RunConfig, text: Text | None, tokenizer: str | Path | None
 ) -> tuple[Dataset, Tokenizer]:
     """Open the data of a run, verified, and its tokenizer; text is prepared if that was not done before.
 
     Args:
         run: The run directory; its copy of the tokenizer is taken where ``tokenizer`` is None.
         config: The configuration that both must fit.
-        data: A prepared folder, or text; None reads what the configuration names.
+        text: A prepared folder, or text to prepare; None reads what the configuration names.
         tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
 
     Raises:
@@ -43,7 +43,7 @@ def open_run_data(
     """
     own = run.tokenizer if run.tokenizer.is_file() and tokenizer is None else tokenizer
     found = load_tokenizer(own, sha256=config.tokenizer.sha256)
-    dataset = open_or_prepare(data_folder(None, config.data.path, run.data), data, found)
+    dataset = open_or_prepare(data_folder(None, config.data.path, run.data), text, found)
     verify_shards(dataset)
     _check_fit(dataset, config)
     return dataset, found

@@ -21,7 +21,7 @@ from torch._dynamo.exc import TorchDynamoException
 from resmol.config.drift import reconcile
 from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
-from resmol.data.resolve import data_folder
+from resmol.data.resolve import Text, data_folder
 from resmol.errors import ConfigError, ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
@@ -48,7 +48,7 @@ def train_model(
     config: RunConfig | None,
     run: str | Path,
     *,
-    data: str | None = None,
+    data: str | Text | None = None,
     overrides: Sequence[str] = (),
     tokenizer: str | Path | None = None,
     accept_drift: Sequence[str] = (),
@@ -61,7 +61,7 @@ def train_model(
     Args:
         config: The configuration; None resumes with the stored one.
         run: The run directory.
-        data: A prepared folder, or text to prepare on the fly; None reads what the run read before.
+        data: A prepared folder, or text to prepare on the fly (`Text` says how); None reads what the run read before.
         overrides: ``section.key=value``, laid over the configuration.
         tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
         accept_drift: Class B fields that may differ from the stored configuration.
@@ -73,14 +73,15 @@ def train_model(
         ResmolError: Every failure is one of these, with a sentence on what to do.
     """
     directory, is_rank_zero = RunDir(Path(run)), this_launch().rank == 0
-    changes = parse_overrides(overrides) | _data_path(directory, data)
+    text = Text(inputs=(data,)) if isinstance(data, str) else data
+    changes = parse_overrides(overrides) | _data_path(directory, text)
     resolve = partial(resolve_config, directory, config, changes, accept_drift)
     resolve()  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
         if is_rank_zero:
             stack.enter_context(exclusive_lock(directory.lock))
         requested, drifts = resolve()  # again: from here on no other process changes the run
-        open_data = partial(open_run_data, directory, requested, data, tokenizer)
+        open_data = partial(open_run_data, directory, requested, text, tokenizer)
         opened = open_data() if is_rank_zero else None  # text is prepared once, not by every rank
         resolved = decide_auto(requested)
         runtime = stack.enter_context(open_runtime(resolved))
@@ -151,11 +152,11 @@ def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
         )
 
 
-def _data_path(run: RunDir, data: str | None) -> dict[str, str]:
-    """Return the change of the configuration that names the folder of ``data``."""
-    if data is None:
+def _data_path(run: RunDir, text: Text | None) -> dict[str, str]:
+    """Return the change of the configuration that names the folder of the data."""
+    if text is None:
         return {}
-    folder = data_folder(data, "", run.data)
+    folder = data_folder(text.inputs[0], "", run.data)
     return {"data.path": run.data.name if folder == run.data else str(folder.resolve())}
 
 
