@@ -23,7 +23,7 @@ from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import CheckFailed, Interrupted
+from resmol.errors import CheckFailed, Interrupted, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger
 from resmol.train import autotune as auto
@@ -39,7 +39,7 @@ def spec(
 ) -> ReproduceSpec:
     """A reproduction of 20 and 5 steps whose parts run in this process, on the tiny configuration."""
     monkeypatch.setattr(module, "load_preset", lambda _name, _overrides=(): tiny_config)
-    return ReproduceSpec(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ("checkpoint.permanent=[20]",))
+    return ReproduceSpec(RunDir(tmp_path / "run"), "tiny", (), "shakespeare", 20, 5, ())
 
 
 def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
@@ -164,3 +164,52 @@ def test_a_stop_signal_reaches_the_part_that_runs(spec: ReproduceSpec, monkeypat
         module._part(spec, "train", ["train", "x"])
     assert stopped.value.signal_number == signal.SIGTERM
     assert json.loads((spec.run.evidence / "train.json").read_text()) == {"signals": 1}
+
+
+# --- what a directory was begun with -----------------------------------------------------------------------------
+
+
+def test_a_directory_supplies_what_it_was_begun_with(tmp_path: Path) -> None:
+    begun = ReproduceSpec.choose(tmp_path / "run", "nano", ("a.txt",), None, 20, 5, ("optimizer.lr=0.01",))
+    begun.write()
+    assert ReproduceSpec.choose(tmp_path / "run") == begun
+    assert (
+        ReproduceSpec.choose(tmp_path / "run", "nano", ("a.txt",), steps=20, overrides=("optimizer.lr=0.01",)) == begun
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"preset": "smollm2-135m-cpu"}, "preset"),
+        ({"steps": 10}, "steps"),
+        ({"then": 50}, "then"),
+        ({"inputs": ("b.txt",)}, "input"),
+        ({"corpus": "stdlib"}, "corpus"),
+        ({"overrides": ("optimizer.lr=0.02",)}, "set"),
+    ],
+)
+def test_a_contradiction_is_refused_before_anything_is_touched(
+    tmp_path: Path, given: dict[str, Any], option: str
+) -> None:
+    ReproduceSpec.choose(tmp_path / "run", "nano", (), None, 20, 5).write()
+    (tmp_path / "run" / "evidence" / "verify.json").write_text("the old one")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UsageError) as refused:
+        ReproduceSpec.choose(tmp_path / "run", **given)
+    assert f"leave --{option} out" in refused.value.fix
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_train_is_not_reproduced(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 2)
+    with pytest.raises(UsageError, match="`resmol train` began"):
+        ReproduceSpec.choose(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"preset": "nano"}'])
+def test_a_damaged_specification_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run" / "evidence").mkdir(parents=True)
+    (tmp_path / "run" / "evidence" / "reproduce.json").write_text(content)
+    with pytest.raises(UsageError, match="cannot be read"):
+        ReproduceSpec.choose(tmp_path / "run")

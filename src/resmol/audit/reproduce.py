@@ -8,14 +8,16 @@ kept, and the other parts are repeated.
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,13 +28,14 @@ from resmol.config.load import load_preset
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch, StepBatch
 from resmol.data.resolve import is_prepared
-from resmol.errors import CheckFailed, Interrupted
+from resmol.errors import CheckFailed, Interrupted, UsageError
 from resmol.model.flops import total_parameters
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
 from resmol.system.atomic_io import write_durable
 from resmol.system.host import release_freed_memory
 from resmol.system.signals import STOP_SIGNALS, StopSignal
+from resmol.system.user_paths import user_path
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import new_state
 from resmol.train.loop import train_step
@@ -42,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 ESTIMATE_STEPS = 4
 POLL_SECONDS = 0.5
+SPECIFICATION = "reproduce.json"
+_FIELDS = ("preset", "inputs", "corpus", "steps", "then", "overrides")
+_OPTIONS = {"inputs": "input", "overrides": "set"}
 EVALUATION_TOKENS = 16_384  # a minute or less for the real model on two cores
 
 
@@ -71,18 +77,47 @@ class ReproduceSpec:
     def choose(
         cls,
         run: Path | None,
-        preset: str | None,
-        inputs: tuple[str, ...],
-        corpus: str | None,
-        steps: int,
-        then: int,
-        overrides: tuple[str, ...],
+        preset: str | None = None,
+        inputs: tuple[str, ...] = (),
+        corpus: str | None = None,
+        steps: int | None = None,
+        then: int | None = None,
+        overrides: tuple[str, ...] = (),
     ) -> ReproduceSpec:
-        """Fill in the defaults; that of the preset depends on whether there is a GPU."""
-        chosen = preset or ("smollm2-135m" if torch.cuda.is_available() else "smollm2-135m-cpu")
-        directory = run or Path("runs") / chosen
-        bound = (f"checkpoint.permanent=[{steps}]", *overrides)
-        return cls(RunDir(directory), chosen, inputs, corpus or "shakespeare", steps, then, bound)
+        """Return the specification that a directory was begun with, or fill in the defaults for a new one.
+
+        The default of the preset depends on whether there is a GPU.
+
+        Raises:
+            UsageError: The directory was begun with another value of something that is given, or by `train`.
+        """
+        given = {"preset": preset, "inputs": inputs, "corpus": corpus, "steps": steps, "then": then}
+        stated = {name: value for name, value in given.items() if value not in (None, ())}
+        stated |= {"overrides": overrides} if overrides else {}
+        default = "smollm2-135m" if torch.cuda.is_available() else "smollm2-135m-cpu"
+        directory = RunDir(user_path(run or Path("runs") / (preset or default)))
+        begun = _begun_with(directory)
+        for name, value in stated.items():
+            if begun and begun[name] != value:
+                raise UsageError(
+                    f"{directory.path} was begun with {name} {_shown(begun[name])}, and {_shown(value)} is given now",
+                    fix=f"leave --{_OPTIONS.get(name, name)} out to continue it, or name another directory",
+                )
+        defaults = {
+            "preset": default,
+            "inputs": (),
+            "corpus": "shakespeare",
+            "steps": 5000,
+            "then": 50,
+            "overrides": (),
+        }
+        return cls(directory, **{**defaults, **stated, **begun})
+
+    def write(self) -> None:
+        """Keep the specification in the run, for the next call."""
+        fields = {name: value for name, value in asdict(self).items() if name != "run"}
+        self.run.evidence.mkdir(parents=True, exist_ok=True)
+        write_durable(self.run.evidence / SPECIFICATION, json.dumps(fields, indent=1).encode())
 
     @property
     def last_step(self) -> int:
@@ -91,7 +126,12 @@ class ReproduceSpec:
 
     def config(self) -> RunConfig:
         """Return the configuration of the first process."""
-        return load_preset(self.preset, [*self.overrides, f"train.steps={self.steps}"])
+        return load_preset(self.preset, [*self.all_overrides, f"train.steps={self.steps}"])
+
+    @property
+    def all_overrides(self) -> tuple[str, ...]:
+        """Those of the user, and the permanent checkpoint between the two processes."""
+        return (f"checkpoint.permanent=[{self.steps}]", *self.overrides)
 
 
 def reproduce(spec: ReproduceSpec) -> list[Check]:
@@ -101,9 +141,9 @@ def reproduce(spec: ReproduceSpec) -> list[Check]:
         ResmolError: A part failed. The results so far are kept, and the same command continues from there.
     """
     run, config = spec.run, spec.config()
-    run.evidence.mkdir(parents=True, exist_ok=True)
+    spec.write()
     logger.info(_announcement(spec, config))
-    options = [option for override in spec.overrides for option in ("--set", override)]
+    options = [option for override in spec.all_overrides for option in ("--set", override)]
     preset = ["--preset", spec.preset]
 
     _part(spec, "verify", ["verify", *preset, "--json"])
@@ -126,6 +166,32 @@ def reproduce(spec: ReproduceSpec) -> list[Check]:
     write_claims(run, checks)
     logger.info(f"report: {write_report(run)}")
     return checks
+
+
+def _begun_with(run: RunDir) -> dict[str, Any]:
+    """Return the specification that a directory was begun with; empty for a new one.
+
+    Raises:
+        UsageError: `resmol train` began it, and its evidence would be of something else.
+    """
+    try:
+        stored = json.loads((run.evidence / SPECIFICATION).read_bytes())
+        return {name: tuple(stored[name]) if isinstance(stored[name], list) else stored[name] for name in _FIELDS}
+    except FileNotFoundError:
+        if run.exists():
+            raise UsageError(
+                f"{run.path} is a run that `resmol train` began; reproduce makes one of its own, from nothing",
+                fix="name a directory that does not exist yet",
+            ) from None
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{run.evidence / SPECIFICATION} cannot be read", fix="restore the file, or name another directory"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def estimate_seconds(config: RunConfig, steps: int) -> float:

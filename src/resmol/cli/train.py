@@ -151,14 +151,14 @@ def reproduce(
         list[str] | None, typer.Option("--input", help="Text to train on instead of the plays of Shakespeare.")
     ] = None,
     corpus: Corpus = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the first process.")] = 5000,
-    then: Annotated[int, typer.Option(min=1, help="Further steps of the second process.")] = 50,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the first process; 5000 by default.")] = None,
+    then: Annotated[int | None, typer.Option(min=1, help="Further steps of the second process; 50 by default.")] = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
     """Train, resume, evaluate and audit, each in its own process.
 
-    Claims are printed with their evidence.
+    Claims are printed with their evidence. The same command continues an interrupted one; RUN alone is enough then.
     """
     set_up_process()  # the estimate trains in this process, as fast as `train` will
     from resmol.audit.reproduce import ReproduceSpec
