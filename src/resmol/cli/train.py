@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,6 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.process_setup import set_up_process
 
-if TYPE_CHECKING:
-    from resmol.data.resolve import Text
-
 
 HeldOut = Annotated[
     list[str] | None,
@@ -41,8 +38,8 @@ ValFraction = Annotated[
 TextField = Annotated[str, typer.Option(help="The field of a JSON line with the text, e.g. data.text.")]
 
 
-def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float | None, **more: Any) -> Text:
-    """Return which text to prepare (`UsageError` when it is said twice what to hold out)."""
+def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float | None, **more: Any) -> Any:
+    """Return the `Text` to prepare (`UsageError` when it is said twice what to hold out)."""
     from resmol.data.resolve import Text
 
     if val and val_fraction is not None:
