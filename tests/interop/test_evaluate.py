@@ -19,6 +19,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.interop.evaluate import evaluate_model
 from resmol.interop.export import hf
+from resmol.interop.export.exported_tokenizer import exported_tokenizer
 from resmol.interop.load import load_model
 
 
@@ -41,7 +42,7 @@ def test_a_checkpoint_is_measured_with_the_settings_and_the_text_of_its_run(run:
 def test_a_model_without_a_run_needs_a_text(run: Path, tiny_dataset: Dataset, tmp_path: Path) -> None:
     loaded = load_model(run, device="cpu")
     (tmp_path / "out").mkdir()
-    hf.write_folder(loaded, tmp_path / "out", "float32")
+    hf.write_folder(loaded, exported_tokenizer(loaded), tmp_path / "out", "float32")
     with pytest.raises(DataError, match="belongs to no run") as caught:
         evaluate_model(tmp_path / "out")
     assert "--data" in caught.value.fix

@@ -154,11 +154,11 @@ def head_cloned(patch: pytest.MonkeyPatch) -> None:
     """An output layer of its own, a copy that was made before the last step."""
     genuine = hf.write_folder
 
-    def write(loaded: Any, folder: Path, *rest: Any) -> None:
-        genuine(loaded, folder, *rest)
+    def write(loaded: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        genuine(loaded, tokenizer, folder, *rest)
         tensors = hf.weight_tensors(loaded.model)
         head = tensors["model.embed_tokens.weight"] * 0.99
-        hf.save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        hf.save_tensors(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
 

@@ -315,7 +315,7 @@ MISTAKES: list[Mistake] = [
     mistake(11, "the corrupt checkpoint is deleted", deletes_the_corrupt, damage_guard, "nothing is deleted"),
     mistake(12, "checkpoint written in place", replaced("resmol.run.checkpoint.stage_directory", in_place),
             killed_save_guard, "a killed save"),
-    mistake(12, "checkpoint pickled", replaced("resmol.run.checkpoint._save_tensors", pickled), F, "no pickle"),
+    mistake(12, "checkpoint pickled", replaced("resmol.run.checkpoint.save_tensors", pickled), F, "no pickle"),
     mistake(12, "old checkpoints never removed",
             replaced("resmol.run.async_save.prune", lambda *_, **__: []), F, "retention"),
     mistake(13, "weights saved in half precision", saved_in_half, F, "weights are saved in float32"),

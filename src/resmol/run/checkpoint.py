@@ -113,7 +113,7 @@ def stage_checkpoint(
 
     def write_files(temporary: Path) -> None:
         with ThreadPoolExecutor(len(names)) as pool:  # writing and hashing release the interpreter
-            list(pool.map(lambda name: _save_tensors(files[name], temporary / name), files))
+            list(pool.map(lambda name: save_tensors(files[name], temporary / name), files))
             (temporary / CONFIG).write_text(json.dumps(tensors.config.to_hf(), indent=2) + "\n", encoding="utf-8")
             (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
             found = pool.map(lambda name: file_entry(temporary / name, digests.get(name, {})), names)
@@ -176,9 +176,17 @@ def _in_main_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the mode of ordinary files; the library's own is for the user alone (0600).
+
+    Raises:
+        OSError: The disk failed, or is full.
+    """
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))  # safetensors' errors are texts
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error

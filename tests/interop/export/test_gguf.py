@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -26,8 +21,10 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError, UsageError
-from resmol.interop.export import export_gguf, gguf_parity, gguf_writer, parity, reader_transformers, verify_export
+from resmol.interop.description import Description
+from resmol.interop.export import export_gguf, gguf_parity, gguf_writer, verify_export
 from resmol.interop.export import gguf as gguf_export
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.interop.export.gguf_parity import compare_gguf
 from resmol.interop.export.gguf_vocab import gguf_vocabulary
 from resmol.interop.export.gguf_writer import as_kind, write_gguf
@@ -36,10 +33,17 @@ from resmol.interop.export.publish import plan_publication
 from resmol.interop.gguf_header import read_gguf_header
 from resmol.interop.gguf_names import gguf_config, gguf_tensors
 from resmol.interop.load import load_model
+from resmol.interop.special_tokens import SpecialTokens
 from resmol.model.llama import CausalLM
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 WIDE = "model.hidden_size=96"  # whose rows Q8_0 can cut into blocks of 32
+
+
+def described(tokenizer: Tokenizer) -> ExportedTokenizer:
+    """A tokenizer as the export of a run describes it."""
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), tokenizer.eos_id)
+    return ExportedTokenizer(tokenizer, SpecialTokens(roles, (tokenizer.eos_id,)))
 
 
 @pytest.fixture(autouse=True)
@@ -52,20 +56,6 @@ def only_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path, train_tiny: TrainTiny) -> Path:
     train_tiny(tmp_path / "run", 5, WIDE)
     return tmp_path / "run"
-
-
-@pytest.fixture
-def reads_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the program that reads back in this process, which has imported transformers already: seconds less."""
-
-    def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        answer = io.StringIO()
-        with monkeypatch.context() as patch, redirect_stdout(answer):
-            patch.setattr(sys, "stdin", io.StringIO(options["input"]))
-            reader_transformers.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, answer.getvalue(), "")
-
-    monkeypatch.setattr(parity, "subprocess", SimpleNamespace(run=run_here))
 
 
 def exported(run: Path, out: Path, dtype: str) -> Path:
@@ -95,6 +85,8 @@ def test_the_folder_holds_what_its_readers_need(run: Path, tmp_path: Path) -> No
     assert (manifest.kind, manifest.facts["dtype"], manifest.facts["readers"]) == ("gguf", "q8_0", ["transformers"])
     assert {check.name for check in manifest.checks} == {
         "weights", "cast", "logits, transformers", "greedy tokens, transformers", "token ids, transformers",
+        "the card's code, transformers", "tokenizer(text), transformers", "a padded batch, transformers",
+        "special tokens, transformers", "pipeline, transformers",
     }  # fmt: skip
     assert {"run-Q8_0.gguf", "Modelfile", "README.md", "LICENSE", "tokenizer.json"} <= manifest.files.keys()
     assert (tmp_path / "out" / "training" / "ledger.jsonl").read_bytes() == (run / "ledger.jsonl").read_bytes()
@@ -204,7 +196,7 @@ def test_writing_and_reading_are_inverses(
     config = tiny_config.model.model_copy(update={"tie_word_embeddings": tied, "initializer_range": 0.02})
     model = CausalLM.empty(config)
     model.init_weights(0)
-    write_gguf(tmp_path / "x.gguf", model.requires_grad_(False), tiny_tokenizer, "float32", name="x", licence=None)
+    write_gguf(tmp_path / "x.gguf", model.requires_grad_(False), described(tiny_tokenizer), "float32", Description("x"))
     header = read_gguf_header(tmp_path / "x.gguf")
     assert gguf_config(header) == config
     found = dict(gguf_tensors(header, config))
@@ -275,13 +267,12 @@ def test_special_tokens_written_as_text_are_noticed(
     model = CausalLM.empty(tiny_config.model.model_copy(update={"vocab_size": 49_152}))
     model.init_weights(0)
     model.requires_grad_(False)
+    tokenizer = described(genuine_tokenizer)
     passed, genuine = [], gguf_writer.GGUFWriter.add_token_types
     for name in ("healthy", "mutant"):
         file = tmp_path / f"{name}.gguf"
-        write_gguf(file, model, genuine_tokenizer, "float32", name=name, licence=None)
-        passed.append(
-            {c.name: c.passed for c in compare_gguf(model, genuine_tokenizer, file, "float32", [TRANSFORMERS])}
-        )
+        write_gguf(file, model, tokenizer, "float32", Description(name))
+        passed.append({c.name: c.passed for c in compare_gguf(model, tokenizer, file, "float32", [TRANSFORMERS])})
         monkeypatch.setattr(gguf_writer.GGUFWriter, "add_token_types", lambda self, k: genuine(self, [1] * len(k)))
     assert all(passed[0].values())
     assert [name for name, fine in passed[1].items() if not fine] == ["token ids, transformers"]

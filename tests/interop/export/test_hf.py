@@ -19,9 +19,11 @@ from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, UsageError
 from resmol.interop.export import export_hf, hf
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer, exported_tokenizer
 from resmol.interop.export.parity import HARD_TEXTS, ReadBack, compare_with_transformers, logits_check
 from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.resolve import Source
+from resmol.interop.special_tokens import SpecialTokens
 from resmol.model.llama import CausalLM
 from resmol.model.shapes import tensor_shapes
 
@@ -71,7 +73,8 @@ def test_the_genuine_tokenizer_through_autotokenizer(
 ) -> None:
     """The ids of the genuine file, digits included, on the hard cases and on all text at hand."""
     (tmp_path / "tokenizer.json").write_bytes(genuine_tokenizer.data)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hf.tokenizer_config(genuine_tokenizer, 8192)))
+    exported = ExportedTokenizer(genuine_tokenizer, SpecialTokens({"eos_token": 0, "pad_token": 16}, (0,)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(exported.config(8192)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     theirs, rust = AutoTokenizer.from_pretrained(tmp_path), Rust.from_file(str(tmp_path / "tokenizer.json"))
     assert theirs("a  1")["input_ids"] == [81, 256, 33]
@@ -90,23 +93,23 @@ def test_a_class_that_drops_the_digits_step_is_noticed(
     model = CausalLM.empty(config)
     model.init_weights(0)
     loaded = LoadedModel(model.eval(), Source("huggingface", tmp_path, config), lambda: genuine_tokenizer)
-    genuine, tables = hf.tokenizer_config, [{}, {"tokenizer_class": "GPT2Tokenizer"}]
-    for number, table in enumerate(tables):
-        monkeypatch.setattr(hf, "tokenizer_config", lambda *a, _table=table: genuine(*a) | _table)
+    exported, genuine = exported_tokenizer(loaded), ExportedTokenizer.config
+    for number, table in enumerate([{}, {"tokenizer_class": "GPT2Tokenizer"}]):
+        monkeypatch.setattr(ExportedTokenizer, "config", lambda *a, _table=table: genuine(*a) | _table)
         (tmp_path / str(number)).mkdir()
-        hf.write_folder(loaded, tmp_path / str(number), "float32")
-    healthy, mutant = (compare_with_transformers(model, genuine_tokenizer, tmp_path / name) for name in "01")
+        hf.write_folder(loaded, exported, tmp_path / str(number), "float32")
+    healthy, mutant = (compare_with_transformers(model, exported, tmp_path / name) for name in "01")
     assert all_passed(healthy)
     failed = {check.name: check.measured for check in mutant if not check.passed}
-    assert list(failed) == ["token ids"]
+    assert {"token ids", "tokenizer(text)"} <= failed.keys()
     assert "'a  1'" in failed["token ids"]
 
 
 def _cloned_head(patch: pytest.MonkeyPatch) -> None:
     genuine = hf.write_folder
 
-    def write(loaded: Any, folder: Path, *rest: Any) -> None:
-        genuine(loaded, folder, *rest)
+    def write(loaded: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        genuine(loaded, tokenizer, folder, *rest)
         config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
         (folder / "config.json").write_text(json.dumps(config))
 
@@ -116,8 +119,8 @@ def _cloned_head(patch: pytest.MonkeyPatch) -> None:
 def _other_theta(patch: pytest.MonkeyPatch) -> None:
     genuine = hf.write_folder
 
-    def write(loaded: Any, folder: Path, *rest: Any) -> None:
-        genuine(loaded, folder, *rest)
+    def write(loaded: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        genuine(loaded, tokenizer, folder, *rest)
         table = json.loads((folder / "config.json").read_text())
         table |= {"rope_theta": 10_000.0, "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}}
         (folder / "config.json").write_text(json.dumps(table))

@@ -27,6 +27,7 @@ from resmol.data.shards import open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
 from resmol.interop.export import hf
+from resmol.interop.export.exported_tokenizer import exported_tokenizer
 from resmol.interop.export.markdown import clean, code_block, code_span, plain
 from resmol.interop.export.model_card import model_card
 from resmol.interop.export.training_record import write_record
@@ -43,7 +44,7 @@ def folder_of(source: Path, out: Path) -> Path:
     """Write the files of an export without reading them back, which takes seconds."""
     loaded = load_model(source, device="cpu")
     out.mkdir()
-    hf.write_folder(loaded, out, "float32")
+    hf.write_folder(loaded, exported_tokenizer(loaded), out, "float32")
     return out
 
 
@@ -195,7 +196,9 @@ def test_weights_from_elsewhere_are_not_called_ours(run: RunDir, tmp_path: Path)
     out = folder_of(inside, tmp_path / "out")
     card = ModelCard.load(out / "README.md")
     assert "not trained by resmol" in card.text.replace("\n", " ")
-    assert (card.data.license, card.data.base_model) == (None, None)
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", None)  # as the card of that folder states it
+    (inside / "README.md").unlink()
+    assert ModelCard.load(folder_of(inside, tmp_path / "again") / "README.md").data.license is None
     assert not (out / "training").exists()
     assert not (out / "LICENSE").exists()
     assert headings(parsed(card.content))[1:] == ["Architecture", "Use"]
@@ -215,7 +218,7 @@ def test_a_checkpoint_without_its_run_says_so(run: RunDir, tmp_path: Path) -> No
     alone = Path(shutil.copytree(run.checkpoints / "step-00000025", tmp_path / "a" / "b" / "step-00000025"))
     loaded = load_model(alone, tokenizer=run.tokenizer, device="cpu")
     (tmp_path / "out").mkdir()
-    hf.write_folder(loaded, tmp_path / "out", "float32")
+    hf.write_folder(loaded, exported_tokenizer(loaded), tmp_path / "out", "float32")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "was not beside it" in card
     assert "license:" not in card
@@ -294,6 +297,6 @@ def test_the_card_names_the_corpus_of_the_standard_library(
     loaded = load_model(run.path, device="cpu")
     (tmp_path / "training").mkdir()
     record = dataclasses.replace(write_record(loaded.source, tmp_path / "training"), data=named)
-    text = model_card(loaded, "float32", record)
+    text = model_card(loaded, exported_tokenizer(loaded), "float32", record)
     assert "resmol prepare data --corpus stdlib --val-fraction" in text
     assert "YOUR_TEXT" not in text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_gguf import described
 from tiny import TrainTiny
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from resmol.checks import all_passed
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed
+from resmol.interop.description import Description
 from resmol.interop.export import export_gguf, gguf_writer, verify_export
 from resmol.interop.export import gguf as gguf_export
 from resmol.interop.export.gguf_parity import LLAMA_CPP, compare_gguf
@@ -47,7 +49,7 @@ def genuine_file(
     model = CausalLM.empty(tiny_config.model.model_copy(update=GENUINE))
     model.init_weights(0)
     path = tmp_path_factory.mktemp("gguf") / "genuine.gguf"
-    write_gguf(path, model.requires_grad_(False), genuine_tokenizer, "float32", name="genuine", licence=None)
+    write_gguf(path, model.requires_grad_(False), described(genuine_tokenizer), "float32", Description("genuine"))
     return path
 
 
@@ -135,17 +137,19 @@ def test_another_rule_for_digits_is_noticed(
     model = CausalLM.empty(tiny_config.model.model_copy(update=GENUINE))
     model.init_weights(0)
     file = tmp_path / "x.gguf"
-    write_gguf(file, model.requires_grad_(False), genuine_tokenizer, "float32", name="x", licence=None)
-    checks = compare_gguf(model, genuine_tokenizer, file, "float32", [LLAMA_CPP])
+    tokenizer = described(genuine_tokenizer)
+    write_gguf(file, model.requires_grad_(False), tokenizer, "float32", Description("x"))
+    checks = compare_gguf(model, tokenizer, file, "float32", [LLAMA_CPP])
     assert [check.name for check in checks if not check.passed] == ["token ids, llama.cpp"]
 
 
 def test_the_comparison_with_transformers_alone_is_another_one(run: Path, tmp_path: Path) -> None:
     loaded = load_model(run)
     file = tmp_path / "x.gguf"
-    write_gguf(file, loaded.model, loaded.tokenizer, "float32", name="x", licence=None)
-    both = compare_gguf(loaded.model, loaded.tokenizer, file, "float32", [TRANSFORMERS, LLAMA_CPP])
-    alone = compare_gguf(loaded.model, loaded.tokenizer, file, "float32", [TRANSFORMERS])
+    tokenizer = described(loaded.tokenizer)
+    write_gguf(file, loaded.model, tokenizer, "float32", Description("x"))
+    both = compare_gguf(loaded.model, tokenizer, file, "float32", [TRANSFORMERS, LLAMA_CPP])
+    alone = compare_gguf(loaded.model, tokenizer, file, "float32", [TRANSFORMERS])
     assert {check.name for check in both} - {check.name for check in alone} == {
         "logits, llama.cpp", "token ids, llama.cpp", "greedy tokens, llama.cpp",
     }  # fmt: skip

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from resmol.checks import Check
+from resmol.config.model_config import ModelConfig
 from resmol.errors import UsageError
+from resmol.interop.description import Description, description
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer, exported_tokenizer
 from resmol.interop.export.gguf_parity import compare_gguf, gguf_readers
 from resmol.interop.export.gguf_writer import KINDS, write_gguf
-from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, token_text, write_companions
+from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, write_companions
 from resmol.interop.export.training_record import recorded
-from resmol.interop.load import LoadedModel, load_model
+from resmol.interop.load import load_model
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -52,15 +56,16 @@ def export_gguf(
 
     def write_files(folder: Path) -> list[Check]:
         logger.info(f"writing {loaded.source.path} as {file_name}")
-        file = folder / file_name
-        licence = None if run is None else "apache-2.0"
-        write_gguf(file, loaded.model, loaded.tokenizer, dtype, name=name, licence=licence)
-        (folder / MODELFILE).write_text(modelfile(loaded, file_name), encoding="utf-8")
-        write_companions(loaded, folder, dtype, file_name)
+        tokenizer = exported_tokenizer(loaded)
+        about = description(loaded.source) if run is None else Description(name, licence="apache-2.0")
+        about = replace(about, name=about.name or name)
+        write_gguf(folder / file_name, loaded.model, tokenizer, dtype, about)
+        (folder / MODELFILE).write_text(modelfile(tokenizer, loaded.config, file_name), encoding="utf-8")
+        write_companions(loaded, tokenizer, folder, dtype, file_name)
         logger.info(
             f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own"
         )
-        return compare_gguf(loaded.model, loaded.tokenizer, file, dtype, readers)
+        return compare_gguf(loaded.model, tokenizer, folder / file_name, dtype, readers)
 
     facts = export_facts(loaded, dtype) | {"readers": [reader.name for reader in readers]}
     return commit_export(out, "gguf", facts, write_files)
@@ -71,20 +76,23 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
-def modelfile(loaded: LoadedModel, file_name: str) -> str:
-    """Return ollama's description: of a base model, so nothing is added to the prompt.
+def modelfile(tokenizer: ExportedTokenizer, config: ModelConfig, file_name: str) -> str:
+    """Return ollama's description of the model.
 
-    The sampling is that of `resmol generate`; ollama's own default would penalize repetition.
+    The prompt of a base model goes in as it is. Of a chat model, ollama reads the chat template in the GGUF file. The
+    sampling is that of `resmol generate`; ollama's own default would penalize repetition.
     """
-    end = token_text(loaded.tokenizer, loaded.config.eos_token_id)
+    tokens = tokenizer.tokens
+    ends = dict.fromkeys((*tokens.ends, *(tokens.roles[role] for role in ("eos_token",) if role in tokens.roles)))
+    spelled = [tokenizer.tokenizer.spelling(token) for token in ends]
     lines = [
         f"FROM ./{file_name}",
-        'TEMPLATE """{{ .Prompt }}"""',
-        f"PARAMETER num_ctx {loaded.config.max_position_embeddings}",
+        *([] if tokenizer.chats else ['TEMPLATE """{{ .Prompt }}"""']),
+        f"PARAMETER num_ctx {config.max_position_embeddings}",
         "PARAMETER temperature 0.8",
         "PARAMETER top_k 50",
         "PARAMETER top_p 0.95",
         "PARAMETER repeat_penalty 1.0",
-        f'PARAMETER stop "{end}"',
+        *(f'PARAMETER stop "{end}"' for end in spelled if end and '"' not in end and end.isprintable()),
     ]
     return "\n".join(lines) + "\n"

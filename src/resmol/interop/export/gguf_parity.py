@@ -9,6 +9,7 @@ far away: its roundings are as large, and not the same.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from resmol.checks import Check, largest
-from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
+from resmol.interop.description import CARD
+from resmol.interop.export.card_check import CardExpectation
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.interop.export.gguf_vocab import gguf_vocabulary
 from resmol.interop.export.gguf_writer import KINDS, as_kind, as_stored, stored_kind, type_error
 from resmol.interop.export.parity import (
@@ -36,7 +39,7 @@ from resmol.interop.export.parity import (
 )
 from resmol.model.llama import CausalLM
 
-LLAMA_CPP = Reader("llama.cpp", "resmol.interop.export.reader_llama_cpp", "llama_cpp", "interop")
+LLAMA_CPP = Reader("llama.cpp", "reader_llama_cpp.py", "llama_cpp", "interop")
 SLACK = 4.0
 
 
@@ -57,15 +60,24 @@ def gguf_readers() -> list[Reader]:
     return found
 
 
-def compare_gguf(model: CausalLM, tokenizer: Tokenizer, file: Path, dtype: str, readers: list[Reader]) -> list[Check]:
+def compare_gguf(
+    model: CausalLM,
+    tokenizer: ExportedTokenizer,
+    file: Path,
+    dtype: str,
+    readers: list[Reader],
+    *,
+    python: str = sys.executable,
+) -> list[Check]:
     """Compare a file with the model that it was made from.
 
     Args:
         model: The trained model, in float32.
-        tokenizer: Its own.
-        file: The file that `write_gguf` wrote.
+        tokenizer: Its tokenizer, as the export describes it.
+        file: The file that `write_gguf` wrote; where a card lies beside it, that is followed, too.
         dtype: Its type.
         readers: From `gguf_readers`.
+        python: The interpreter, whose version of transformers reads.
 
     Returns:
         The checks, failed ones included; the name of a check by a reader ends with the reader's.
@@ -76,29 +88,37 @@ def compare_gguf(model: CausalLM, tokenizer: Tokenizer, file: Path, dtype: str, 
     stored, inputs = as_stored(model, dtype), comparison_inputs(model)
     checks = [_type_check(model, stored, dtype), cast_check(model, stored)]
     if TRANSFORMERS in readers:
-        checks += _with_transformers(stored, tokenizer, file, inputs)
+        checks += _with_transformers(stored, tokenizer, file, inputs, python)
     if LLAMA_CPP in readers:
         checks += _with_llama_cpp(stored, tokenizer, file, inputs, dtype)
     return checks
 
 
-def _with_transformers(stored: CausalLM, tokenizer: Tokenizer, file: Path, inputs: list[list[int]]) -> list[Check]:
-    texts = comparison_texts(tokenizer)
+def _with_transformers(
+    stored: CausalLM, tokenizer: ExportedTokenizer, file: Path, inputs: list[list[int]], python: str
+) -> list[Check]:
+    texts = comparison_texts(tokenizer.tokenizer)
+    card = CardExpectation(stored, tokenizer, texts, file.name)
+    size = stored.config.vocab_size
+    more: dict[str, Any] = {"python": python, "gguf_file": file.name, "vocab_size": size}
+    more["pre"] = gguf_vocabulary(tokenizer.tokenizer, size).pre
+    if (file.parent / CARD).exists():
+        more["card"] = card.request(file.parent)
     with tempfile.TemporaryDirectory() as alone:  # without the tokenizer.json that lies beside the file
         (Path(alone) / file.name).symlink_to(file.resolve())
-        pre = gguf_vocabulary(tokenizer, stored.config.vocab_size).pre
-        theirs = read_back(TRANSFORMERS, Path(alone), inputs, texts, gguf_file=file.name, pre=pre)
+        theirs = read_back(TRANSFORMERS, Path(alone), inputs, texts, **more)
     return [
         logits_check("logits, transformers", stored, inputs, theirs),
         greedy_check("greedy tokens, transformers", stored, inputs, theirs),
-        token_ids_check("token ids, transformers", tokenizer, texts, theirs),
+        token_ids_check("token ids, transformers", tokenizer.tokenizer, texts, theirs),
+        *(card.checks(theirs.card, ", transformers") if theirs.card else []),
     ]
 
 
 def _with_llama_cpp(
-    stored: CausalLM, tokenizer: Tokenizer, file: Path, inputs: list[list[int]], dtype: str
+    stored: CausalLM, tokenizer: ExportedTokenizer, file: Path, inputs: list[list[int]], dtype: str
 ) -> list[Check]:
-    texts = comparison_texts(tokenizer)
+    texts = comparison_texts(tokenizer.tokenizer)
     theirs = read_back(LLAMA_CPP, file, inputs, texts)
     tolerance = TOLERANCE + SLACK * product_error(stored, inputs, dtype)
     why = "float32, and the rounding of the inputs of products to the file's type"

@@ -77,7 +77,7 @@ def _require_plain(tokenizer: Tokenizer, document: dict[str, Any]) -> None:
     ]
     problems += ["normalizer"] if document.get("normalizer") else []
     if problems:
-        raise _no_name(tokenizer, problems[0])
+        raise no_name(tokenizer, problems[0])
 
 
 def _pre_tokenizer(tokenizer: Tokenizer, stated: dict[str, Any] | None) -> str:
@@ -89,10 +89,11 @@ def _pre_tokenizer(tokenizer: Tokenizer, stated: dict[str, Any] | None) -> str:
         )
         if same:
             return name
-    raise _no_name(tokenizer, f"pre_tokenizer ({', '.join(str(step.get('type')) for step in steps)})")
+    raise no_name(tokenizer, f"pre_tokenizer ({', '.join(str(step.get('type')) for step in steps)})")
 
 
-def _no_name(tokenizer: Tokenizer, what: str) -> DataError:
+def no_name(tokenizer: Tokenizer, what: str) -> DataError:
+    """Return the error for a part of a tokenizer that GGUF cannot describe."""
     return DataError(
         f"{tokenizer.path} uses {what}, for which GGUF has no name that resmol writes",
         fix="export with --format hf; llama.cpp would cut texts in another way",

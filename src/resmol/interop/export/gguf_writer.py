@@ -15,7 +15,9 @@ from torch import Tensor
 from resmol.checks import largest
 from resmol.config.model_config import ModelConfig
 from resmol.data.tokenizer import Tokenizer
-from resmol.interop.export.gguf_vocab import gguf_vocabulary
+from resmol.interop.description import Description
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer
+from resmol.interop.export.gguf_vocab import gguf_vocabulary, no_name
 from resmol.interop.gguf_names import gguf_metadata, gguf_name, permuted, rotated_heads
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
@@ -43,25 +45,30 @@ def stored_kind(shape: tuple[int, ...], dtype: str) -> str:
 
 
 def write_gguf(
-    path: Path, model: CausalLM, tokenizer: Tokenizer, dtype: str, *, name: str, licence: str | None
+    path: Path,
+    model: CausalLM,
+    tokenizer: ExportedTokenizer,
+    dtype: str,
+    about: Description,
 ) -> None:
     """Write weights, architecture and vocabulary.
 
     Args:
         path: The file to create.
         model: On the CPU, in float32.
-        tokenizer: Its own.
+        tokenizer: Its tokenizer, for others.
         dtype: One of `KINDS`.
-        name: For ``general.name``.
-        licence: For ``general.license``, an SPDX identifier, where it is known.
+        about: Name, languages and licence.
 
     Raises:
         DataError: GGUF cannot describe the tokenizer.
     """
     writer = GGUFWriter(path, "llama")
     try:
-        _add_metadata(writer, model.config, dtype, name, licence)
-        _add_vocabulary(writer, tokenizer, model.config)
+        _add_metadata(writer, model.config, dtype)
+        _add_description(writer, about)
+        _add_vocabulary(writer, tokenizer.tokenizer, model.config)
+        _add_special_tokens(writer, tokenizer)
         for hf, tensor in weight_tensors(model).items():
             theirs = gguf_name(hf)
             values = permuted(tensor.numpy(), rotated_heads(theirs, model.config))
@@ -74,16 +81,24 @@ def write_gguf(
         writer.close()
 
 
-def _add_metadata(writer: GGUFWriter, config: ModelConfig, dtype: str, name: str, licence: str | None) -> None:
+def _add_metadata(writer: GGUFWriter, config: ModelConfig, dtype: str) -> None:
     writer.add_type("model")
-    writer.add_name(name)
-    if licence is not None:
-        writer.add_license(licence)
     for key, value in gguf_metadata(config).items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     whole = "ALL_F32" if dtype == "float32" else f"MOSTLY_{KINDS[dtype]}"
     writer.add_file_type(LlamaFileType[whole])
     writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_description(writer: GGUFWriter, about: Description) -> None:
+    if about.name is not None:
+        writer.add_name(about.name)
+    if about.licence is not None:
+        writer.add_license(about.licence)
+    if about.languages:
+        writer.add_languages(about.languages)
+    for name, text in about.general.items():
+        writer.add_string(f"general.{name}", text)
 
 
 def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -93,11 +108,29 @@ def _add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, config: ModelConfi
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_unk_token_id(tokenizer.eos_id)
-    for add in (writer.add_add_bos_token, writer.add_add_eos_token, writer.add_add_space_prefix):
-        add(False)
+    writer.add_add_space_prefix(False)
+
+
+def _add_special_tokens(writer: GGUFWriter, tokenizer: ExportedTokenizer) -> None:
+    """Write the roles; a second and a third end are llama.cpp's end of turn and end of message."""
+    tokens = tokenizer.tokens
+    adds = {
+        "bos_token": writer.add_bos_token_id,
+        "unk_token": writer.add_unk_token_id,
+        "pad_token": writer.add_pad_token_id,
+    }
+    for role, add in adds.items():
+        if role in tokens.roles:
+            add(tokens.roles[role])
+    ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for end, add in zip(tokens.ends, ends, strict=False):
+        add(end)
+    if tokenizer.before not in ((), (tokens.roles.get("bos_token"),)) or tokenizer.after not in ((), tokens.ends[:1]):
+        raise no_name(tokenizer.tokenizer, "a post-processor that adds more than the begin and the end token")
+    writer.add_add_bos_token(bool(tokenizer.before))
+    writer.add_add_eos_token(bool(tokenizer.after))
+    if tokens.chat_templates:
+        writer.add_chat_template([{"name": name, "template": t} for name, t in tokens.chat_templates.items()])
 
 
 # --- rounding -----------------------------------------------------------------------------------

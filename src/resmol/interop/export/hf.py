@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from resmol.checks import Check
-from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
+from resmol.interop.export.exported_tokenizer import TOKENIZER, ExportedTokenizer, exported_tokenizer
 from resmol.interop.export.manifest import ExportKind, ExportManifest, build_manifest
 from resmol.interop.export.model_card import model_card
 from resmol.interop.export.parity import cast_check, compare_with_transformers
 from resmol.interop.export.training_record import recorded, write_record
 from resmol.interop.load import LoadedModel, load_model
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import weight_tensors
+from resmol.run.checkpoint import save_tensors, weight_tensors
+from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
 from resmol.system.user_paths import user_path
 
@@ -74,10 +74,11 @@ def export_hf(source: str | Path, out: Path, *, dtype: str = "float32", tokenize
 
     def write_files(folder: Path) -> list[Check]:
         logger.info(f"writing {loaded.source.path} as {dtype}")
-        write_folder(loaded, folder, dtype)
+        tokenizer = exported_tokenizer(loaded)
+        write_folder(loaded, tokenizer, folder, dtype)
         logger.info("reading it back with transformers, in a process of its own")
         stored = rounded(loaded.model, dtype)
-        return [*compare_with_transformers(stored, loaded.tokenizer, folder), cast_check(loaded.model, stored)]
+        return [*compare_with_transformers(stored, tokenizer, folder), cast_check(loaded.model, stored)]
 
     return commit_export(out, "model", export_facts(loaded, dtype), write_files)
 
@@ -120,62 +121,44 @@ def commit_export(
     return Export(out, checks, {name: file.sha256 for name, file in manifests[0].files.items()})
 
 
-def write_folder(loaded: LoadedModel, folder: Path, dtype: str) -> None:
+def write_folder(loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path, dtype: str) -> None:
     """Write all files of an export into an existing, empty folder."""
-    config = loaded.config
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in weight_tensors(loaded.model).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(folder / "config.json", config.to_hf(dtype))
-    write_json(folder / "generation_config.json", ends)
-    write_companions(loaded, folder, dtype)
+    save_tensors(tensors, folder / WEIGHTS)
+    pad = tokenizer.tokens.config_pad
+    write_json(folder / "config.json", loaded.config.to_hf(dtype) | ({} if pad is None else {"pad_token_id": pad}))
+    write_companions(loaded, tokenizer, folder, dtype)
 
 
-def write_companions(loaded: LoadedModel, folder: Path, dtype: str, gguf: str | None = None) -> None:
-    """Write the other files of an export: tokenizer, record of the run, licence and card.
+def write_companions(
+    loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path, dtype: str, gguf: str | None = None
+) -> None:
+    """Write the other files of an export: tokenizer, ends of a text, record of the run, licence and card.
 
     Args:
         loaded: The model.
+        tokenizer: Its tokenizer, for others.
         folder: The export; the weights are in it.
         dtype: The dtype of the weights in the file.
         gguf: The name of a GGUF export's file.
     """
-    tokenizer, record = loaded.tokenizer, None
-    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, loaded.config.max_position_embeddings))
-    (folder / "tokenizer.json").write_bytes(tokenizer.data)
+    record = None
+    write_json(folder / "generation_config.json", tokenizer.generation_config())
+    write_json(folder / "tokenizer_config.json", tokenizer.config(loaded.config.max_position_embeddings))
+    (folder / TOKENIZER).write_bytes(tokenizer.data())
     if recorded(loaded.source.run) is not None:
         (folder / "training").mkdir()
         record = write_record(loaded.source, folder / "training")
+        if tokenizer.own_path != TOKENIZER:
+            (folder / tokenizer.own_path).write_bytes(tokenizer.tokenizer.data)
         (folder / "LICENSE").write_bytes((files("resmol.interop.export") / "templates" / "apache-2.0.txt").read_bytes())
-    (folder / "README.md").write_text(model_card(loaded, dtype, record, gguf), encoding="utf-8")
+    card = model_card(loaded, tokenizer, dtype, record, gguf)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
     """Write a table as indented JSON."""
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-def tokenizer_config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
-    """Return ``tokenizer_config.json``.
-
-    The class matters: for ``GPT2Tokenizer``, which SmolLM2's own file names, transformers 5 builds a pre-tokenizer of
-    its own and drops the step that separates digits, so that "a  1" gets other ids. ``PreTrainedTokenizerFast`` takes
-    ``tokenizer.json`` as it is.
-    """
-    end = token_text(tokenizer, tokenizer.eos_id)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": end,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
-    }
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token as it is written in the vocabulary, such as ``<|endoftext|>``."""
-    return tokenizer.decode([token])
 
 
 def rounded(model: CausalLM, dtype: str) -> CausalLM:

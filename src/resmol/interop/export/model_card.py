@@ -12,6 +12,8 @@ import resmol
 from resmol.data.builtin_corpora import SHAKESPEARE, corpus_of, licence_of
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
 from resmol.errors import DataError
+from resmol.interop.description import Description, description
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.interop.export.markdown import code_block, code_span, plain
 from resmol.interop.export.training_record import RunRecord
 from resmol.interop.load import LoadedModel
@@ -21,15 +23,19 @@ from resmol.system.templates import template_environment
 from resmol.version import __version__
 
 SMOLLM2_TOKENS = 2_000_000_000_000  # what the published model saw (its model card)
+CARD_PROMPT, CARD_NEW_TOKENS = "Once upon a time", 50
 SHOWN_SAMPLES = 3
 SHOWN_STRETCHES = 6
 
 
-def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: str | None = None) -> str:
+def model_card(
+    loaded: LoadedModel, tokenizer: ExportedTokenizer, dtype: str, record: RunRecord | None, gguf: str | None = None
+) -> str:
     """Return ``README.md`` of an export.
 
     Args:
         loaded: The model.
+        tokenizer: Its tokenizer, as the export describes it.
         dtype: The type of the weights in the file.
         record: The record of its run; a model from elsewhere gets a short card.
         gguf: Name of the file of a GGUF export.
@@ -37,11 +43,16 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: 
     Raises:
         DataError: The ledger's chain holds, and its records do not say what resmol's say.
     """
+    about = description(loaded.source)
     environment = template_environment("resmol.interop.export", autoescape=False)  # Markdown; filters escape
     environment.filters |= {"plain": plain, "code_span": code_span, "code_block": code_block}
     try:
         return environment.get_template("model_card.md.j2").render(
-            metadata=card_metadata(record, "transformers" if gguf is None else "gguf"),
+            metadata=card_metadata(record, about, "transformers" if gguf is None else "gguf"),
+            about=about,
+            chats=tokenizer.chats,
+            own_tokenizer=tokenizer.own_path,
+            code=card_code(tokenizer, gguf, tied=loaded.config.tie_word_embeddings).rstrip(),
             gguf=gguf,
             version=__version__,
             commit=source_commit(),
@@ -58,7 +69,39 @@ def model_card(loaded: LoadedModel, dtype: str, record: RunRecord | None, gguf: 
         ) from error
 
 
-def card_metadata(record: RunRecord | None, library: str) -> str:
+def card_code(tokenizer: ExportedTokenizer, gguf: str | None = None, *, tied: bool = False) -> str:
+    """Return the Python code of the card's section "Use"; every export executes it before it is finished.
+
+    Args:
+        tokenizer: The model's tokenizer, as the export describes it.
+        gguf: Name of the file of a GGUF export.
+        tied: Whether the output layer is the embedding, which transformers 4.46 does not see in a GGUF file.
+    """
+    comment, file = ("", "") if gguf is None else ("  # from tokenizer.json", f', gguf_file="{gguf}"')
+    file += ", tie_word_embeddings=True" if tied and gguf is not None else ""
+    several = gguf is not None and len(tokenizer.tokens.ends) > 1  # a GGUF file has one that transformers knows
+    show = f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={CARD_NEW_TOKENS})[0]))"
+    lines = [
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', GenerationConfig' if several else ''}",
+        "",
+        'name = "."  # this folder, or the name of its repository',
+        f"tokenizer = AutoTokenizer.from_pretrained(name){comment}",
+        f"model = AutoModelForCausalLM.from_pretrained(name{file})",
+        *(["model.generation_config = GenerationConfig.from_pretrained(name)"] if several else []),
+        f'inputs = tokenizer("{CARD_PROMPT}", return_tensors="pt")',
+        show,
+    ]
+    asked = [
+        "",
+        'chat = [{"role": "user", "content": "Who are you?"}]',
+        'as_tensors = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+        "inputs = tokenizer.apply_chat_template(chat, **as_tensors)",
+        show,
+    ]
+    return "\n".join([*lines, *(asked if tokenizer.chats else [])]) + "\n"
+
+
+def card_metadata(record: RunRecord | None, about: Description, library: str) -> str:
     """Return the front matter as YAML. There is no ``base_model``: the weights are derived from no other model's."""
     from huggingface_hub import ModelCardData
 
@@ -68,8 +111,11 @@ def card_metadata(record: RunRecord | None, library: str) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["resmol", "llama"] if record is None else ["resmol", "llama", "from-scratch"],
     }
-    if record is not None:
-        fields["license"] = "apache-2.0"  # that of LICENSE; about weights from elsewhere, only their source can tell
+    licence = about.licence if record is None else "apache-2.0"  # that of LICENSE; else only the source can tell
+    if licence is not None:
+        fields["license"] = licence
+    if about.languages:
+        fields["language"] = list(about.languages)
     if inputs and all(name == SHAKESPEARE for name in inputs):
         fields["language"] = "en"
     return str(ModelCardData(**fields).to_yaml()).strip()

@@ -20,9 +20,10 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
 from resmol.inference.generate import generate
 from resmol.inference.sampling_params import SamplingParams
+from resmol.interop.export.card_check import NEW_TOKENS, CardExpectation
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.model.llama import CausalLM
 
-NEW_TOKENS = 16
 VOCABULARY_TEXTS = 100
 # Relative to the largest logit. Two float32 implementations differ by some 1e-6; the smallest mistake, by over 1e-2.
 TOLERANCE = 1e-4
@@ -42,7 +43,7 @@ class Reader:
 
     Attributes:
         name: Its usual name.
-        program: The module of ours that runs it, in a process of its own.
+        program: The file of ours beside this one that runs it, in a process of its own.
         package: The package that it imports.
         extra: The extra of resmol that installs it.
     """
@@ -53,25 +54,29 @@ class Reader:
     extra: str
 
 
-TRANSFORMERS = Reader("transformers", "resmol.interop.export.reader_transformers", "transformers", "verify")
+TRANSFORMERS = Reader("transformers", "reader_transformers.py", "transformers", "verify")
 
 
 @dataclass(frozen=True)
 class ReadBack:
-    """The results of another implementation that read an export."""
+    """The results of another implementation that read an export; ``card``, where it also followed the card."""
 
     logits: list[Tensor]
     greedy: list[list[int]]
     ids: list[list[int]]
+    card: dict[str, Any] | None = None
 
 
-def compare_with_transformers(model: CausalLM, tokenizer: Tokenizer, folder: Path) -> list[Check]:
+def compare_with_transformers(
+    model: CausalLM, tokenizer: ExportedTokenizer, folder: Path, *, python: str = sys.executable
+) -> list[Check]:
     """Load a folder with transformers in a process of its own and compare it with ``model``.
 
     Args:
         model: Ours, with the rounded weights of the file, computing in float32.
-        tokenizer: Ours.
+        tokenizer: Its tokenizer, as the export describes it.
         folder: The export.
+        python: The interpreter, whose version of transformers reads.
 
     Returns:
         The checks, failed ones included.
@@ -80,12 +85,14 @@ def compare_with_transformers(model: CausalLM, tokenizer: Tokenizer, folder: Pat
         DataError: transformers is not installed.
         CheckFailed: transformers cannot load the folder.
     """
-    inputs, texts = comparison_inputs(model), comparison_texts(tokenizer)
-    theirs = read_back(TRANSFORMERS, folder, inputs, texts)
+    inputs, texts = comparison_inputs(model), comparison_texts(tokenizer.tokenizer)
+    card = CardExpectation(model, tokenizer, texts)
+    theirs = read_back(TRANSFORMERS, folder, inputs, texts, python=python, card=card.request(folder))
     return [
         logits_check("logits", model, inputs, theirs),
         greedy_check("greedy tokens", model, inputs, theirs),
-        token_ids_check("token ids", tokenizer, texts, theirs),
+        token_ids_check("token ids", tokenizer.tokenizer, texts, theirs),
+        *card.checks(theirs.card or {}),
     ]
 
 
@@ -103,7 +110,15 @@ def comparison_texts(tokenizer: Tokenizer) -> list[str]:
     return [*HARD_TEXTS, tokenizer.decode(range(32)), *(tokenizer.decode(ids) for ids in drawn)]
 
 
-def read_back(reader: Reader, path: Path, inputs: list[list[int]], texts: list[str], **more: str) -> ReadBack:
+def read_back(
+    reader: Reader,
+    path: Path,
+    inputs: list[list[int]],
+    texts: list[str],
+    *,
+    python: str = sys.executable,
+    **more: Any,
+) -> ReadBack:
     """Let another implementation load an export in a process of its own, offline, and compute.
 
     Args:
@@ -111,6 +126,7 @@ def read_back(reader: Reader, path: Path, inputs: list[list[int]], texts: list[s
         path: The file or folder that it loads.
         inputs: Token ids to compute the logits of, and to continue.
         texts: Texts to turn into ids.
+        python: The interpreter of the process.
         more: Further fields of the request.
 
     Raises:
@@ -125,7 +141,8 @@ def read_back(reader: Reader, path: Path, inputs: list[list[int]], texts: list[s
     }
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.safetensors"
-        command = [sys.executable, "-m", reader.program, str(path), str(out)]
+        program = Path(__file__).with_name(reader.program)
+        command = [python, "-P", str(program), str(path.absolute()), str(out)]  # -P: nothing beside it is imported
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
         )
@@ -133,7 +150,8 @@ def read_back(reader: Reader, path: Path, inputs: list[list[int]], texts: list[s
             raise _unreadable(reader, done.stderr)
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         logits = load_file(out)
-        return ReadBack([logits[str(n)] for n in range(len(inputs))], answer["greedy"], answer["ids"])
+        in_order = [logits[str(n)] for n in range(len(inputs))]
+        return ReadBack(in_order, answer["greedy"], answer["ids"], answer.get("card"))
 
 
 def _unreadable(reader: Reader, stderr: str) -> DataError | CheckFailed:
@@ -182,8 +200,8 @@ def greedy_check(name: str, model: CausalLM, inputs: list[list[int]], theirs: Re
     )
 
 
-def token_ids_check(name: str, tokenizer: Tokenizer, texts: list[str], theirs: ReadBack) -> Check:
-    """Compare the token ids of `comparison_texts`."""
+def token_ids_check(name: str, tokenizer: Tokenizer | ExportedTokenizer, texts: list[str], theirs: ReadBack) -> Check:
+    """Compare the token ids of `comparison_texts`; an `ExportedTokenizer` has those that belong around a text."""
     wrong = [
         f"{text!r} is {other} there and {ours} here"
         for text, other in zip(texts, theirs.ids, strict=True)

@@ -1,6 +1,6 @@
 """Read a GGUF file with llama.cpp, through llama-cpp-python, in a process of its own.
 
-``python -m resmol.interop.export.reader_llama_cpp FILE OUT`` has the protocol of
+``python reader_llama_cpp.py FILE OUT`` has the protocol of
 `reader_transformers`. Keys and values are kept in float32, so that nothing but the file's type differs.
 """
 
