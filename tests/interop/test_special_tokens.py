@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import CheckpointError, DataError
+from resmol.errors import CheckpointError, ConfigError
 from resmol.interop.gguf_header import GGUFHeader
+from resmol.interop.gguf_names import gguf_ends
 from resmol.interop.resolve import Source, resolve
 from resmol.interop.special_tokens import SpecialTokens, harmless_padding, special_tokens
 
@@ -163,7 +164,7 @@ def test_roles_of_a_gguf_file(genuine_tokenizer: Tokenizer, tiny_config: RunConf
         "tokenizer.chat_templates": ["rag"],
     }
     header = GGUFHeader(metadata, {})
-    found = special_tokens(Source("gguf", tmp_path, config, header), config, genuine_tokenizer)
+    found = special_tokens(Source("gguf", tmp_path, config, header, ends=gguf_ends(header)), config, genuine_tokenizer)
     assert found.roles == {"bos_token": 1, "eos_token": 2, "unk_token": 0, "pad_token": 2}
     assert (found.ends, found.chat_templates) == ((2, 3), {"default": "t", "rag": "r"})
 
@@ -190,5 +191,5 @@ def test_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None:
 def test_a_damaged_file_is_no_silent_loss(name: str, tmp_path: Path) -> None:
     folder = chat_folder(tmp_path)
     (folder / name).write_text('{"eos_token": ', encoding="utf-8")
-    with pytest.raises(DataError, match=name):
+    with pytest.raises(ConfigError, match=name):
         found_in(folder)

@@ -16,7 +16,8 @@ TOKENIZER_FILES = (
     "merges.txt", "tokenizer.model",
 )  # fmt: skip
 HUB_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES,
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "README.md",
 )  # fmt: skip
 
 

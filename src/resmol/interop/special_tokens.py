@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resmol.config.model_config import ModelConfig
+from resmol.config.model_config import ModelConfig, read_hf_table
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckpointError, DataError
 from resmol.interop.gguf_header import GGUFHeader
@@ -41,7 +41,7 @@ class SpecialTokens:
 
     Attributes:
         roles: bos_token, eos_token, unk_token, pad_token, as far as they are taken -> the token.
-        ends: The tokens that end a generated text; the first is the one of config.json.
+        ends: The tokens that end a generated text; none, if only a limit does.
         chat_templates: Name -> Jinja template; the usual one is "default".
         additional: Further control tokens that the source lists by name.
         config_pad: ``pad_token_id`` of the source's config.json; transformers never trains the row of that token.
@@ -74,8 +74,8 @@ def special_tokens(source: Source, config: ModelConfig, tokenizer: Tokenizer) ->
         tokenizer: Its tokenizer.
 
     Raises:
-        CheckpointError: A file is a link that leads out of its folder.
-        DataError: A file cannot be read, or is not what its name says.
+        CheckpointError: A chat template is a link that leads out of its folder.
+        ConfigError: A file is not what its name says; `DataError`: it cannot be read.
     """
     if isinstance(source.weights, GGUFHeader):
         found = _of_gguf(source.weights.metadata)
@@ -84,7 +84,8 @@ def special_tokens(source: Source, config: ModelConfig, tokenizer: Tokenizer) ->
     else:  # what training knows: documents end with one token, which SmolLM2's tokenizer also uses for bos and unk
         end = config.eos_token_id
         found = _Stated({"bos_token": config.bos_token_id, "unk_token": end, "eos_token": end}, padding_side="left")
-    return _completed(found, config, tokenizer)
+    ends = (config.eos_token_id,) if source.ends is None else source.ends
+    return _completed(found, ends, config, tokenizer)
 
 
 @dataclass
@@ -92,7 +93,6 @@ class _Stated:
     """What the files say, unchecked: ids may be anything that JSON can hold."""
 
     roles: dict[str, Any]
-    ends: list[Any] = field(default_factory=list)
     chat_templates: dict[str, str] = field(default_factory=dict)
     additional: list[Any] = field(default_factory=list)
     config_pad: Any = None
@@ -100,7 +100,7 @@ class _Stated:
     sampling: dict[str, Any] = field(default_factory=dict)
 
 
-def _completed(stated: _Stated, config: ModelConfig, tokenizer: Tokenizer) -> SpecialTokens:
+def _completed(stated: _Stated, ends: tuple[int, ...], config: ModelConfig, tokenizer: Tokenizer) -> SpecialTokens:
     """Keep the ids that are tokens, and choose the roles that are missing."""
     added = {token for token in tokenizer.added_tokens if token < config.vocab_size}
     # A token of the ordinary vocabulary never gets a role: transformers would then find it in every text.
@@ -108,10 +108,12 @@ def _completed(stated: _Stated, config: ModelConfig, tokenizer: Tokenizer) -> Sp
     end = next((token for token in (config.eos_token_id, tokenizer.eos_id) if token in added), None)
     if end is not None:
         roles.setdefault("eos_token", end)
-    ends = tuple(dict.fromkeys(t for t in stated.ends if _is_id(t) and t < config.vocab_size)) or (config.eos_token_id,)
+    ends = tuple(token for token in dict.fromkeys(ends) if token < config.vocab_size)
     if "pad_token" not in roles:
         taken = {*ends, *(roles[role] for role in ("bos_token", "eos_token") if role in roles)}
-        roles["pad_token"] = harmless_padding(tokenizer, added - taken, stated.chat_templates.values(), ends[0])
+        roles["pad_token"] = harmless_padding(
+            tokenizer, added - taken, stated.chat_templates.values(), config.eos_token_id
+        )
     return SpecialTokens(
         {role: roles[role] for role in ROLES if role in roles},
         ends,
@@ -154,7 +156,6 @@ def harmless_padding(tokenizer: Tokenizer, free: Collection[int], templates: Ite
 
 
 def _of_gguf(metadata: Mapping[str, Any]) -> _Stated:
-    tokens = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     named = {
         key.removeprefix(f"{_GGUF_TEMPLATE}."): value
         for key, value in metadata.items()
@@ -163,7 +164,6 @@ def _of_gguf(metadata: Mapping[str, Any]) -> _Stated:
     templates = {DEFAULT: metadata.get(_GGUF_TEMPLATE), **named}
     return _Stated(
         {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in _GGUF_ROLES.items()},
-        ends=list(tokens.values()),  # llama.cpp ends a text at each of these
         chat_templates={name: text for name, text in templates.items() if isinstance(text, str)},
     )
 
@@ -172,11 +172,10 @@ def _of_gguf(metadata: Mapping[str, Any]) -> _Stated:
 
 
 def _of_folder(folder: Path, tokenizer: Tokenizer) -> _Stated:
-    config, generation, stated = (
-        _table(folder, name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
-    )
-    named = {**_table(folder, "special_tokens_map.json"), **stated}
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    names = ("config", "generation_config", "special_tokens_map", "tokenizer_config")
+    paths = [folder / f"{name}.json" for name in names]
+    config, generation, named, stated = (read_hf_table(path) if path.exists() else {} for path in paths)
+    named |= stated
     roles = {role: _token(named[role], tokenizer) for role in ROLES if role in named}
     ids = {"bos_token": config.get("bos_token_id")} if "bos_token" not in named else {}
     pads = [table.get("pad_token_id") for table in (config, generation)]
@@ -186,7 +185,6 @@ def _of_folder(folder: Path, tokenizer: Tokenizer) -> _Stated:
     further = named.get("additional_special_tokens", named.get("extra_special_tokens"))
     return _Stated(
         roles | ids,
-        ends=ends if isinstance(ends, list) else [ends],
         chat_templates=_templates(folder, stated),
         additional=[_token(entry, tokenizer) for entry in further] if isinstance(further, list) else [],
         config_pad=config.get("pad_token_id"),
@@ -243,16 +241,3 @@ def _require_inside(folder: Path, path: Path) -> None:
         raise CheckpointError(
             f"{path} leads out of its folder, to {path.resolve()}", fix="put the file itself into the folder"
         )
-
-
-def _table(folder: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file of a folder, an empty table where it is missing."""
-    content = _content(folder, name)
-    try:
-        table = {} if content is None else parse_json(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{folder / name} is not sound JSON ({str(error)[:200]})",
-            fix="fetch the file again, or move it out of the folder",
-        ) from None
-    return table if isinstance(table, dict) else {}

@@ -124,7 +124,7 @@ class CardExpectation:
         found = {role: token for role, token in seen["roles"].items() if token is not None}
         pairs = {
             "roles": (found, dict(tokens.roles)),
-            "ends": (ends if isinstance(ends, list) else [ends], list(tokens.ends)),
+            "ends": (ends if isinstance(ends, list) else [end for end in [ends] if end is not None], list(tokens.ends)),
             "chat template": (templates, dict(tokens.chat_templates)),
         }
         more = f", ends {' and '.join(map(str, tokens.ends))}" if len(tokens.ends) > 1 else ""

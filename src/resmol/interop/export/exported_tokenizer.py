@@ -111,9 +111,11 @@ class ExportedTokenizer:
         row of ``config.json``'s padding token no gradient, so a model that is trained further would never learn it.
         """
         tokens, ends = self.tokens, list(self.tokens.ends)
-        begin = {"bos_token_id": tokens.roles["bos_token"]} if "bos_token" in tokens.roles else {}
-        end = ends[0] if len(ends) == 1 else ends
-        return begin | {"eos_token_id": end, "pad_token_id": tokens.pad} | dict(tokens.sampling)
+        table = {
+            "bos_token_id": tokens.roles.get("bos_token"),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        }
+        return table | {"pad_token_id": tokens.pad} | dict(tokens.sampling)
 
 
 def exported_tokenizer(loaded: LoadedModel) -> ExportedTokenizer:
@@ -123,10 +125,20 @@ def exported_tokenizer(loaded: LoadedModel) -> ExportedTokenizer:
     trained with what its post-processor adds.
 
     Raises:
-        CheckpointError: A file of the source is a link that leads out of its folder.
-        DataError: A file of the source cannot be read, or is not what its name says.
+        CheckpointError: A chat template of the source is a link that leads out of its folder.
+        ConfigError: A file of the source is not what its name says; `DataError`: it cannot be read.
     """
-    tokenizer = loaded.tokenizer
-    before, after = ([], []) if loaded.source.trained_here else tokenizer.around()
+    tokenizer = with_rows_only(loaded.tokenizer, loaded.config.vocab_size)
+    before, after = tokenizer.around() if tokenizer.adds_special_tokens else ([], [])
     tokens = special_tokens(loaded.source, loaded.config, tokenizer)
     return ExportedTokenizer(tokenizer, tokens, tuple(before), tuple(after))
+
+
+def with_rows_only(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """Return a tokenizer without the added tokens for which the model has no row: padding with one is an error."""
+    if tokenizer.vocab_size <= rows:
+        return tokenizer
+    document = json.loads(tokenizer.data)
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < rows]
+    data = json.dumps(document, ensure_ascii=False, indent=2).encode("utf-8")
+    return Tokenizer(data, tokenizer.path, adds_special_tokens=tokenizer.adds_special_tokens, eos_id=tokenizer.eos_id)

@@ -125,8 +125,10 @@ def write_folder(loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path
     """Write all files of an export into an existing, empty folder."""
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in weight_tensors(loaded.model).items()}
     save_tensors(tensors, folder / WEIGHTS)
-    pad = tokenizer.tokens.config_pad
-    write_json(folder / "config.json", loaded.config.to_hf(dtype) | ({} if pad is None else {"pad_token_id": pad}))
+    tokens = tokenizer.tokens
+    config = loaded.config.to_hf(dtype) | ({} if tokens.ends else {"eos_token_id": None})
+    pad = {} if tokens.config_pad is None else {"pad_token_id": tokens.config_pad}
+    write_json(folder / "config.json", config | pad)
     write_companions(loaded, tokenizer, folder, dtype)
 
 
