@@ -8,20 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from resmol.checks import Check
-from resmol.config.model_config import ModelConfig
 from resmol.errors import UsageError
 from resmol.interop.description import Description, description
-from resmol.interop.export.exported_tokenizer import ExportedTokenizer, exported_tokenizer
+from resmol.interop.export.exported_tokenizer import exported_tokenizer
 from resmol.interop.export.gguf_parity import compare_gguf, gguf_readers
 from resmol.interop.export.gguf_writer import KINDS, write_gguf
 from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, write_companions
+from resmol.interop.export.modelfile import MODELFILE, modelfile
 from resmol.interop.export.training_record import recorded
 from resmol.interop.load import load_model
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
-
-MODELFILE = "Modelfile"
 
 
 def export_gguf(
@@ -74,25 +72,3 @@ def export_gguf(
 def plain_name(name: str) -> str:
     """Return a name that needs no quoting in a Modelfile, a shell or a web address."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
-
-
-def modelfile(tokenizer: ExportedTokenizer, config: ModelConfig, file_name: str) -> str:
-    """Return ollama's description of the model.
-
-    The prompt of a base model goes in as it is. Of a chat model, ollama reads the chat template in the GGUF file. The
-    sampling is that of `resmol generate`; ollama's own default would penalize repetition.
-    """
-    tokens = tokenizer.tokens
-    ends = dict.fromkeys((*tokens.ends, *(tokens.roles[role] for role in ("eos_token",) if role in tokens.roles)))
-    spelled = [tokenizer.tokenizer.spelling(token) for token in ends]
-    lines = [
-        f"FROM ./{file_name}",
-        *([] if tokenizer.chats else ['TEMPLATE """{{ .Prompt }}"""']),
-        f"PARAMETER num_ctx {config.max_position_embeddings}",
-        "PARAMETER temperature 0.8",
-        "PARAMETER top_k 50",
-        "PARAMETER top_p 0.95",
-        "PARAMETER repeat_penalty 1.0",
-        *(f'PARAMETER stop "{end}"' for end in spelled if end and '"' not in end and end.isprintable()),
-    ]
-    return "\n".join(lines) + "\n"

@@ -123,8 +123,8 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: ExportedTokenizer) -> Non
         if role in tokens.roles:
             add(tokens.roles[role])
     ends = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for end, add in zip(tokens.ends, ends, strict=False):
-        add(end)
+    for end, add in zip(tokens.ends or [tokens.roles.get("eos_token", tokens.pad)], ends, strict=False):
+        add(end)  # also where no token ends a text: llama.cpp would take the 11th
     if tokenizer.before not in ((), (tokens.roles.get("bos_token"),)) or tokenizer.after not in ((), tokens.ends[:1]):
         raise no_name(tokenizer.tokenizer, "a post-processor that adds more than the begin and the end token")
     writer.add_add_bos_token(bool(tokenizer.before))

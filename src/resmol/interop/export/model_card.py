@@ -79,7 +79,7 @@ def card_code(tokenizer: ExportedTokenizer, gguf: str | None = None, *, tied: bo
     """
     comment, file = ("", "") if gguf is None else ("  # from tokenizer.json", f', gguf_file="{gguf}"')
     file += ", tie_word_embeddings=True" if tied and gguf is not None else ""
-    several = gguf is not None and len(tokenizer.tokens.ends) > 1  # a GGUF file has one that transformers knows
+    several = gguf is not None and len(tokenizer.tokens.ends) != 1  # of a GGUF file, transformers knows one end
     show = f"print(tokenizer.decode(model.generate(**inputs, max_new_tokens={CARD_NEW_TOKENS})[0]))"
     lines = [
         f"from transformers import AutoModelForCausalLM, AutoTokenizer{', GenerationConfig' if several else ''}",
