@@ -36,7 +36,7 @@ test: .venv/package ## the test suite
 fuzz: .venv/package ## the property tests with new random examples, ten times as many
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz -n $(WORKERS) --dist worksteal
 
-interop: .venv/interop ## what llama.cpp and lm-eval make of our exports; builds llama.cpp the first time (minutes)
+interop: .venv/interop ## what llama.cpp, lm-eval and other transformers make of our exports; builds llama.cpp the first time (minutes)
 	$(BIN)/python -m pytest -m interop
 
 slow: .venv/package ## the tests that take over a minute or download real weights

@@ -180,10 +180,10 @@ def test_a_file_elsewhere_is_not_published(tmp_path: Path) -> None:
 
 def test_the_hubs_cache_links_to_its_blobs(tmp_path: Path) -> None:
     folder = chat_folder(tmp_path / "models--me--x" / "snapshots" / "abc")
-    blobs = tmp_path / "models--me--x" / "blobs"
-    blobs.mkdir()
-    (blobs / "1").write_text("of a blob", encoding="utf-8")
-    (folder / "chat_template.jinja").symlink_to(blobs / "1")
+    blob = tmp_path / "models--me--x" / "blobs" / ("0a" * 20)
+    blob.parent.mkdir()
+    blob.write_text("of a blob", encoding="utf-8")
+    (folder / "chat_template.jinja").symlink_to(blob)
     assert found_in(folder).chat_templates == {"default": "of a blob"}
 
 

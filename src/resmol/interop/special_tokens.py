@@ -25,6 +25,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 _GGUF_ROLES = dict(zip(ROLES, ("bos", "eos", "unknown", "padding"), strict=True))
 _GGUF_TEMPLATE = "tokenizer.chat_template"
+_HASH = re.compile(r"[0-9a-f]{30,64}")
 # What a control token does, by its name, and its rank as padding: the first that fits decides, the lowest rank wins.
 _PADDING = (
     (r"pad", 0),
@@ -233,11 +234,10 @@ def _content(folder: Path, name: str) -> bytes | None:
 
 
 def _require_inside(folder: Path, path: Path) -> None:
-    """Refuse a link out of the folder: an export would publish what it leads to. The Hub's cache links to its blobs."""
-    home = folder.resolve()
-    blobs = home.parent.with_name("blobs")
-    allowed = (home, blobs) if home.parent.name == "snapshots" else (home,)
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{path} leads out of its folder, to {path.resolve()}", fix="put the file itself into the folder"
-        )
+    """Refuse a link out of the folder, since an export would publish what it leads to.
+
+    The caches of download tools, whose files are named by their hashes, are no such place.
+    """
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()) and not _HASH.fullmatch(target.name):
+        raise CheckpointError(f"{path} leads out of its folder, to {target}", fix="put the file itself into the folder")
