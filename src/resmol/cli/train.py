@@ -25,7 +25,6 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.process_setup import set_up_process
 
-
 HeldOut = Annotated[
     list[str] | None,
     typer.Option(
