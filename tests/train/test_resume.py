@@ -586,6 +586,26 @@ def test_a_crash_between_the_stored_configuration_and_the_record_of_its_drift(
             train_tiny(run, 10, config=None)
 
 
+def test_a_decay_is_planned_while_it_lies_ahead(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    """Warm-up-stable-decay: the decay is decided on late. The audit knows both schedules."""
+    run, decay = tmp_path / "run", ("schedule.decay_start=22", "schedule.decay_steps=6")
+    accepted = {"accept_drift": ["schedule.decay_start", "schedule.decay_steps"], "config": None}
+    train_tiny(run, 20)
+    with pytest.raises(ConfigError, match=r"schedule\.decay_start \(class B\)"):
+        train_tiny(run, 28, *decay, config=None)
+    early = ("schedule.decay_start=15", "schedule.decay_steps=6")
+    with pytest.raises(ConfigError, match="gives step 16 another learning rate, and the run is at step 20"):
+        train_tiny(run, 28, *early, **accepted)
+    train_tiny(run, 25, *decay, **accepted)
+    with pytest.raises(ConfigError, match="gives step 23 another learning rate"):
+        train_tiny(run, 28, "schedule.decay_steps=9", **accepted)
+    train_tiny(run, 28, config=None)
+    rates = [record["lr"] for _, record in sorted(effective_steps(read_ledger(run / "ledger.jsonl").records).items())]
+    assert rates[19:22] == [0.01] * 3
+    assert rates[22:] == pytest.approx([0.01 * (6 - step) / 6 for step in range(1, 7)])
+    assert all_passed(audit(RunDir(run)))
+
+
 # --- the place in the data -----------------------------------------------------------------------------------
 
 

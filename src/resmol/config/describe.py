@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Literal, get_args, get_origin
 
@@ -42,7 +43,7 @@ def describe() -> str:
     for section, field in RunConfig.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            lines += [f"## {section}", (kind.__doc__ or "").strip(), "", _TABLE_HEAD]
+            lines += [f"## {section}", inspect.getdoc(kind) or "", "", _TABLE_HEAD]
             lines += [_describe_field(f"{section}.{key}", inner) for key, inner in kind.model_fields.items()]
         else:
             lines += [_TABLE_HEAD, _describe_field(section, field)]

@@ -67,14 +67,17 @@ class OptimizerConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """The learning rate as a function of the step. The horizon belongs to the run; ``train.steps`` does not."""
+    """The learning rate as a function of the step. The horizon belongs to the run; ``train.steps`` does not.
+
+    A decay may be planned, or changed, while it lies ahead: no step that is done may get another learning rate.
+    """
 
     kind: Literal["wsd", "cosine", "constant"] = param("wsd", "A", "warm-up-stable-decay, cosine or constant")
     warmup_steps: int = param(2000, "A", "linear warm-up from 0", ge=0)
-    decay_start: int = param(0, "A", "wsd: last step before the decay; 0 plans none", ge=0)
-    decay_steps: int = param(0, "A", "wsd: length of the linear decay", ge=0)
+    decay_start: int = param(0, "B", "wsd: last step before the decay; 0 plans none", ge=0)
+    decay_steps: int = param(0, "B", "wsd: length of the linear decay", ge=0)
     horizon: int = param(0, "A", "cosine: the step at which the minimum is reached", ge=0)
-    final_fraction: float = param(0.0, "A", "learning rate after the decay, as a share of the peak", ge=0, le=1)
+    final_fraction: float = param(0.0, "B", "learning rate after the decay, as a share of the peak", ge=0, le=1)
 
     @model_validator(mode="after")
     def _complete(self) -> ScheduleConfig:

@@ -30,6 +30,11 @@ def lr_at(step: int, schedule: ScheduleConfig, peak: float) -> float:
     return peak * _SHAPES[schedule.kind](step, schedule)
 
 
+def first_changed_step(old: ScheduleConfig, new: ScheduleConfig, last: int) -> int | None:
+    """Return the first of the steps 1 to ``last`` whose learning rate differs between two schedules, or None."""
+    return next((step for step in range(1, last + 1) if lr_at(step, old, 1.0) != lr_at(step, new, 1.0)), None)
+
+
 def _constant(_step: int, _schedule: ScheduleConfig) -> float:
     return 1.0
 

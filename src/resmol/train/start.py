@@ -25,6 +25,7 @@ from resmol.data.resolve import Text, data_folder
 from resmol.errors import ConfigError, ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
+from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.config_history import recorded_config
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger
@@ -37,6 +38,7 @@ from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
 from resmol.train.compiler import broken_compiler, first_sentence
 from resmol.train.loop import Session, TrainState, train
+from resmol.train.lr_schedule import first_changed_step
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
 from resmol.version import __version__
@@ -138,7 +140,9 @@ def resolve_config(
     requested = (config or stored or before).replace(changes)
     if not requested.data.path:  # a preset does not say where the data lies; the run does
         requested = requested.replace({"data.path": before.data.path})
-    return reconcile(before, requested, accept_drift)
+    resolved, drifts = reconcile(before, requested, accept_drift)
+    _refuse_another_past(run, before, resolved)
+    return resolved, drifts
 
 
 def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
@@ -149,6 +153,16 @@ def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
         raise ConfigError(
             "the run's config.toml was edited, and another configuration is given as well:\n" + "\n".join(edits),
             fix="undo the edit, or leave out --preset and --config to ask for what the file says now",
+        )
+
+
+def _refuse_another_past(run: RunDir, before: RunConfig, after: RunConfig) -> None:
+    """Refuse a schedule that gives another learning rate to a step that is done."""
+    done = max((step_of(path) for path in list_checkpoints(run.checkpoints)), default=0)
+    if step := first_changed_step(before.schedule, after.schedule, done):
+        raise ConfigError(
+            f"the schedule that is asked for gives step {step} another learning rate, and the run is at step {done}",
+            fix=f"plan a decay that begins at step {done} or later: schedule.decay_start={done}",
         )
 
 
