@@ -114,6 +114,7 @@ def test_tokens_that_are_not_used_are_none(tiny_tokenizer: Tokenizer) -> None:
     [
         ({"pre": "qwen2"}, "its rule for words, 'qwen2', is not implemented"),
         ({"pre": None}, "its rule for words, 'None'"),
+        ({"pre": ["smollm"]}, "its rule for words"),
         ({"model": "llama"}, "its tokenizer 'llama' is no byte-level BPE"),
         ({"merges": None}, "no byte-level BPE with merges"),
         ({"tokens": [1, 2]}, "no byte-level BPE with merges"),

@@ -18,7 +18,9 @@ from tokenizers import processors
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.interop import model_tokenizer
+from resmol.interop.gguf_header import read_gguf_header
 from resmol.interop.load import load_model
+from resmol.interop.resolve import resolve
 
 
 def test_without_a_tokenizer_of_its_own_a_model_of_another_size_does_not_get_smollm2s(tmp_path: Path) -> None:
@@ -261,6 +263,15 @@ def test_a_gguf_file_decides_about_the_tokenizer_beside_it(
     beside.write_text(json.dumps(document))
     assert load_model(path).tokenizer.encode("ka") == plain
     assert any("has other tokens than x.gguf" in line for line in messages)
+
+
+@pytest.mark.parametrize("index", [512, 2**64 - 1])
+def test_a_beginning_that_is_no_token_is_not_added(tmp_path: Path, tiny_tokenizer: Tokenizer, index: int) -> None:
+    path = gguf(tmp_path / "x.gguf", tiny_tokenizer, add_bos_token=True, eos_token_id=0)
+    header = read_gguf_header(path)
+    header.metadata["tokenizer.ggml.bos_token_id"] = index
+    source = replace(resolve(path), weights=header)
+    assert model_tokenizer.model_tokenizer(source).around() == ([], [])
 
 
 def test_a_gguf_file_of_an_unknown_rule_asks_for_a_tokenizer_with_an_option_that_exists(

@@ -21,6 +21,7 @@ from resmol.config.load import load_config, load_preset
 from resmol.config.model_config import read_model_config
 from resmol.errors import CheckpointError, ConfigError, DataError, NetworkError
 from resmol.interop import resolve as module
+from resmol.interop.hub_repository import TOKENIZER_FILES
 from resmol.interop.load import load_model
 from resmol.interop.resolve import Source, resolve
 from resmol.run.checkpoint_manifest import read_manifest
@@ -230,6 +231,33 @@ def test_headers_that_cannot_be_fetched_are_noted(hub: Hub, folder: Path) -> Non
     found = resolve("alice/nano", headers_only=True)
     assert (found.config, found.weights) == (read_model_config(folder), None)
     assert "was not compared with the weights" in found.notes[0]
+
+
+def test_what_a_model_says_is_downloaded_with_it(hub: Hub, folder: Path) -> None:
+    """Its ends, and the files of a tokenizer of any kind: a missing one would be replaced by SmolLM2's."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    for name in TOKENIZER_FILES:
+        (folder / name).write_text("{}")
+    put(hub, folder)
+    found = resolve("alice/nano")
+    assert found.ends == (0, 2)
+    assert {file.name for file in found.path.iterdir()} >= set(TOKENIZER_FILES)
+
+
+def test_parts_of_a_gguf_repository_are_downloaded_together(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    names = [f"x-{number:05}-of-00002.gguf" for number in (1, 2)]
+    for name in names:
+        (tmp_path / "folder" / name).write_bytes(b"GGUF")
+    put(hub, tmp_path / "folder")
+    with pytest.raises(CheckpointError, match=names[0]) as caught:  # which is read, and is no model
+        resolve("alice/nano")
+    first = Path(str(caught.value).split(" is not")[0])
+    assert {file.name for file in first.parent.iterdir()} == set(names)
+    (tmp_path / "folder" / "y.gguf").write_bytes(b"GGUF")
+    put(hub, tmp_path / "folder", "alice/several")
+    with pytest.raises(DataError, match=f"holds 2 GGUF models .{names[0]}, y.gguf. and no safetensors"):
+        resolve("alice/several")
 
 
 def test_a_gguf_repository_is_not_downloaded_to_be_described(hub: Hub, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
-from resmol.data.byte_level import byte_alphabet, bytes_of_tokens
+from resmol.data.byte_level import MAX_ID, byte_alphabet, bytes_of_tokens
 from resmol.data.tokenizer_files import (
     SMOLLM2_HUB_ID,
     SMOLLM2_HUB_REVISION,
@@ -126,7 +126,7 @@ class Tokenizer:
 
     def spelling(self, token: int) -> str | None:
         """Return a token as it is written in the vocabulary, such as ``<|endoftext|>``; None for an unknown id."""
-        return self._rust.id_to_token(token)
+        return self._rust.id_to_token(token) if 0 <= token < self.vocab_size else None
 
     def with_special_tokens_as_text(self) -> Tokenizer:
         """Return the same tokenizer, for which the spelling of a control token is text like any other."""
@@ -321,6 +321,6 @@ def _eos_id(rust: tokenizers.Tokenizer, path: Path, otherwise: int | None) -> in
         token = rust.token_to_id(name)
         if token is not None:  # 0 is an id like any other
             return token
-    if otherwise is not None and rust.id_to_token(otherwise) is not None:
+    if otherwise is not None and otherwise <= MAX_ID and rust.id_to_token(otherwise) is not None:
         return otherwise
     raise _unusable(path, f"it has none of the tokens {', '.join(END_OF_TEXT)} to end a document with")

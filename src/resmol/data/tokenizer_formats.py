@@ -79,7 +79,7 @@ def tokenizer_json_from_metadata(metadata: Mapping[str, Any], path: Path, *, rul
     kind, name = stated.get("model"), rule or stated.get("pre")
     if kind not in (None, "gpt2") or not _are_texts(tokens) or not _are_texts(merges):
         raise _unusable(path, f"its tokenizer {str(kind)[:40]!r} is no byte-level BPE with merges")
-    if name not in GGUF_STEPS:
+    if not isinstance(name, str) or name not in GGUF_STEPS:
         raise _unusable(path, f"its rule for words, {str(name)[:40]!r}, is not implemented")
     kinds = kinds if isinstance(kinds, list) and len(kinds) == len(tokens) else [1] * len(tokens)
     added = [
