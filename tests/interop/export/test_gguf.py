@@ -183,10 +183,26 @@ def test_what_a_type_keeps_is_what_the_library_writes(kind: str) -> None:
 
 @pytest.mark.usefixtures("reads_here")
 def test_rows_that_q8_0_cannot_cut_stay_in_float16(tmp_path: Path, train_tiny: TrainTiny) -> None:
-    train_tiny(tmp_path / "run", 2)  # rows of 24
+    """And the file says how much of it is Q8_0."""
+    train_tiny(tmp_path / "run", 2, "model.intermediate_size=256")  # rows of 24, and of 256
     file = exported(tmp_path / "run", tmp_path / "out", "q8_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    tensors = gguf.GGUFReader(file).tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in tensors}
     assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.ffn_down.weight"]) == ("F16", "Q8_0")
+    sizes = {kind: sum(int(t.n_elements) for t in tensors if t.tensor_type.name == kind) for kind in ("Q8_0", "F16")}
+    share = sizes["Q8_0"] / sum(sizes.values())
+    manifest = verify_export(tmp_path / "out")
+    assert manifest.facts["share_of_dtype"] == pytest.approx(share, abs=1e-4)
+    assert f"; {share:.0%} of the numbers are Q8_0" in next(c.measured for c in manifest.checks if c.name == "weights")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"stored as q8_0 ({int(100 * share)} % of the numbers" in card
+
+
+def test_a_file_with_a_few_per_cent_of_its_type_is_refused(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 2)  # rows of 24, and of 32
+    with pytest.raises(UsageError, match=r"7\.7% of the numbers would be Q8_0"):
+        export_gguf(tmp_path / "run", tmp_path / "out", dtype="q8_0")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -78,10 +78,13 @@ def sources(
     data = prepare(root / "data", from_texts(["once upon a time the river went on"] * 60), begins, val_fraction=0.1)
     settings = ["train.steps=3", f"tokenizer.sha256={begins.sha256}"]
     train_model(tiny_config, root / "begins_run", overrides=settings, data=str(data.root), tokenizer=path)
+    named = chat_folder(root / "chat") / "additional_chat_templates" / "rag.jinja"
+    named.parent.mkdir()
+    named.write_text("{{ documents }}", encoding="utf-8")
     return {
         "run": root / "run",
         "begins_run": root / "begins_run",
-        "chat": chat_folder(root / "chat"),
+        "chat": root / "chat",
         "begins": begins_folder(root / "begins"),
     }
 

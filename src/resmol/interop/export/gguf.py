@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from resmol.checks import Check
+from resmol.config.model_config import ModelConfig
 from resmol.errors import UsageError
 from resmol.interop.description import Description, description
 from resmol.interop.export.exported_tokenizer import exported_tokenizer
 from resmol.interop.export.gguf_parity import compare_gguf, gguf_readers
-from resmol.interop.export.gguf_writer import KINDS, write_gguf
+from resmol.interop.export.gguf_writer import KINDS, Q8_BLOCK, share_of_type, write_gguf
 from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, write_companions
 from resmol.interop.export.modelfile import MODELFILE, modelfile
 from resmol.interop.export.training_record import recorded
@@ -20,6 +21,8 @@ from resmol.interop.load import load_model
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
+
+SMALLEST_SHARE = 0.1  # of the numbers of a file that is named after a type
 
 
 def export_gguf(
@@ -37,7 +40,7 @@ def export_gguf(
         The export, with the checks that it passed.
 
     Raises:
-        UsageError: ``out`` exists, or the type is unknown.
+        UsageError: ``out`` exists, the type is unknown, or hardly any number could have it.
         CheckFailed: A reader gets another model out of the file than ours; nothing is left of the export.
         DataError: There is no such model, no installed library can read the file back, or GGUF cannot describe the
             tokenizer.
@@ -48,6 +51,7 @@ def export_gguf(
     require_new(out := user_path(out))
     readers = gguf_readers()
     loaded = load_model(source, tokenizer=tokenizer, device="cpu")
+    share = _require_type(loaded.config, dtype)
     run = recorded(loaded.source.run)
     name = plain_name(out.resolve().name if run is None else run.path.resolve().name)
     file_name = f"{name}-{KINDS[dtype]}.gguf"
@@ -65,8 +69,23 @@ def export_gguf(
         )
         return compare_gguf(loaded.model, tokenizer, folder / file_name, dtype, readers)
 
-    facts = export_facts(loaded, dtype) | {"readers": [reader.name for reader in readers]}
+    facts = export_facts(loaded, dtype) | {
+        "share_of_dtype": round(share, 4),
+        "readers": [reader.name for reader in readers],
+    }
     return commit_export(out, "gguf", facts, write_files)
+
+
+def _require_type(config: ModelConfig, dtype: str) -> float:
+    """Return the share of the numbers that get the type; refuse a file that would have a name and little else of it."""
+    share = share_of_type(config, dtype)
+    if share < SMALLEST_SHARE:
+        raise UsageError(
+            f"{share:.1%} of the numbers would be {KINDS[dtype]}, the rest F16: rows of hidden_size "
+            f"({config.hidden_size}) numbers cannot be cut into blocks of {Q8_BLOCK}",
+            fix="take --dtype float16, which nearly all of the file would be anyway",
+        )
+    return share
 
 
 def plain_name(name: str) -> str:

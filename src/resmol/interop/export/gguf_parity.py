@@ -24,7 +24,7 @@ from resmol.interop.description import CARD
 from resmol.interop.export.card_check import CardExpectation
 from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.interop.export.gguf_vocab import gguf_vocabulary
-from resmol.interop.export.gguf_writer import KINDS, as_kind, as_stored, stored_kind, type_error
+from resmol.interop.export.gguf_writer import KINDS, as_kind, as_stored, share_of_type, stored_kind, type_error
 from resmol.interop.export.parity import (
     TOLERANCE,
     TRANSFORMERS,
@@ -132,11 +132,12 @@ def _with_llama_cpp(
 
 
 def _type_check(model: CausalLM, stored: CausalLM, dtype: str) -> Check:
-    share = type_error(model, stored, dtype)
+    share, named = type_error(model, stored, dtype), share_of_type(model.config, dtype)
+    rest = "" if named == 1 else f"; {named:.0%} of the numbers are {KINDS[dtype]}, the rest F16"
     return Check(
         "weights",
         share <= 1.0,
-        f"largest error {share:.2f} of what {KINDS[dtype]} allows" if share else "exact",
+        (f"largest error {share:.2f} of what {KINDS[dtype]} allows" if share else "exact") + rest,
         "half a step of the type: 2^-11 (F16), 2^-8 (BF16) of the number, 1/254 + 2^-11 of the largest of 32 (Q8_0)",
         "Numbers beyond the type's range, or rounded more than once.",
     )

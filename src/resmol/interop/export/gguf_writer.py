@@ -5,6 +5,7 @@ The library writes the format; names, order of rows and fields are those of `ggu
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.interop.export.gguf_vocab import gguf_vocabulary, no_name
 from resmol.interop.gguf_names import gguf_metadata, gguf_name, permuted, rotated_heads
 from resmol.model.llama import CausalLM
+from resmol.model.shapes import tensor_shapes
 from resmol.run.checkpoint import weight_tensors
 
 # --dtype -> name in GGUF; its enumerations of tensor types and of whole files spell them alike.
@@ -42,6 +44,13 @@ def stored_kind(shape: tuple[int, ...], dtype: str) -> str:
     if len(shape) == 1:
         return "F32"
     return "F16" if dtype == "q8_0" and shape[-1] % Q8_BLOCK else KINDS[dtype]
+
+
+def share_of_type(config: ModelConfig, dtype: str) -> float:
+    """Return which share of the numbers of a file's matrices has the type that the file is named after."""
+    matrices = [shape for shape in tensor_shapes(config).values() if len(shape) > 1]
+    named = [shape for shape in matrices if stored_kind(shape, dtype) == KINDS[dtype]]
+    return sum(map(math.prod, named)) / sum(map(math.prod, matrices))
 
 
 def write_gguf(

@@ -14,6 +14,7 @@ from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
 from resmol.errors import DataError
 from resmol.interop.description import Description, description
 from resmol.interop.export.exported_tokenizer import ExportedTokenizer
+from resmol.interop.export.gguf_writer import share_of_type
 from resmol.interop.export.markdown import code_block, code_span, plain
 from resmol.interop.export.training_record import RunRecord
 from resmol.interop.load import LoadedModel
@@ -59,6 +60,7 @@ def model_card(
             config=loaded.config,
             parameters=total_parameters(loaded.config),
             dtype=dtype,
+            share=1.0 if gguf is None else share_of_type(loaded.config, dtype),
             source=loaded.source,
             run=run_facts(record) if record is not None else None,
         )
