@@ -15,6 +15,7 @@ from resmol.data.summary import log_summary
 from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
+from resmol.system.atomic_io import remove_directory
 from resmol.system.progress import byte_progress
 from resmol.system.user_paths import user_path
 
@@ -111,8 +112,15 @@ def data_folder(data: str | None, stored: str, own: Path) -> Path:
     return folder if is_prepared(folder) else own
 
 
-def open_or_prepare(folder: Path, text: Text | None, tokenizer: Tokenizer) -> Dataset:
+def open_or_prepare(folder: Path, text: Text | None, tokenizer: Tokenizer, *, replace: bool = False) -> Dataset:
     """Open the prepared folder, after preparing ``text`` into it where that is still to be done.
+
+    Args:
+        folder: The prepared folder.
+        text: What was asked for; None takes the folder as it is.
+        tokenizer: Makes the tokens.
+        replace: Prepare ``text`` anew where the folder was made from another text or with another tokenizer: no run has
+            used it yet.
 
     Raises:
         DataError: There is nothing to open and nothing to prepare, or ``folder`` was made from another text.
@@ -125,13 +133,23 @@ def open_or_prepare(folder: Path, text: Text | None, tokenizer: Tokenizer) -> Da
             )
         logger.info(f"preparing {', '.join((*text.inputs, *text.val))} into {folder}")
         return prepare_text(folder, text, tokenizer)
-    dataset = open_dataset(folder)
-    for source in () if text is None else (*text.inputs, *text.val):
-        if not is_prepared(user_path(source)):
-            check_same_inputs(dataset, user_path(source))
-        elif text is not None and text.val:
-            raise UsageError(f"{source} is prepared already, with its held-out text", fix="leave --val out")
-    return dataset
+    sources = () if text is None else (*text.inputs, *text.val)
+    try:
+        dataset = open_dataset(folder)
+        for source in sources:
+            if not is_prepared(user_path(source)):
+                check_same_inputs(dataset, user_path(source))
+            elif text is not None and text.val:
+                raise UsageError(f"{source} is prepared already, with its held-out text", fix="leave --val out")
+        made_of_these = len(sources) == len(dataset.manifest.source.inputs)
+        if text is None or not replace or (made_of_these and dataset.tokenizer_sha256 == tokenizer.sha256):
+            return dataset
+    except DataError:
+        if text is None or not replace or not all(user_path(source).exists() for source in sources):
+            raise
+    logger.info(f"{folder} was prepared for a start that failed, from something else: preparing it anew")
+    remove_directory(folder)
+    return prepare_text(folder, text, tokenizer)
 
 
 def check_same_inputs(dataset: Dataset, source: Path) -> None:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from resmol.config.load import load_config
 from resmol.config.run_config import RunConfig
 from resmol.errors import DataError, DiskFull
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import FORMAT, first_record
-from resmol.system.atomic_io import fsync_path, remove_leftovers, write_durable
+from resmol.system.atomic_io import (
+    TEMPORARY_PREFIX,
+    commit_directory,
+    fsync_path,
+    remove_leftovers,
+    write_durable,
+)
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
+LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EXDEV, errno.EPERM}  # "no such operation"
+_KEPT = re.compile(r"^(corrupt-)?step-[0-9]{8}")
+_BEFORE_THE_FIRST_STEP = ("start", "resume", "drift", "warn", "stop")
 FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
 
 CONFIG_HEAD = """\
@@ -95,6 +109,16 @@ class RunDir:
         """Return whether a run was started here."""
         return self.config.is_file()
 
+    def has_begun(self) -> bool:
+        """Return whether a step was recorded or a checkpoint saved here; what a failed start left binds nobody."""
+        if self.checkpoints.is_dir() and any(_KEPT.match(entry.name) for entry in self.checkpoints.iterdir()):
+            return True
+        try:
+            with self.ledger.open("rb") as file:
+                return not all(kind in _BEFORE_THE_FIRST_STEP for kind in _kinds(file))
+        except FileNotFoundError:
+            return False
+
     def load_config(self) -> RunConfig:
         """Read the configuration of the run (`DataError` as in `require`)."""
         self.require()
@@ -127,42 +151,94 @@ class RunDir:
     def prepare(self, config: RunConfig, tokenizer_json: bytes) -> None:
         """Make the directory ready for a ledger and checkpoints; a new run gets its configuration and tokenizer.
 
-        Call it only while holding the run's lock: what a crash left behind is removed.
-
-        Raises:
-            DiskFull: There is no room for a checkpoint.
-            DataError: The directory cannot be written.
+        Call it only while holding the run's lock: what a crash or a failed first start left behind is removed. Raises
+        what `check_place` raises.
         """
-        self._check_room(3 * 4 * total_parameters(config.model))
+        self._check_room(config)
+        self._check_permission()
+        begun = self.has_begun()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         fsync_path(self.path)
         remove_leftovers(self.checkpoints)
         remove_leftovers(self.path)
-        if not self.tokenizer.exists():
+        if not begun:
+            for leftover in (self.ledger, self.log):
+                leftover.unlink(missing_ok=True)
+        if not begun or not self.tokenizer.exists():
             write_durable(self.tokenizer, tokenizer_json)
-        if not self.exists():
+        if not begun or not self.exists():
             if self.ledger.exists():
                 logger.warning(
                     "config.toml is missing: restored from the ledger, with the fields of class C as given now"
                 )
             self.write_config(config)
 
-    def _check_room(self, checkpoint_bytes: int) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.path).free
-        if free < checkpoint_bytes:
-            raise DiskFull(
-                f"a checkpoint needs {checkpoint_bytes:,} bytes; {self.path} has {free:,} free",
-                fix="free some space, or choose a run directory on another disk",
-            )
-        disk = os.statvfs(self.path)
-        if disk.f_files > 0 and disk.f_favail < FILES_OF_A_RUN:  # some file systems have no such limit, and say 0
-            raise DiskFull(
-                f"a run and a checkpoint need {FILES_OF_A_RUN} inodes; {self.path} has {disk.f_favail} free",
-                fix="remove some files, or choose a run directory on another disk",
-            )
+    def check_place(self, config: RunConfig) -> None:
+        """Check that a run can be written here: room for a checkpoint, permission, and the operations that it needs.
+
+        Raises:
+            DiskFull: There is no room for a checkpoint.
+            DataError: The directory cannot be written, or its file system lacks an operation.
+        """
+        self._check_room(config)
+        self._check_permission()
+        self._check_operations()
+
+    def _check_permission(self) -> None:
         for folder in (self.path, self.checkpoints):
             if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
                 raise DataError(
                     f"{folder} cannot be written", fix="check its permissions, and whether the disk is read-only"
                 )
+
+    def _check_room(self, config: RunConfig) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        checkpoint_bytes = 3 * 4 * total_parameters(config.model)
+        try:
+            disk = shutil.disk_usage(self.path)
+            inodes = os.statvfs(self.path)
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+            return  # some FUSE mounts do not say
+        if disk.total and disk.free < checkpoint_bytes:  # and some say 0 of 0
+            raise DiskFull(
+                f"a checkpoint needs {checkpoint_bytes:,} bytes; {self.path} has {disk.free:,} free",
+                fix="free some space, or choose a run directory on another disk",
+            )
+        if inodes.f_files > 0 and inodes.f_favail < FILES_OF_A_RUN:  # some file systems have no such limit, and say 0
+            raise DiskFull(
+                f"a run and a checkpoint need {FILES_OF_A_RUN} inodes; {self.path} has {inodes.f_favail} free",
+                fix="remove some files, or choose a run directory on another disk",
+            )
+
+    def _check_operations(self) -> None:
+        """Do in small what a run does: commit a directory, append to a file, cut it, remove it."""
+        probe = self.path / f"{TEMPORARY_PREFIX}probe"
+        shutil.rmtree(probe, ignore_errors=True)
+        operation = "rename a directory"
+        try:
+            commit_directory(probe, lambda folder: (folder / "file").touch(), lambda _: b"{}")
+            operation = "append to a file"
+            with (probe / "file").open("ab", buffering=0) as file:
+                file.write(b"x")
+                os.ftruncate(file.fileno(), 0)
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+            raise DataError(
+                f"{self.path} lies on a file system that cannot {operation} ({error.strerror})",
+                fix="choose a run directory on another one, such as a local disk, and copy the run when it has ended",
+            ) from None
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
+
+
+def _kinds(ledger: BinaryIO) -> Iterator[str]:
+    """Yield the kind of each whole line of a ledger, unverified; an empty one for what is no record."""
+    for line in ledger:
+        if line.endswith(b"\n"):
+            try:
+                yield str(json.loads(line)["kind"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                yield ""

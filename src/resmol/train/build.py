@@ -16,6 +16,7 @@ from resmol.errors import ConfigError
 from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
+from resmol.system.atomic_io import file_sha256
 from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
@@ -39,13 +40,18 @@ def open_run_data(
 
     Raises:
         ConfigError: The data was made with another tokenizer, or the tokenizer does not fit the model.
-        DataError: Data or tokenizer is missing or corrupt.
+        DataError: Data or tokenizer is missing or corrupt, or the text fills no window.
     """
-    own = run.tokenizer if run.tokenizer.is_file() and tokenizer is None else tokenizer
+    begun = run.has_begun()
+    own = tokenizer
+    if tokenizer is None and run.tokenizer.is_file():
+        own = run.tokenizer if begun or file_sha256(run.tokenizer) == config.tokenizer.sha256 else None
     found = load_tokenizer(own, sha256=config.tokenizer.sha256)
-    dataset = open_or_prepare(data_folder(None, config.data.path, run.data), text, found)
+    folder = data_folder(None, config.data.path, run.data)
+    dataset = open_or_prepare(folder, text, found, replace=folder == run.data and not begun)
     verify_shards(dataset)
     _check_fit(dataset, config)
+    make_loader(config, dataset.train)  # refuses text that fills no window
     return dataset, found
 
 

@@ -36,10 +36,10 @@ from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
-from resmol.train.compiler import broken_compiler, first_sentence
+from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.loop import Session, TrainState, train
 from resmol.train.lr_schedule import first_changed_step
-from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
 from resmol.version import __version__
 
@@ -83,6 +83,9 @@ def train_model(
         if is_rank_zero:
             stack.enter_context(exclusive_lock(directory.lock))
         requested, drifts = resolve()  # again: from here on no other process changes the run
+        if is_rank_zero:  # what needs no data and no decision is refused before they are made
+            directory.check_place(requested)
+        require_compiler(requested, find_device(requested.runtime.device).type)
         open_data = partial(open_run_data, directory, requested, text, tokenizer)
         opened = open_data() if is_rank_zero else None  # text is prepared once, not by every rank
         resolved = decide_auto(requested)
@@ -126,15 +129,12 @@ def resolve_config(
         ConfigError: A value is wrong, or a field differs that may not.
         DataError: The run was written in another format.
     """
+    if not run.has_begun():
+        return _first_request(run, config).replace(changes), {}
     stored = run.load_config() if run.exists() else None
     before = recorded_config(run.ledger, stored) or stored
     if before is None:
-        if config is None:
-            raise UsageError(
-                f"{run.path} is a new run, and neither a preset nor a configuration was given",
-                fix="add --preset nano (or another preset, or --config FILE)",
-            )
-        return config.replace(changes), {}
+        return _first_request(run, config).replace(changes), {}
     if config is not None and stored is not None:
         _refuse_edits(stored, before)
     requested = (config or stored or before).replace(changes)
@@ -143,6 +143,16 @@ def resolve_config(
     resolved, drifts = reconcile(before, requested, accept_drift)
     _refuse_another_past(run, before, resolved)
     return resolved, drifts
+
+
+def _first_request(run: RunDir, config: RunConfig | None) -> RunConfig:
+    """Return the configuration for a run that has not taken a step: the one that is given, else a failed start's."""
+    if config is None and not run.exists():
+        raise UsageError(
+            f"{run.path} is a new run, and neither a preset nor a configuration was given",
+            fix="add --preset nano (or another preset, or --config FILE)",
+        )
+    return config or run.load_config()
 
 
 def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
