@@ -218,6 +218,7 @@ class Scenario:
         allowed: The steps that the run may come back at.
         prepare: Changes the run in between.
         corrupt: That leaves a checkpoint that is not whole.
+        with_start: Starting again may be cut off as well, not the action alone.
     """
 
     before: Script | None
@@ -225,6 +226,7 @@ class Scenario:
     allowed: tuple[int, ...]
     prepare: Callable[[Path], None] = lambda _: None
     corrupt: bool = False
+    with_start: bool = False
 
 
 def save_at_10(state: TrainState, session: Session) -> None:
@@ -258,6 +260,7 @@ def take_the_name_of_10(run: Path) -> None:
 
 SCENARIOS = {
     "start": Scenario(None, nothing, (0,)),
+    "resume": Scenario(saves(5), nothing, (5,), with_start=True),
     "first save": Scenario(nothing, save_at_10, (0, 10)),
     "save": Scenario(saves(5), save_at_10, (5, 10)),
     "save and prune": Scenario(keep_three, lambda a, b: saves(20)(a, b), (15, 20)),
@@ -324,7 +327,7 @@ def _die_at(scenario: Scenario, tools: Equipment, run: Path, way: str, number: i
         code = 1
         try:
             note_acknowledged(lambda step: note.write_text(str(step)) and None)
-            if scenario.before is None:
+            if scenario.before is None or scenario.with_start:
                 shim.arm(run.parent, way, k=number)
                 open_run(run, tools, scenario.action)
             else:

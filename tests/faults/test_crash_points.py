@@ -37,7 +37,7 @@ def crash_points(
 
 
 def test_k2_crash_at_every_call_of_a_save(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
-    names = ["start", "first save", "save", "quarantine", "name taken", "save and prune"]
+    names = ["start", "resume", "first save", "save", "quarantine", "name taken", "save and prune"]
     share = campaign.count(7, 1)
     points, note, problems = crash_points(forks, setting, tmp_path, names, share)
     campaign.record(

@@ -63,7 +63,7 @@ MUTANTS = (
            "    temporary = final\n", crash("save")),
     Mutant("a file is written in place", "system/atomic_io.py",
            "            _write_and_sync(temporary, data)\n            os.replace(temporary, path)",
-           "            _write_and_sync(path, data)", crash("start")),
+           "            _write_and_sync(path, data)", crash("resume")),
     Mutant("the rename comes before the manifest", "system/atomic_io.py",
            '        _write_and_sync(temporary / "manifest.json", manifest(temporary))\n'
            "        fsync_path(temporary)\n        os.rename(temporary, final)",

@@ -159,8 +159,9 @@ def test_s11_no_compiler(campaign: Campaign, forks: Forks, setting: Setting, ora
         (broken / name).write_text("#!/bin/sh\nexit 1\n")
         (broken / name).chmod(0o755)
     problems, paths = [], {"broken": f"{broken}:{os.environ['PATH']}", "absent": str(Path(sys.executable).parent)}
-    for what, path in paths.items():
-        run = tmp_path / what
+    chosen = list(paths) if campaign.full else ["broken"]
+    for what in chosen:
+        run, path = tmp_path / what, paths[what]
         environment = {
             **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "PATH": path,
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{what}"),
@@ -182,5 +183,5 @@ def test_s11_no_compiler(campaign: Campaign, forks: Forks, setting: Setting, ora
         problems += goes_on(forks, run, setting, oracle)
     campaign.record(
         "S11", "no C++ compiler, or one that does not work",
-        "auto trains uncompiled, with the same bits; on is refused", problems, 2 * len(paths), exhaustive=True,
+        "auto trains uncompiled, with the same bits; on is refused", problems, 2 * len(chosen), exhaustive=campaign.full,
     )  # fmt: skip
