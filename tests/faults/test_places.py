@@ -183,5 +183,6 @@ def test_s11_no_compiler(campaign: Campaign, forks: Forks, setting: Setting, ora
         problems += goes_on(forks, run, setting, oracle)
     campaign.record(
         "S11", "no C++ compiler, or one that does not work",
-        "auto trains uncompiled, with the same bits; on is refused", problems, 2 * len(chosen), exhaustive=campaign.full,
+        "auto trains uncompiled, with the same bits; on is refused", problems, 2 * len(chosen),
+        exhaustive=campaign.full,
     )  # fmt: skip

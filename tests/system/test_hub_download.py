@@ -182,7 +182,7 @@ def test_a_published_gguf_folder_is_a_model(
 
 def test_several_gguf_files_are_a_question_and_nothing_is_fetched(hub: Hub) -> None:
     store(hub, {"a-Q8_0.gguf": b"GGUF", "b-F16.gguf": b"GGUF", "tokenizer.json": b"{}"})
-    with pytest.raises(DataError, match=r"2 GGUF files \(a-Q8_0\.gguf, b-F16\.gguf\)"):
+    with pytest.raises(DataError, match=r"2 GGUF models \(a-Q8_0\.gguf, b-F16\.gguf\)"):
         load_model("alice/nano")
     assert not hub.sent("GET .*(resolve|cdn)")
 

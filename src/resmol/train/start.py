@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,9 @@ def train_model(
     resolve = partial(resolve_config, directory, config, changes, accept_drift)
     resolve()  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
-        if is_rank_zero:
-            stack.enter_context(exclusive_lock(directory.lock))
+        stack.enter_context(exclusive_lock(directory.lock) if is_rank_zero else nullcontext())
         requested, drifts = resolve()  # again: from here on no other process changes the run
-        if is_rank_zero:  # what needs no data and no decision is refused before they are made
-            directory.check_place(requested)
-        require_compiler(requested, find_device(requested.runtime.device).type)
+        _check_here(requested, directory if is_rank_zero else None)
         open_data = partial(open_run_data, directory, requested, text, tokenizer)
         opened = open_data() if is_rank_zero else None  # text is prepared once, not by every rank
         resolved = decide_auto(requested)
@@ -174,6 +171,13 @@ def _refuse_another_past(run: RunDir, before: RunConfig, after: RunConfig) -> No
             f"the schedule that is asked for gives step {step} another learning rate, and the run is at step {done}",
             fix=f"plan a decay that begins at step {done} or later: schedule.decay_start={done}",
         )
+
+
+def _check_here(config: RunConfig, run: RunDir | None) -> None:
+    """Refuse, before data is prepared and anything decided, what this place cannot do; ``run`` is to be written."""
+    if run is not None:
+        run.check_place(config)
+    require_compiler(config, find_device(config.runtime.device).type)
 
 
 def _data_path(run: RunDir, text: Text | None) -> dict[str, str]:
