@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from small_folders import CHATML, begins_folder, chat_folder, small_tokenizer
+from small_folders import CHATML, begins_folder, chat_folder, small_folder, small_tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
 from resmol.checks import all_passed
@@ -116,6 +116,20 @@ def test_a_tokenizer_that_begins_each_text_goes_on_doing_so(tmp_path: Path) -> N
     assert all_passed(export_hf(begins_folder(tmp_path / "begins"), tmp_path / "hf").checks)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs("the")["input_ids"] == [1, *theirs("the", add_special_tokens=False)["input_ids"]]
+
+
+@pytest.mark.usefixtures("only_transformers", "reads_here")
+def test_an_added_token_without_a_row_is_left_out(tmp_path: Path) -> None:
+    """A [PAD] that somebody added without resizing the embedding: padding with it would be an error in PyTorch."""
+    rust = small_tokenizer(END, "<|other|>")
+    rows = rust.get_vocab_size()
+    rust.add_special_tokens(["[PAD]"])
+    stated = {"tokenizer_config.json": {"pad_token": "[PAD]", "eos_token": END}}
+    source = small_folder(tmp_path / "source", rust, stated, vocab_size=rows)
+    for export in (export_hf, export_gguf):
+        folder = export(source, tmp_path / export.__name__).path
+        theirs: Any = AutoTokenizer.from_pretrained(folder)
+        assert (len(theirs), theirs.pad_token) == (rows, "<|other|>")
 
 
 @pytest.mark.usefixtures("reads_here")
