@@ -14,6 +14,8 @@ from tiny import TrainTiny
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 
+from resmol.__main__ import run as resmol
+from resmol.data.resolve import Text, prepare_text
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
@@ -48,6 +50,26 @@ def test_a_model_without_a_run_needs_a_text(run: Path, tiny_dataset: Dataset, tm
     assert "--data" in caught.value.fix
     found = evaluate_model(tmp_path / "out", str(tiny_dataset.root))
     assert found["seq_len"] == 64  # the default, cut to the model's context
+
+
+def test_text_that_training_used_is_not_called_held_out(
+    train_tiny: TrainTiny, tiny_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ka lo mi tu ne " * 200, encoding="utf-8")
+    prepared, run = tmp_path / "prepared", tmp_path / "run"
+    prepare_text(prepared, Text((str(text),), val_fraction=0.0), tiny_tokenizer)
+    train_tiny(run, 2, "sampling.every=0", data=str(prepared))
+    with pytest.raises(DataError, match="no held-out text: all of it was trained on") as refused:
+        evaluate_model(run)
+    assert f"--data {prepared}" in refused.value.fix
+    (tmp_path / "other.txt").write_text("tu ne ka " * 50, encoding="utf-8")
+    for data, split in ((prepared, "train"), (text, "train"), (tmp_path / "other.txt", "all")):
+        assert evaluate_model(run, str(data))["split"] == split
+    assert resmol(["evaluate", str(run), "--data", str(text)], debug=True) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"loss of {run} on text that its training used\n")
+    assert "{" not in shown, "a Python dictionary"
 
 
 def test_negative_sizes_are_refused(run: Path) -> None:

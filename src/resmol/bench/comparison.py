@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from resmol.bench.paired_stats import Ratio, interleaved, is_too_noisy, paired_ratio, verdict
 from resmol.bench.workers.main import Metrics
 from resmol.errors import CheckFailed
+from resmol.system.tables import text_table
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class Comparison:
     def render(self, console: Console) -> None:
         """Print the table to a terminal."""
         titles, rows = self.cells()
-        table = Table(*titles, title=escape(self.heading), title_justify="left")
+        table = text_table(self.heading, *titles)
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from resmol.cli.app import (
     ConfigFile,
@@ -26,6 +25,7 @@ from resmol.config.load import load_preset, with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import Interrupted, UsageError
 from resmol.system.process_setup import set_up_process
+from resmol.system.tables import result_console
 
 bench = typer.Typer(
     help="Measure speed and memory against other software.",
@@ -168,7 +168,7 @@ def _run(prepare: Callable[[Path], Sequence[Any]], repeats: int, as_json: bool, 
             if as_markdown:
                 typer.echo(comparison.markdown())
             elif not as_json:
-                comparison.render(Console())
+                comparison.render(result_console())
             if not comparison.complete:
                 break
     if as_json:

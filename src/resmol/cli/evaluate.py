@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,6 +20,7 @@ from resmol.cli.terminal import print_json
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted
 from resmol.system.process_setup import set_up_process
+from resmol.system.tables import result_console, text_table
 
 
 @app.command()
@@ -42,11 +42,24 @@ def evaluate(
     if json_:
         print_json(result)
     else:
-        table = Table("quantity", "value", title=f"held-out loss of {escape(model)}")
-        for key, value in result.items():
-            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-            table.add_row(key.replace("_", " "), escape(str(shown)))
-        Console().print(table)
+        result_console().print(_evaluation_table(model, data, result))
+
+
+_TITLES = {
+    "val": "held-out loss of {model}",
+    "train": "loss of {model} on text that its training used",
+    "all": "loss of {model} on {data}",
+}
+
+
+def _evaluation_table(model: str, data: str | None, result: dict[str, Any]) -> Table:
+    table = text_table(_TITLES[result["split"]].format(model=model, data=data), "quantity", "value")
+    source = result["model"]
+    facts = {f"model {key}": value for key, value in source.items() if value is not None}
+    for key, value in ({name: value for name, value in result.items() if name != "model"} | facts).items():
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        table.add_row(key.replace("_", " "), escape(shown))
+    return table
 
 
 @app.command()
@@ -76,6 +89,6 @@ def ablate(
     if json_:
         print_json(result.to_dict())
     else:
-        result.render(Console())
+        result.render(result_console())
     if not result.complete:
         raise Interrupted("interrupted", fix="run it again for all rounds", signal_number=2)

@@ -10,12 +10,12 @@ from contextlib import suppress
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
+from resmol.system.tables import result_console, text_table
 
 
 def say(text: str) -> None:
@@ -50,15 +50,15 @@ def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: b
     if as_json:
         print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
     else:
-        Console().print(check_table(title, checks, explain))
+        result_console().print(check_table(title, checks, explain))
     if not passed:
         failed = [check.name for check in checks if not check.passed]
         raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed[:5])}", fix="see the table")
 
 
 def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
-    """Return a table of checks that fits 80 columns; expectations are shown for failed checks, or with ``explain``."""
-    table = Table(title=escape(title), title_justify="left", box=None, show_header=False, padding=(0, 1))
+    """Return a table of checks; expectations are shown for failed checks, or with ``explain``."""
+    table = text_table(title, "", "", "")
     for check in checks:
         mark = "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"
         lines = [escape(check.measured)]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from resmol.cli.app import (
     ConfigFile,
@@ -21,6 +20,7 @@ from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
 from resmol.run.directory import RunDir
 from resmol.system.process_setup import set_up_process
+from resmol.system.tables import result_console
 
 
 @app.command()
@@ -38,7 +38,7 @@ def inspect(
     if json_:
         print_json(inspection.to_dict())
     else:
-        inspection.render(Console())
+        inspection.render(result_console())
     if not all(check.passed for check in inspection.checks):
         raise CheckFailed(f"{source} contradicts itself", fix="see the failed checks above")
 

@@ -85,7 +85,7 @@ def evaluate_model(
         "tokens": result.tokens,
         "bytes": result.bytes,
         "seq_len": length,
-        "split": "val" if stream is dataset.val else "all",
+        "split": "val" if stream is dataset.val else "train" if _was_trained_on(dataset, loaded) else "all",
         "data_fingerprint": dataset.fingerprint,
         "model": loaded.source.to_dict(),
     }
@@ -102,7 +102,27 @@ def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Da
             f"{loaded.source.path} belongs to no run, so it has no held-out text of its own",
             fix="name some: --data input.txt, or a folder that `resmol prepare` wrote",
         )
-    return open_dataset(data_folder(None, settings.data.path, run.data))
+    folder = data_folder(None, settings.data.path, run.data)
+    dataset = open_dataset(folder)
+    if len(dataset.val) < 2:
+        raise DataError(
+            f"the data of {run.path} has no held-out text: all of it was trained on",
+            fix=f"name another text: --data input.txt; or, for the loss on the training text, --data {folder}",
+        )
+    return dataset
+
+
+def _was_trained_on(dataset: Dataset, loaded: LoadedModel) -> bool:
+    """Return whether the model's run read this data, or text that it was made of."""
+    run, settings = loaded.source.run, loaded.source.settings
+    if run is None or settings is None:
+        return False
+    try:
+        own = open_dataset(data_folder(None, settings.data.path, run.data))
+    except DataError:  # the run's data is not here any more
+        return False
+    inputs = {one.sha256 for one in own.manifest.source.inputs}
+    return dataset.fingerprint == own.fingerprint or any(one.sha256 in inputs for one in dataset.manifest.source.inputs)
 
 
 def _prepared(folder: Path, tokenizer: Tokenizer) -> Dataset:

@@ -35,6 +35,7 @@ from resmol.model.flops import (
     training_flops_per_token,
     training_memory,
 )
+from resmol.system.tables import text_table
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -189,20 +190,13 @@ def _checks(found: Source) -> list[Check]:
 # --- showing ---------------------------------------------------------------------------------------------
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", show_edge=False, width=80, header_style="", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _architecture_table(inspection: Inspection) -> Table:
     if inspection.config is None:
-        table = _table("What the weight file determines", "field", "value")
+        table = text_table("What the weight file determines", "field", "value")
         for name, value in inspection.derived.items():
             table.add_row(name, _text(value))
         return table
-    table = _table("Architecture", "field", "value", "meaning")
+    table = text_table("Architecture", "field", "value", "meaning")
     for name, info in ModelConfig.model_fields.items():
         table.add_row(name, _text(getattr(inspection.config, name)), info.description)
     return table
@@ -210,7 +204,7 @@ def _architecture_table(inspection: Inspection) -> Table:
 
 def _share_table(title: str, parts: Mapping[str, int], show: Callable[[int], str]) -> Table:
     total = sum(parts.values()) or 1
-    table = _table(title, "part", "amount", "share")
+    table = text_table(title, "part", "amount", "share")
     for column in table.columns[1:]:
         column.justify = "right"
     for part, amount in parts.items():
@@ -220,14 +214,14 @@ def _share_table(title: str, parts: Mapping[str, int], show: Callable[[int], str
 
 def _flops_table(inspection: Inspection) -> Table:
     title = f"Operations for one token, at {inspection.seq_len} tokens in a window"
-    table = _table(title, "pass", "floating-point operations")
+    table = text_table(title, "pass", "floating-point operations")
     for kind, flops in inspection.flops_per_token.items():
         table.add_row(kind, f"{flops:,}")
     return table
 
 
 def _check_table(checks: list[Check]) -> Table:
-    table = _table("Configuration against the weight file", "check", "verdict", "found", "expected")
+    table = text_table("Configuration against the weight file", "check", "verdict", "found", "expected")
     for check in checks:
         verdict = "pass" if check.passed else "FAIL"
         table.add_row(check.name, verdict, escape(check.measured), escape(check.expected))
@@ -235,7 +229,7 @@ def _check_table(checks: list[Check]) -> Table:
 
 
 def _question_table(questions: tuple[OpenQuestion, ...]) -> Table:
-    table = _table("Not determined by configuration, names and shapes", "question", "what settles it")
+    table = text_table("Not determined by configuration, names and shapes", "question", "what settles it")
     for question in questions:
         table.add_row(question.what, question.experiment)
     return table
