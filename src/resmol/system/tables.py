@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions
@@ -52,7 +52,7 @@ class _TableWithHeading(Table):
 class _WithoutTrailingBlanks(io.StringIO):
     """Passes whole lines on, each without the blanks that a table pads its last column with."""
 
-    def __init__(self, target: TextIO) -> None:
+    def __init__(self, target: Any) -> None:
         super().__init__()
         self._target = target
 

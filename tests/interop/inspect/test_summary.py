@@ -284,7 +284,7 @@ def test_weights_out_of_reach_are_said_not_hidden(hub: Hub) -> None:
 def test_tables_fit_the_terminal(source: str, width: int, folder: Path) -> None:
     place = {"folder": str(folder), "header": str(folder / "model.safetensors")}
     text = shown(place.get(source, source), width).partition("Diagram")[0]
-    assert max(len(line) for line in text.splitlines()[1:]) <= 80  # the first line is the source's own name
+    assert max(len(line) for line in text.splitlines()[1:]) <= width  # the first line is the source's own name
 
 
 def test_names_from_outside_are_not_markup(tmp_path: Path) -> None:
