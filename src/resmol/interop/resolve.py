@@ -156,12 +156,31 @@ def resolve(source: str | Path, *, headers_only: bool = False, hold: ExitStack |
     if name in preset_names():
         return _settings("preset", path, load_preset(name))
     if is_hub_id(name) and not name.endswith(FILE_ENDINGS):
+        _refuse_local(path, name)
         return _hub(name, headers_only)
     near = difflib.get_close_matches(name, preset_names(), n=1)
     raise DataError(
         f"there is no model {name}" + (f"; did you mean the preset {near[0]}?" if near else ""),
         fix="name a run, a checkpoint, a Hugging Face folder, a GGUF file, a Hub id like owner/name, or pypi; "
         "`resmol inspect` also takes a preset, a configuration or a safetensors file",
+    )
+
+
+def _refuse_local(path: Path, name: str) -> None:
+    """Refuse a name of the form of a Hub id whose first part is a folder here (`DataError`): it was meant to be local.
+
+    The name of a private folder is not sent to the Hub.
+    """
+    folder = path.parent
+    if not (folder.is_dir() or folder.name == "runs"):
+        return
+    there = sorted(other.name for other in folder.iterdir() if other.is_dir()) if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    found = f"{folder} holds {', '.join(there[:10])}" if there else f"there is nothing in {folder}"
+    raise DataError(
+        f"there is no {name}; {found}",
+        fix=(f"did you mean {folder / near[0]}? otherwise " if near else "")
+        + f"name what is there; for {name} on the Hub, give the command in another folder",
     )
 
 
