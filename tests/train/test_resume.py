@@ -334,7 +334,10 @@ def test_steps_below_the_checkpoint(tmp_path: Path, train_tiny: TrainTiny) -> No
 
 def test_the_step_reached_already_is_no_error(tmp_path: Path, train_tiny: TrainTiny) -> None:
     train_tiny(tmp_path / "run", 10)
+    ledger = (tmp_path / "run" / "ledger.jsonl").read_bytes()
     assert train_tiny(tmp_path / "run", 10).step == 10
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == ledger, "nothing happened, so nothing is recorded"
+    assert train_tiny(tmp_path / "run", 12).step == 12
 
 
 def test_other_data_is_refused_and_changes_nothing(

@@ -270,6 +270,12 @@ def last_fact(records: list[Record], name: str) -> Any:
     return next((record[name] for record in reversed(records) if name in record), None)
 
 
+def is_finished(records: list[Record], step: int) -> bool:
+    """Return whether the last thing that was recorded is that a run finished at ``step``."""
+    last = records[-1] if records else {}
+    return (last.get("kind"), last.get("step"), last.get("reason")) == ("stop", step, "finished")
+
+
 def ends_comparison(record: Record) -> bool:
     """Return whether steps after this record need not have the bits of those before it: machine or settings changed."""
     return record["kind"] == "drift" or (record["kind"] == "warn" and "environment" in record)

@@ -27,7 +27,7 @@ from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import CheckpointTensors
 from resmol.run.checkpoint_manifest import SavedState
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Record, float_bits
+from resmol.run.ledger import Record, float_bits, is_finished
 from resmol.run.log_writers import RunLog
 from resmol.system.signals import StopSignal
 from resmol.train.evaluate import evaluate
@@ -151,7 +151,8 @@ def train(state: TrainState, session: Session) -> None:
                 fix="run the same command again to go on",
                 signal_number=session.stop.number or 15,
             )
-    session.run_log.write("stop", step=state.step, reason="finished")
+    if not is_finished(session.run_log.records, state.step):
+        session.run_log.write("stop", step=state.step, reason="finished")
 
 
 def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: Runtime) -> StepResult:

@@ -6,6 +6,7 @@ executed again; the loop compares their bits with the recorded ones, so every cr
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -17,12 +18,23 @@ from resmol.model.flops import total_parameters
 from resmol.run.checkpoint import MOMENTS, load_into, quarantine
 from resmol.run.checkpoint_manifest import STATE, Checkpoint, corrupt, list_checkpoints, newest_valid
 from resmol.run.directory import RunDir
-from resmol.run.ledger import FORMAT, Record, comparable_steps, effective_saves, effective_steps, last_fact, select
+from resmol.run.ledger import (
+    FORMAT,
+    Record,
+    comparable_steps,
+    effective_saves,
+    effective_steps,
+    is_finished,
+    last_fact,
+    select,
+)
 from resmol.run.log_writers import RunLog
 from resmol.train.loop import TrainState
 from resmol.train.loss_spikes import HISTORY
 from resmol.train.parallel import Runtime
 from resmol.version import __version__
+
+logger = logging.getLogger(__name__)
 
 BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "threads", "device")
 
@@ -87,7 +99,10 @@ def resume_or_start(
     if checkpoint is not None:
         restore(state, checkpoint)
     run.write_config(config)
-    _record_resume(run_log, checkpoint, drifts, facts)
+    if step == config.train.steps and not drifts and is_finished(run_log.records, step):
+        logger.info(f"nothing to do: the run is at step {step}; --steps with a larger number goes on")
+    else:
+        _record_resume(run_log, checkpoint, drifts, facts)
     return checkpoint
 
 
