@@ -36,6 +36,7 @@ from resmol.interop.export.parity import (
     logits_check,
     read_back,
     token_ids_check,
+    where_it_can_be_mapped,
 )
 from resmol.model.llama import CausalLM
 
@@ -87,10 +88,11 @@ def compare_gguf(
     """
     stored, inputs = as_stored(model, dtype), comparison_inputs(model)
     checks = [_type_check(model, stored, dtype), cast_check(model, stored)]
-    if TRANSFORMERS in readers:
-        checks += _with_transformers(stored, tokenizer, file, inputs, python)
-    if LLAMA_CPP in readers:
-        checks += _with_llama_cpp(stored, tokenizer, file, inputs, dtype)
+    with where_it_can_be_mapped(file.parent) as folder:
+        if TRANSFORMERS in readers:
+            checks += _with_transformers(stored, tokenizer, folder / file.name, inputs, python)
+        if LLAMA_CPP in readers:
+            checks += _with_llama_cpp(stored, tokenizer, folder / file.name, inputs, dtype)
     return checks
 
 
