@@ -54,12 +54,18 @@ _TITLES = {
 
 def _evaluation_table(model: str, data: str | None, result: dict[str, Any]) -> Table:
     table = text_table(_TITLES[result["split"]].format(model=model, data=data), "quantity", "value")
-    source = result["model"]
-    facts = {f"model {key}": value for key, value in source.items() if value is not None}
+    facts = {f"model {key}": value for key, value in result["model"].items() if value is not None}
     for key, value in ({name: value for name, value in result.items() if name != "model"} | facts).items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        table.add_row(key.replace("_", " "), escape(shown))
+        table.add_row(key.replace("_", " "), escape(_in_words(value)))
     return table
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(str, value))
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @app.command()
