@@ -30,7 +30,6 @@ import shim
 import torch
 from safetensors.torch import load_file
 from trials import Setting
-from waiting import HANGS
 
 import resmol.run.async_save
 import resmol.train.loop
@@ -644,8 +643,8 @@ def saved_meanwhile(setting: Setting, folder: Path) -> list[str]:
     gone_on, steps = threading.Condition(), [0]
 
     def wait_for_the_next(step: int) -> None:
-        with gone_on:
-            gone_on.wait_for(lambda: steps[0] > step, timeout=HANGS / 3)
+        with gone_on:  # healthy code never waits that long, and is not wrong if it does: the save then comes earlier
+            gone_on.wait_for(lambda: steps[0] > step, timeout=5.0)
 
     def script(state: TrainState, session: Session) -> None:
         for step in range(1, 7):
