@@ -215,12 +215,14 @@ def test_no_module_reads_pickles() -> None:
     """No name that unpickles, unpacks or runs foreign code occurs in the package."""
     forbidden = (
         "import pickle", " torch.load(", "(torch.load(", "allow_pickle=True", "trust_remote_code=True", "tarfile",
-        "extractall", "yaml.load", "dill", "joblib", "chat_template(", "weights_only=False",
+        "extractall", "yaml.load", "dill", "joblib", "apply_chat_template(", "weights_only=False",
     )  # fmt: skip
     sources = {path: path.read_text(encoding="utf-8") for path in Path(resmol.__file__).parent.rglob("*.py")}
     assert len(sources) > 40
     peer = next(path for path in sources if path.parts[-2:] == ("workers", "checkpoint.py"))  # times it on its own file
     sources[peer] = sources[peer].replace("torch.load(path, weights_only=True)", "", 1)
+    card = next(path for path in sources if path.name == "model_card.py")  # shows it to readers of the card
+    sources[card] = sources[card].replace("tokenizer.apply_chat_template(chat, **as_tensors)", "", 1)
     formats = next(
         path for path in sources if path.parts[-2:] == ("data", "formats.py")
     )  # looks at a header, unpacks nothing
@@ -251,14 +253,19 @@ def test_g2_distributed_checkpoints(
     beside = Path(shutil.copytree(trained, tmp_path / "beside"))
     for checkpoint in (beside / "checkpoints").iterdir():
         shutil.copy(plain / ".metadata", checkpoint)
-    sources = [plain, with_config, in_run, beside, in_run / "checkpoints" / checkpoint_name(10)]
-    commands = [command for source in sources for command in loading(source)]
-    commands += [["train", str(run), *command_arguments(setting)] for run in (in_run, beside)]
-    outcomes = outcomes_of(forks, tmp_path / "work", commands)
-    problems = refusals(commands, outcomes, "DCP", (2, 3, 65)) + (["it was executed"] if canary.exists() else [])
+    commands = [
+        command
+        for source in (plain, with_config, in_run, in_run / "checkpoints" / checkpoint_name(10))
+        for command in loading(source)
+    ]
+    commands.append(["train", str(in_run), *command_arguments(setting)])
+    problems = refusals(commands, outcomes_of(forks, tmp_path / "work", commands), "DCP", (2, 3, 65))
+    ignoring = [*loading(beside)[:2], ["train", str(beside), *command_arguments(setting)]]
+    problems += refusals(ignoring, outcomes_of(forks, tmp_path / "ignoring", ignoring), "beside", (0,))
+    problems += ["it was executed"] if canary.exists() else []
     campaign.record(
-        "G2", "a distributed checkpoint with a pickle in it", "no command loads it: the canary is absent", problems,
-        len(commands), exhaustive=True,
+        "G2", "a distributed checkpoint with a pickle in it", "no command loads it, nor what lies beside sound files",
+        problems, len(commands) + len(ignoring), exhaustive=True,
     )  # fmt: skip
 
 

@@ -249,8 +249,9 @@ def test_k6_boundaries(
             found = [] if code == wanted else [f"exit code {code}"]
             found += [] if sorted(bits) == list(range(1, stop + 1)) else [f"steps {sorted(bits)[-3:]} after {stop}"]
             found += expected.differences(run)
-            if number and resumes(run) != number:
-                found.append(f"{resumes(run)} resumptions recorded after {number}")
+            gone_on = len(set(stops[: number + 1])) - 1  # a finished run that is started again has nothing to record
+            if number and resumes(run) != gone_on:
+                found.append(f"{resumes(run)} resumptions recorded after {gone_on}")
             executed = Counter(record["step"] for record in select(read_ledger(RunDir(run).ledger).records, "step"))
             found += [f"step {step} was executed {times} times" for step, times in executed.items() if times > 1]
             problems += [f"{name}, to {stop}: {text}" for text in found[:1]]

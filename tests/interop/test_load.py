@@ -384,9 +384,9 @@ def test_a_mistyped_run_is_no_mystery_of_the_hub(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(NetworkError) as error:
+    with pytest.raises(DataError, match="there is no runs/quikstart; runs holds quickstart") as error:
         load_model("runs/quikstart")
-    assert "did you mean the folder runs/quickstart?" in error.value.fix
+    assert "did you mean runs/quickstart?" in error.value.fix
 
 
 # --- the real weights --------------------------------------------------------------------------------------
