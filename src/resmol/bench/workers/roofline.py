@@ -18,7 +18,7 @@ that is only written to is read as well.)
 the bytes of the weights (a tied embedding counts once; of an untied one only a row is read) and of the keys and values
 of the mean context. A batch of B shares the weights. The roofline of the prompt is that of the forward matmuls.
 
-The process gets the allocator settings of training: in pages of 2 MiB memory is read up to a third faster.
+The process gets the allocator settings of training.
 """
 
 from __future__ import annotations
