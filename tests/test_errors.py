@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+import traceback
 
 import pytest
 
@@ -50,6 +51,11 @@ def test_every_error_says_what_and_what_to_do(name: str) -> None:
     extra = {"signal_number": 15} if name == "Interrupted" else {}
     error = classes()[name]("the disk is full", fix="free some space", **extra)
     assert (str(error), error.what, error.fix) == ("the disk is full", "the disk is full", "free some space")
+
+
+def test_a_traceback_shows_what_to_do() -> None:
+    error = CheckFailed("the disk is full", fix="free some space")
+    assert "fix: free some space" in "".join(traceback.format_exception(error))
 
 
 def test_an_error_without_a_remedy_cannot_be_made() -> None:

@@ -33,6 +33,7 @@ class ResmolError(Exception):
         super().__init__(what)
         self.what = what
         self.fix = fix
+        self.add_note(f"fix: {fix}")  # Python shows it below the error, in a notebook too
 
 
 class CheckFailed(ResmolError):

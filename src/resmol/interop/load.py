@@ -27,6 +27,7 @@ from resmol.interop.hf_folder import WeightFiles, cross_check, surplus_names, we
 from resmol.interop.model_tokenizer import model_tokenizer, named_tokenizer
 from resmol.interop.resolve import Source, resolve
 from resmol.interop.surplus import check_surplus
+from resmol.model.flops import total_parameters
 from resmol.model.linear import default_matmul_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
@@ -53,6 +54,9 @@ class LoadedModel:
     model: CausalLM
     source: Source
     find_tokenizer: Callable[[], Tokenizer]
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({self.source.kind} {self.source.path}, {total_parameters(self.config):,} parameters)"
 
     @property
     def config(self) -> ModelConfig:

@@ -45,12 +45,12 @@ STRAGGLER_STEPS = 10  # the work of the ranks is compared every so many steps
 class TrainState:
     """All that changes from step to step; what is not here cannot influence the next one."""
 
-    model: CausalLM
-    optimizer: torch.optim.AdamW
+    model: CausalLM = field(repr=False)
+    optimizer: torch.optim.AdamW = field(repr=False)
     step: int = 0
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
-    recent_losses: tuple[float, ...] = ()  # what the next loss is compared with; see loss_spikes.py
+    recent_losses: tuple[float, ...] = field(default=(), repr=False)  # the next loss is compared with; loss_spikes.py
 
 
 @dataclass(frozen=True)
