@@ -138,3 +138,30 @@ def test_memory_is_released_for_others() -> None:
 
     assert growth("keep") > 200_000_000
     assert growth("release") < 100_000_000
+
+
+def test_a_signal_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignal("saving"):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err == "\nSIGINT: saving\n", "before anything else happens, and once"
+
+
+def test_a_reader_that_does_not_read_does_not_hold_the_signal_up() -> None:
+    code = """
+import os, signal, sys
+from resmol.system.signals import StopSignal
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, b"." * 65536)
+except BlockingIOError:
+    os.set_blocking(2, True)
+with StopSignal("saving") as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(stop.name)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "SIGTERM\n"  # nobody reads standard error
+    process.communicate()

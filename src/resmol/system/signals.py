@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,8 +24,14 @@ class StopSignal:
     caught in the main thread; elsewhere the context does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announcement: str = "") -> None:
+        """Note signals from the moment that the context is entered.
+
+        Args:
+            announcement: Written to standard error at the first signal, at once: a step may take a minute.
+        """
         self.number: int | None = None
+        self._announcement = announcement
         self._previous: dict[int, Any] = {}
 
     @property
@@ -50,3 +59,10 @@ class StopSignal:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.number is None:
             self.number = number
+            self._announce()
+
+    def _announce(self) -> None:
+        """Write past Python's stream, which may be in the middle of a write, and only where nothing can block."""
+        with suppress(OSError, ValueError):
+            if self._announcement and select.select([], [2], [], 0)[1]:
+                os.write(2, f"\n{self.name}: {self._announcement}\n".encode())

@@ -88,7 +88,7 @@ def train_model(
         resolved = decide_auto(requested)
         runtime = stack.enter_context(open_runtime(resolved))
         dataset, own_tokenizer = opened or open_data()
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
         state, run_log, checkpoint = new_state(resolved, runtime), RunLog(NullLedger(), ()), None
         if is_rank_zero:
             directory.prepare(resolved, own_tokenizer.data)
