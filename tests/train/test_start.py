@@ -92,3 +92,14 @@ def test_a_name_map_must_be_one(tmp_path: Path, tiny_config: RunConfig) -> None:
 def test_weights_of_a_run_are_verified_with_their_own_architecture(run: Path) -> None:
     names = {check.name for check in verify_model(resmol.load_preset("nano").model, weights=str(run)) if check.passed}
     assert {"logits", "gradients", "greedy tokens"} <= names
+
+
+def test_a_model_with_rows_for_nothing_is_said_to_be_one(
+    tmp_path: Path, train_tiny: TrainTiny, messages: list[str]
+) -> None:
+    train_tiny(tmp_path / "fits", 1, "sampling.every=0")
+    assert not any("never occur" in line for line in messages)
+    train_tiny(tmp_path / "wide", 1, "model.vocab_size=2048", "sampling.every=0")
+    (line,) = [line for line in messages if "never occur" in line]
+    assert "has 512 entries and the model 2,048" in line
+    assert "--set model.vocab_size=512" in line

@@ -13,6 +13,7 @@ from resmol.data.resolve import Text, data_folder, open_or_prepare
 from resmol.data.shards import Dataset, TokenStream, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError
+from resmol.model.flops import total_parameters
 from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
@@ -24,6 +25,7 @@ from resmol.train.parallel import Runtime
 
 logger = logging.getLogger(__name__)
 
+ROWS_MULTIPLE = 64  # matmuls like a vocabulary that is a multiple of it
 ACTIVATION_MEMORY_BUDGET = 0.9  # share of the activations that the compiler would keep by default
 
 
@@ -69,6 +71,21 @@ def _check_fit(dataset: Dataset, config: RunConfig) -> None:
             f"{config.model.vocab_size} and {config.model.eos_token_id}",
             fix="set model.vocab_size and model.eos_token_id to the tokenizer's",
         )
+    _warn_of_unused_rows(dataset.vocab_size, config)
+
+
+def _warn_of_unused_rows(entries: int, config: RunConfig) -> None:
+    """Say so where most rows of the embedding belong to ids that the tokenizer does not have."""
+    model = config.model
+    if model.vocab_size <= 2 * entries:
+        return
+    matrices = 1 if model.tie_word_embeddings else 2
+    share = matrices * (model.vocab_size - entries) * model.hidden_size / total_parameters(model)
+    rows = -(-entries // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    logger.warning(
+        f"the tokenizer has {entries:,} entries and the model {model.vocab_size:,}: {share:.0%} of the parameters belong "
+        f"to ids that never occur; a new run with --set model.vocab_size={rows} has none of them"
+    )
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
