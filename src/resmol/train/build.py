@@ -83,8 +83,8 @@ def _warn_of_unused_rows(entries: int, config: RunConfig) -> None:
     share = matrices * (model.vocab_size - entries) * model.hidden_size / total_parameters(model)
     rows = -(-entries // ROWS_MULTIPLE) * ROWS_MULTIPLE
     logger.warning(
-        f"the tokenizer has {entries:,} entries and the model {model.vocab_size:,}: {share:.0%} of the parameters belong "
-        f"to ids that never occur; a new run with --set model.vocab_size={rows} has none of them"
+        f"the tokenizer has {entries:,} entries and the model {model.vocab_size:,}: {share:.0%} of the parameters "
+        f"belong to ids that never occur; a new run with --set model.vocab_size={rows} has none of them"
     )
 
 
