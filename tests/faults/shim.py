@@ -160,8 +160,9 @@ def _with_unseen_renames(operations: list[Operation]) -> list[Operation]:
                     names[inode] = operation.to + name[len(operation.path) :]
         old = names.get(operation.inode, operation.path) if operation.inode else operation.path
         if old != operation.path:
-            last = max(number for number, earlier in enumerate(result) if earlier.path == old)
-            result.insert(last + 1, Operation("rename", old, operation.path))
+            last = max((number for number, earlier in enumerate(result) if earlier.path == old), default=None)
+            if last is not None:  # else the file of that name is gone, and the system gave its number to another one
+                result.insert(last + 1, Operation("rename", old, operation.path))
             names[operation.inode] = operation.path
         if operation.kind != "read":  # it changes nothing; it was logged for its inode
             result.append(operation)
