@@ -103,8 +103,9 @@ def test_a_compiler_that_fails_in_a_step_gets_a_sentence(tmp_path: Path, train_t
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("resmol.train.start.train", fail)
-        with pytest.raises(ConfigError, match=r"torch\.compile does not work here: no header file$"):
+        with pytest.raises(ConfigError) as refused:
             train_tiny(tmp_path / "run", 2)
+        assert refused.value.what.endswith("torch.compile does not work here: no header file")
     train_tiny(tmp_path / "run", 2)
 
 
