@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from resmol.audit.replay import ReplayOptions, replay
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
 from resmol.data.shards import TokenStream, open_dataset
 from resmol.errors import CheckpointError, ConfigError, ResmolError
@@ -239,14 +239,13 @@ def _data_order(records: list[Record], history: ConfigHistory, stored: RunConfig
 
 def _wrong_windows(records: list[Record], history: ConfigHistory, stream: TokenStream) -> Iterator[str]:
     """Yield the steps that did not read the windows after those of the step before."""
-    loaders: dict[str, Loader] = {}
     windows_seen = 0
-    for step, record in sorted(effective_steps(records).items()):
-        config = history.at(record)
-        loader = loaders.setdefault(config.sha256, make_loader(config, stream))
-        if record["windows"] != loader.step_after(windows_seen).window_digest:
-            yield f"step {step} read other windows"
-        windows_seen = record["windows_seen"]
+    for config, stretch in groupby(sorted(effective_steps(records).items()), lambda item: history.at(item[1])):
+        loader = make_loader(config, stream)
+        for step, record in stretch:
+            if record["windows"] != loader.step_after(windows_seen).window_digest:
+                yield f"step {step} read other windows"
+            windows_seen = record["windows_seen"]
 
 
 def _configuration(records: list[Record], history: ConfigHistory, stored: RunConfig) -> Check:

@@ -125,8 +125,9 @@ def _tokens_of(path: Path, width: int) -> TokenFile:
 def _scan(tokens: TokenFile, tokenizer: Tokenizer, name: str) -> Int64[np.ndarray, " n"]:
     """Return the position after each end-of-document token (`DataError` for ids outside the vocabulary)."""
     ends = [np.zeros(0, dtype=np.int64)]
-    for start in range(0, len(tokens), _SCAN_TOKENS):
-        block = tokens.read(start, min(start + _SCAN_TOKENS, len(tokens)))
+    count = len(tokens)
+    for start in range(0, count, _SCAN_TOKENS):
+        block = tokens.read(start, min(start + _SCAN_TOKENS, count))
         if int(block.max()) >= tokenizer.vocab_size:
             raise DataError(
                 f"{name} holds token {int(block.max())}, the vocabulary ends before {tokenizer.vocab_size}",

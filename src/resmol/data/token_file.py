@@ -15,12 +15,11 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, dtype: np.dtype[np.uint16] | np.dtype[np.uint32]) -> None:
-        """Look at the file's size; read nothing (``OSError`` when it is not there)."""
+        """Keep the path; the file is looked at when it is read, or asked for its length."""
         self._path, self._dtype = path, dtype
-        self._tokens = path.stat().st_size // dtype.itemsize
 
     def __len__(self) -> int:
-        return self._tokens
+        return self._path.stat().st_size // self._dtype.itemsize
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens [start, stop).

@@ -32,6 +32,8 @@ def lr_at(step: int, schedule: ScheduleConfig, peak: float) -> float:
 
 def first_changed_step(old: ScheduleConfig, new: ScheduleConfig, last: int) -> int | None:
     """Return the first of the steps 1 to ``last`` whose learning rate differs between two schedules, or None."""
+    if old == new:
+        return None
     return next((step for step in range(1, last + 1) if lr_at(step, old, 1.0) != lr_at(step, new, 1.0)), None)
 
 
