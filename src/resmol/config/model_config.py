@@ -200,6 +200,11 @@ def read_model_config(source: str | Path) -> ModelConfig:
     return parse_hf_config(read_hf_table(path), str(path))
 
 
+def read_optional_hf_table(path: Path) -> dict[str, Any]:
+    """Return what `read_hf_table` reads, and an empty table where there is no such file."""
+    return read_hf_table(path) if path.exists() else {}
+
+
 def read_hf_table(path: Path, wanted: str = _WANTED) -> dict[str, Any]:
     """Read a small JSON file of a model: config.json, generation_config.json, tokenizer_config.json.
 

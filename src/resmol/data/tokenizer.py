@@ -128,9 +128,13 @@ class Tokenizer:
         """Return a token as it is written in the vocabulary, such as ``<|endoftext|>``; None for an unknown id."""
         return self._rust.id_to_token(token) if 0 <= token < self.vocab_size else None
 
+    def with_data(self, data: bytes) -> Tokenizer:
+        """Return the tokenizer of another `tokenizer.json` that adds tokens and ends documents as this one does."""
+        return Tokenizer(data, self.path, adds_special_tokens=self.adds_special_tokens, eos_id=self.eos_id)
+
     def with_special_tokens_as_text(self) -> Tokenizer:
         """Return the same tokenizer, for which the spelling of a control token is text like any other."""
-        other = Tokenizer(self.data, self.path, adds_special_tokens=self.adds_special_tokens, eos_id=self.eos_id)
+        other = self.with_data(self.data)
         other._rust.encode_special_tokens = True
         return other
 

@@ -142,7 +142,7 @@ def tokenizer_json_from_vocab(
 
 
 def _role(stated: Mapping[str, Any], role: str, ids: Mapping[str, int], path: Path) -> tuple[str, int]:
-    name = _spelling(stated.get(role, _GPT2_ROLES[role]))
+    name = token_spelling(stated.get(role, _GPT2_ROLES[role]))
     if name not in ids:
         raise DataError(f"{path} adds its {role} {name!r} to a text, which is no token", fix="fetch the files again")
     return name, ids[name]
@@ -150,12 +150,17 @@ def _role(stated: Mapping[str, Any], role: str, ids: Mapping[str, int], path: Pa
 
 def _control_names(stated: Mapping[str, Any]) -> list[str]:
     """Return the tokens that tokenizer_config.json gives a role, or lists as control tokens."""
+    entries = [*(stated.get(role) for role in _ROLES), *further_control_tokens(stated)]
+    return [name for entry in entries if (name := token_spelling(entry))]
+
+
+def further_control_tokens(stated: Mapping[str, Any]) -> list[Any]:
+    """Return what tokenizer_config.json lists besides the roles, under the name of transformers 4 or 5."""
     further = stated.get("additional_special_tokens", stated.get("extra_special_tokens"))
-    entries = [*(stated.get(role) for role in _ROLES), *(further if isinstance(further, list) else ())]
-    return [name for entry in entries if (name := _spelling(entry))]
+    return further if isinstance(further, list) else []
 
 
-def _spelling(entry: Any) -> str:
+def token_spelling(entry: Any) -> str:
     """Return a token that a file names as a string, or as a table with the string in "content"."""
     text = entry.get("content") if isinstance(entry, dict) else entry
     return text if isinstance(text, str) else ""

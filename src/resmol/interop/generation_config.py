@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resmol.config.model_config import end_token_ids, read_hf_table
+from resmol.config.model_config import end_token_ids, read_optional_hf_table
 from resmol.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def text_ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
         ConfigError: generation_config.json is damaged, or its ends are no token ids.
     """
     path = folder / GENERATION_CONFIG
-    table = read_hf_table(path) if path.exists() else {}
+    table = read_optional_hf_table(path)
     _say_what_is_not_done(table)
     if table.get("eos_token_id") is None:
         return end_token_ids(config)

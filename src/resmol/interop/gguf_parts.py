@@ -13,9 +13,10 @@ from pathlib import Path
 
 from resmol.errors import CheckpointError, DataError
 from resmol.interop.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from resmol.system.untrusted_text import listed
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_SHOWN = 5  # names in a message
+SHOWN = 5  # names in a message
 
 
 def part_names(name: str) -> list[str]:
@@ -46,16 +47,10 @@ def gguf_of_folder(folder: Path) -> Path | None:
     models = gguf_models(path.name for path in folder.iterdir())
     if len(models) > 1:
         raise DataError(
-            f"{folder} holds {len(models)} GGUF models: {shown(models)}",
+            f"{folder} holds {len(models)} GGUF models: {listed(models, SHOWN)}",
             fix=f"name the one that you mean, such as {folder / models[0]}",
         )
     return folder / models[0] if models else None
-
-
-def shown(names: list[str]) -> str:
-    """Return the first names as a phrase."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def read_gguf(path: Path) -> GGUFHeader:
@@ -74,7 +69,7 @@ def read_gguf(path: Path) -> GGUFHeader:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise DataError(
-            f"{path} is one of {len(files)} parts of a model, and {path.parent} lacks {shown(missing)}",
+            f"{path} is one of {len(files)} parts of a model, and {path.parent} lacks {listed(missing, SHOWN)}",
             fix="download all parts into one folder, and name the folder or any of them",
         )
     return _joined(path, [read_gguf_header(file) for file in files])

@@ -17,7 +17,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckpointError, DataError
 from resmol.model.shapes import tensor_shapes
 from resmol.system.safetensors_header import TensorInfo, read_header
-from resmol.system.untrusted_text import parse_json, quoted
+from resmol.system.untrusted_text import listed, parse_json, quoted
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")  # all become float32
@@ -181,7 +181,7 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
     return Check(
         name="tensor shapes",
         passed=not wrong,
-        measured="; ".join(wrong[:_SHOWN]) + _and_more(wrong) or f"{len(common)} shapes",
+        measured=listed(wrong, _SHOWN, "; ") or f"{len(common)} shapes",
         expected="the shapes that the configuration implies",
         guards="a config.json that belongs to another model",
     )
@@ -193,7 +193,7 @@ def _check_types(tensors: Mapping[str, TensorInfo], dtypes: Collection[str]) -> 
     return Check(
         name="tensor types",
         passed=not wrong,
-        measured="; ".join(wrong[:_SHOWN]) + _and_more(wrong) or ", ".join(kinds),
+        measured=listed(wrong, _SHOWN, "; ") or ", ".join(kinds),
         expected=" or ".join(dtypes),
         guards="quantised numbers read as if they were weights",
     )
@@ -212,9 +212,4 @@ def _hints(missing: Iterable[str], extra: Iterable[str]) -> list[str]:
 
 
 def _listing(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(quoted(name) for name in ordered[:_SHOWN]) + _and_more(ordered)
-
-
-def _and_more(items: list[str]) -> str:
-    return f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return listed([quoted(name) for name in sorted(names)], _SHOWN)

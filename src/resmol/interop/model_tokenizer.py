@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from resmol.config.model_config import read_hf_table
+from resmol.config.model_config import read_optional_hf_table
 from resmol.config.run_config import TokenizerConfig
 from resmol.data.tokenizer import Tokenizer, load_tokenizer, tried_tokenizer
 from resmol.data.tokenizer_files import (
@@ -156,7 +156,7 @@ def _of_vocab(folder: Path, stated: Mapping[str, Any]) -> bytes:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        return read_hf_table(path) if path.exists() else {}
+        return read_optional_hf_table(path)
     except ConfigError as error:
         raise DataError(error.what, fix="fetch the file again, or move it out of the folder") from None
 
@@ -213,10 +213,7 @@ def _with_gguf_tokens_around(tokenizer: Tokenizer, metadata: Mapping[str, Any], 
     if (before, after) == stated:
         return tokenizer
     named = [[(tokenizer.spelling(token) or "", token) for token in tokens] for tokens in (before, after)]
-    return Tokenizer(
-        with_tokens_around(tokenizer.data, *named), tokenizer.path,
-        adds_special_tokens=tokenizer.adds_special_tokens, eos_id=tokenizer.eos_id,
-    )  # fmt: skip
+    return tokenizer.with_data(with_tokens_around(tokenizer.data, *named))
 
 
 def _id(metadata: Mapping[str, Any], role: str, tokenizer: Tokenizer) -> list[int]:

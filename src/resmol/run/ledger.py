@@ -99,6 +99,20 @@ def first_record(path: Path) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
+def unverified_kinds(path: Path) -> Iterator[str]:
+    """Yield the kind of each whole line, unverified; an empty one for what is no record. No file has no lines."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    try:
+                        yield str(json.loads(line)["kind"])
+                    except (ValueError, KeyError, TypeError, RecursionError):
+                        yield ""
+    except FileNotFoundError:
+        return
+
+
 def scan(path: Path, *kinds: Kind) -> Iterator[Record]:
     """Yield the records of some kinds, unverified and quickly; lines that cannot be read are passed over."""
     marks = [f'"kind":"{kind}"'.encode() for kind in kinds]  # quotes inside a text are escaped

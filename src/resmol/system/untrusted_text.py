@@ -1,10 +1,11 @@
-"""Text from outside: JSON parsed strictly, values quoted for a message, passwords hidden."""
+"""Text from outside: JSON parsed strictly, values quoted and listed for a message, passwords hidden."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from resmol.system.byte_order_mark import decode_text
@@ -42,6 +43,11 @@ def quoted(value: object) -> str:
     """Return a value as Python writes it, escaped and cut to one short line."""
     text = repr(value)
     return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 3]}..."
+
+
+def listed(items: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first items as a phrase, and how many more there are."""
+    return separator.join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def without_password(text: str) -> str:

@@ -140,5 +140,4 @@ def with_rows_only(tokenizer: Tokenizer, rows: int) -> Tokenizer:
         return tokenizer
     document = json.loads(tokenizer.data)
     document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < rows]
-    data = json.dumps(document, ensure_ascii=False, indent=2).encode("utf-8")
-    return Tokenizer(data, tokenizer.path, adds_special_tokens=tokenizer.adds_special_tokens, eos_id=tokenizer.eos_id)
+    return tokenizer.with_data(json.dumps(document, ensure_ascii=False, indent=2).encode("utf-8"))
