@@ -581,6 +581,23 @@ def drift(
     return found
 
 
+def fields_to_try(campaign: Campaign, row: str, some: dict[str, int], without: Sequence[str] = ()) -> list[str]:
+    """Return the fields that can have another value; outside a campaign, so many of each class, drawn for the row."""
+    classes = drift_classes()
+    keys = [key for key in classes if len(choices(key)) != 1 and key not in without]  # one allowed value cannot drift
+    if campaign.full:
+        return keys
+    draw = campaign.draw(row)
+    return [key for kind, count in some.items()
+            for key in draw.sample([key for key in keys if classes[key] == kind], count)]  # fmt: skip
+
+
+def copy_of(template: Path, folder: Path) -> Path:
+    """Copy a run into a folder of its own, and return the copy."""
+    folder.mkdir()
+    return Path(shutil.copytree(template, folder / "run"))
+
+
 def test_f8_every_field_drifts(campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path) -> None:
     """One field at a time, on a real run: class A refuses, B wants to be accepted and is recorded, C is free."""
     pytest.importorskip("tensorboardX")
@@ -591,15 +608,9 @@ def test_f8_every_field_drifts(campaign: Campaign, forks: Forks, setting: Settin
     classes = drift_classes()
     assert set(classes) == set(flatten(config))
     assert set(classes.values()) == {"A", "B", "C"}
-    keys = [key for key in classes if len(choices(key)) != 1]  # one allowed value: nothing can drift
-    if not campaign.full:
-        draw = campaign.draw("F8")
-        keys = [key for kind, some in (("A", 8), ("B", 4), ("C", 5))
-                for key in draw.sample([key for key in keys if classes[key] == kind], some)]  # fmt: skip
+    keys = fields_to_try(campaign, "F8", {"A": 8, "B": 4, "C": 5})
     for key in keys:
-        run = tmp_path / key / "run"
-        run.parent.mkdir()
-        shutil.copytree(template, run)
+        run = copy_of(template, tmp_path / key)
         problems += [
             f"{key} (class {classes[key]}): {text}" for text in drift(forks, run, setting, key, config, expected)[:1]
         ]
@@ -647,16 +658,10 @@ def test_f8_every_field_edited(campaign: Campaign, forks: Forks, setting: Settin
     template, whole, problems = tmp_path / "template", tmp_path / "whole", []
     assert forks.run(command, template, setting, *STORED, "--steps", "20") == 0
     assert forks.run(command, whole, setting, *STORED, "--steps", "22") == 0
-    config, expected, classes = load_config(RunDir(template).config), step_bits(whole), drift_classes()
-    keys = [key for key in classes if len(choices(key)) != 1 and key not in ("data.path", "train.steps")]
-    if not campaign.full:
-        draw = campaign.draw("F8e")
-        keys = [key for kind, some in (("A", 4), ("B", 3), ("C", 2))
-                for key in draw.sample([key for key in keys if classes[key] == kind], some)]  # fmt: skip
+    config, expected = load_config(RunDir(template).config), step_bits(whole)
+    keys = fields_to_try(campaign, "F8e", {"A": 4, "B": 3, "C": 2}, without=("data.path", "train.steps"))
     for key in keys:
-        run = tmp_path / key / "run"
-        run.parent.mkdir()
-        shutil.copytree(template, run)
+        run = copy_of(template, tmp_path / key)
         problems += [f"{key}: {text}" for text in edited(forks, run, setting, key, config, expected)[:1]]
     campaign.record(
         "F8e", "one field edited in the run's config.toml", "as on the command line; the audit names the field",
@@ -682,9 +687,7 @@ def test_f9_files_lost_or_exchanged(campaign: Campaign, forks: Forks, setting: S
         newest = Path("checkpoints/step-00000020")
         trials = [trial for trial in trials if trial[0].parent in (Path(), newest)]
     for number, (name, what) in enumerate(trials):
-        run = tmp_path / str(number) / "run"
-        run.parent.mkdir()
-        shutil.copytree(template, run)
+        run = copy_of(template, tmp_path / str(number))
         (run / name).unlink()
         if what == "exchanged":
             shutil.copy(other / name, run / name)
