@@ -14,7 +14,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
 from resmol.interop.evaluate import evaluate_model
 from resmol.verify import verify_model
-from resmol.verify.third_party.check import import_factory
+from resmol.verify.third_party.factory import import_factory
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ CACHE_PARTS = (9, 1, 3, 1, 1)
 
 
 def capture(
-    model: nn.Module, ids: Int[Tensor, "B T"], forward: Forward, names: Mapping[str, str] | None = None
+    model: nn.Module, ids: Int[Tensor, "B T"], forward: Forward, layers: Mapping[str, str] | None = None
 ) -> Captured:
     """Run a model forward and backward; its ``.grad`` fields and settings stay as they are.
 
@@ -32,26 +32,25 @@ def capture(
         model: The model.
         ids: Its input.
         forward: Returns its logits and its loss.
-        names: Hugging Face's name for each of its parameters, where they differ.
+        layers: Hugging Face's name for each block and the final norm, by the model's own, where they differ.
 
     Returns:
-        ``logits``, ``loss``, ``hidden states <module>`` for every block and the final norm with Hugging Face's name,
-        and ``gradients <parameter>`` for every parameter that the loss depends on.
+        ``logits``, ``loss``, ``hidden states <module>`` for every block and the final norm, and
+        ``gradients <parameter>``, by the model's own name, for every parameter that the loss depends on.
     """
     values: Captured = {}
     parameters = dict(model.named_parameters())
     before = {name: p.requires_grad for name, p in parameters.items()}
     model.requires_grad_(requires_grad=True)
     try:
-        with _hidden_states(model, values), torch.enable_grad():
+        with _hidden_states(model, values, layers), torch.enable_grad():
             logits, loss = forward(ids)
             gradients = _gradients(loss, list(parameters.values()))
     finally:
         for name, p in parameters.items():
             p.requires_grad_(before[name])
     values |= {"loss": loss.detach(), "logits": logits.detach()}
-    renamed = [names.get(name, name) if names else name for name in parameters]
-    pairs = zip(renamed, gradients, strict=True)
+    pairs = zip(parameters, gradients, strict=True)
     return values | {f"gradients {name}": gradient for name, gradient in pairs if gradient is not None}
 
 
@@ -62,20 +61,22 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | N
 
 
 @contextmanager
-def _hidden_states(model: nn.Module, values: Captured) -> Iterator[None]:
-    """Capture the output of every block and of the final norm, by forward hooks on modules with the usual names."""
+def _hidden_states(model: nn.Module, values: Captured, layers: Mapping[str, str] | None) -> Iterator[None]:
+    """Capture the output of every block and of the final norm, by forward hooks."""
 
-    def is_captured(name: str) -> bool:
+    def is_layer(name: str) -> bool:
         return name == "model.norm" or (name.startswith("model.layers.") and name.count(".") == 2)
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            values[f"hidden states {name}"] = hidden.detach()
+            hidden = output[0] if isinstance(output, tuple | list) and output else output
+            if isinstance(hidden, Tensor):
+                values[f"hidden states {name}"] = hidden.detach()
 
         return hook
 
-    modules = {name: module for name, module in model.named_modules() if is_captured(name)}
+    names = {name: name for name, _ in model.named_modules() if is_layer(name)} if layers is None else layers
+    modules = {names[name]: module for name, module in model.named_modules() if name in names}
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         yield

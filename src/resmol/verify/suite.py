@@ -15,7 +15,9 @@ from resmol.verify.parity import SEQUENCE, parity
 from resmol.verify.rmsnorm import norm_precision
 from resmol.verify.rope import rotation_checks
 from resmol.verify.sanity import finite, sanity
-from resmol.verify.third_party.check import import_factory, read_name_map, verify_third_party
+from resmol.verify.third_party.check import verify_third_party
+from resmol.verify.third_party.factory import import_factory
+from resmol.verify.third_party.weight_mapping import read_name_map
 from resmol.verify.tiny_models import FULL, STANDARD, shallow, tiny_model_parity
 from resmol.verify.training import training_parity
 

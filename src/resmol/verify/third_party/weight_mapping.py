@@ -1,181 +1,245 @@
-"""Load our weights into a third-party module: translate names, compare shapes, guard every call."""
+"""Map third-party parameters to Hugging Face's names: by a map that the user gives, or by the words of their names."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TypeAlias
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Shaped
+from torch import Tensor
 
-from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
-from resmol.errors import CheckFailed
-from resmol.model.flops import total_parameters
-from resmol.model.llama import CausalLM
+from resmol.errors import UsageError
 from resmol.model.shapes import tensor_shapes
-
-Factory = Callable[[ModelConfig], nn.Module]
+from resmol.system.byte_order_mark import decode_text
+from resmol.system.untrusted_text import quoted
+from resmol.system.user_paths import user_path
+from resmol.verify.third_party.name_schemes import kind_of, recognize, scheme_of, unwrapped
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
+
+# Their parameter -> Hugging Face's name, or several whose rows it holds one after the other; "" for one to complete.
+NameMap: TypeAlias = Mapping[str, str | Sequence[str]]
+NAME_MAP_FIX = "give a JSON object: their name -> Hugging Face's, or a list of those whose rows it holds"
+
+
+def read_name_map(path: Path | None) -> dict[str, str | list[str]] | None:
+    """Return a map of parameter names read from a JSON file (`UsageError` when it is none)."""
+    if path is None:
+        return None
+    try:
+        table = json.loads(decode_text(user_path(path).read_bytes()))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}", fix=NAME_MAP_FIX) from None
+    if not isinstance(table, dict) or not all(_is_target(value) for value in table.values()):
+        raise UsageError(f"{path} is not a map of names", fix=NAME_MAP_FIX)
+    return table
+
+
+def _is_target(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 @dataclass(frozen=True)
-class MappedModule:
-    """A module with our weights.
+class Piece:
+    """Some rows of a third-party parameter: one of Hugging Face's tensors."""
+
+    parameter: str
+    target: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class WeightMapping:
+    """Which of Hugging Face's tensors each third-party parameter holds.
 
     Attributes:
-        model: The module, in evaluation mode and float32.
-        names: Hugging Face's name for each of its parameters.
+        pieces: Every tensor that was found, in the order of the parameters.
+        extra: The kind (bias, norm, gain, positions, weight) of each parameter that SmolLM2 does not have.
+        scheme: Whose names these are, in words; empty for Hugging Face's.
+        missing: Hugging Face's names that no parameter holds.
+        misshapen: What is wrong with the shape of a parameter, in words, by its name.
+        layers: Hugging Face's name for each block, and for the final norm, by the module's own.
     """
 
-    model: nn.Module
-    names: Mapping[str, str]
+    pieces: tuple[Piece, ...]
+    extra: Mapping[str, str]
+    scheme: str
+    missing: tuple[str, ...]
+    misshapen: Mapping[str, str]
+    layers: Mapping[str, str] = field(default_factory=dict)
 
-    def __call__(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Return its logits.
+    @property
+    def complete(self) -> bool:
+        """Whether every weight of SmolLM2 has its place."""
+        return not self.missing and not self.misshapen
 
-        Raises:
-            CheckFailed: It raised an exception, or returned something else.
-        """
-        found = logits_in(self.call(ids))
-        if found is None or found.shape[:2] != ids.shape or found.dim() != 3:
-            what = "no tensor" if found is None else f"a tensor of shape {list(found.shape)}"
-            raise CheckFailed(
-                f"for ids of shape {list(ids.shape)} the module returned {what}",
-                fix="return logits [B, T, V], alone, first in a tuple, or as `.logits`",
-            )
-        return found
-
-    def call(self, *arguments: Any, **options: Any) -> Any:
-        """Call the module; any exception becomes a `CheckFailed`."""
-        return guarded(lambda: self.model(*arguments, **options))
+    @property
+    def fused(self) -> dict[str, tuple[str, ...]]:
+        """Parameters that hold several tensors, with their names, as patterns with ``{}`` for the layer."""
+        held: dict[str, list[str]] = {}
+        for piece in self.pieces:
+            held.setdefault(piece.parameter, []).append(piece.target)
+        return {pattern(name): tuple(map(pattern, names)) for name, names in held.items() if len(names) > 1}
 
 
-def guarded(action: Callable[[], Any]) -> Any:
-    """Run third-party code; any exception becomes a `CheckFailed` with its message and place."""
-    try:
-        return action()
-    except Exception as error:  # third-party code can raise anything
-        place, trace = "", error.__traceback__
-        while trace is not None:
-            place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
-            trace = trace.tb_next
-        raise CheckFailed(
-            f"{type(error).__name__}: {error}{place}", fix="make the module run with ids [B, T] alone"
-        ) from error
+def pattern(name: str) -> str:
+    """Return a name with ``{}`` for its first number."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "{}", name, count=1)
 
 
-def logits_in(output: Any) -> Tensor | None:
-    """Return the logits in a module's output, or None."""
-    first = getattr(output, "logits", output)
-    first = first[0] if isinstance(first, tuple | list) and first else first
-    return first if isinstance(first, Tensor) else None
-
-
-def load_reference_weights(
-    factory: Factory, weights: CausalLM, name_map: Mapping[str, str] | None
-) -> tuple[MappedModule | None, list[Check]]:
-    """Build the module and copy our weights into it.
-
-    Parameters that SmolLM2 does not have, such as biases, are set to zero, so that the rest can still be compared.
+def map_weights(
+    parameters: Mapping[str, Shaped[Tensor, ...]], config: ModelConfig, name_map: NameMap | None = None
+) -> WeightMapping:
+    """Find Hugging Face's name for each parameter.
 
     Args:
-        factory: Takes the architecture, returns the module.
-        weights: Our model.
-        name_map: Hugging Face's name for each of its parameters; ``{}`` stands for the number of the layer.
-
-    Returns:
-        The module, or None where it has no parameter for some weight; and the checks so far.
+        parameters: By name; a tied output layer appears under both of its names.
+        config: The architecture.
+        name_map: What the user knows; ``{}`` stands for the number of the layer. Other names are recognized.
 
     Raises:
-        CheckFailed: The factory raised an exception, or returned no module.
+        UsageError: An entry of the map matches no parameter, has two ``{}``, or names no tensor of SmolLM2.
     """
-    model = guarded(lambda: factory(weights.config))
-    if not isinstance(model, nn.Module):
-        raise CheckFailed(f"the factory returned a {type(model).__name__}", fix="return a torch.nn.Module")
-    model = model.float().eval()
-    theirs = dict(model.named_parameters(remove_duplicate=False))
-    names = {name: translated(name, name_map or {}) for name in theirs}
-    ours = dict(weights.named_parameters(remove_duplicate=False))
-    embeddings = {id(theirs[name]) for name, known in names.items() if known == "model.embed_tokens.weight"}
-    for name, parameter in theirs.items():  # a map need not name a tied output layer a second time
-        if names[name] not in ours and id(parameter) in embeddings:
-            names[name] = "lm_head.weight"
-    fits, named = _names(theirs, names, weights.config)
-    checks = [_count(model, weights.config), named, _tying(theirs, names, weights.config)]
-    if not fits:
-        return None, checks
-    with torch.no_grad():
-        for name, parameter in theirs.items():
-            if names[name] in ours:
-                parameter.copy_(ours[names[name]])
-            else:
-                parameter.zero_()
-    return MappedModule(model, names), checks
-
-
-def translated(name: str, name_map: Mapping[str, str]) -> str:
-    """Return Hugging Face's name, by the map, or else without the prefixes that wrappers add."""
-    if name in name_map:
-        return name_map[name]
-    for pattern, target in name_map.items():
-        if pattern.count("{}") == 1 and target.count("{}") == 1:
-            before, after = map(re.escape, pattern.split("{}"))
-            if match := re.fullmatch(f"{before}([0-9]+){after}", name):
-                return target.replace("{}", match[1])
-    for prefix in WRAPPERS:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _count(model: nn.Module, config: ModelConfig) -> Check:
-    counted, expected = sum(p.numel() for p in model.parameters()), total_parameters(config)
-    return Check(
-        "parameters",
-        counted == expected,
-        f"{counted:,}",
-        f"{expected:,} by the closed form",
-        "Biases, a layer too many, or a separate output layer.",
-    )
-
-
-def _names(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: ModelConfig) -> tuple[bool, Check]:
-    """Return whether every weight has a parameter of its shape, and the check of the names."""
-    expected = tensor_shapes(config)
+    expected = {**tensor_shapes(config)}
     allowed = {**expected, HEAD: expected[EMBEDDING]}
-    shapes = {names[name]: tuple(parameter.shape) for name, parameter in theirs.items()}
-    problems = [f"{name} is missing" for name in expected if name not in shapes]
-    for name, shape in shapes.items():
-        if name in allowed and shape != allowed[name]:
-            turned = " (transposed)" if shape == allowed[name][::-1] else ""
-            problems.append(f"{name} has shape {list(shape)}{turned} instead of {list(allowed[name])}")
-    fits = not problems
-    problems += [f"{name} does not exist in SmolLM2" for name in shapes if name not in allowed]
-    problems += [f"{name} has the prefix of a wrapper" for name in theirs if name.startswith(WRAPPERS)]
-    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return fits, Check(
-        "names and shapes",
-        not problems,
-        f"{problems[0]}{more}" if problems else f"{len(theirs)} parameters",
-        f"{len(expected)} tensors, by Hugging Face's names or the name map",
-        "Missing, additional or transposed weights. Right names alone prove nothing; the other checks do.",
+    given = _from_map(list(parameters), name_map or {}, list(allowed))
+    targets = {name: given.get(name) or _by_itself(name, allowed) for name in parameters}
+    embeddings = {id(parameters[name]) for name, known in targets.items() if known == (EMBEDDING,)}
+    for name, parameter in parameters.items():
+        if id(parameter) in embeddings and targets[name] != (EMBEDDING,):
+            targets[name] = (HEAD,)  # a map need not name a tied output layer a second time
+    targets = _without_repetitions(targets, given)
+    pieces, misshapen = _pieces(parameters, targets, allowed)
+    found = {piece.target for piece in pieces} | {target for name in misshapen for target in targets[name]}
+    if EMBEDDING not in found and HEAD in found and config.tie_word_embeddings:  # a tied pair under the head's name
+        pieces = tuple(Piece(p.parameter, EMBEDDING, p.start, p.stop) if p.target == HEAD else p for p in pieces)
+        found.add(EMBEDDING)
+    return WeightMapping(
+        pieces,
+        {name: kind_of(name, parameters[name].dim()) for name, known in targets.items() if not known},
+        ""
+        if all(known in ((), (unwrapped(name),)) for name, known in targets.items())
+        else scheme_of(list(parameters)),
+        tuple(name for name in expected if name not in found),
+        misshapen,
+        _layers(pieces),
     )
 
 
-def _tying(theirs: Mapping[str, Tensor], names: Mapping[str, str], config: ModelConfig) -> Check:
-    heads = [parameter for name, parameter in theirs.items() if names[name] == HEAD]
-    embeddings = [parameter for name, parameter in theirs.items() if names[name] == EMBEDDING]
-    same = not heads or any(head is embedding for head in heads for embedding in embeddings)
-    return Check(
-        "tying",
-        same == config.tie_word_embeddings,
-        "one tensor" if same else "two tensors",
-        "one tensor" if config.tie_word_embeddings else "two tensors",
-        "An output layer that is a copy of the embeddings, or a new one: equal at best, and training drives the two "
-        "apart.",
+def _by_itself(name: str, allowed: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    plain = unwrapped(name)
+    found = (plain,) if plain in allowed else recognize(plain)
+    return found if all(target in allowed for target in found) else ()
+
+
+def _without_repetitions(
+    targets: Mapping[str, tuple[str, ...]], given: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Drop what was recognized in two parameters, unless one of them has the very name or is mapped."""
+    counts = Counter(target for known in targets.values() for target in known)
+
+    def kept(name: str, known: tuple[str, ...]) -> bool:
+        return name in given or known == (unwrapped(name),) or all(counts[target] == 1 for target in known)
+
+    return {name: known if kept(name, known) else () for name, known in targets.items()}
+
+
+def _pieces(
+    parameters: Mapping[str, Tensor],
+    targets: Mapping[str, tuple[str, ...]],
+    allowed: Mapping[str, tuple[int, ...]],
+) -> tuple[tuple[Piece, ...], dict[str, str]]:
+    pieces: list[Piece] = []
+    misshapen: dict[str, str] = {}
+    for name, known in targets.items():
+        if not known:
+            continue
+        rows = [allowed[target][0] for target in known]
+        wanted, shape = (sum(rows), *allowed[known[0]][1:]), tuple(parameters[name].shape)
+        if shape != wanted:
+            turned = " (transposed)" if shape == wanted[::-1] else ""
+            misshapen[name] = f"{name} has shape {list(shape)}{turned} instead of {list(wanted)}"
+            continue
+        start = 0
+        for target, count in zip(known, rows, strict=True):
+            pieces.append(Piece(name, target, start, start + count))
+            start += count
+    return tuple(pieces), misshapen
+
+
+def _layers(pieces: Sequence[Piece]) -> dict[str, str]:
+    layers: dict[str, str] = {}
+    for piece in pieces:
+        if match := re.match(r"model\.layers\.(\d+)\.", piece.target):
+            prefix = re.match(rf"(?:.*?\.)?[a-z_]*{match[1]}(?=\.)", piece.parameter)
+            if prefix:
+                layers[prefix[0]] = match[0][:-1]
+        elif piece.target == "model.norm.weight" and "." in piece.parameter:
+            layers[piece.parameter.rpartition(".")[0]] = "model.norm"
+    return layers
+
+
+# --- the user's map ------------------------------------------------------------------------------------------
+
+
+def _from_map(names: Sequence[str], name_map: NameMap, allowed: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return what a map says about each parameter."""
+    found: dict[str, tuple[str, ...]] = {}
+    for entry, value in name_map.items():
+        wanted = [value] if isinstance(value, str) else list(value)
+        if not any(wanted):
+            continue  # an entry that is still to be completed
+        if any(text.count("{}") > 1 for text in (entry, *wanted)):
+            raise UsageError(f"names: {quoted(entry)} has two {{}}", fix="write {} once, for the number of the layer")
+        expression = "([0-9]+)".join(map(re.escape, entry.split("{}")))
+        matches = {name: match for name in names if (match := re.fullmatch(expression, name))}
+        if not matches and pattern(entry) not in map(pattern, names):  # it may name a layer of the larger model
+            raise UsageError(f"names: {quoted(entry)} matches no parameter{_nearest(entry, names)}", fix=NAME_MAP_FIX)
+        for name, match in matches.items():
+            number = match[1] if "{}" in entry else ""
+            found[name] = tuple(target.replace("{}", number) for target in wanted)
+    unknown = sorted({target for known in found.values() for target in known} - set(allowed))
+    if unknown:
+        where = _nearest(unknown[0], allowed)
+        raise UsageError(f"names: SmolLM2 has no {quoted(unknown[0])}{where}", fix=NAME_MAP_FIX)
+    return found
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = get_close_matches(pattern(name), sorted({pattern(item) for item in names}), n=1, cutoff=0.3)
+    return f"; the nearest is {near[0]}" if near else ""
+
+
+def name_map_to_complete(parameters: Mapping[str, Tensor], mapping: WeightMapping) -> dict[str, str | list[str]]:
+    """Return a map of all parameters, as a file for the user: what is not known maps to an empty name."""
+    held: dict[str, list[str]] = {}
+    for piece in mapping.pieces:
+        held.setdefault(piece.parameter, []).append(piece.target)
+    table: dict[str, str | list[str]] = {}
+    for name in parameters:
+        if kind_of(name) == "bias":
+            continue
+        targets = [pattern(target) for target in held.get(name, [])] or [""]
+        table.setdefault(pattern(name), targets[0] if len(targets) == 1 else targets)
+    return table
+
+
+def names_in_words(parameters: Mapping[str, Tensor], mapping: WeightMapping) -> str:
+    """Return both lists of names in lines: what is missing, and what the module has instead."""
+    missing = list(dict.fromkeys(pattern(name) for name in mapping.missing))
+    others = list(
+        dict.fromkeys(f"{pattern(name)} {list(parameters[name].shape)}" for name, kind in mapping.extra.items())
     )
+    lines = [f"{len(mapping.missing)} of Hugging Face's names are missing:", *(f"  {name}" for name in missing)]
+    if others:
+        lines += ["the module's own, not recognized:", *(f"  {name}" for name in others[:12])]
+        lines += [f"  and {len(others) - 12} more"] if len(others) > 12 else []
+    return "\n".join(lines)
