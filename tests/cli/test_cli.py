@@ -340,5 +340,5 @@ def test_the_commands_are_listed_in_the_order_of_work_in_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["--help"], debug=True) == 0
     lines = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
-    assert [line.split()[0] for line in lines][:6] == ["inspect", "prepare", "train", "verify", "audit", "evaluate"]
+    assert [line.split()[0] for line in lines][:6] == ["inspect", "config", "prepare", "train", "verify", "audit"]
     assert [line for line in lines if "..." in line or len(line) > 80] == []

@@ -40,7 +40,7 @@ class Ablation:
     Attributes:
         config: The configuration whose other settings stay as they are.
         factors: ``key=a,b``: every combination of the values is a variant. Without any, each of `DEFAULT_FACTORS` is
-            changed by itself.
+            changed by itself. ``key=a`` is no factor, but laid over the configuration.
         data: A prepared folder or text; None takes the plays of Shakespeare.
         repeats: Rounds; each measures every variant once.
         steps: Timed steps of a measurement.
@@ -61,6 +61,13 @@ class Ablation:
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
 
+    def _values(self) -> list[tuple[str, list[str]]]:
+        return [_factor(text) for text in self.factors]
+
+    def base(self) -> RunConfig:
+        """Return the configuration that the variants share (`ConfigError` when a value does not fit)."""
+        return with_overrides(self.config, [f"{key}={values[0]}" for key, values in self._values() if len(values) == 1])
+
     def overrides(self) -> list[tuple[str, ...]]:
         """Return the ``key=value`` of each variant.
 
@@ -68,13 +75,14 @@ class Ablation:
             UsageError: A factor is not ``key=a,b``, or there are too many combinations.
             ConfigError: A variant is not a possible configuration; all of these are named.
         """
-        rows = _combinations(self.factors) if self.factors else _one_at_a_time(self.config)
+        base, factors = self.base(), [factor for factor in self._values() if len(factor[1]) > 1]
+        rows = _combinations(factors) if factors else _one_at_a_time(base)
         if not 2 <= len(rows) <= MAX_VARIANTS:
             raise UsageError(f"{len(rows)} variants", fix=f"give factors with 2 to {MAX_VARIANTS} combinations in all")
         problems = []
         for row in rows:
             try:
-                with_overrides(self.config, row)
+                with_overrides(base, row)
             except ConfigError as error:
                 problems.append(f"  - {', '.join(row)}: {error.what}")
         if problems:
@@ -82,24 +90,25 @@ class Ablation:
         return rows
 
 
-def _combinations(factors: Sequence[str]) -> list[tuple[str, ...]]:
-    choices = []
-    for factor in factors:
-        key, equals, values = factor.partition("=")
-        if not equals or not all(values.split(",")):
-            raise UsageError(f"--set {factor!r} is no factor", fix="give --set key=a,b with two values or more")
-        choices.append([f"{key}={value}" for value in values.split(",")])
-    return list(itertools.product(*choices))
+def _factor(text: str) -> tuple[str, list[str]]:
+    key, equals, values = text.partition("=")
+    if not equals or not all(values.split(",")):
+        raise UsageError(f"--set {text!r} is no factor", fix="give --set key=a,b, or key=a for all variants")
+    return key, values.split(",")
+
+
+def _combinations(factors: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[str, ...]]:
+    return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in factors)))
 
 
 def _one_at_a_time(config: RunConfig) -> list[tuple[str, ...]]:
     """Return the unchanged configuration, and then each default factor changed by itself."""
     stored = config.model_dump(mode="json")
     rows: list[tuple[str, ...]] = [()]
-    for factor in DEFAULT_FACTORS:
-        section, name = factor.partition("=")[0].split(".")
+    for key, values in map(_factor, DEFAULT_FACTORS):
+        section, name = key.split(".")
         current = str(stored[section][name]).lower()
-        rows += [choice for choice in _combinations([factor]) if choice[0].partition("=")[2] != current]
+        rows += [(f"{key}={value}",) for value in values if value != current]
     return rows
 
 
@@ -118,7 +127,7 @@ def ablate(ablation: Ablation, measure: Callable[..., Metrics] = measure_trainin
         CheckFailed: The first variant failed.
     """
     rows = ablation.overrides()
-    config, choices = resolve_auto(ablation.config)  # once, so that a choice cannot differ between rounds
+    config, choices = resolve_auto(ablation.base())  # once, so that a choice cannot differ between rounds
     for sentence in choices:
         logger.info(sentence)
     with tempfile.TemporaryDirectory(prefix="resmol-ablate-") as name:

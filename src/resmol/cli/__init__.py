@@ -6,6 +6,7 @@ not import it.
 
 from resmol.cli import (  # each registers its commands
     bench,
+    config,
     evaluate,
     export,
     generate,
@@ -13,14 +14,14 @@ from resmol.cli import (  # each registers its commands
     verify,
 )
 from resmol.cli.app import app
-from resmol.cli.once import OnceCommand
+from resmol.cli.command import Command
 
 IN_ORDER_OF_WORK = (
-    "inspect", "prepare", "train", "verify", "audit", "evaluate", "generate", "export", "publish", "demo", "ablate",
-    "report", "reproduce",
+    "inspect", "config", "prepare", "train", "verify", "audit", "evaluate", "generate", "export", "publish", "demo",
+    "ablate", "report", "reproduce",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda command: IN_ORDER_OF_WORK.index(getattr(command.callback, "__name__", "")))
 for command in (*app.registered_commands, *bench.bench.registered_commands):
-    command.cls = OnceCommand
+    command.cls = Command
 
-__all__ = ["app", "bench", "evaluate", "export", "generate", "train", "verify"]
+__all__ = ["app", "bench", "config", "evaluate", "export", "generate", "train", "verify"]

@@ -14,27 +14,44 @@ from resmol.errors import UsageError
 from resmol.system.user_paths import provide_home
 from resmol.version import __version__
 
+MAX_HELP_WIDTH = 120  # longer lines are no easier to read
+
 app = typer.Typer(
     name="resmol",
     help="Reverse-engineer, retrain, resume and replay SmolLM2-135M, with a command that proves each claim.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_HELP_WIDTH},
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")]
-Preset = Annotated[str | None, typer.Option(help="Name of a preset, e.g. nano or smollm2-135m-cpu.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="A TOML configuration.")]
-TokenizerSource = Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any field, e.g. optimizer.lr=1e-3; `resmol config --fields` lists them. Repeatable.",
+    ),
+]
+Preset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Settings that come with resmol: `resmol config --presets`.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in a TOML file.")]
+TokenizerSource = Annotated[
+    str | None, typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id.")
+]
 ModelTokenizer = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="tokenizer.json, its folder, or a Hub id; the model's own if left out."),
+    typer.Option(
+        "--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id; the model's own if left out."
+    ),
 ]
-TokenizerHash = Annotated[str | None, typer.Option(help="sha256 of a tokenizer that is not SmolLM2's.")]
-Corpus = Annotated[str | None, typer.Option(help="shakespeare or stdlib.")]
+TokenizerHash = Annotated[
+    str | None, typer.Option(metavar="HEX", help="The sha256 of a tokenizer that is not SmolLM2's.")
+]
+Corpus = Annotated[str | None, typer.Option(metavar="NAME", help="shakespeare or stdlib.")]
 
 
 def _print_version(requested: bool) -> bool:
@@ -47,7 +64,7 @@ def _print_version(requested: bool) -> bool:
 @app.callback()
 def options(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

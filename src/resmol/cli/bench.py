@@ -20,6 +20,7 @@ from resmol.cli.app import (
     app,
     chosen_config,
 )
+from resmol.cli.field_options import takes_fields
 from resmol.cli.terminal import print_json, say
 from resmol.config.load import load_preset, with_overrides
 from resmol.config.run_config import RunConfig
@@ -34,23 +35,37 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 
-Baseline = Annotated[str | None, typer.Option("--peer", help="A library to measure as well: transformers.")]
+Baseline = Annotated[
+    str | None, typer.Option("--peer", metavar="NAME", help="A library to measure as well: transformers.")
+]
 Repeats = Annotated[int, typer.Option(help="Rounds; each measures every variant once.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")]
-Data = Annotated[str | None, typer.Option(help="Prepared folder or text; the plays of Shakespeare by default.")]
+Data = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Prepared folder or text; the plays of Shakespeare if left out.")
+]
 
 
-@bench.command("train")
+@bench.command(
+    "train",
+    epilog="""
+    resmol bench train --batch 1x128 --batch 2x512
+    resmol bench train --preset nano --peer transformers
+    resmol bench train --preset nano --trace trace.json
+    """,
+)
+@takes_fields(("--device", "--compile", "--threads"))
 def bench_train(
     preset: Preset = None,
     config: ConfigFile = None,
     set_: Set = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Windows x tokens of a step, e.g. 2x512; repeatable.")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch: Annotated[
+        list[str] | None, typer.Option(metavar="NxLENGTH", help="Windows x tokens of a step, e.g. 2x512; repeatable.")
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Arithmetic of the matmuls.")] = "float32",
     baseline: Baseline = None,
     repeats: Repeats = 5,
     steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 8,
-    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps before these, untimed.")] = 3,
     data: Data = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write a Chrome trace of a few steps to this file instead of measuring.")
@@ -80,7 +95,13 @@ def bench_train(
     _run(comparisons, repeats, json_, markdown)
 
 
-@bench.command("generate")
+@bench.command(
+    "generate",
+    epilog="""
+    resmol bench generate --prompt 128 --new 128
+    resmol bench generate --preset nano --batch 1 --batch 8 --peer transformers
+    """,
+)
 def bench_generate(
     preset: Preset = None,
     config: ConfigFile = None,
@@ -101,9 +122,17 @@ def bench_generate(
     _run(lambda folder: generation_comparisons(request, folder), repeats, json_, markdown)
 
 
-@bench.command("prepare")
+@bench.command(
+    "prepare",
+    epilog="""
+    resmol bench prepare --megabytes 50
+    resmol bench prepare --input input.txt --workers 2
+    """,
+)
 def bench_prepare(
-    input_: Annotated[list[str] | None, typer.Option("--input", help="Text to repeat instead of a corpus.")] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", metavar="PATH", help="Text to repeat instead of a corpus.")
+    ] = None,
     corpus: Corpus = None,
     megabytes: Annotated[int, typer.Option(help="Size of the repeated text in millions of bytes.")] = 20,
     tokenizer: TokenizerSource = None,
@@ -124,7 +153,14 @@ def bench_prepare(
     _run(lambda folder: [preparation_comparison(request, found, folder)], repeats, json_, markdown)
 
 
-@bench.command("checkpoint")
+@bench.command(
+    "checkpoint",
+    epilog="""
+    resmol bench checkpoint --preset nano --repeats 3
+    TMPDIR=/mnt/disk resmol bench checkpoint
+    """,
+)
+@takes_fields(("--device", "--threads"))
 def bench_checkpoint(
     preset: Preset = None,
     config: ConfigFile = None,

@@ -16,6 +16,7 @@ from resmol.cli.app import (
     app,
     chosen_config,
 )
+from resmol.cli.field_options import COMPUTED, takes_fields
 from resmol.cli.terminal import print_json
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted
@@ -23,11 +24,18 @@ from resmol.system.process_setup import set_up_process
 from resmol.system.tables import result_console, text_table
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol evaluate runs/mine
+    resmol evaluate runs/mine --data other.txt --seq-len 256
+    resmol evaluate model.gguf --data other.txt
+    """
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     data: Annotated[
-        str | None, typer.Option(help="Prepared folder or text; a run's own held-out text if left out.")
+        str | None,
+        typer.Option(metavar="PATH", help="Prepared folder or text; a run's own held-out text if left out."),
     ] = None,
     windows: Annotated[int, typer.Option(min=0, help="Windows to use; 0 takes all.")] = 0,
     seq_len: Annotated[int, typer.Option(min=0, help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
@@ -68,19 +76,33 @@ def _in_words(value: object) -> str:
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol ablate --preset nano
+    resmol ablate --preset nano --set runtime.attention=sdpa,eager
+    resmol ablate --preset nano --lr 1e-3,3e-3 --steps 200 --data input.txt
+    """
+)
+@takes_fields(COMPUTED)
 def ablate(
     preset: Preset = None,
     config: ConfigFile = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A factor, key=a,b; every combination is a variant.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=A,B",
+            help="A factor; every combination is a variant. KEY=A sets it for all. Repeatable. Without factors: "
+            "attention, precision, compile and tied embeddings, one at a time.",
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Prepared folder or text; the plays of Shakespeare if left out.")
+        str | None,
+        typer.Option(metavar="PATH", help="Prepared folder or text; the plays of Shakespeare if left out."),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Rounds; each measures every variant once.")] = 5,
     steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 20,
-    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps before these, untimed.")] = 5,
     json_: Json = False,
 ) -> None:
     """Compare settings: speed, memory and loss, with intervals.

@@ -17,16 +17,27 @@ from resmol.errors import UsageError
 from resmol.system.process_setup import set_up_process
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol export runs/mine out/mine
+    resmol export runs/mine out/mine-gguf --format gguf --dtype q8_0
+    resmol export runs/mine out/mine-space --space
+    """
+)
 def export(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     format_: Annotated[
-        str, typer.Option("--format", help="hf (a Hugging Face folder) or gguf (llama.cpp, ollama).")
-    ] = ("hf"),
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; with gguf also q8_0.")] = "float32",
+        str,
+        typer.Option("--format", metavar="hf|gguf", help="A Hugging Face folder, or GGUF for llama.cpp and ollama."),
+    ] = "hf",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="float32, bfloat16 or float16; with gguf also q8_0.")
+    ] = "float32",
     space: Annotated[bool, typer.Option("--space", help="A Space with the demo, the weights and the record.")] = False,
-    model_repo: Annotated[str | None, typer.Option(help="With --space: OWNER/NAME that holds the weights.")] = None,
+    model_repo: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="With --space: the model repository with the weights.")
+    ] = None,
     tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
@@ -53,10 +64,16 @@ def export(
     report_checks(f"export to {out}", done.checks, json_)
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol publish out/mine --repo OWNER/mine
+    resmol publish out/mine --repo OWNER/mine --yes
+    resmol publish out/mine-space --repo OWNER/mine-demo --space --yes
+    """
+)
 def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `resmol export` wrote.")],
-    repo: Annotated[str, typer.Option(help="OWNER/NAME on the Hub.")],
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="The repository on the Hub.")],
     space: Annotated[bool, typer.Option("--space", help="DIR is a Space and becomes one.")] = False,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace files of other origin.")] = False,
@@ -74,12 +91,17 @@ def publish(
     print_json(done) if json_ else print_published(done)
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol demo runs/mine
+    resmol demo runs/mine --port 0
+    """
+)
 def demo(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
-    host: Annotated[str, typer.Option(help="Address to listen on; by default this machine alone can reach it.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; by default this machine alone can reach it.")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
     tokenizer: ModelTokenizer = None,
 ) -> None:

@@ -16,25 +16,29 @@ import typer
 _MENTION = re.compile(r"(?P<command>`?resmol [a-z]+[^`;,()]*)|(?P<option>(?<![\w-])--[a-z][a-z0-9-]*)")
 
 
-# What people type for `train` in other tools -> what to give here.
+# What people type for `train` in other tools -> what to give here. The most usual names are options: field_options.py.
+_FROM_SCRATCH = "no weights: resmol trains from scratch; to fine-tune, export a model and use transformers or TRL"
 USUAL_OPTIONS = {
-    "--lr": "--set optimizer.lr=1e-3",
-    "--learning-rate": "--set optimizer.lr=1e-3",
-    "--batch-size": "--set batch.global_batch_tokens=16384 (tokens in a step) and --set batch.micro_batch_size=8",
-    "--seq-len": "--set data.seq_len=512",
-    "--device": "--set runtime.device=cpu",
-    "--seed": "--set train.seed=1",
-    "--precision": "--set runtime.precision=bfloat16",
-    "--compile": "--set runtime.compile=on",
-    "--warmup-steps": "--set schedule.warmup_steps=100",
-    "--weight-decay": "--set optimizer.weight_decay=0.1",
-    "--save-every": "--set checkpoint.every=500",
-    "--eval-every": "--set evaluation.every=500",
-    "--epochs": "--steps N; the log shows the epochs that N steps are",
+    "--learning-rate": "--lr 1e-3",
+    "--block-size": "--seq-len 512",
+    "--context-length": "--seq-len 512",
+    "--max-length": "--seq-len 512",
+    "--max-steps": "--steps 5000",
+    "--num-train-epochs": "--epochs 3",
+    "--gradient-accumulation-steps": "--batch-size 32 --micro-batch-size 8; the steps between them follow",
+    "--dtype": "--precision bfloat16",
+    "--bf16": "--precision bfloat16",
+    "--fp16": "--precision bfloat16; float16 is not one of them",
+    "--train-file": "--data input.txt",
+    "--validation-file": "--val val.txt",
+    "--input": "--data input.txt",
+    "--save-steps": "--save-every 500",
+    "--eval-steps": "--eval-every 500",
+    "--logging-steps": "--log-every 10",
     "--resume": "nothing more: `resmol train RUN` goes on from the newest checkpoint",
     "--model": "--preset NAME or --config FILE, which describe a model; resmol trains from scratch",
-    "--weights": "no weights: resmol trains from scratch; to fine-tune, export a model and use transformers or TRL",
-    "--init": "no weights: resmol trains from scratch; to fine-tune, export a model and use transformers or TRL",
+    "--weights": _FROM_SCRATCH,
+    "--init": _FROM_SCRATCH,
 }
 
 

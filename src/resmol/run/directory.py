@@ -33,7 +33,7 @@ FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints;
 
 CONFIG_HEAD = """\
 # Written by resmol. To change the run, give `resmol train` --set section.key=value. A field of drift class A is fixed;
-# one of class B also needs --accept-drift section.key. docs/configuration.md lists fields and classes.
+# one of class B also needs --accept-drift section.key. `resmol config --fields` lists fields and classes.
 
 """
 

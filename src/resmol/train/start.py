@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
@@ -21,11 +22,13 @@ from torch._dynamo.exc import TorchDynamoException
 from resmol.config.drift import reconcile
 from resmol.config.load import parse_overrides
 from resmol.config.run_config import RunConfig
-from resmol.data.resolve import Text, data_folder
+from resmol.data.resolve import Text, data_folder, is_prepared
+from resmol.data.shards import Dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import ConfigError, ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
-from resmol.run.checkpoint_manifest import list_checkpoints, step_of
+from resmol.run.checkpoint_manifest import Checkpoint, list_checkpoints, step_of
 from resmol.run.config_history import recorded_config
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger
@@ -34,6 +37,8 @@ from resmol.system.host import return_freed_memory
 from resmol.system.launcher import this_launch
 from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
+from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
@@ -52,6 +57,7 @@ def train_model(
     *,
     data: str | Text | None = None,
     overrides: Sequence[str] = (),
+    epochs: float | None = None,
     tokenizer: str | Path | None = None,
     accept_drift: Sequence[str] = (),
     allow_fresh: bool = False,
@@ -65,6 +71,7 @@ def train_model(
         run: The run directory.
         data: A prepared folder, or text to prepare on the fly (`Text` says how); None reads what the run read before.
         overrides: ``section.key=value``, laid over the configuration.
+        epochs: Train for so many passes over the data instead of ``train.steps``.
         tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
         accept_drift: Class B fields that may differ from the stored configuration.
         allow_fresh: Begin again when every checkpoint is corrupt.
@@ -76,7 +83,7 @@ def train_model(
     """
     directory, is_rank_zero = RunDir(Path(run)), this_launch().rank == 0
     text = Text(inputs=(data,)) if isinstance(data, str) else data
-    changes = parse_overrides(overrides) | _data_path(directory, text)
+    changes = _changes(directory, text, overrides, epochs)
     resolve = partial(resolve_config, directory, config, changes, accept_drift)
     resolve()  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
@@ -84,25 +91,20 @@ def train_model(
         requested, drifts = resolve()  # again: from here on no other process changes the run
         _check_here(requested, directory if is_rank_zero else None)
         open_data = partial(open_run_data, directory, requested, text, tokenizer)
-        opened = open_data() if is_rank_zero else None  # text is prepared once, not by every rank
-        resolved = decide_auto(requested)
+        opened = open_data() if is_rank_zero or epochs else None  # text is prepared once, not by every rank
+        resolved = decide_auto(with_epochs(requested, epochs, opened[0]) if opened and epochs else requested)
         runtime = stack.enter_context(open_runtime(resolved))
         dataset, own_tokenizer = opened or open_data()
         stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
-        state, run_log, checkpoint = new_state(resolved, runtime), RunLog(NullLedger(), ()), None
-        if is_rank_zero:
-            directory.prepare(resolved, own_tokenizer.data)
-            run_log = stack.enter_context(closing(RunLog(Ledger(directory.ledger), log_writers(resolved))))
-            checkpoint = resume_or_start(
-                state, run_log, directory, resolved, drifts, dataset.fingerprint, runtime.environment(),
-                allow_fresh=allow_fresh, strict=strict,
-            )  # fmt: skip
-        share_state(state, runtime)
-        check_ranks_agree(state, resolved, dataset.fingerprint, runtime)
+        state = new_state(resolved, runtime)
+        run_log, checkpoint = _begin(
+            stack, state, directory, resolved, drifts, dataset, own_tokenizer, runtime, log_writers,
+            allow_fresh=allow_fresh, strict=strict,
+        )  # fmt: skip
         checkpointer = stack.enter_context(AsyncCheckpointer(directory.checkpoints, resolved, run_log, checkpoint))
-        loader, val_loader = make_loader(resolved, dataset.train), make_val_loader(resolved, dataset.val)
         _train(state, Session(
-            directory, resolved, runtime, loader, val_loader, dataset.fingerprint, own_tokenizer, run_log, checkpointer,
+            directory, resolved, runtime, make_loader(resolved, dataset.train), make_val_loader(resolved, dataset.val),
+            dataset.fingerprint, own_tokenizer, run_log, checkpointer,
             stop, steps_to_repeat(run_log.records, state.step),
         ))  # fmt: skip
     return state
@@ -180,12 +182,72 @@ def _check_here(config: RunConfig, run: RunDir | None) -> None:
     require_compiler(config, find_device(config.runtime.device).type)
 
 
+def _changes(run: RunDir, text: Text | None, overrides: Sequence[str], epochs: float | None) -> dict[str, Any]:
+    """Return ``section.key`` -> value to lay over the configuration (`UsageError` where epochs do not fit)."""
+    changes = parse_overrides(overrides) | _data_path(run, text)
+    if epochs is not None:
+        _check_epochs(epochs, changes, text)
+    return changes
+
+
+def _check_epochs(epochs: float, changes: Mapping[str, Any], text: Text | None) -> None:
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise UsageError(f"--epochs is {epochs}", fix="give a number above 0, such as 1 or 0.5")
+    if "train.steps" in changes:
+        raise UsageError("--epochs and --steps both say when to stop", fix="leave one of them out")
+    if this_launch().world_size > 1 and text is not None and not is_prepared(user_path(text.inputs[0])):
+        raise UsageError(
+            "--epochs with several processes needs data that is prepared already: each of them counts it",
+            fix="run `resmol prepare OUT --input TEXT` first, and give --data OUT",
+        )
+
+
+def with_epochs(config: RunConfig, epochs: float, dataset: Dataset) -> RunConfig:
+    """Return the configuration that stops after so many passes over the training part, at the batch that it states."""
+    loader = make_loader(config, dataset.train)
+    steps = math.ceil(epochs * loader.n_windows / loader.windows_per_step)
+    logger.info(f"epochs: {epochs:g} of {counted(loader.n_windows, 'window')} are {counted(steps, 'step')}")
+    return config.replace({"train.steps": steps})
+
+
 def _data_path(run: RunDir, text: Text | None) -> dict[str, str]:
     """Return the change of the configuration that names the folder of the data."""
     if text is None:
         return {}
     folder = data_folder(text.inputs[0], "", run.data)
     return {"data.path": run.data.name if folder == run.data else str(folder.resolve())}
+
+
+def _begin(
+    stack: ExitStack,
+    state: TrainState,
+    run: RunDir,
+    config: RunConfig,
+    drifts: dict[str, Any],
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    runtime: Runtime,
+    log_writers: Callable[[RunConfig], Sequence[LogWriter]],
+    *,
+    allow_fresh: bool,
+    strict: bool,
+) -> tuple[RunLog, Checkpoint | None]:
+    """Open the record of the run on rank 0, and bring the state of every rank to where the run stands.
+
+    Returns:
+        The open log, and the checkpoint that the run goes on from.
+    """
+    run_log, checkpoint = RunLog(NullLedger(), ()), None
+    if runtime.is_rank_zero:
+        run.prepare(config, tokenizer.data)
+        run_log = stack.enter_context(closing(RunLog(Ledger(run.ledger), log_writers(config))))
+        checkpoint = resume_or_start(
+            state, run_log, run, config, drifts, dataset.fingerprint, runtime.environment(),
+            allow_fresh=allow_fresh, strict=strict,
+        )  # fmt: skip
+    share_state(state, runtime)
+    check_ranks_agree(state, config, dataset.fingerprint, runtime)
+    return run_log, checkpoint
 
 
 def decide_auto(config: RunConfig) -> RunConfig:
