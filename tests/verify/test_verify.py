@@ -16,12 +16,17 @@ from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
 from resmol.model import llama as module
 from resmol.model.cross_entropy import IGNORE_INDEX
+from resmol.model.linear import MatmulBackend, onednn_product, set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.model.shapes import tensor_shapes
 from resmol.verify import verify
-from resmol.verify.parity import parity
+from resmol.verify.capture import capture, reference_forward
+from resmol.verify.parity import baseline, parity, rms, sequences
+from resmol.verify.reference import arranged, arrangements, float64_reference, reference_model
 from resmol.verify.rope import rotation_checks
 from resmol.verify.sanity import finite
+
+BACKENDS: list[MatmulBackend] = ["mkl", "onednn"]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,46 @@ def test_the_healthy_model_passes_and_every_check_explains_itself(config: ModelC
     assert all_passed(checks), failed(checks)
     assert all(check.guards and check.expected and check.measured for check in checks)
     assert len({check.name for check in checks}) == len(checks)
+
+
+def assert_passes_with_either_library(config: ModelConfig, seeds: int) -> None:
+    for seed in range(seeds):
+        model = CausalLM.empty(config)
+        model.init_weights(seed)
+        for backend in BACKENDS:
+            set_matmul_backend(model, backend)
+            assert all_passed(checks := parity(model)), (seed, backend, failed(checks))
+    return True
+
+
+def test_the_verdict_does_not_depend_on_the_library_or_the_seed(config: ModelConfig) -> None:
+    """Long sums, in which the libraries round differently: an SwiGLU of 3072."""
+    assert_passes_with_either_library(config.model_copy(update={"intermediate_size": 3072}), seeds=2)
+
+
+@pytest.mark.slow
+def test_twenty_seeds_pass_with_either_library() -> None:
+    assert_passes_with_either_library(load_preset("nano").model, seeds=20)
+
+
+def test_right_arrangements_give_other_bits_and_the_largest_error_counts(config: ModelConfig) -> None:
+    """Else the tolerance would measure one library, and call a right model wrong on a processor that uses the other."""
+    wide = config.model_copy(update={"intermediate_size": 3072})
+    model, ids = fresh(wide), sequences(wide)
+    reference, exact = reference_model(wide, model.state_dict()), float64_reference(wide, model.state_dict())
+    x, weight = torch.randn(5, 576), torch.randn(96, 576)
+    found: dict[Any, Tensor] = {}
+    for way in (ways := arrangements(torch.float32)):
+        with arranged(reference, way):
+            found[way] = capture(reference, ids, reference_forward(reference))["logits"]
+            is_onednn = torch.equal(F.linear(x, weight), onednn_product(x, weight))
+            assert is_onednn or way.matmul_backend == "mkl"
+    assert {way.attention for way in ways} == {"sdpa", "eager"}
+    assert {way.matmul_backend for way in ways} == set(BACKENDS)
+    assert {way.threads for way in ways} >= {1, 2}
+    assert not torch.equal(found[ways[0]], found[ways[1]])
+    errors = [rms(logits.double() - exact(ids).logits) for logits in found.values()]
+    assert baseline(wide, model.state_dict()).reference_errors["logits"] == max(errors)
 
 
 @pytest.mark.parametrize("name", ["smollm2-360m", "smollm2-1.7b"])
