@@ -90,9 +90,10 @@ CHANGED: dict[str, Any] = {
     "batch.global_batch_tokens": 8192,
     "batch.micro_batch_size": 8,
     "schedule.decay_start": 101,
+    "optimizer.beta2_halflife_tokens": 1_000_000,
     "checkpoint.permanent": [5000],
 }
-FIXED = {"model.hidden_act", "optimizer.name"}  # one allowed value, so nothing can drift
+FIXED = {"model.hidden_act"}  # one allowed value, so nothing can drift
 KEYS = [field.key for field in all_fields() if field.key not in FIXED]
 
 
@@ -338,6 +339,9 @@ def test_a_preset_is_not_a_path() -> None:
         ("optimizer.weight_decay=inf", "optimizer.weight_decay"),
         ("optimizer.lr=fast", "'fast'"),
         ("optimizer.name=sgd", "optimizer.name"),
+        ("optimizer.beta2=1", "optimizer.beta2"),
+        ("optimizer.beta2_halflife_tokens=0", "optimizer.beta2_halflife_tokens"),
+        ("optimizer.embedding_lr_scale=0", "optimizer.embedding_lr_scale"),
         ("train.steps=0", "train.steps"),
         ("train.steps=1.5", "train.steps"),
         ("train.steps=true", "train.steps"),
@@ -365,6 +369,27 @@ def test_a_preset_is_not_a_path() -> None:
 )
 def test_a_bad_value_is_refused_by_name(override: str, expected: str) -> None:
     assert expected in problems_of([override])
+
+
+def test_beta2_or_its_half_life_but_not_both() -> None:
+    beta2, halflife = "optimizer.beta2=0.9", "optimizer.beta2_halflife_tokens=1000"
+    both = "beta2 (0.9) and beta2_halflife_tokens (1000) state the same thing: set one of them"
+    assert both in problems_of([beta2, halflife])
+    first = with_overrides(base_config(), [beta2])
+    second = with_overrides(first, [halflife])
+    assert (second.optimizer.beta2, second.optimizer.beta2_halflife_tokens) == (None, 1000)
+    assert with_overrides(second, [beta2]) == first, "what is laid over a table replaces the other one"
+    assert RunConfig.parse(tomllib.loads(second.to_toml()), "a file") == second
+
+
+def test_a_gradient_counts_half_after_the_half_life() -> None:
+    """Against a sum that is averaged step by step, for two sizes of the step."""
+    optimizer = with_overrides(base_config(), ["optimizer.beta2_halflife_tokens=6400"]).optimizer
+    for tokens in (64, 1600):
+        weight = 1.0
+        for _ in range(6400 // tokens):
+            weight *= optimizer.beta2_at(tokens)
+        assert weight == pytest.approx(0.5, rel=1e-9)
 
 
 def test_a_decay_inside_the_warm_up_is_refused() -> None:

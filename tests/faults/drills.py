@@ -39,7 +39,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ResmolError, RunInUse
-from resmol.run.checkpoint import StagedCheckpoint
+from resmol.run.checkpoint import StagedCheckpoint, allocate_moments
 from resmol.run.checkpoint_manifest import (
     MANIFEST,
     OPTIMIZER,
@@ -119,10 +119,8 @@ def go_to(state: TrainState, session: Session, step: int) -> None:
             windows=batch.window_digest, epoch=batch.epoch,
         )  # fmt: skip
         record_step(session, result, seconds=0.1)
-    for parameter in state.model.parameters():
-        if not state.optimizer.state[parameter]:
-            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            state.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+    if not state.optimizer.state:
+        allocate_moments(state.optimizer, step)
     for name, tensor in tensors_of(state):
         tensor.fill_(value_of(name, step))
 

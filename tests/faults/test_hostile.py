@@ -374,7 +374,7 @@ def read_state(path: Path) -> None:
     checkpoint.verify()
     config = load_config(folder.parent / "faults.toml")
     empty = CausalLM.empty(config.model)
-    restore(TrainState(empty, build_optimizer(empty, config.optimizer)), checkpoint)
+    restore(TrainState(empty, build_optimizer(empty, config.optimizer, config.batch.global_batch_tokens)), checkpoint)
 
 
 def read_whole_ledger(path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny import TrainTiny
 
@@ -23,7 +22,7 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import CheckpointError, DiskFull
 from resmol.run import async_save as saving
 from resmol.run.async_save import AsyncCheckpointer
-from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint
+from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, allocate_moments
 from resmol.run.checkpoint_manifest import (
     OPTIMIZER,
     STATE,
@@ -91,9 +90,7 @@ class Bench:
 @pytest.fixture
 def bench(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     state = new_state(tiny_config, Runtime.single())
-    for parameter in state.model.parameters():
-        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+    allocate_moments(state.optimizer, 1)
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     made = Bench(tiny_config, state, folder, RunLog(Ledger(tmp_path / "ledger.jsonl"), ()), threading.Event(), [])

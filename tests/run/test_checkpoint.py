@@ -57,7 +57,7 @@ def good(folder: Path, train_tiny: TrainTiny, tmp_path: Path) -> Path:
 
 def fresh(config: RunConfig) -> tuple[CausalLM, torch.optim.AdamW]:
     model = CausalLM(config.model)
-    return model, build_optimizer(model, config.optimizer)
+    return model, build_optimizer(model, config.optimizer, config.batch.global_batch_tokens)
 
 
 def restore(path: Path, config: RunConfig) -> TrainState:

@@ -91,11 +91,12 @@ def multiplier(
     return make(optimizer).lr_lambdas[0]  # type: ignore[return-value]
 
 
-def test_wsd_equals_the_reference() -> None:
-    schedule = ScheduleConfig(warmup_steps=30, decay_start=200, decay_steps=50)
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
+def test_wsd_equals_the_reference(shape: str) -> None:
+    schedule = ScheduleConfig(warmup_steps=30, decay_start=200, decay_steps=50, decay_shape=shape)
     reference = multiplier(
         lambda optimizer: get_wsd_schedule(
-            optimizer, 30, 50, num_stable_steps=170, warmup_type="linear", decay_type="linear"
+            optimizer, 30, 50, num_stable_steps=170, warmup_type="linear", decay_type=shape
         )
     )
     for step in range(1, 300):

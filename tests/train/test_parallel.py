@@ -62,18 +62,21 @@ def outputs(run: Path, kind: Kind) -> list[Record]:
     return [{key: record[key] for key in record.keys() - {"seconds", "seq", "prev", "time"}} for record in records]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_one_process_two_and_one_again(
     tmp_path: Path,
     train_tiny: TrainTiny,
     tiny_config: RunConfig,
     tiny_dataset: Dataset,
     tiny_tokenizer: Tokenizer,
+    optimizer: str,
 ) -> None:
-    config = with_overrides(tiny_config, OFTEN)
-    train_tiny(tmp_path / "straight", 15, *OFTEN)
-    train_tiny(tmp_path / "run", 5, *OFTEN)
+    overrides = [*OFTEN, f"optimizer.name={optimizer}"]
+    config = with_overrides(tiny_config, overrides)
+    train_tiny(tmp_path / "straight", 15, *overrides)
+    train_tiny(tmp_path / "run", 5, *overrides)
     torchrun(2, config, tmp_path / "run", tiny_dataset.root, tiny_tokenizer.path, 10)
-    train_tiny(tmp_path / "run", 15, *OFTEN)
+    train_tiny(tmp_path / "run", 15, *overrides)
     assert_equal_runs(tmp_path / "run", tmp_path / "straight", 15)
     evaluations = outputs(tmp_path / "run", "eval")
     assert [record["step"] for record in evaluations] == [5, 10, 15]

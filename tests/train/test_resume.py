@@ -78,8 +78,12 @@ def test_two_resumes_in_a_row(sixty: Path, tmp_path: Path, train_tiny: TrainTiny
 
 
 @pytest.mark.parametrize(
-    "arithmetic", ["runtime.precision=bfloat16", "runtime.attention=eager", "runtime.matmul_backend=onednn"]
-)
+    "arithmetic",
+    [
+        "runtime.precision=bfloat16", "runtime.attention=eager", "runtime.matmul_backend=onednn",
+        "optimizer.name=muon", "optimizer.beta2_halflife_tokens=500", "optimizer.embedding_lr_scale=3",
+    ],
+)  # fmt: skip
 def test_in_other_arithmetic(tmp_path: Path, train_tiny: TrainTiny, arithmetic: str) -> None:
     train_tiny(tmp_path / "straight", 12, arithmetic)
     for steps in (7, 12):

@@ -165,7 +165,10 @@ def trainer_measurements(
             "seq_len": config.data.seq_len,
             "steps": bench.warmup + bench.steps,
             "warmup": bench.warmup,
-            "optimizer": config.optimizer.model_dump(),
+            "optimizer": {
+                **config.optimizer.model_dump(),
+                "beta2": config.optimizer.beta2_at(config.batch.global_batch_tokens),
+            },
             "precision": config.runtime.precision,
             "device": config.runtime.device,
             "threads": config.runtime.threads,

@@ -59,16 +59,50 @@ class BatchConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW (Loshchilov & Hutter 2019)."""
+    """AdamW (Loshchilov & Hutter 2019), alone or beside Muon (Jordan et al. 2024) for the matrices of the blocks.
 
-    name: Literal["adamw"] = param("adamw", "A", "the optimizer")
+    The second moment is an average over recent steps. Its length in tokens matters, and not in steps: with
+    `beta2_halflife_tokens` it stays what it is when the batch changes. Either that or `beta2` is set.
+    """
+
+    name: Literal["adamw", "muon"] = param(
+        "adamw", "A", "AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest"
+    )
     lr: float = param(3e-3, "B", "peak learning rate", gt=0)
+    embedding_lr_scale: float = param(
+        1.0, "B", "learning rate of the embedding (and of the output layer tied to it), as a multiple of lr", gt=0
+    )
     beta1: float = param(0.9, "A", "decay of the first moment", ge=0, lt=1)
-    beta2: float = param(0.95, "A", "decay of the second moment", ge=0, lt=1)
+    beta2: float | None = param(0.95, "A", "decay of the second moment, a step", ge=0, lt=1)
+    beta2_halflife_tokens: int | None = param(
+        None, "A", "tokens after which a gradient counts half in the second moment; instead of beta2", gt=0
+    )
+    muon_momentum: float = param(0.95, "A", "muon: decay of the momentum", ge=0, lt=1)
     eps: float = param(1e-8, "A", "added to the root of the second moment", gt=0)
     weight_decay: float = param(0.01, "B", "decoupled weight decay", ge=0)
     decay: Literal["all", "matrices"] = param("all", "B", "which parameters decay: all, or only matrices")
     clip_norm: float = param(1.0, "B", "largest global gradient norm; 0 switches clipping off", ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _halflife_replaces_the_default(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("beta2_halflife_tokens") is not None:
+            return {"beta2": None, **table}
+        return table
+
+    @model_validator(mode="after")
+    def _one_length_of_the_average(self) -> OptimizerConfig:
+        if (self.beta2 is None) == (self.beta2_halflife_tokens is None):
+            both = f"beta2 ({self.beta2}) and beta2_halflife_tokens ({self.beta2_halflife_tokens})"
+            raise ValueError(f"{both} state the same thing: set one of them")
+        return self
+
+    def beta2_at(self, tokens: int) -> float:
+        """Return the decay of the second moment in a step of so many tokens (Marek et al. 2025, arXiv 2507.07101)."""
+        if self.beta2_halflife_tokens is not None:
+            return float(0.5 ** (tokens / self.beta2_halflife_tokens))
+        assert self.beta2 is not None, "the validator saw to it"
+        return self.beta2
 
 
 class ScheduleConfig(StrictModel):
@@ -80,7 +114,10 @@ class ScheduleConfig(StrictModel):
     kind: Literal["wsd", "cosine", "constant"] = param("wsd", "A", "warm-up-stable-decay, cosine or constant")
     warmup_steps: int = param(2000, "A", "linear warm-up from 0", ge=0)
     decay_start: int = param(0, "B", "wsd: last step before the decay; 0 plans none", ge=0)
-    decay_steps: int = param(0, "B", "wsd: length of the linear decay", ge=0)
+    decay_steps: int = param(0, "B", "wsd: length of the decay", ge=0)
+    decay_shape: Literal["linear", "1-sqrt"] = param(
+        "linear", "B", "wsd: how the rate falls; 1-sqrt falls fast at first, and slowly at the end"
+    )
     horizon: int = param(0, "A", "cosine: the step at which the minimum is reached", ge=0)
     final_fraction: float = param(0.0, "B", "learning rate after the decay, as a share of the peak", ge=0, le=1)
 

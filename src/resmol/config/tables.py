@@ -16,14 +16,18 @@ RENAMED = {  # in configurations of version 0.1
     "runtime.products": "runtime.matmul_backend",
     "runtime.peer_timeout": "runtime.collective_timeout",
 }
+# Keys of which one is set: where a table is laid over another, its choice replaces the other one's.
+ALTERNATIVES = {"beta2": "beta2_halflife_tokens", "beta2_halflife_tokens": "beta2"}
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+    below: Mapping[str, Any], above: Mapping[str, Any], alternatives: Mapping[str, str] = ALTERNATIVES
+) -> dict[str, Any]:
     """Return one table laid over another: a table in both is merged, any other value comes from ``above``."""
-    table = dict(below)
+    table = {key: value for key, value in below.items() if alternatives.get(key) not in above}
     for key, value in above.items():
-        inner = table.get(key)
-        table[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        inner, both = table.get(key), isinstance(value, dict)
+        table[key] = merged(inner, value, alternatives) if isinstance(inner, dict) and both else value
     return table
 
 
@@ -33,7 +37,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         for part in reversed(key.split(".")):
             value = {part: value}
-        table = merged(table, value)
+        table = merged(table, value, alternatives={})  # these are one table: of alternatives both are kept, and refused
     return table
 
 

@@ -4,7 +4,7 @@ A checkpoint is a directory ``step-00005000`` with
 
 * ``model.safetensors``: the weights, float32, Hugging Face's names (it is the weight file of an export),
 * ``config.json``: the architecture, so that the directory is complete without its run,
-* ``optimizer.safetensors``: AdamW's two moments of every parameter,
+* ``optimizer.safetensors``: the optimizer's moments: two of each parameter of AdamW, one of each of Muon,
 * ``state.json``: everything else that the next step depends on,
 * ``manifest.json``: size and sha256 of each file, a digest of each tensor; written last, it is the commit.
 
@@ -52,7 +52,7 @@ from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory,
 from resmol.system.locks import unless_being_read
 from resmol.system.safetensors_header import Header, read_header
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # torch.optim's names
 STORED_TYPES = {  # safetensors' names; every type that its header may name
     "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F16": torch.float16,
@@ -72,7 +72,7 @@ class CheckpointTensors:
     files: Mapping[str, Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, model: CausalLM, optimizer: torch.optim.AdamW) -> CheckpointTensors:
+    def of(cls, model: CausalLM, optimizer: torch.optim.Optimizer) -> CheckpointTensors:
         """Return the weights and moments themselves: they change with the next step."""
         return cls(model.config, {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)})
 
@@ -151,12 +151,29 @@ def weight_tensors(model: CausalLM) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
-def moment_tensors(model: CausalLM, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Return AdamW's moments, as ``<parameter>.exp_avg`` and ``<parameter>.exp_avg_sq``."""
+def moment_tensors(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the moments of an optimizer that has taken a step, by name: ``<parameter>.exp_avg`` and so on."""
+    kept = _moments_of_parameters(optimizer)
     return {
         f"{name}.{moment}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
-        for moment in MOMENTS
+        for moment in kept[parameter]
+    }
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Give an optimizer the state that it has after ``step`` steps, with moments of zeros, which are to be filled."""
+    for parameter, moments in _moments_of_parameters(optimizer).items():
+        state = {moment: torch.zeros_like(parameter) for moment in moments}
+        count = {"step": torch.tensor(float(step), device=parameter.device)} if moments == ADAMW_MOMENTS else {}
+        optimizer.state[parameter] = {**count, **state}
+
+
+def _moments_of_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    return {
+        parameter: ADAMW_MOMENTS if "betas" in group else MUON_MOMENTS
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
 
 
@@ -205,8 +222,8 @@ def quarantine(final: Path) -> None:
 # --- loading -------------------------------------------------------------------------------------------------
 
 
-def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.AdamW | None = None) -> None:
-    """Fill a model, and AdamW's state where an optimizer is given, from a verified checkpoint.
+def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Fill a model, and an optimizer where one is given, from a verified checkpoint.
 
     Raises:
         CheckpointError: Names, shapes, types or values are not those of this model.
@@ -215,12 +232,8 @@ def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Ad
     _fill(weight_tensors(model), checkpoint.path / WEIGHTS, files[WEIGHTS])
     if optimizer is None:
         return
-    parameters = dict(model.named_parameters())
-    moments = {f"{name}.{moment}": torch.empty_like(p) for name, p in parameters.items() for moment in MOMENTS}
-    _fill(moments, checkpoint.path / OPTIMIZER, files[OPTIMIZER])
-    for name, parameter in parameters.items():
-        step = torch.tensor(float(checkpoint.manifest.step), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **{moment: moments[f"{name}.{moment}"] for moment in MOMENTS}}
+    allocate_moments(optimizer, checkpoint.manifest.step)
+    _fill(moment_tensors(model, optimizer), checkpoint.path / OPTIMIZER, files[OPTIMIZER])
 
 
 def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:

@@ -95,7 +95,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     set_matmul_backend(model, "onednn" if config.runtime.matmul_backend == "onednn" else "mkl")
     model.model.activation_checkpointing = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
-    return TrainState(model, build_optimizer(model, config.optimizer))
+    return TrainState(model, build_optimizer(model, config.optimizer, config.batch.global_batch_tokens))
 
 
 def make_loader(config: RunConfig, stream: TokenStream) -> Loader:

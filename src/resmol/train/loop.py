@@ -46,7 +46,7 @@ class TrainState:
     """All that changes from step to step; what is not here cannot influence the next one."""
 
     model: CausalLM = field(repr=False)
-    optimizer: torch.optim.AdamW = field(repr=False)
+    optimizer: torch.optim.Optimizer = field(repr=False)
     step: int = 0
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change

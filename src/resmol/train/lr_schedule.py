@@ -42,11 +42,15 @@ def _constant(_step: int, _schedule: ScheduleConfig) -> float:
 
 
 def _wsd(step: int, schedule: ScheduleConfig) -> float:
-    """Warm-up-stable-decay (Hu et al. 2024, MiniCPM, section 4); linear decay, as in SmolLM2's recipe."""
+    """Warm-up-stable-decay (Hu et al. 2024, MiniCPM, section 4).
+
+    The decay is linear, as in SmolLM2's recipe, or 1 - sqrt(progress) (Hägele et al. 2024, arXiv 2405.18392).
+    """
     if schedule.decay_start == 0 or step <= schedule.decay_start:
         return 1.0
     progress = min(1.0, (step - schedule.decay_start) / schedule.decay_steps)
-    return 1.0 + progress * (schedule.final_fraction - 1.0)
+    fallen = math.sqrt(progress) if schedule.decay_shape == "1-sqrt" else progress
+    return 1.0 + fallen * (schedule.final_fraction - 1.0)
 
 
 def _cosine(step: int, schedule: ScheduleConfig) -> float:

@@ -1,4 +1,4 @@
-"""AdamW on summed gradients, with the division and the clipping folded into the update.
+"""The update: AdamW or Muon on summed gradients, with the division and the clipping folded into it.
 
 Gradients are sums over the tokens of a step. Dividing them by the global token count and clipping them both multiply
 by one number, so the fused update gets that number as its scale: neither needs a pass over the gradients, and there is
@@ -7,35 +7,85 @@ one division by the count of the whole step, into however many micro-batches and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Parameter
 
 from resmol.config.run_config import OptimizerConfig
 from resmol.model.llama import CausalLM
 
 CHUNK = 1 << 18  # elements of one dot product: 1 MiB in float32
+# Muon's update gets the root mean square of AdamW's, so that it takes AdamW's learning rate and weight decay
+# (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+MUON_RATE = "match_rms_adamw"
 
 
-def build_optimizer(model: CausalLM, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019, algorithm 2), with the parameters in groups with and without decay.
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon and AdamW, each for its own parameters, as one optimizer with one state.
 
-    The published recipe decays every parameter; ``decay = "matrices"`` leaves the norms' weights out.
+    Attributes:
+        grad_scale: The number that all gradients are divided by in the next step.
     """
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if config.decay == "all" or p.dim() > 1]
-    spared = [p for p in parameters if not (config.decay == "all" or p.dim() > 1)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+
+    grad_scale: Float[Tensor, ""]
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._muon, self._adamw = muon, adamw
+        muon.state = adamw.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # nobody passes a closure
+        """Update all parameters; only AdamW's kernel can scale gradients by itself."""
+        assert closure is None
+        for group in self._muon.param_groups:
+            torch._foreach_div_([p.grad for p in group["params"]], self.grad_scale)
+        self._adamw.grad_scale = self.grad_scale  # type: ignore[attr-defined] # the fused kernel divides by it
+        self._muon.step()
+        self._adamw.step()
+
+
+def build_optimizer(model: CausalLM, config: OptimizerConfig, step_tokens: int) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov & Hutter 2019, algorithm 2), or Muon for the matrices of the blocks beside it.
+
+    The published recipe decays every parameter; ``decay = "matrices"`` leaves the norms' weights out. A group has its
+    own ``lr_scale``, by which `apply_update` multiplies the learning rate.
+
+    Args:
+        model: Its parameters are updated.
+        config: The optimizer and its constants.
+        step_tokens: Tokens in a step, over all ranks.
+    """
+    embedding = model.model.embed_tokens.weight
+    matrices = [p for p in model.model.layers.parameters() if p.dim() > 1] if config.name == "muon" else []
+    of_muon = {id(p) for p in matrices}
+    adamw = torch.optim.AdamW(
+        _groups((p for p in model.parameters() if id(p) not in of_muon), embedding, config),
         lr=config.lr,
-        betas=(config.beta1, config.beta2),
+        betas=(config.beta1, config.beta2_at(step_tokens)),
         eps=config.eps,
         fused=True,
     )
+    if not matrices:
+        return adamw
+    groups = _groups(matrices, embedding, config)
+    return MuonWithAdamW(torch.optim.Muon(groups, momentum=config.muon_momentum, adjust_lr_fn=MUON_RATE), adamw)
+
+
+def _groups(parameters: Iterable[Parameter], embedding: Tensor, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Return the parameters in groups of the same weight decay and learning rate."""
+    groups: dict[tuple[float, float], list[Parameter]] = {}
+    for parameter in parameters:
+        decays = config.decay == "all" or parameter.dim() > 1
+        scale = config.embedding_lr_scale if parameter is embedding else 1.0
+        groups.setdefault((config.weight_decay if decays else 0.0, scale), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay, "lr_scale": scale}
+        for (weight_decay, scale), members in groups.items()
+    ]
 
 
 def gradient_norm(model: CausalLM, tokens: int) -> Float[Tensor, ""]:
@@ -55,20 +105,20 @@ def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
 
 
 def apply_update(
-    optimizer: torch.optim.AdamW, *, lr: float, tokens: int, norm: Float[Tensor, ""], clip_norm: float
+    optimizer: torch.optim.Optimizer, *, lr: float, tokens: int, norm: Float[Tensor, ""], clip_norm: float
 ) -> None:
     """Update the weights with the mean gradient, clipped to ``clip_norm`` (Pascanu et al. 2013); clear the gradients.
 
     Args:
         optimizer: Its parameters hold the summed gradients.
-        lr: The learning rate of this step.
+        lr: The learning rate of this step, before the scale of a group.
         tokens: Targets in this step, over all micro-batches and ranks.
         norm: The norm of the mean gradient.
         clip_norm: The largest norm to allow; 0 allows any.
     """
     clip = torch.clamp(clip_norm / (norm + 1e-6), max=1.0) if clip_norm else torch.ones_like(norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.grad_scale = tokens / clip  # type: ignore[attr-defined] # the fused kernel divides by it
+        group["lr"] = lr * group["lr_scale"]
+    optimizer.grad_scale = tokens / clip  # type: ignore[attr-defined] # the update divides by it
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ import torch
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.checkpoint import MOMENTS, load_into, quarantine
+from resmol.run.checkpoint import allocate_moments, load_into, moment_tensors, quarantine
 from resmol.run.checkpoint_manifest import STATE, Checkpoint, corrupt, list_checkpoints, newest_valid
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
@@ -138,12 +138,9 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     runtime.broadcast(parameter.data for parameter in state.model.parameters())
     if state.step == 0:
         return  # the optimizer has no moments yet
-    for parameter in state.model.parameters():
-        if parameter not in state.optimizer.state:
-            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            step = torch.tensor(float(state.step), device=runtime.device)
-            state.optimizer.state[parameter] = {"step": step, **moments}
-        runtime.broadcast(state.optimizer.state[parameter][moment] for moment in MOMENTS)
+    if not state.optimizer.state:
+        allocate_moments(state.optimizer, state.step)
+    runtime.broadcast(moment_tensors(state.model, state.optimizer).values())
 
 
 def _record_start(run_log: RunLog, run: RunDir, config: RunConfig, **facts: Any) -> None:

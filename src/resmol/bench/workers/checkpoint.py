@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resmol.bench.workers.main import Metrics, worker_main
 from resmol.config.load import load_config
-from resmol.run.checkpoint import load_into, moment_tensors, weight_tensors
+from resmol.run.checkpoint import allocate_moments, load_into, moment_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.system.atomic_io import fsync_path
 from resmol.train.build import new_state
@@ -28,9 +28,7 @@ PIECE = 1 << 24
 def fresh_state(config_file: Path) -> TrainState:
     """Return a model and an optimizer with moments, as after a step."""
     state = new_state(load_config(config_file), Runtime.single())
-    for parameter in state.model.parameters():
-        moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        state.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+    allocate_moments(state.optimizer, 1)
     return state
 
 
