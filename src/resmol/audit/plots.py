@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from resmol.run.ledger import Record, effective_steps, select
 
 MAX_POINTS = 1200
-BLUE, ORANGE, GREY, RED = "#2b6cb0", "#c05621", "#a0aec0", "#c53030"
+BLUE, ORANGE, GREEN, GREY, RED = "#2b6cb0", "#c05621", "#2f855a", "#a0aec0", "#c53030"
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -138,6 +138,10 @@ def _loss(axes: Any, steps: list[Record], records: Sequence[Record]) -> None:
     if held_out:
         points = ([r["step"] for r in held_out], [r["loss"] for r in held_out])
         axes.plot(*points, "o-", color=ORANGE, markersize=4, linewidth=1, label="held out")
+    averaged = [r for r in held_out if "averaged_loss" in r]
+    if averaged:
+        points = ([r["step"] for r in averaged], [r["averaged_loss"] for r in averaged])
+        axes.plot(*points, "o-", color=GREEN, markersize=4, linewidth=1, label="held out, averaged weights")
     axes.set_ylabel("nats per token")
     axes.legend(frameon=False, fontsize=8)
 

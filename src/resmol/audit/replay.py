@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,9 @@ from resmol.data.loader import Loader
 from resmol.data.resolve import data_folder
 from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.errors import ConfigError, ResmolError
-from resmol.run.checkpoint import digest_all, moment_tensors, weight_tensors
+from resmol.run.checkpoint import digest_all
 from resmol.run.checkpoint_manifest import (
     MANIFEST,
-    OPTIMIZER,
-    WEIGHTS,
     checkpoint_name,
     list_checkpoints,
     open_checkpoint,
@@ -156,7 +155,7 @@ def _execute(state: TrainState, record: Record, config: RunConfig, loader: Loade
 
 
 def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) -> Check:
-    """Compare weights and moments with the checkpoint at the segment's end, if there is one."""
+    """Compare all tensors with the checkpoint at the segment's end, if there is one."""
     path, count = run.checkpoints / checkpoint_name(segment.end), segment.end - segment.start
     if not path.is_dir():
         return Check(name, True, f"PASS: {count} steps", EXPECTED, GUARDS)
@@ -164,13 +163,19 @@ def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) 
         files = read_manifest(path).files
     except ResmolError as error:
         return Check(name, False, f"FAIL: {error.what}", EXPECTED, GUARDS)
-    recorded = {**files[WEIGHTS].tensors, **files[OPTIMIZER].tensors}
-    ours = digest_all({**weight_tensors(state.model), **moment_tensors(state.model, state.optimizer)})
-    wrong = [tensor for tensor, value in ours.items() if recorded.get(tensor) != value]
-    if wrong:
+    recorded = {file: entry.tensors for file, entry in files.items() if entry.tensors}
+    ours = {file: digest_all(tensors) for file, tensors in state.tensors().files.items()}
+    if wrong := sorted(_unequal(ours, recorded)):
         return Check(name, False, f"FAIL: {wrong[0]} differs from {path.name}", EXPECTED, GUARDS, str(path))
-    words = f"PASS: {count} steps, and the {len(ours)} tensors of {path.name}"
+    words = f"PASS: {count} steps, and the {sum(map(len, ours.values()))} tensors of {path.name}"
     return Check(name, True, words, EXPECTED, GUARDS, str(path))
+
+
+def _unequal(ours: Mapping[str, Mapping[str, str]], recorded: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Return the tensors, as file and name, whose digests differ or that one of the two lacks."""
+    flat = [{(file, name, value) for file, group in side.items() for name, value in group.items()}
+            for side in (ours, recorded)]  # fmt: skip
+    return {f"{file}/{name}" for file, name, _ in flat[0] ^ flat[1]}
 
 
 def _environment_at(records: list[Record], seq: int) -> dict[str, Any]:

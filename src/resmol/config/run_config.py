@@ -132,6 +132,16 @@ class ScheduleConfig(StrictModel):
         return self
 
 
+class AveragingConfig(StrictModel):
+    """A second set of weights: the average over the newest part of the steps so far (`train/averaging.py`)."""
+
+    fraction: float = param(
+        0.0, "A", "share of the steps so far that the average reaches over; 1 is the mean of all, 0 keeps none",
+        ge=0, le=1,
+    )  # fmt: skip
+    every: int = param(8, "A", "steps between updates of the average, each of which reads all weights once", ge=1)
+
+
 class TrainConfig(StrictModel):
     """Length and seed."""
 
@@ -204,6 +214,7 @@ class RunConfig(StrictModel):
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    averaging: AveragingConfig = AveragingConfig()
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

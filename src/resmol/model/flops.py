@@ -52,6 +52,7 @@ def training_memory(
     activation_checkpointing: bool = False,
     bfloat16: bool = False,
     eager: bool = False,
+    averaging: bool = False,
 ) -> dict[str, int]:
     """Estimate the bytes that training needs, by part.
 
@@ -61,7 +62,7 @@ def training_memory(
     ``activation_checkpointing`` they exist for one block at a time, and the other blocks save their input only.
     Under ``bfloat16`` autocast the inputs of products have two bytes, and the weights a copy of two bytes; the
     residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention saves its weights,
-    one for each head and pair of positions, in float32 and rounded.
+    one for each head and pair of positions, in float32 and rounded. ``averaging`` keeps a second set of weights.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -76,6 +77,7 @@ def training_memory(
         "weights": parameters + (parameters // 2 if bfloat16 else 0),
         "gradients": parameters,
         "adamw moments": 2 * parameters,
+        **({"averaged weights": parameters} if averaging else {}),
         "activations": tokens * activations,
         "logits chunk": 4 * min(tokens, loss_chunk_tokens) * config.vocab_size,
     }

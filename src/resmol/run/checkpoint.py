@@ -5,6 +5,7 @@ A checkpoint is a directory ``step-00005000`` with
 * ``model.safetensors``: the weights, float32, Hugging Face's names (it is the weight file of an export),
 * ``config.json``: the architecture, so that the directory is complete without its run,
 * ``optimizer.safetensors``: the optimizer's moments: two of each parameter of AdamW, one of each of Muon,
+* ``averaged.safetensors``: the averaged weights, where the run keeps an average,
 * ``state.json``: everything else that the next step depends on,
 * ``manifest.json``: size and sha256 of each file, a digest of each tensor; written last, it is the commit.
 
@@ -32,6 +33,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckpointError, DiskFull
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import (
+    AVERAGED,
     CONFIG,
     MANIFEST,
     OPTIMIZER,
@@ -72,9 +74,12 @@ class CheckpointTensors:
     files: Mapping[str, Mapping[str, Tensor]]
 
     @classmethod
-    def of(cls, model: CausalLM, optimizer: torch.optim.Optimizer) -> CheckpointTensors:
-        """Return the weights and moments themselves: they change with the next step."""
-        return cls(model.config, {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)})
+    def of(
+        cls, model: CausalLM, optimizer: torch.optim.Optimizer, averaged: Mapping[str, Tensor] | None = None
+    ) -> CheckpointTensors:
+        """Return the weights, moments and averaged weights themselves: they change with the next step."""
+        files = {WEIGHTS: weight_tensors(model), OPTIMIZER: moment_tensors(model, optimizer)}
+        return cls(model.config, files if averaged is None else {**files, AVERAGED: averaged})
 
     @property
     def bytes(self) -> int:
@@ -99,7 +104,7 @@ def stage_checkpoint(
     Args:
         folder: The ``checkpoints`` directory of a run.
         state: What to write into ``state.json``.
-        tensors: Weights and moments; they are written as they are, and must be float32.
+        tensors: What to write; it is written as it is, and must be float32.
         parent: The sha256 of the manifest of the checkpoint before.
 
     Raises:
@@ -109,7 +114,7 @@ def stage_checkpoint(
     files = {name: _in_main_memory(group) for name, group in tensors.files.items()}
     # Digests of what is in memory, taken before anything is written: a fault between memory and disk shows.
     digests = {name: digest_all(group) for name, group in files.items()}
-    names, entries = (WEIGHTS, OPTIMIZER, STATE, CONFIG), dict[str, FileEntry]()
+    names, entries = (*files, STATE, CONFIG), dict[str, FileEntry]()
 
     def write_files(temporary: Path) -> None:
         with ThreadPoolExecutor(len(names)) as pool:  # writing and hashing release the interpreter
@@ -228,17 +233,28 @@ def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Op
     Raises:
         CheckpointError: Names, shapes, types or values are not those of this model.
     """
-    files = checkpoint.manifest.files
-    _fill(weight_tensors(model), checkpoint.path / WEIGHTS, files[WEIGHTS])
+    load_tensors(checkpoint, WEIGHTS, weight_tensors(model))
     if optimizer is None:
         return
     allocate_moments(optimizer, checkpoint.manifest.step)
-    _fill(moment_tensors(model, optimizer), checkpoint.path / OPTIMIZER, files[OPTIMIZER])
+    load_tensors(checkpoint, OPTIMIZER, moment_tensors(model, optimizer))
 
 
-def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:
-    """Fill tensors from a safetensors file, which must hold exactly their names and shapes, in float32, all finite."""
-    header = read_header(path)
+def load_tensors(checkpoint: Checkpoint, name: str, targets: Mapping[str, Tensor]) -> None:
+    """Fill tensors from a safetensors file of a verified checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        name: The file, such as `AVERAGED`.
+        targets: The file must hold exactly their names and shapes, in float32, all finite.
+
+    Raises:
+        CheckpointError: The file holds something else, or the checkpoint has no such file.
+    """
+    path, entry = checkpoint.path / name, checkpoint.manifest.files.get(name)
+    if entry is None:
+        raise corrupt(path, "is missing, and the configuration of its run asks for it")
+    header, digests = read_header(path), entry.tensors
     shapes = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
     expected = {name: ("F32", tuple(t.shape)) for name, t in targets.items()}
     if shapes != expected:
@@ -247,7 +263,7 @@ def _fill(targets: Mapping[str, Tensor], path: Path, entry: FileEntry) -> None:
 
     def fill(name: str) -> None:
         tensor = stored_tensor(path, name, header)
-        if digest(tensor) != entry.tensors.get(name):
+        if digest(tensor) != digests.get(name):
             raise corrupt(path, f"gave other bytes for {name} than were in memory when it was saved")
         if not bool(torch.isfinite(tensor).all()):
             raise corrupt(path, f"holds NaN or infinity in {name}")

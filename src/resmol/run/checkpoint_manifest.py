@@ -33,6 +33,7 @@ FORMAT: Literal[2] = 2  # of version 0.2; version 0.1 wrote 1
 WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "manifest.json",
 )  # fmt: skip
+AVERAGED = "averaged.safetensors"  # only where the run averages its weights
 MAX_JSON_BYTES = 64_000_000
 MAX_LOOKS = 1000  # at a folder whose checkpoints go while they are looked at; each look is a newer one
 SHOWN_FILES = 3  # of those that do not belong to a checkpoint
@@ -207,7 +208,7 @@ def read_manifest(path: Path) -> Manifest:
         raise corrupt(path / MANIFEST, "is not as it was written: its digest does not cover it")
     if manifest.step != step_of(path):
         raise corrupt(path / MANIFEST, f"belongs to step {manifest.step}")
-    if set(manifest.files) != {WEIGHTS, OPTIMIZER, STATE, CONFIG}:
+    if set(manifest.files) - {AVERAGED} != {WEIGHTS, OPTIMIZER, STATE, CONFIG}:
         raise corrupt(path / MANIFEST, "does not list the files of a checkpoint")
     return manifest
 

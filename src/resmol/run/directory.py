@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EXDEV, errno.EPERM}  # "no such operation"
 _KEPT = re.compile(r"^(corrupt-)?step-[0-9]{8}")
 _BEFORE_THE_FIRST_STEP = ("start", "resume", "drift", "warn", "stop")
-FILES_OF_A_RUN = 12  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its five files
+FILES_OF_A_RUN = 13  # lock, configuration, tokenizer, ledger, log, checkpoints; and a checkpoint with its six files
 
 CONFIG_HEAD = """\
 # Written by resmol. To change the run, give `resmol train` --set section.key=value. A field of drift class A is fixed;
@@ -186,7 +186,8 @@ class RunDir:
 
     def _check_room(self, config: RunConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        checkpoint_bytes = 3 * 4 * total_parameters(config.model)
+        copies = 4 if config.averaging.fraction else 3  # weights, two moments, averaged weights
+        checkpoint_bytes = copies * 4 * total_parameters(config.model)
         try:
             disk = shutil.disk_usage(self.path)
             inodes = os.statvfs(self.path)

@@ -127,6 +127,10 @@ def _start(record: Record) -> str:
 
 def _eval(record: Record) -> str:
     measured = f"held-out loss {record['loss']:.4f}, {record['bits_per_byte']:.4f} bits per byte"
+    if "averaged_loss" in record:
+        measured += (
+            f"; of the averaged weights {record['averaged_loss']:.4f}, {record['averaged_bits_per_byte']:.4f} bits"
+        )
     return f"eval at step {record['step']}: {measured} ({record['tokens']:,} tokens)"
 
 
@@ -226,5 +230,7 @@ def _scalars(record: Record) -> dict[str, float]:
             **rate,
         }
     if record["kind"] == "eval":
-        return {"val/loss": record["loss"], "val/bpb": record["bits_per_byte"]}
+        names = {"val/loss": "loss", "val/bpb": "bits_per_byte", "val/averaged_loss": "averaged_loss",
+                 "val/averaged_bpb": "averaged_bits_per_byte"}  # fmt: skip
+        return {tag: record[name] for tag, name in names.items() if name in record}
     return {}

@@ -69,6 +69,7 @@ def needed_memory(config: RunConfig, *, recompute: bool) -> int:
         activation_checkpointing=recompute,
         bfloat16=config.runtime.precision == "bfloat16",
         eager=config.runtime.attention == "eager",
+        averaging=config.averaging.fraction > 0,
     )
     return sum(parts.values())
 

@@ -18,6 +18,7 @@ from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
 from resmol.system.atomic_io import file_sha256
+from resmol.train.averaging import WeightAverage
 from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
@@ -89,13 +90,15 @@ def _warn_of_unused_rows(entries: int, config: RunConfig) -> None:
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
-    """Return a model with its initial weights, and an optimizer that has seen nothing."""
+    """Return a model with its initial weights, and an optimizer and an average that have seen nothing."""
     model = CausalLM.empty(config.model, attention=config.runtime.attention)
     model.init_weights(config.train.seed)
     set_matmul_backend(model, "onednn" if config.runtime.matmul_backend == "onednn" else "mkl")
     model.model.activation_checkpointing = config.runtime.activation_checkpointing == "on"
     model.to(runtime.device)
-    return TrainState(model, build_optimizer(model, config.optimizer, config.batch.global_batch_tokens))
+    optimizer = build_optimizer(model, config.optimizer, config.batch.global_batch_tokens)
+    average = WeightAverage(model, config.averaging) if config.averaging.fraction else None
+    return TrainState(model, optimizer, average)
 
 
 def make_loader(config: RunConfig, stream: TokenStream) -> Loader:

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, float_bits, is_finished
 from resmol.run.log_writers import RunLog
 from resmol.system.signals import StopSignal
+from resmol.train.averaging import WeightAverage
 from resmol.train.evaluate import evaluate
 from resmol.train.loss_spikes import append_loss, is_spike
 from resmol.train.lr_schedule import lr_at
@@ -47,10 +49,16 @@ class TrainState:
 
     model: CausalLM = field(repr=False)
     optimizer: torch.optim.Optimizer = field(repr=False)
+    average: WeightAverage | None = field(default=None, repr=False)
     step: int = 0
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
     recent_losses: tuple[float, ...] = field(default=(), repr=False)  # the next loss is compared with; loss_spikes.py
+
+    def tensors(self) -> CheckpointTensors:
+        """Return the tensors of a checkpoint, themselves; there are moments from the first step on."""
+        averaged = None if self.average is None else self.average.tensors
+        return CheckpointTensors.of(self.model, self.optimizer, averaged)
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,8 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
     lr = lr_at(state.step + 1, config.schedule, config.optimizer.lr)
     apply_update(state.optimizer, lr=lr, tokens=batch.tokens, norm=norm, clip_norm=config.optimizer.clip_norm)
     state.step += 1
+    if state.average is not None:
+        state.average.update(state.step)
     state.tokens_seen += batch.tokens
     state.windows_seen = batch.windows_seen
     return StepResult(
@@ -253,7 +263,10 @@ def record_straggler(session: Session, step: int, seconds: float) -> None:
 
 
 def record_evaluation(state: TrainState, session: Session) -> None:
-    """Measure the held-out loss, without compiled code, so that it does not depend on how training computes."""
+    """Measure the held-out loss, also that of the averaged weights where there are some.
+
+    No compiled code takes part, so that it does not depend on how training computes.
+    """
     if session.val is None:
         return
     session.runtime.set_phase(f"evaluation after step {state.step}")
@@ -262,14 +275,22 @@ def record_evaluation(state: TrainState, session: Session) -> None:
     windows, tokenizer = config.evaluation.windows or None, session.tokenizer
     batches = session.val.sequential(config.batch.micro_batch_size, windows)
     spelled = tokenizer.spelled_end_bytes(session.val.spelled_ends(windows))
+    lengths = tokenizer.byte_lengths()
+    measure = partial(evaluate, state.model, batches, lengths, session.runtime, spelled_bytes=spelled)
     with torch.compiler.set_stance("force_eager"):
-        result = evaluate(state.model, batches, tokenizer.byte_lengths(), session.runtime, spelled_bytes=spelled)
+        result = measure()
+        averaged = {}
+        if state.average is not None:
+            with state.average.in_model():
+                second = measure()
+            averaged = {"averaged_loss": second.loss, "averaged_bits_per_byte": second.bits_per_byte}
     session.run_log.write(
         "eval",
         step=state.step,
         split="val",
         loss=result.loss,
         bits_per_byte=result.bits_per_byte,
+        **averaged,
         tokens=result.tokens,
         bytes=result.bytes,
         seconds=round(time.perf_counter() - started, 3),
@@ -312,4 +333,4 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
         permanent=state.step in session.config.checkpoint.permanent,
         recent_losses=state.recent_losses,
     )
-    session.checkpointer.save(saved, CheckpointTensors.of(state.model, state.optimizer), wait=wait)
+    session.checkpointer.save(saved, state.tensors(), wait=wait)

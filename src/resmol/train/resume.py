@@ -15,8 +15,8 @@ import torch
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.checkpoint import allocate_moments, load_into, moment_tensors, quarantine
-from resmol.run.checkpoint_manifest import STATE, Checkpoint, corrupt, list_checkpoints, newest_valid
+from resmol.run.checkpoint import allocate_moments, load_into, load_tensors, moment_tensors, quarantine
+from resmol.run.checkpoint_manifest import AVERAGED, STATE, Checkpoint, corrupt, list_checkpoints, newest_valid
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
     FORMAT,
@@ -117,6 +117,8 @@ def steps_to_repeat(records: list[Record], step: int) -> dict[int, Record]:
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     """Fill ``state`` from a verified checkpoint (`CheckpointError` when it is that of another model)."""
     load_into(checkpoint, state.model, state.optimizer)
+    if state.average is not None:
+        load_tensors(checkpoint, AVERAGED, state.average.tensors)
     saved = checkpoint.state
     try:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
@@ -127,7 +129,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
-    """Bring the other ranks to where rank 0 stands: counters, weights and moments."""
+    """Bring the other ranks to where rank 0 stands: counters, weights, their average, and moments."""
     counters = torch.tensor([state.step, state.tokens_seen, state.windows_seen], device=runtime.device)
     runtime.broadcast([counters])
     state.step, state.tokens_seen, state.windows_seen = (int(number) for number in counters)
@@ -136,6 +138,8 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     runtime.broadcast([losses])
     state.recent_losses = tuple(loss for loss in losses.tolist() if not math.isnan(loss))
     runtime.broadcast(parameter.data for parameter in state.model.parameters())
+    if state.average is not None:
+        runtime.broadcast(state.average.tensors.values())
     if state.step == 0:
         return  # the optimizer has no moments yet
     if not state.optimizer.state:
