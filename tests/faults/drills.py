@@ -41,6 +41,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ResmolError, RunInUse
 from resmol.run.checkpoint import StagedCheckpoint, allocate_moments
 from resmol.run.checkpoint_manifest import (
+    AVERAGED,
     MANIFEST,
     OPTIMIZER,
     STATE,
@@ -104,6 +105,8 @@ def tensors_of(state: TrainState) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, parameter.data
         moments = state.optimizer.state.get(parameter, {})
         yield from ((f"{name}.{moment}", moments[moment]) for moment in ("exp_avg", "exp_avg_sq") if moments)
+    assert state.average is not None, "the trials' configuration averages the weights"
+    yield from ((f"{AVERAGED}/{name}", tensor) for name, tensor in state.average.tensors.items())
 
 
 def go_to(state: TrainState, session: Session, step: int) -> None:
@@ -664,7 +667,8 @@ def values_of(run: Path) -> list[str]:
     """Look at whether each checkpoint of a run holds what was made up for its step."""
     problems = []
     for path in list_checkpoints(RunDir(run).checkpoints):
-        tensors, step = {**load_file(path / WEIGHTS), **load_file(path / OPTIMIZER)}, step_of(path)
+        averaged = {f"{AVERAGED}/{name}": tensor for name, tensor in load_file(path / AVERAGED).items()}
+        tensors, step = {**load_file(path / WEIGHTS), **load_file(path / OPTIMIZER), **averaged}, step_of(path)
         wrong = [name for name, t in tensors.items() if not bool((t == value_of(name, step)).all())]
         problems += [f"{path.name} holds the {wrong[0]} of another step"] if wrong else []
     return problems

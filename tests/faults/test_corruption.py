@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from campaign import Campaign
 from safetensors.torch import load_file, save_file
-from trials import STEPS, Forks, Oracle, Setting, error_of, finish, train_run
+from trials import STEPS, TENSOR_FILES, Forks, Oracle, Setting, error_of, finish, train_run
 
 from resmol.errors import CheckpointError, ResmolError
-from resmol.interop import load, resolve
+from resmol.interop import load, model_ref
 from resmol.run import checkpoint_manifest
 from resmol.run.checkpoint import digest_all
 from resmol.run.checkpoint_manifest import (
@@ -41,7 +41,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
 
 NEWEST, BEFORE, STEPS_SO_FAR = checkpoint_name(50), checkpoint_name(45), 50
-FILES = (WEIGHTS, OPTIMIZER, STATE, CONFIG, MANIFEST)
+FILES = (*TENSOR_FILES, STATE, CONFIG, MANIFEST)
 
 
 # --- a run that has come to step 50, and what may be done to it -------------------------------------------------
@@ -185,7 +185,7 @@ def test_c2_truncations(
             problems += resumption_problems(run, forks, setting, oracle, f"{name} cut to {length}")
             shutil.rmtree(run)
         tried += len(lengths)
-    assert tensors == 60, "20 weights, 40 moments"
+    assert tensors == 80, "20 weights, 40 moments, 20 averaged weights"
     campaign.record(
         "C2", "a truncated file of a checkpoint", "detected and named; the one before is used", problems, tried,
         exhaustive=True, note=f"every border of {tensors} tensors and {len(FILES)} files, a byte less and a byte more",
@@ -383,7 +383,7 @@ def test_c5_not_finite(
     """NaN or infinity in one place of one tensor, every hash correct."""
     path, draw, problems = unrecorded / "checkpoints" / NEWEST, campaign.draw("C5"), []
     original = files_of(path)
-    cases = [(file, name) for file in (WEIGHTS, OPTIMIZER) for name in sorted(load_file(path / file))]
+    cases = [(file, name) for file in TENSOR_FILES for name in sorted(load_file(path / file))]
     chosen = cases if campaign.full else draw.sample(cases, 6)
     for file, name in chosen:
         tensors = load_file(path / file)
@@ -553,7 +553,7 @@ def test_c8_readers_of_a_live_run(
         return call
 
     waits: dict[str, bool] = {}
-    for module, name in ((checkpoint_manifest, "list_checkpoints"), (resolve, "newest_valid"), (load, "resolve")):
+    for module, name in ((checkpoint_manifest, "list_checkpoints"), (model_ref, "newest_valid"), (load, "resolve")):
         monkeypatch.setattr(module, name, slow_after(getattr(module, name), name))
     wait_for(2)
     for trial in range(count):

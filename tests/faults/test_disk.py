@@ -21,12 +21,21 @@ import drills
 import pytest
 import shim
 from campaign import Campaign
-from trials import INTERVAL, STEPS, Forks, Oracle, Setting, command, error_of, finish, step_bits
+from trials import INTERVAL, STEPS, TENSOR_FILES, Forks, Oracle, Setting, command, error_of, finish, step_bits
 
 import resmol.run.checkpoint
 import resmol.train.loop
 from resmol.errors import CheckpointError, DiskFull, ResmolError, RunInUse
-from resmol.run.checkpoint_manifest import checkpoint_name, list_checkpoints, open_checkpoint, read_manifest, step_of
+from resmol.run.checkpoint_manifest import (
+    CONFIG,
+    MANIFEST,
+    STATE,
+    checkpoint_name,
+    list_checkpoints,
+    open_checkpoint,
+    read_manifest,
+    step_of,
+)
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
 from resmol.system.locks import exclusive_lock
@@ -257,7 +266,7 @@ def unsynced_commits(operations: Sequence[shim.Operation]) -> list[str]:
                 problems.append(f"{operation.path} was used again")
             created.add(operation.path)
         elif operation.kind == "rename" and Path(operation.to).name.startswith("step-"):
-            names = ("model.safetensors", "optimizer.safetensors", "config.json", "state.json", "manifest.json")
+            names = (*TENSOR_FILES, CONFIG, STATE, MANIFEST)
             wanted = {operation.path, *(f"{operation.path}/{name}" for name in names)}
             problems += [f"{path} was committed unsynced" for path in sorted(wanted - synced)]
     return problems

@@ -35,7 +35,7 @@ from hostile import (
 )
 from safetensors.torch import load_file
 from test_corruption import forget, rehash
-from trials import Forks, Setting, command_arguments, train_run
+from trials import TENSOR_FILES, Forks, Setting, command_arguments, train_run
 from waiting import HANGS
 
 import resmol
@@ -49,7 +49,7 @@ from resmol.interop.gguf_names import gguf_config
 from resmol.interop.hf_folder import find_weights
 from resmol.interop.load import load_model
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint_manifest import OPTIMIZER, STATE, WEIGHTS, checkpoint_name, newest_valid, open_checkpoint
+from resmol.run.checkpoint_manifest import STATE, WEIGHTS, checkpoint_name, newest_valid, open_checkpoint
 from resmol.run.ledger import canonical, effective_steps, read_ledger, select
 from resmol.system.hub_download import require_answer
 from resmol.system.pypi_download import extract_member
@@ -190,13 +190,13 @@ def pickle_commands(
     for option in ("--config", "--tokenizer"):
         must_refuse.append([str(folder / "tokenizer.json") if train[at - 1] == option else word
                             for at, word in enumerate(train)])  # fmt: skip
-    for name in (WEIGHTS, OPTIMIZER, STATE, "config.json", "manifest.json"):
+    for name in (*TENSOR_FILES, STATE, "config.json", "manifest.json"):
         run = Path(shutil.copytree(trained, work / f"run-{name}"))
         forget(run, checkpoint_name(10))
         forget(run, checkpoint_name(5))
         for checkpoint in (run / "checkpoints").iterdir():
             (checkpoint / name).write_bytes(content)
-            if name in (WEIGHTS, OPTIMIZER):
+            if name in TENSOR_FILES:
                 rehash(checkpoint)
         (may_pass if name == "config.json" else must_refuse).append(["train", str(run), *command_arguments(setting)])
         may_pass += [["audit", str(run)], ["report", str(run)]]

@@ -27,13 +27,14 @@ from resmol.__main__ import run as run_command_line
 from resmol.config.load import load_config
 from resmol.errors import ResmolError
 from resmol.run import log_writers  # noqa: F401 - the same
-from resmol.run.checkpoint_manifest import OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
+from resmol.run.checkpoint_manifest import AVERAGED, OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_steps, read_ledger
 from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.train.start import train_model
 
 STEPS, INTERVAL = 60, 5
+TENSOR_FILES = (WEIGHTS, OPTIMIZER, AVERAGED)
 FAULT_RUN = f"""
 name = "faults"
 [model]
@@ -59,6 +60,9 @@ micro_batch_size = 2
 lr = 0.01
 [schedule]
 warmup_steps = 10
+[averaging]
+fraction = 0.5
+every = 2
 [train]
 steps = {STEPS}
 [runtime]
@@ -115,9 +119,14 @@ def step_bits(run: Path) -> dict[int, tuple[Any, ...]]:
 
 
 def checkpoint_digests(run: Path) -> dict[int, dict[str, str]]:
-    """Step -> tensor -> sha256, from the manifests of the run's checkpoints."""
+    """Step -> file and tensor -> sha256, from the manifests of the run's checkpoints."""
     manifests = [read_manifest(path) for path in list_checkpoints(RunDir(run).checkpoints)]
-    return {m.step: {**m.files[WEIGHTS].tensors, **m.files[OPTIMIZER].tensors} for m in manifests}
+    return {
+        manifest.step: {
+            f"{file}/{name}": value for file in TENSOR_FILES for name, value in manifest.files[file].tensors.items()
+        }
+        for manifest in manifests
+    }
 
 
 def train_run(run: Path, setting: Setting, *overrides: str, **options: Any) -> int:

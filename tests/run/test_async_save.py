@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,9 +325,9 @@ def test_older_ones_go_after_the_new_one_was_recorded_and_read_back(
     bench.gate.set()
     genuine, recorded = saving.prune, []
 
-    def prune(folder: Path, keep_last: int) -> list[str]:
+    def prune(folder: Path, keep_last: int, keep: Collection[int]) -> list[str]:
         recorded.append((threading.current_thread() is threading.main_thread(), bench.saves()))
-        return genuine(folder, keep_last)
+        return genuine(folder, keep_last, keep)
 
     monkeypatch.setattr(saving, "prune", prune)
     with bench.checkpointer(keep_last=2) as checkpointer:
@@ -342,9 +342,9 @@ def test_older_ones_go_after_the_new_one_was_recorded_and_read_back(
     assert len(list_checkpoints(bench.folder)) == 3
 
 
-def damage_and_prune(genuine: Callable[..., list[str]], folder: Path, keep_last: int) -> list[str]:
+def damage_and_prune(genuine: Callable[..., list[str]], folder: Path, *arguments: Any) -> list[str]:
     (list_checkpoints(folder)[0] / STATE).write_bytes(b"{}")
-    return genuine(folder, keep_last)
+    return genuine(folder, *arguments)
 
 
 # --- in a run ----------------------------------------------------------------------------------------------------

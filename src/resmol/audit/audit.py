@@ -17,7 +17,7 @@ from resmol.config.run_config import RunConfig
 from resmol.data.resolve import data_folder
 from resmol.data.shards import TokenStream, open_dataset
 from resmol.errors import CheckpointError, ConfigError, ResmolError
-from resmol.run.checkpoint_manifest import MANIFEST, list_checkpoints, open_checkpoint
+from resmol.run.checkpoint_manifest import MANIFEST, checkpoint_name, list_checkpoints, open_checkpoint
 from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
@@ -271,11 +271,14 @@ def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
     looked_at = [_checkpoint(path, recorded.get(path.name)) for path in reversed(present)]
     checks = [check for check in looked_at if check is not None]
     names = {path.name for path in present}
-    lost = [name for name, record in recorded.items() if record["permanent"] and name not in names]
+    newest = max(recorded.values(), key=lambda record: record["step"], default={})
+    kept = {checkpoint_name(step) for step in newest.get("best", {}).values()}
+    lost = [name for name, record in recorded.items() if (record["permanent"] or name in kept) and name not in names]
     checks.append(
         _check(
             "checkpoints kept", lost, f"{len(present)} present, {len(recorded.keys() - names)} pruned",
-            "every permanent checkpoint is there", "the checkpoint of step 5000 pruned away", str(run.checkpoints),
+            "every permanent checkpoint is there, and the best one",
+            "the checkpoint of step 5000 pruned away", str(run.checkpoints),
         )
     )  # fmt: skip
     return checks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,10 @@ ModelTokenizer = Annotated[
         "--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id; the model's own if left out."
     ),
 ]
+Weights = Annotated[
+    str, typer.Option(metavar="last|averaged", help="Of a run: those of the newest step, or the average it keeps.")
+]
+Best = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest held-out loss.")]
 TokenizerHash = Annotated[
     str | None, typer.Option(metavar="HEX", help="The sha256 of a tokenizer that is not SmolLM2's.")
 ]
@@ -80,3 +84,12 @@ def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
             "--preset and --config are both given", fix="a configuration can name the preset as its `base`"
         )
     return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+
+
+def model_ref(model: str, weights: str, *, best: bool) -> Any:
+    """Return the `ModelRef` of MODEL with the weights that the options name."""
+    from resmol.interop.model_ref import ModelRef
+
+    if weights not in ("last", "averaged"):
+        raise UsageError(f"--weights {weights} is not a set of weights", fix="choose from: last, averaged")
+    return ModelRef(model, "averaged" if weights == "averaged" else "last", best)

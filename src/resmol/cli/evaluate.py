@@ -8,14 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from resmol.cli.app import (
-    ConfigFile,
-    Json,
-    ModelTokenizer,
-    Preset,
-    app,
-    chosen_config,
-)
+from resmol.cli.app import Best, ConfigFile, Json, ModelTokenizer, Preset, Weights, app, chosen_config, model_ref
 from resmol.cli.field_options import COMPUTED, takes_fields
 from resmol.cli.terminal import print_json
 from resmol.config.load import load_preset
@@ -39,6 +32,8 @@ def evaluate(
     ] = None,
     windows: Annotated[int, typer.Option(min=0, help="Windows to use; 0 takes all.")] = 0,
     seq_len: Annotated[int, typer.Option(min=0, help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
+    weights: Weights = "last",
+    best: Best = False,
     tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
@@ -46,7 +41,8 @@ def evaluate(
     set_up_process()
     from resmol.interop.evaluate import evaluate_model
 
-    result = evaluate_model(model, data, windows=windows, seq_len=seq_len, tokenizer=tokenizer)
+    named = model_ref(model, weights, best=best)
+    result = evaluate_model(named, data, windows=windows, seq_len=seq_len, tokenizer=tokenizer)
     if json_:
         print_json(result)
     else:

@@ -7,11 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resmol.cli.app import (
-    Json,
-    ModelTokenizer,
-    app,
-)
+from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
 from resmol.cli.terminal import print_json, report_checks, say
 from resmol.errors import UsageError
 from resmol.system.process_setup import set_up_process
@@ -38,6 +34,8 @@ def export(
     model_repo: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="With --space: the model repository with the weights.")
     ] = None,
+    weights: Weights = "last",
+    best: Best = False,
     tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
@@ -55,12 +53,13 @@ def export(
     from resmol.demo.space import export_space
     from resmol.interop.export import export_gguf, export_hf
 
+    named = model_ref(model, weights, best=best)
     if space:
-        done = export_space(model, out, dtype=dtype, model_repo=model_repo, tokenizer=tokenizer)
+        done = export_space(named, out, dtype=dtype, model_repo=model_repo, tokenizer=tokenizer)
     elif format_ == "gguf":
-        done = export_gguf(model, out, dtype=dtype, tokenizer=tokenizer)
+        done = export_gguf(named, out, dtype=dtype, tokenizer=tokenizer)
     else:
-        done = export_hf(model, out, dtype=dtype, tokenizer=tokenizer)
+        done = export_hf(named, out, dtype=dtype, tokenizer=tokenizer)
     report_checks(f"export to {out}", done.checks, json_)
 
 
@@ -103,6 +102,8 @@ def demo(
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; by default this machine alone can reach it.")
     ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+    weights: Weights = "last",
+    best: Best = False,
     tokenizer: ModelTokenizer = None,
 ) -> None:
     """Serve a page to try a model in.
@@ -112,7 +113,7 @@ def demo(
     set_up_process()
     from resmol.demo import serve
 
-    serve(model, host, port, tokenizer)
+    serve(model_ref(model, weights, best=best), host, port, tokenizer)
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resmol.cli.app import Json, ModelTokenizer, app
+from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
 from resmol.cli.prompts import Prompt, escape_notice, given_prompt, prompts_from
 from resmol.cli.terminal import print_json, say
 from resmol.errors import UsageError
@@ -38,6 +38,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file to decode together.")] = 8,
+    weights: Weights = "last",
+    best: Best = False,
     tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
@@ -60,7 +62,7 @@ def generate(
     # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.
     text = None if prompt is None else given_prompt(prompt)
     several = None if prompts is None else prompts_from(prompts)
-    loaded = load_model(model, tokenizer=tokenizer)
+    loaded = load_model(model_ref(model, weights, best=best), tokenizer=tokenizer)
     say(loaded.source.describe())
     facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.source.to_dict()}
     if text is not None:

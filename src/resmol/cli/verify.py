@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from resmol.cli.app import (
-    ConfigFile,
-    Json,
-    Preset,
-    app,
-    chosen_config,
-)
+from resmol.cli.app import Best, ConfigFile, Json, Preset, Weights, app, chosen_config, model_ref
 from resmol.cli.terminal import print_json, report_checks, say
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
@@ -45,12 +39,14 @@ def inspect(
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows in a forward pass, for memory; the source's if left out.")
     ] = None,
+    weights: Weights = "last",
+    best: Best = False,
     json_: Json = False,
 ) -> None:
     """Show an architecture: parameters, FLOPs, memory, diagram."""
     from resmol.interop.inspect import inspect_model
 
-    inspection = inspect_model(source, seq_len=seq_len, batch=micro_batch_size)
+    inspection = inspect_model(model_ref(source, weights, best=best), seq_len=seq_len, batch=micro_batch_size)
     if json_:
         print_json(inspection.to_dict())
     else:

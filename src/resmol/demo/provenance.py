@@ -45,6 +45,7 @@ def provenance_of(loaded: LoadedModel, folder: Path | None = None) -> Provenance
     found = loaded.source
     if found.trained_here:
         title = f"checkpoint {found.path.name}" + (f" of {found.run.path.resolve().name}" if found.run else "")
+        title += ", averaged weights" if found.averaged else ""
         return Provenance(title, found.step, found.sha256, recorded(found.run))
     file = found.path.name if found.path.is_file() and folder is None else WEIGHTS  # a GGUF file, or a folder's weights
     home = folder or (found.path if found.path.is_dir() else found.path.parent)
@@ -63,7 +64,10 @@ def provenance_of(loaded: LoadedModel, folder: Path | None = None) -> Provenance
         )
     origin, record = manifest.facts.get("model", {}), recorded(RunDir(home / TRAINING))
     step = origin.get("step") if isinstance(origin.get("step"), int) else None
-    title = "export of a checkpoint" if step is not None else f"export of {str(origin.get('kind'))[:20]} weights"
+    averaged = ", averaged weights" if origin.get("weights") == "averaged" else ""
+    title = (
+        f"export of a checkpoint{averaged}" if step is not None else f"export of {str(origin.get('kind'))[:20]} weights"
+    )
     return Provenance(title, step, found.sha256, record)
 
 

@@ -17,6 +17,7 @@ from resmol.demo.request_limits import Limits
 from resmol.demo.sessions import Sessions, gradio_queue
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
+from resmol.interop.model_ref import ModelRef
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,12 @@ SPACE_MARK = "SPACE_ID"  # set by the Hub in every Space
 
 
 def serve(
-    model: str, host: str = "127.0.0.1", port: int = PORT, tokenizer: str | None = None, *, limits: Limits | None = None
+    model: str | ModelRef,
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    tokenizer: str | None = None,
+    *,
+    limits: Limits | None = None,
 ) -> None:
     """Load a model and serve the page until Ctrl-C.
 

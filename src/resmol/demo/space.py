@@ -16,6 +16,7 @@ from resmol.checks import Check
 from resmol.config.model_config import read_model_config
 from resmol.errors import UsageError
 from resmol.interop.export.hf import Export, commit_export, export_hf, require_new
+from resmol.interop.model_ref import ModelRef
 from resmol.model.flops import total_parameters
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.hub_download import is_hub_id
@@ -30,7 +31,7 @@ SHIPPED = {".py", ".toml", ".j2", ".css", ".txt"}  # what a source file of the p
 
 
 def export_space(
-    source: str | Path, out: Path, *, dtype: str = "float32", model_repo: str | None = None,
+    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", model_repo: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> Export:  # fmt: skip
     """Write a Space that serves a model; it can be started where it is, or pushed to the Hub.

@@ -19,6 +19,7 @@ from resmol.data.shards import Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
+from resmol.interop.model_ref import ModelRef
 from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.system.user_paths import user_path
 from resmol.train.evaluate import evaluate
@@ -30,7 +31,7 @@ DEFAULT_EVALUATION_LENGTH = 512
 
 
 def evaluate_model(
-    model: str | Path,
+    model: str | Path | ModelRef,
     data: str | None = None,
     *,
     windows: int = 0,

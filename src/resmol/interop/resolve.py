@@ -39,7 +39,15 @@ from resmol.interop.gguf_header import GGUFHeader, is_gguf
 from resmol.interop.gguf_names import gguf_config, gguf_ends, gguf_notes, gguf_tensor_infos
 from resmol.interop.gguf_parts import gguf_of_folder, part_names, read_gguf
 from resmol.interop.hf_folder import INDEX, WEIGHTS, WeightFiles, find_weights
-from resmol.interop.hub_repository import HUB_FILES, TOKENIZER_FILES, WRONG_NAME, downloaded, only_gguf_of
+from resmol.interop.hub_repository import (
+    HUB_FILES,
+    TOKENIZER_FILES,
+    WRONG_NAME,
+    downloaded,
+    only_gguf_of,
+    refuse_local,
+)
+from resmol.interop.model_ref import ModelRef, checkpoint_of_run, weights_of_checkpoint
 from resmol.interop.pypi_weights import pypi_weights
 from resmol.run.checkpoint_manifest import (
     MANIFEST,
@@ -47,11 +55,9 @@ from resmol.run.checkpoint_manifest import (
     STATE,
     Checkpoint,
     list_checkpoints,
-    newest_valid,
     open_checkpoint,
 )
 from resmol.run.directory import RunDir
-from resmol.run.ledger import effective_saves, read_ledger
 from resmol.system.atomic_io import file_sha256
 from resmol.system.hub_download import hub_file, hub_names, hub_tensors, is_hub_id
 from resmol.system.locks import kept_while_read
@@ -79,6 +85,7 @@ class Source:
         sha256: Of a checkpoint's manifest, of the weight file, or of the list of the shards' sha256; empty where the
             weights were not hashed.
         checkpoint: The checkpoint, with its manifest and state.
+        averaged: Whether ``weights`` are the averaged ones of the checkpoint.
         run: The run that the checkpoint belongs to, or that has none yet.
         settings: The configuration of the run or of the preset.
         ends: The tokens that end a text, where the files beside the weights name them; None for `config`'s.
@@ -91,6 +98,7 @@ class Source:
     weights: WeightFiles | GGUFHeader | None = None
     sha256: str = ""
     checkpoint: Checkpoint | None = None
+    averaged: bool = False
     run: RunDir | None = None
     settings: RunConfig | None = None
     ends: tuple[int, ...] | None = None
@@ -121,20 +129,23 @@ class Source:
             "sha256": self.sha256,
             "trained_here": self.trained_here,
             "step": self.step,
+            "weights": None if self.checkpoint is None else "averaged" if self.averaged else "last",
             "notes": list(self.notes),
         }
 
     def describe(self) -> str:
         """Return a line that identifies the weights."""
         step = "" if self.step is None else f", step {self.step}"
-        return f"model: {self.kind} {self.path}{step}, sha256 {self.sha256[:16]}"
+        average = ", averaged weights" if self.averaged else ""
+        return f"model: {self.kind} {self.path}{step}{average}, sha256 {self.sha256[:16]}"
 
 
-def resolve(source: str | Path, *, headers_only: bool = False, hold: ExitStack | None = None) -> Source:
+def resolve(source: str | Path | ModelRef, *, headers_only: bool = False, hold: ExitStack | None = None) -> Source:
     """Find what ``source`` names.
 
     Args:
-        source: A path, a Hub id, ``pypi``, or the name of a preset; an existing path takes precedence.
+        source: A path, a Hub id, ``pypi``, or the name of a preset; an existing path takes precedence. A `ModelRef`
+            also says which weights of a run.
         headers_only: Read configurations and headers, no weights. Otherwise the weights are made ready to be read: a
             checkpoint is verified against its manifest, of a run the newest checkpoint that passes is taken, other
             weights are hashed, and a model on the Hub is downloaded.
@@ -143,12 +154,16 @@ def resolve(source: str | Path, *, headers_only: bool = False, hold: ExitStack |
     Raises:
         CheckpointError: A checkpoint, an index or a header is damaged, or the weights are a pickle.
         ConfigError: The configuration describes a model that resmol does not implement.
-        DataError: There is nothing of that name; `NetworkError` when it could not be downloaded.
+        DataError: There is nothing of that name, or not the weights that are asked for; `NetworkError` when it could
+            not be downloaded.
+        UsageError: The source offers no choice of weights, and one is made.
     """
-    path, name = user_path(source), str(source)
+    ref = ModelRef.of(source)
+    path, name = user_path(ref.source), str(ref)
     if path.is_dir():
         with ExitStack() as own:
-            return _folder(path, headers_only, own if hold is None else hold)
+            return _folder(path, ref, headers_only, own if hold is None else hold)
+    ref.require_no_choice()
     if path.exists():
         return _file(path, headers_only)
     if name == PYPI:
@@ -156,7 +171,7 @@ def resolve(source: str | Path, *, headers_only: bool = False, hold: ExitStack |
     if name in preset_names():
         return _settings("preset", path, load_preset(name))
     if is_hub_id(name) and not name.endswith(FILE_ENDINGS):
-        _refuse_local(path, name)
+        refuse_local(path, name)
         return _hub(name, headers_only)
     near = difflib.get_close_matches(name, preset_names(), n=1)
     raise DataError(
@@ -166,36 +181,20 @@ def resolve(source: str | Path, *, headers_only: bool = False, hold: ExitStack |
     )
 
 
-def _refuse_local(path: Path, name: str) -> None:
-    """Refuse a name of the form of a Hub id whose first part is a folder here (`DataError`): it was meant to be local.
-
-    The name of a private folder is not sent to the Hub.
-    """
-    folder = path.parent
-    if not (folder.is_dir() or folder.name == "runs"):
-        return
-    there = sorted(other.name for other in folder.iterdir() if other.is_dir()) if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    found = f"{folder} holds {', '.join(there[:10])}" if there else f"there is nothing in {folder}"
-    raise DataError(
-        f"there is no {name}; {found}",
-        fix=(f"did you mean {folder / near[0]}? otherwise " if near else "")
-        + f"name what is there; for {name} on the Hub, give the command in another folder",
-    )
-
-
-def _folder(path: Path, headers_only: bool, hold: ExitStack) -> Source:
+def _folder(path: Path, ref: ModelRef, headers_only: bool, hold: ExitStack) -> Source:
     if RunDir(path).exists():
-        return _run(RunDir(path), headers_only, hold)
+        return _run(RunDir(path), ref, headers_only, hold)
     # Without its manifest a checkpoint would look like a Hugging Face folder; it must not pass as one.
     if (path / STATE).exists() or (path / OPTIMIZER).exists():
+        ref.require_not_best()
         with suppress(FileNotFoundError):  # of the manifest, which `open_checkpoint` reports
             hold.enter_context(kept_while_read(path / MANIFEST))
         checkpoint = open_checkpoint(path)
         if not headers_only:
             checkpoint.verify()
         checkpoint.warn_of_foreign_files()
-        return _checkpoint(checkpoint)
+        return _checkpoint(checkpoint, ref)
+    ref.require_no_choice()
     if not _has_safetensors(path) and (file := gguf_of_folder(path)) is not None:
         return _gguf("gguf", file, headers_only)
     return _huggingface("huggingface", path, headers_only)
@@ -218,32 +217,32 @@ def _settings(kind: Literal["preset", "config", "run"], path: Path, settings: Ru
 # --- runs and checkpoints ------------------------------------------------------------------------------------
 
 
-def _run(run: RunDir, headers_only: bool, hold: ExitStack) -> Source:
+def _run(run: RunDir, ref: ModelRef, headers_only: bool, hold: ExitStack) -> Source:
     run.require()
     if not list_checkpoints(run.checkpoints):
         found = _settings("run", run.path, run.load_config())
         return replace(found, run=run, notes=("the run has no checkpoint yet",))
-    saves = effective_saves(read_ledger(run.ledger).records) if run.ledger.exists() else {}
-    recorded = {name: record["manifest_sha256"] for name, record in saves.items()}
-    checkpoint, skipped = newest_valid(run.checkpoints, recorded, verify=not headers_only, hold=hold)
+    checkpoint, skipped, notes = checkpoint_of_run(run, ref, verify=not headers_only, hold=hold)
     for item in skipped:
         logger.info(f"skipped {item.path.name}: {item.reason}")
-    return _checkpoint(checkpoint)
+    return _checkpoint(checkpoint, ref, notes)
 
 
-def _checkpoint(checkpoint: Checkpoint) -> Source:
+def _checkpoint(checkpoint: Checkpoint, ref: ModelRef, notes: tuple[str, ...] = ()) -> Source:
     path = checkpoint.path
     run = _run_of(path)
+    place = () if run is None else (f"step {checkpoint.state.step} of the run {run.path.name}",)
     return Source(
         "checkpoint",
         path,
         read_model_config(path),
-        find_weights(path),
+        weights_of_checkpoint(checkpoint, ref),
         checkpoint.manifest.sha256,
         checkpoint=checkpoint,
+        averaged=ref.weights == "averaged",
         run=run,
         settings=None if run is None else run.load_config(),
-        notes=() if run is None else (f"step {checkpoint.state.step} of the run {run.path.name}",),
+        notes=(*place, *notes),
     )
 
 

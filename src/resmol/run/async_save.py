@@ -22,7 +22,8 @@ from types import TracebackType
 from resmol.config.run_config import RunConfig
 from resmol.errors import DiskFull
 from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, commit_checkpoint, prune, stage_checkpoint
-from resmol.run.checkpoint_manifest import Checkpoint, Manifest, SavedState, checkpoint_name
+from resmol.run.checkpoint_manifest import Checkpoint, Manifest, SavedState, checkpoint_name, list_checkpoints, step_of
+from resmol.run.held_out import WeightsKind, best_steps
 from resmol.run.log_writers import RunLog
 
 
@@ -124,7 +125,7 @@ class AsyncCheckpointer:
             return stage_checkpoint(self.folder, state, tensors, parent=self._parent)
 
     def _make_room(self) -> None:
-        removed = prune(self.folder, keep_last=1)
+        removed = prune(self.folder, 1, self._best().values())
         self.run_log.write("warn", what="disk full: older checkpoints pruned", removed=removed)
 
     def _commit(self, staged: StagedCheckpoint, started: float) -> float:
@@ -152,7 +153,12 @@ class AsyncCheckpointer:
             self._disk_full = error
             return
         self._record(pending.manifest, seconds, pending.stall_seconds + time.perf_counter() - started)
-        self._pruning = self._thread.submit(prune, self.folder, self.config.checkpoint.keep_last)
+        keep_last = self.config.checkpoint.keep_last
+        self._pruning = self._thread.submit(prune, self.folder, keep_last, self._best().values())
+
+    def _best(self) -> dict[WeightsKind, int]:
+        """Return the steps of the checkpoints with the lowest held-out losses, which retention keeps."""
+        return best_steps(self.run_log.records, [step_of(path) for path in list_checkpoints(self.folder)])
 
     def _finish_pruning(self) -> None:
         pruning, self._pruning = self._pruning, None
@@ -179,6 +185,7 @@ class AsyncCheckpointer:
             seconds=round(seconds, 3),
             stall_seconds=round(stall_seconds, 3),
             permanent=manifest.permanent,
+            best=self._best(),
         )
         self.run_log.sync()
 

@@ -18,7 +18,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +49,7 @@ from resmol.run.checkpoint_manifest import (
     list_checkpoints,
     open_checkpoint,
     read_manifest,
+    step_of,
 )
 from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
 from resmol.system.locks import unless_being_read
@@ -303,8 +304,8 @@ def stored_tensor(path: Path, name: str, header: Header | None = None) -> Tensor
 # --- retention -----------------------------------------------------------------------------------------------
 
 
-def prune(folder: Path, keep_last: int) -> list[str]:
-    """Remove old checkpoints: the newest ``keep_last`` and the permanent ones stay.
+def prune(folder: Path, keep_last: int, keep: Collection[int] = ()) -> list[str]:
+    """Remove old checkpoints: the newest ``keep_last``, those of the steps ``keep`` and the permanent ones stay.
 
     The newest is read back and verified first; if it is corrupt, nothing is removed. One that another process is
     reading stays until the next time.
@@ -316,7 +317,7 @@ def prune(folder: Path, keep_last: int) -> list[str]:
         CheckpointError: The newest checkpoint is corrupt.
     """
     paths = list_checkpoints(folder)
-    expired = [path for path in paths[keep_last:] if not _is_permanent(path)]
+    expired = [path for path in paths[keep_last:] if not (step_of(path) in keep or _is_permanent(path))]
     if expired:
         open_checkpoint(paths[0]).verify()
     removed = []

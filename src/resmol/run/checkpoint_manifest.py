@@ -214,7 +214,12 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def newest_valid(
-    folder: Path, recorded: Mapping[str, str], *, verify: bool = True, hold: ExitStack | None = None
+    folder: Path,
+    recorded: Mapping[str, str],
+    *,
+    verify: bool = True,
+    hold: ExitStack | None = None,
+    only: str | None = None,
 ) -> tuple[Checkpoint, list[SkippedCheckpoint]]:
     """Find the newest checkpoint that is whole.
 
@@ -226,6 +231,7 @@ def newest_valid(
         recorded: Name -> sha256 of the manifest, as the ledger has it. A checkpoint that the ledger knows must be
             the very one; one that it does not know was committed just before a crash.
         verify: Check every byte; else the manifest and the state alone are read.
+        only: The name of the one checkpoint to look at; None looks at all.
         hold: Keeps retention away from the checkpoint that is returned, until it is closed. Needed by readers that do
             not hold the run's lock.
 
@@ -236,7 +242,8 @@ def newest_valid(
         CheckpointError: There is none; the message lists why each was skipped.
     """
     for _ in range(MAX_LOOKS):
-        found, skipped = _newest_of(list_checkpoints(folder), recorded, verify=verify, hold=hold)
+        paths = [path for path in list_checkpoints(folder) if only in (None, path.name)]
+        found, skipped = _newest_of(paths, recorded, verify=verify, hold=hold)
         if found is not None:
             found.warn_of_foreign_files()
             return found, skipped

@@ -31,6 +31,7 @@ FORMAT = 2  # of version 0.2; version 0.1 wrote 1
 # Fields without which a record cannot be read. A chain can be forged whole, so they are looked at like the rest.
 _NEEDED: dict[str, dict[str, type]] = {
     "step": {"step": int},
+    "eval": {"step": int, "loss": float},
     "rewind": {"from_step": int, "to_step": int},
     "save": {"step": int, "checkpoint": str, "manifest_sha256": str},
 }
@@ -257,26 +258,25 @@ def select(records: list[Record], kind: Kind) -> Iterator[Record]:
     return (record for record in records if record["kind"] == kind)
 
 
-def effective_steps(records: list[Record]) -> dict[int, Record]:
-    """Return the step records that make up the run's history: a rewind takes back the steps after it."""
-    steps: dict[int, Record] = {}
+def effective(records: list[Record], kind: Kind) -> dict[int, Record]:
+    """Return the newest record of a kind for each step of the run's history: a rewind takes back what lies after it."""
+    kept: dict[int, Record] = {}
     for record in records:
         if record["kind"] == "rewind":
-            steps = {step: kept for step, kept in steps.items() if step <= record["to_step"]}
-        elif record["kind"] == "step":
-            steps[record["step"]] = record
-    return steps
+            kept = {step: one for step, one in kept.items() if step <= record["to_step"]}
+        elif record["kind"] == kind:
+            kept[record["step"]] = record
+    return kept
+
+
+def effective_steps(records: list[Record]) -> dict[int, Record]:
+    """Return the step records that make up the run's history."""
+    return effective(records, "step")
 
 
 def effective_saves(records: list[Record]) -> dict[str, Record]:
-    """Return the save records of the run's history by name: a rewind takes back those of the steps after it."""
-    saves: dict[str, Record] = {}
-    for record in records:
-        if record["kind"] == "rewind":
-            saves = {name: kept for name, kept in saves.items() if kept["step"] <= record["to_step"]}
-        elif record["kind"] == "save":
-            saves[record["checkpoint"]] = record
-    return saves
+    """Return the save records of the run's history by the name of the checkpoint."""
+    return {record["checkpoint"]: record for record in effective(records, "save").values()}
 
 
 def last_fact(records: list[Record], name: str) -> Any:

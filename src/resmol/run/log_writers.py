@@ -136,6 +136,8 @@ def _eval(record: Record) -> str:
 
 def _save(record: Record) -> str:
     kept = ", permanent" if record["permanent"] else ""
+    if record["step"] in record.get("best", {}).values():
+        kept += ", best held-out loss so far"
     stalled = f" (training stalled for {record['stall_seconds']:.2f} s)"
     return f"save: {record['checkpoint']}, {record['bytes'] / 1e6:,.1f} MB in {record['seconds']:.2f} s{stalled}{kept}"
 

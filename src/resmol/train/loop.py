@@ -36,6 +36,7 @@ from resmol.train.evaluate import evaluate
 from resmol.train.loss_spikes import append_loss, is_spike
 from resmol.train.lr_schedule import lr_at
 from resmol.train.optimizer import apply_update, gradient_norm
+from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
 
 # A step that is executed again must give these again, bit for bit; what comes first decides what comes after it.
@@ -139,6 +140,7 @@ def train(state: TrainState, session: Session) -> None:
         record_step(session, result, seconds)
         spike = record_spike(state, session, result.loss)
         record_straggler(session, step, seconds)
+        record_repetition(session.run_log, session.loader, step, result.windows_seen)
         stopping = runtime.any_rank(session.stop.requested)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
@@ -295,6 +297,7 @@ def record_evaluation(state: TrainState, session: Session) -> None:
         bytes=result.bytes,
         seconds=round(time.perf_counter() - started, 3),
     )
+    record_turn(session.run_log, state.step)
 
 
 def record_sample(state: TrainState, session: Session) -> None:

@@ -44,6 +44,7 @@ from resmol.train.build import compile_blocks, make_loader, make_val_loader, new
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.loop import Session, TrainState, train
 from resmol.train.lr_schedule import first_changed_step
+from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
 from resmol.version import __version__
@@ -139,6 +140,7 @@ def resolve_config(
     requested = (config or stored or before).replace(changes)
     if not requested.data.path:  # a preset does not say where the data lies; the run does
         requested = requested.replace({"data.path": before.data.path})
+    _refuse_late_averaging(before, requested)
     resolved, drifts = reconcile(before, requested, accept_drift)
     _refuse_another_past(run, before, resolved)
     return resolved, drifts
@@ -162,6 +164,18 @@ def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
         raise ConfigError(
             "the run's config.toml was edited, and another configuration is given as well:\n" + "\n".join(edits),
             fix="undo the edit, or leave out --preset and --config to ask for what the file says now",
+        )
+
+
+def _refuse_late_averaging(before: RunConfig, requested: RunConfig) -> None:
+    """Refuse to switch averaging on, off or over in a run: an average is one of all its steps from the first."""
+    was, wanted = before.averaging, requested.averaging
+    if was != wanted:
+        kept = f"since its first step with {was.fraction}, every {was.every}" if was.fraction else "no weights"
+        raise ConfigError(
+            f"averaging.fraction is {wanted.fraction}, every {wanted.every}; this run averages {kept}",
+            fix="start a new run directory: an average begins with a run"
+            + ("; or leave averaging as it was, and take the weights of the last step" if was.fraction else ""),
         )
 
 
@@ -278,6 +292,7 @@ def check_ranks_agree(state: TrainState, config: RunConfig, data_fingerprint: st
 
 
 def _train(state: TrainState, session: Session) -> None:
+    announce_repetition(session.config, session.loader, state.step, state.windows_seen)
     compile_blocks(state.model, session.config)
     try:
         train(state, session)

@@ -37,9 +37,7 @@ def arrangements(dtype: torch.dtype) -> tuple[Arrangement, ...]:
     several = max(2, torch.get_num_threads())
     backends: tuple[MatmulBackend, ...] = ("mkl", "onednn") if dtype == torch.float32 and has_onednn() else ("mkl",)
     return tuple(
-        way
-        for backend in backends
-        for way in (Arrangement("sdpa", backend, several), Arrangement("eager", backend, 1))
+        way for backend in backends for way in (Arrangement("sdpa", backend, several), Arrangement("eager", backend, 1))
     )
 
 

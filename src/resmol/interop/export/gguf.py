@@ -18,6 +18,7 @@ from resmol.interop.export.hf import Export, commit_export, export_facts, requir
 from resmol.interop.export.modelfile import MODELFILE, modelfile
 from resmol.interop.export.training_record import recorded
 from resmol.interop.load import load_model
+from resmol.interop.model_ref import ModelRef
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ SMALLEST_SHARE = 0.1  # of the numbers of a file that is named after a type
 
 
 def export_gguf(
-    source: str | Path, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None
+    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None
 ) -> Export:
     """Write a model as a folder with a GGUF file.
 

@@ -23,6 +23,7 @@ from resmol.interop.export.model_card import model_card
 from resmol.interop.export.parity import cast_check, compare_with_transformers
 from resmol.interop.export.training_record import recorded, write_record
 from resmol.interop.load import LoadedModel, load_model
+from resmol.interop.model_ref import ModelRef
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import save_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import WEIGHTS
@@ -49,7 +50,9 @@ class Export:
     files: dict[str, str]
 
 
-def export_hf(source: str | Path, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None) -> Export:
+def export_hf(
+    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None
+) -> Export:
     """Write a model as a Hugging Face folder.
 
     Args:
@@ -92,7 +95,10 @@ def require_new(out: Path) -> None:
 def export_facts(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
     """Return the facts for the manifest: dtype and source of the weights, without paths of this machine."""
     source = loaded.source.to_dict()
-    return {"dtype": dtype, "model": {name: source[name] for name in ("kind", "sha256", "trained_here", "step")}}
+    return {
+        "dtype": dtype,
+        "model": {name: source[name] for name in ("kind", "sha256", "trained_here", "step", "weights")},
+    }
 
 
 def commit_export(

@@ -27,6 +27,7 @@ from resmol.interop.inspect.open_questions import (
     left_open_by_weights,
     parameters_by_part,
 )
+from resmol.interop.model_ref import ModelRef
 from resmol.interop.resolve import Source, SourceKind, resolve
 from resmol.model.flops import (
     forward_flops_per_token,
@@ -140,7 +141,7 @@ class Inspection:
             console.print("\nDiagram (mermaid):", mermaid(self.config), sep="\n", markup=False, soft_wrap=True)
 
 
-def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None = None) -> Inspection:
+def inspect_model(source: str | ModelRef, *, seq_len: int | None = None, batch: int | None = None) -> Inspection:
     """Inspect a model without its weights.
 
     Args:
@@ -165,7 +166,7 @@ def inspect_model(source: str, *, seq_len: int | None = None, batch: int | None 
             fix=f"give a seq_len from 1 to {longest}, and a batch of 1 or more",
         )
     return Inspection(
-        source=source,
+        source=str(source),
         kind=found.kind,
         config=config,
         derived={} if config else derive(tensors or {}),
