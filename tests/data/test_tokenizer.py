@@ -132,13 +132,26 @@ def test_a_file_or_its_folder_with_the_right_hash_loads_and_is_cached(tiny_token
     assert load_tokenizer(sha256=digest).path == cache_path(digest, None)
 
 
-def test_another_hash_is_refused_and_the_message_names_the_flag(tiny_tokenizer_file, own_cache):
-    with pytest.raises(DataError) as caught:
-        load_tokenizer(tiny_tokenizer_file)
+def test_a_hash_is_a_check_and_not_a_condition(tiny_tokenizer_file, own_cache):
     digest = sha(tiny_tokenizer_file)
-    assert f"`prepare` --tokenizer-sha256 {digest}" in caught.value.fix
-    assert f"`train` --set tokenizer.sha256={digest}" in caught.value.fix
+    with pytest.raises(DataError, match=f"has sha256 {digest}, expected 000"):
+        load_tokenizer(tiny_tokenizer_file, sha256="0" * 64)
     assert not own_cache.exists()
+    assert load_tokenizer(tiny_tokenizer_file).sha256 == digest
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    """The name of a private folder would be sent there; nothing here answers."""
+    (tmp_path / "tok").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="there is no tokenizer tok/mien"):
+        load_tokenizer("tok/mien")
+
+
+@pytest.mark.parametrize("name", ["</s>", "<eos>", "[EOS]"])
+def test_the_usual_names_of_an_end_are_known(tiny_tokenizer_file, name):
+    data = tiny_tokenizer_file.read_bytes().replace(b"<|endoftext|>", name.encode())
+    assert Tokenizer(data, tiny_tokenizer_file).eos_id == 0
 
 
 def test_the_way_out_without_an_option_leads_there(tiny_tokenizer_file, own_cache):

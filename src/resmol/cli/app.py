@@ -40,7 +40,10 @@ Preset = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in a TOML file.")]
 TokenizerSource = Annotated[
-    str | None, typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id.")
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id; SmolLM2's if left out."
+    ),
 ]
 ModelTokenizer = Annotated[
     str | None,
@@ -53,7 +56,7 @@ Weights = Annotated[
 ]
 Best = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest held-out loss.")]
 TokenizerHash = Annotated[
-    str | None, typer.Option(metavar="HEX", help="The sha256 of a tokenizer that is not SmolLM2's.")
+    str | None, typer.Option(metavar="HEX", help="Refuse a tokenizer.json with another sha256, e.g. of a download.")
 ]
 Corpus = Annotated[str | None, typer.Option(metavar="NAME", help="shakespeare or stdlib.")]
 

@@ -145,11 +145,11 @@ def bench_prepare(
     """Measure text to tokens against the bare tokenizers library."""
     from resmol.bench.prepare import PrepareBench, preparation_comparison
     from resmol.data.resolve import Text
-    from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
+    from resmol.data.tokenizer import load_tokenizer
 
     text = Text(tuple(input_ or ()), corpus=corpus if corpus or input_ else "shakespeare")
     request = PrepareBench(text, megabytes, workers, repeats)
-    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
+    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
     _run(lambda folder: [preparation_comparison(request, found, folder)], repeats, json_, markdown)
 
 

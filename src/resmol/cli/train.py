@@ -96,11 +96,11 @@ def prepare(
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
     from resmol.data.resolve import prepare_text
     from resmol.data.text_file import ReadOptions
-    from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, load_tokenizer
+    from resmol.data.tokenizer import load_tokenizer
 
     options = ReadOptions(text_field, encoding, format_, include_hidden)
     text = _text(input_, val, val_fraction, corpus=corpus, options=options, special_tokens=special_tokens)
-    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256 or SMOLLM2_TOKENIZER_SHA256)
+    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
     dataset = prepare_text(out, text, found)
     if json_:
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})

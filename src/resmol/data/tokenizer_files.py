@@ -38,8 +38,13 @@ _LFS_POINTER = b"version https://git-lfs"
 _OPTION = "give --tokenizer PATH to a command that has it"  # prepare, train, generate, evaluate, export, demo
 
 
-def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None) -> tuple[bytes, Path]:
+def find_tokenizer(source: str | Path | None, sha256: str | None, cache: Path | None) -> tuple[bytes, Path]:
     """Return the bytes of a `tokenizer.json` and the file's path; the caller checks the hash.
+
+    Args:
+        source: As in `tokenizer.load_tokenizer`.
+        sha256: The hash to look for; not needed where the file is named.
+        cache: Folder for accepted files.
 
     Raises:
         DataError: ``source`` is neither a file, nor a folder with the file, nor a Hub id; or the file is too
@@ -49,6 +54,7 @@ def find_tokenizer(source: str | Path | None, sha256: str, cache: Path | None) -
     if source is not None:
         path = _named(source)
         return read_tokenizer_file(path), path
+    assert sha256 is not None, "without a source the hash names the file"
     cached = _cached(sha256, cache)
     if cached is not None:
         return cached, cache_path(sha256, cache)
@@ -88,9 +94,12 @@ def _named(source: str | Path) -> Path:
         path = path / "tokenizer.json"
     if path.exists():
         return path
-    if isinstance(source, str) and is_hub_id(source):
+    if isinstance(source, str) and is_hub_id(source) and not path.parent.is_dir():  # else it was meant to be local
         return _tokenizer_on_hub(source, SMOLLM2_HUB_REVISION if source == SMOLLM2_HUB_ID else "main")
-    raise DataError(f"there is no tokenizer {path}", fix="name a tokenizer.json, a folder that holds one, or a Hub id")
+    raise DataError(
+        f"there is no tokenizer {path}",
+        fix="name a tokenizer.json, a folder that holds one, or a Hub id; or make one: `resmol tokenizer train`",
+    )
 
 
 def read_tokenizer_file(path: Path) -> bytes:

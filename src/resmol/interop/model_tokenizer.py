@@ -78,7 +78,7 @@ def named_tokenizer(named: str | Path, source: Source) -> Tokenizer:
     """
     folder = user_path(named)
     if not folder.is_dir():
-        return _tried(*find_tokenizer(named, "", None), source)
+        return _tried(*find_tokenizer(named, None, None), source)
     found = _of_folder(folder, source)
     if found is None:
         raise DataError(f"there is no tokenizer in {folder}", fix="name a tokenizer.json or a folder that holds one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch._functorch.config
 
@@ -13,7 +12,6 @@ from resmol.data.resolve import Text, data_folder, open_or_prepare
 from resmol.data.shards import Dataset, TokenStream, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError
-from resmol.model.flops import total_parameters
 from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
@@ -23,15 +21,15 @@ from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.parallel import Runtime
+from resmol.train.vocabulary import check_vocabulary, log_vocabulary
 
 logger = logging.getLogger(__name__)
 
-ROWS_MULTIPLE = 64  # matmuls like a vocabulary that is a multiple of it
 ACTIVATION_MEMORY_BUDGET = 0.9  # share of the activations that the compiler would keep by default
 
 
 def open_run_data(
-    run: RunDir, config: RunConfig, text: Text | None, tokenizer: str | Path | None
+    run: RunDir, config: RunConfig, text: Text | None, tokenizer: Tokenizer | None
 ) -> tuple[Dataset, Tokenizer]:
     """Open the data of a run, verified, and its tokenizer; text is prepared if that was not done before.
 
@@ -39,17 +37,17 @@ def open_run_data(
         run: The run directory; its copy of the tokenizer is taken where ``tokenizer`` is None.
         config: The configuration that both must fit.
         text: A prepared folder, or text to prepare; None reads what the configuration names.
-        tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
+        tokenizer: The tokenizer that the user named; None looks in the usual places.
 
     Raises:
         ConfigError: The data was made with another tokenizer, or the tokenizer does not fit the model.
         DataError: Data or tokenizer is missing or corrupt, or the text fills no window.
     """
     begun = run.has_begun()
-    own = tokenizer
-    if tokenizer is None and run.tokenizer.is_file():
-        own = run.tokenizer if begun or file_sha256(run.tokenizer) == config.tokenizer.sha256 else None
-    found = load_tokenizer(own, sha256=config.tokenizer.sha256)
+    found = tokenizer or _own_tokenizer(run, config, begun=begun)
+    check_vocabulary(config, found.vocab_size, found.eos_id)
+    if not begun:
+        log_vocabulary(config, found)
     folder = data_folder(None, config.data.path, run.data)
     dataset = open_or_prepare(folder, text, found, replace=folder == run.data and not begun)
     verify_shards(dataset)
@@ -58,35 +56,21 @@ def open_run_data(
     return dataset, found
 
 
+def _own_tokenizer(run: RunDir, config: RunConfig, *, begun: bool) -> Tokenizer:
+    """Return the run's copy of its tokenizer, unless it is that of another start that failed."""
+    own = run.tokenizer.is_file() and (begun or file_sha256(run.tokenizer) == config.tokenizer.sha256)
+    return load_tokenizer(run.tokenizer if own else None, sha256=config.tokenizer.sha256)
+
+
 def _check_fit(dataset: Dataset, config: RunConfig) -> None:
     if dataset.tokenizer_sha256 != config.tokenizer.sha256:
         raise ConfigError(
             f"the data was made with tokenizer {dataset.tokenizer_sha256[:12]}; this run is configured for "
             f"{config.tokenizer.sha256[:12]}",
-            fix="prepare the text again with the run's tokenizer, or state the other one with "
-            f"--set tokenizer.sha256={dataset.tokenizer_sha256}",
+            fix="prepare the text again with the run's tokenizer; or start a new run with that of the data: "
+            "--tokenizer PATH",
         )
-    if dataset.vocab_size > config.model.vocab_size or dataset.eos_id != config.model.eos_token_id:
-        raise ConfigError(
-            f"the tokenizer has {dataset.vocab_size} entries and ends documents with {dataset.eos_id}; the model has "
-            f"{config.model.vocab_size} and {config.model.eos_token_id}",
-            fix="set model.vocab_size and model.eos_token_id to the tokenizer's",
-        )
-    _warn_of_unused_rows(dataset.vocab_size, config)
-
-
-def _warn_of_unused_rows(entries: int, config: RunConfig) -> None:
-    """Say so where most rows of the embedding belong to ids that the tokenizer does not have."""
-    model = config.model
-    if model.vocab_size <= 2 * entries:
-        return
-    matrices = 1 if model.tie_word_embeddings else 2
-    share = matrices * (model.vocab_size - entries) * model.hidden_size / total_parameters(model)
-    rows = -(-entries // ROWS_MULTIPLE) * ROWS_MULTIPLE
-    logger.warning(
-        f"the tokenizer has {entries:,} entries and the model {model.vocab_size:,}: {share:.0%} of the parameters "
-        f"belong to ids that never occur; a new run with --set model.vocab_size={rows} has none of them"
-    )
+    check_vocabulary(config, dataset.vocab_size, dataset.eos_id)
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:

@@ -21,10 +21,10 @@ from torch._dynamo.exc import TorchDynamoException
 
 from resmol.config.drift import reconcile
 from resmol.config.load import parse_overrides
-from resmol.config.run_config import RunConfig
+from resmol.config.run_config import RunConfig, TokenizerConfig
 from resmol.data.resolve import Text, data_folder, is_prepared
-from resmol.data.shards import Dataset
-from resmol.data.tokenizer import Tokenizer
+from resmol.data.shards import Dataset, open_dataset
+from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError, ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
@@ -47,6 +47,7 @@ from resmol.train.lr_schedule import first_changed_step
 from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, find_device, open_runtime
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
+from resmol.train.vocabulary import Vocabulary, with_vocabulary
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def train_model(
         data: A prepared folder, or text to prepare on the fly (`Text` says how); None reads what the run read before.
         overrides: ``section.key=value``, laid over the configuration.
         epochs: Train for so many passes over the data instead of ``train.steps``.
-        tokenizer: Where to find ``tokenizer.json``; None looks in the usual places.
+        tokenizer: A ``tokenizer.json``, a folder that holds one, or a Hub id; None takes that of the run, of the
+            prepared data, or SmolLM2's. A new run gets the vocabulary that fits it (`vocabulary.with_vocabulary`).
         accept_drift: Class B fields that may differ from the stored configuration.
         allow_fresh: Begin again when every checkpoint is corrupt.
         strict: Refuse an environment in which bitwise equality is not promised.
@@ -85,13 +87,14 @@ def train_model(
     directory, is_rank_zero = RunDir(Path(run)), this_launch().rank == 0
     text = Text(inputs=(data,)) if isinstance(data, str) else data
     changes = _changes(directory, text, overrides, epochs)
-    resolve = partial(resolve_config, directory, config, changes, accept_drift)
+    named = load_tokenizer(tokenizer) if tokenizer is not None else _tokenizer_of_data(directory, config, changes)
+    resolve = partial(resolve_config, directory, config, changes, accept_drift, named)
     resolve()  # a wrong argument leaves nothing behind, not even a directory
     with ExitStack() as stack:
         stack.enter_context(exclusive_lock(directory.lock) if is_rank_zero else nullcontext())
         requested, drifts = resolve()  # again: from here on no other process changes the run
         _check_here(requested, directory if is_rank_zero else None)
-        open_data = partial(open_run_data, directory, requested, text, tokenizer)
+        open_data = partial(open_run_data, directory, requested, text, named)
         opened = open_data() if is_rank_zero or epochs else None  # text is prepared once, not by every rank
         resolved = decide_auto(with_epochs(requested, epochs, opened[0]) if opened and epochs else requested)
         runtime = stack.enter_context(open_runtime(resolved))
@@ -112,7 +115,11 @@ def train_model(
 
 
 def resolve_config(
-    run: RunDir, config: RunConfig | None, changes: Mapping[str, Any], accept_drift: Sequence[str]
+    run: RunDir,
+    config: RunConfig | None,
+    changes: Mapping[str, Any],
+    accept_drift: Sequence[str],
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Return the configuration to run with, and the accepted drifts from the one that the ledger recorded.
 
@@ -123,6 +130,7 @@ def resolve_config(
         config: The requested configuration; None takes the stored one.
         changes: ``section.key`` -> value, laid over it.
         accept_drift: Class B fields that may differ from the stored configuration.
+        tokenizer: The tokenizer that the user named; a new run gets the vocabulary that fits it.
 
     Raises:
         UsageError: The run is new, and there is no configuration.
@@ -130,14 +138,22 @@ def resolve_config(
         DataError: The run was written in another format.
     """
     if not run.has_begun():
-        return _first_request(run, config).replace(changes), {}
+        return _first_request(run, config, changes, tokenizer), {}
     stored = run.load_config() if run.exists() else None
     before = recorded_config(run.ledger, stored) or stored
     if before is None:
-        return _first_request(run, config).replace(changes), {}
+        return _first_request(run, config, changes, tokenizer), {}
+    if tokenizer is not None and tokenizer.sha256 != before.tokenizer.sha256:
+        raise ConfigError(
+            f"{run.path} was started with the tokenizer {before.tokenizer.sha256[:12]}; {tokenizer.path} is "
+            f"{tokenizer.sha256[:12]}",
+            fix="leave --tokenizer out, since the run has a copy of its own; or start a new run directory",
+        )
     if config is not None and stored is not None:
         _refuse_edits(stored, before)
     requested = (config or stored or before).replace(changes)
+    if config is not None and config.tokenizer == TokenizerConfig():  # a preset does not know the run's tokenizer
+        requested = with_vocabulary(requested, Vocabulary.stated_by(before), changes)
     if not requested.data.path:  # a preset does not say where the data lies; the run does
         requested = requested.replace({"data.path": before.data.path})
     _refuse_late_averaging(before, requested)
@@ -146,14 +162,27 @@ def resolve_config(
     return resolved, drifts
 
 
-def _first_request(run: RunDir, config: RunConfig | None) -> RunConfig:
+def _first_request(
+    run: RunDir, config: RunConfig | None, changes: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> RunConfig:
     """Return the configuration for a run that has not taken a step: the one that is given, else a failed start's."""
     if config is None and not run.exists():
         raise UsageError(
             f"{run.path} is a new run, and neither a preset nor a configuration was given",
             fix="add --preset nano (or another preset, or --config FILE)",
         )
-    return config or run.load_config()
+    requested = (config or run.load_config()).replace(changes)
+    return requested if tokenizer is None else with_vocabulary(requested, Vocabulary.of(tokenizer), changes)
+
+
+def _tokenizer_of_data(run: RunDir, config: RunConfig | None, changes: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that prepared data was made with, where a new run asks for none (`DataError`: not here)."""
+    folder = data_folder(None, changes.get("data.path", ""), run.data)
+    asked = TokenizerConfig() if config is None else config.tokenizer
+    if run.has_begun() or folder == run.data or asked != TokenizerConfig() or "tokenizer.sha256" in changes:
+        return None
+    sha256 = open_dataset(folder).tokenizer_sha256
+    return None if sha256 == asked.sha256 else load_tokenizer(sha256=sha256)
 
 
 def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
