@@ -10,6 +10,7 @@ from resmol.cli import (  # each registers its commands
     evaluate,
     export,
     generate,
+    tokenizer,
     train,
     verify,
 )
@@ -21,7 +22,8 @@ IN_ORDER_OF_WORK = (
     "ablate", "report", "reproduce",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda command: IN_ORDER_OF_WORK.index(getattr(command.callback, "__name__", "")))
-for command in (*app.registered_commands, *bench.bench.registered_commands):
-    command.cls = Command
+for group in (app, bench.bench, tokenizer.tokenizer):
+    for command in group.registered_commands:
+        command.cls = Command
 
-__all__ = ["app", "bench", "config", "evaluate", "export", "generate", "train", "verify"]
+__all__ = ["app", "bench", "config", "evaluate", "export", "generate", "tokenizer", "train", "verify"]

@@ -41,9 +41,7 @@ Preset = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings in a TOML file.")]
 TokenizerSource = Annotated[
     str | None,
-    typer.Option(
-        "--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id; SmolLM2's if left out."
-    ),
+    typer.Option("--tokenizer", metavar="PATH", help="tokenizer.json, its folder, or a Hub id; SmolLM2's if left out."),
 ]
 ModelTokenizer = Annotated[
     str | None,

@@ -26,6 +26,10 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.process_setup import set_up_process
 
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="PATH", help="Text, folder, jsonl (.gz), or - for standard input; repeatable."),
+]
 HeldOut = Annotated[
     list[str] | None,
     typer.Option(
@@ -38,6 +42,11 @@ ValFraction = Annotated[
     float | None, typer.Option(help="Share of the documents to hold out; 0.01 unless the text says what to.")
 ]
 TextField = Annotated[str, typer.Option(metavar="KEY", help="The field of a JSON line with the text, e.g. data.text.")]
+Encoding = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Encoding of text without a byte order mark; UTF-8 if left out.")
+]
+Format = Annotated[str, typer.Option("--format", metavar="auto|text|jsonl", help="What every input is.")]
+IncludeHidden = Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")]
 
 Epochs = Annotated[float | None, typer.Option(help="Stop after so many passes over the data, instead of --steps.")]
 AllowFresh = Annotated[bool, typer.Option("--allow-fresh", help="Start over if every checkpoint is corrupt.")]
@@ -67,21 +76,16 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
 )
 def prepare(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    input_: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="PATH", help="Text, folder, jsonl (.gz), or - for standard input; repeatable."),
-    ] = None,
+    input_: Inputs = None,
     val: HeldOut = None,
     corpus: Corpus = None,
     tokenizer: TokenizerSource = None,
     tokenizer_sha256: TokenizerHash = None,
     val_fraction: ValFraction = None,
     text_field: TextField = "text",
-    encoding: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Encoding of text without a byte order mark; UTF-8 if left out.")
-    ] = None,
-    format_: Annotated[str, typer.Option("--format", metavar="auto|text|jsonl", help="What every input is.")] = "auto",
-    include_hidden: Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")] = False,
+    encoding: Encoding = None,
+    format_: Format = "auto",
+    include_hidden: IncludeHidden = False,
     special_tokens: Annotated[
         str,
         typer.Option(
@@ -110,7 +114,7 @@ def prepare(
     epilog="""
     resmol train runs/mine --preset nano --data input.txt
     resmol train runs/mine --steps 8000
-    resmol train runs/own --config own.toml --data texts/ --val val.jsonl
+    resmol train runs/own --config own.toml --data texts/ --val val.jsonl --tokenizer tok
     resmol train runs/b --preset nano --data input.txt --lr 1e-3 --epochs 3
     """
 )

