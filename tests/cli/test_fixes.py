@@ -63,7 +63,7 @@ def test_every_command_and_option_of_a_fix_exists(place: str, text: str) -> None
     ("fix", "command", "expected"),
     [
         ("name it: --encoding cp1252", "prepare", "name it: --encoding cp1252"),
-        ("name it: --encoding cp1252", "train", "name it: --encoding (of `resmol prepare`) cp1252"),
+        ("give --special-tokens as-text", "train", "give --special-tokens (of `resmol prepare`) as-text"),
         ("name it: --encoding cp1252", "", "name it: --encoding cp1252"),
         ("run `resmol prepare OUT --input TEXT`", "train", "run `resmol prepare OUT --input TEXT`"),
         ("give `resmol prepare` --val-fraction 0.1", "evaluate", "give `resmol prepare` --val-fraction 0.1"),

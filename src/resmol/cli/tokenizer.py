@@ -19,7 +19,7 @@ app.add_typer(tokenizer, name="tokenizer")
     "train",
     epilog="""
     resmol tokenizer train tok --input texts/ --vocab-size 8192
-    resmol tokenizer train tok --input articles.jsonl.gz --text-field content --vocab-size 16384
+    resmol tokenizer train tok --input dump.jsonl.gz --vocab-size 16384
     """,
 )
 def tokenizer_train(

@@ -114,7 +114,7 @@ def prepare(
     epilog="""
     resmol train runs/mine --preset nano --data input.txt
     resmol train runs/mine --steps 8000
-    resmol train runs/own --config own.toml --data texts/ --val val.jsonl --tokenizer tok
+    resmol train runs/own --config own.toml --data texts/ --tokenizer tok
     resmol train runs/b --preset nano --data input.txt --lr 1e-3 --epochs 3
     """
 )
