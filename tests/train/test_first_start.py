@@ -93,8 +93,25 @@ def test_what_needs_no_decision_is_refused_before_any(
     monkeypatch.setattr("resmol.train.compiler.compiler_problem", lambda _: "it is broken")
     with pytest.raises(ConfigError, match=r"torch\.compile does not work here: it is broken"):
         start(**{"runtime.compile": "on"})
+    monkeypatch.setattr("resmol.run.directory.total_parameters", lambda _: 1 << 50)
     with pytest.raises(DiskFull, match="a checkpoint needs"):
-        start(**{"model.vocab_size": 1 << 40})
+        start()
+
+
+@pytest.mark.parametrize("compilation", ["auto", "on"])
+def test_too_little_memory_is_refused_before_anything_else(
+    tmp_path: Path, tiny_config: RunConfig, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, compilation: str
+) -> None:
+    """Nothing is prepared, compiled or left behind for a run that does not fit."""
+    text = tmp_path / "input.txt"
+    text.write_text("\n".join(synthetic_texts(60)), encoding="utf-8")
+    monkeypatch.setattr("resmol.train.autotune._free_memory", lambda _: 1000)
+    monkeypatch.setattr("resmol.train.compiler.compiler_problem", lambda _: pytest.fail("it compiles"))
+    monkeypatch.setattr("resmol.train.autotune.compiler_problem", lambda _: pytest.fail("it compiles"))
+    config = tiny_config.replace({"runtime.compile": compilation, "train.steps": 1 << 40})
+    with pytest.raises(ConfigError, match=r"training needs about 0\.0 GB"):
+        train_model(config, tmp_path / "run", data=str(text), tokenizer=tiny_tokenizer.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["input.txt"]
 
 
 def test_a_compiler_that_fails_in_a_step_gets_a_sentence(tmp_path: Path, train_tiny: TrainTiny) -> None:

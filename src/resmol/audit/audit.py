@@ -14,7 +14,7 @@ from pathlib import Path
 from resmol.audit.replay import ReplayOptions, replay
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
-from resmol.data.resolve import data_folder
+from resmol.data.resolve import recorded_folder
 from resmol.data.shards import TokenStream, open_dataset
 from resmol.errors import CheckpointError, ConfigError, ResmolError
 from resmol.run.checkpoint_manifest import MANIFEST, checkpoint_name, list_checkpoints, open_checkpoint
@@ -227,7 +227,7 @@ def _data_order(records: list[Record], history: ConfigHistory, stored: RunConfig
     """Recompute the windows that each step had to read; needs the data's manifest, not its tokens."""
     name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
     try:
-        dataset = open_dataset(data_folder(None, stored.data.path, run.data))
+        dataset = open_dataset(recorded_folder(run, stored.data.path))
     except ResmolError as error:
         return Check(name, not strict, f"not recomputed: {error.what}", expected, "a loader that starts over")
     start = next(select(records, "start"), {})

@@ -18,7 +18,7 @@ from typing import Any
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.resolve import data_folder
+from resmol.data.resolve import recorded_folder
 from resmol.data.shards import Dataset, open_dataset, verify_shards
 from resmol.errors import ConfigError, ResmolError
 from resmol.run.checkpoint import digest_all
@@ -97,7 +97,7 @@ def replay(run: RunDir, config: RunConfig, records: list[Record], options: Repla
     draw = random.Random(options.seed)  # noqa: S311
     drawn = sorted(draw.sample(possible, min(options.count, len(possible))), key=lambda s: s.start)
     try:
-        dataset = open_dataset(data_folder(None, config.data.path, run.data))
+        dataset = open_dataset(recorded_folder(run, config.data.path))
         if dataset.fingerprint != start["data_fingerprint"]:
             return [Check("replay", False, "FAIL: the data here is not the data of the run", EXPECTED, GUARDS)]
         verify_shards(dataset)

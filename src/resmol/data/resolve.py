@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from resmol.data.builtin_corpora import named_corpus
 from resmol.data.datatrove import import_datatrove, is_token_folder
@@ -15,6 +16,8 @@ from resmol.data.summary import log_summary
 from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
+from resmol.run.directory import RunDir
+from resmol.run.ledger import first_record
 from resmol.system.atomic_io import remove_directory
 from resmol.system.progress import byte_progress
 from resmol.system.user_paths import user_path
@@ -98,18 +101,64 @@ def is_prepared(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def data_folder(data: str | None, stored: str, own: Path) -> Path:
-    """Return the prepared folder that a run reads, or is going to read.
+def named_folder(data: str, run: RunDir) -> Path:
+    """Return the prepared folder that ``--data`` names; for text, the run's own, in which it is going to be."""
+    folder = user_path(data)
+    return folder if is_prepared(folder) else run.data
+
+
+def stored_folder(run: RunDir, path: str) -> Path:
+    """Return the folder that ``data.path`` of a run's configuration names, relative to the run; empty: its own."""
+    return run.path / user_path(path) if path else run.data
+
+
+def recorded_folder(run: RunDir, path: str) -> Path:
+    """Return the prepared folder that a run was trained on: where it was, or where it moved to with the run.
+
+    Another folder must hold the same tokens, by the fingerprint in the run's ledger. It is looked for in the run, and
+    below the folders that the run lies in, by the end of its path: whoever moves or copies both together moves or
+    copies a folder above both.
 
     Args:
-        data: The ``--data`` of the user, if any: a prepared folder, or text.
-        stored: ``data.path`` of the run's configuration, relative to the run; empty means the run's own folder.
-        own: The run's own folder.
+        run: The run directory.
+        path: ``data.path`` of its configuration.
+
+    Raises:
+        DataError: The run has begun, and its data is not there.
     """
-    if data is None:
-        return own.parent / user_path(stored) if stored else own  # an absolute path stays as it is
-    folder = user_path(data)
-    return folder if is_prepared(folder) else own
+    folder = stored_folder(run, path)
+    fingerprint = (first_record(run.ledger) or {}).get("data_fingerprint")
+    if not isinstance(fingerprint, str) or _holds(folder, fingerprint) or not run.has_begun():
+        return folder
+    for other in _places(run, path):
+        if _holds(other, fingerprint):
+            logger.info(f"data: {folder} does not hold the data of the run; {other} does")
+            return other
+    if not is_prepared(folder):
+        raise DataError(
+            f"the data of {run.path} is not in {folder} any more, and nowhere beside the run",
+            fix="name the folder where it is now, or the text that it was made from: --data PATH (its fingerprint is "
+            "compared)",
+        )
+    return folder
+
+
+def _places(run: RunDir, path: str) -> Iterator[Path]:
+    """Yield where data may be that moved with a run: each end of its path, below each folder that the run lies in."""
+    yield run.data
+    stored = PureWindowsPath(path)  # which has both kinds of slashes, and drives
+    names = [name for name in stored.parts if name not in (stored.anchor, "..")]
+    for folder in run.path.resolve().parents:
+        for length in range(1, len(names) + 1):
+            yield folder.joinpath(*names[-length:])
+
+
+def _holds(folder: Path, fingerprint: str) -> bool:
+    """Return whether a folder holds the data with this fingerprint."""
+    try:
+        return is_prepared(folder) and open_dataset(folder).fingerprint == fingerprint
+    except (DataError, OSError):
+        return False
 
 
 def open_or_prepare(folder: Path, text: Text | None, tokenizer: Tokenizer, *, replace: bool = False) -> Dataset:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resmol.data.loader import Batch, Loader
-from resmol.data.resolve import Text, data_folder, is_prepared, prepare_text
+from resmol.data.resolve import Text, is_prepared, prepare_text, recorded_folder
 from resmol.data.shards import Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
@@ -103,7 +103,7 @@ def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Da
             f"{loaded.source.path} belongs to no run, so it has no held-out text of its own",
             fix="name some: --data input.txt, or a folder that `resmol prepare` wrote",
         )
-    folder = data_folder(None, settings.data.path, run.data)
+    folder = recorded_folder(run, settings.data.path)
     dataset = open_dataset(folder)
     if len(dataset.val) < 2:
         raise DataError(
@@ -119,7 +119,7 @@ def _was_trained_on(dataset: Dataset, loaded: LoadedModel) -> bool:
     if run is None or settings is None:
         return False
     try:
-        own = open_dataset(data_folder(None, settings.data.path, run.data))
+        own = open_dataset(recorded_folder(run, settings.data.path))
     except DataError:  # the run's data is not here any more
         return False
     inputs = {one.sha256 for one in own.manifest.source.inputs}

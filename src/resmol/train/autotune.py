@@ -89,6 +89,14 @@ def check_memory(config: RunConfig) -> None:
     )
 
 
+def check_memory_before_deciding(config: RunConfig) -> None:
+    """Refuse a run that does not fit, whatever ``auto`` will be (`ConfigError`), within milliseconds.
+
+    Compilation, whose choice takes seconds, changes no count.
+    """
+    check_memory(resolve_auto(config.replace({"runtime.compile": "off"}))[0])
+
+
 def _free_memory(device: torch.device) -> int | None:
     """Return the free bytes for each process of a run on this machine, or None where they are unknown."""
     if device.type == "cuda":

@@ -8,7 +8,7 @@ import torch._functorch.config
 
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.resolve import Text, data_folder, open_or_prepare
+from resmol.data.resolve import Text, open_or_prepare, recorded_folder, stored_folder
 from resmol.data.shards import Dataset, TokenStream, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError
@@ -48,7 +48,8 @@ def open_run_data(
     check_vocabulary(config, found.vocab_size, found.eos_id)
     if not begun:
         log_vocabulary(config, found)
-    folder = data_folder(None, config.data.path, run.data)
+    path = config.data.path
+    folder = recorded_folder(run, path) if text is None else stored_folder(run, path)
     dataset = open_or_prepare(folder, text, found, replace=folder == run.data and not begun)
     verify_shards(dataset)
     _check_fit(dataset, config)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,14 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from resmol.config.drift import reconcile
-from resmol.config.load import parse_overrides
-from resmol.config.run_config import RunConfig, TokenizerConfig
-from resmol.data.resolve import Text, data_folder, is_prepared
-from resmol.data.shards import Dataset, open_dataset
+from resmol.config.run_config import RunConfig
+from resmol.data.resolve import Text
+from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
-from resmol.errors import ConfigError, ProcessLost, UsageError
+from resmol.errors import ProcessLost
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
-from resmol.run.checkpoint_manifest import Checkpoint, list_checkpoints, step_of
-from resmol.run.config_history import recorded_config
+from resmol.run.checkpoint_manifest import Checkpoint
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger
 from resmol.run.log_writers import LogWriter, RunLog
@@ -37,17 +34,15 @@ from resmol.system.host import return_freed_memory
 from resmol.system.launcher import this_launch
 from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
-from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
-from resmol.train.autotune import check_memory, resolve_auto
+from resmol.train.autotune import check_memory, check_memory_before_deciding, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.loop import Session, TrainState, train
-from resmol.train.lr_schedule import first_changed_step
 from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, find_device, open_runtime
+from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
-from resmol.train.vocabulary import Vocabulary, with_vocabulary
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -86,10 +81,10 @@ def train_model(
     """
     directory, is_rank_zero = RunDir(Path(run)), this_launch().rank == 0
     text = Text(inputs=(data,)) if isinstance(data, str) else data
-    changes = _changes(directory, text, overrides, epochs)
-    named = load_tokenizer(tokenizer) if tokenizer is not None else _tokenizer_of_data(directory, config, changes)
+    changes = requested_changes(directory, text, overrides, epochs)
+    named = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of_data(directory, config, changes)
     resolve = partial(resolve_config, directory, config, changes, accept_drift, named)
-    resolve()  # a wrong argument leaves nothing behind, not even a directory
+    check_memory_before_deciding(resolve()[0])  # what cannot be leaves nothing behind, not even a directory
     with ExitStack() as stack:
         stack.enter_context(exclusive_lock(directory.lock) if is_rank_zero else nullcontext())
         requested, drifts = resolve()  # again: from here on no other process changes the run
@@ -114,135 +109,11 @@ def train_model(
     return state
 
 
-def resolve_config(
-    run: RunDir,
-    config: RunConfig | None,
-    changes: Mapping[str, Any],
-    accept_drift: Sequence[str],
-    tokenizer: Tokenizer | None = None,
-) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the configuration to run with, and the accepted drifts from the one that the ledger recorded.
-
-    An edited ``config.toml`` is a request like any other; a lost one is taken from the ledger.
-
-    Args:
-        run: The run directory.
-        config: The requested configuration; None takes the stored one.
-        changes: ``section.key`` -> value, laid over it.
-        accept_drift: Class B fields that may differ from the stored configuration.
-        tokenizer: The tokenizer that the user named; a new run gets the vocabulary that fits it.
-
-    Raises:
-        UsageError: The run is new, and there is no configuration.
-        ConfigError: A value is wrong, or a field differs that may not.
-        DataError: The run was written in another format.
-    """
-    if not run.has_begun():
-        return _first_request(run, config, changes, tokenizer), {}
-    stored = run.load_config() if run.exists() else None
-    before = recorded_config(run.ledger, stored) or stored
-    if before is None:
-        return _first_request(run, config, changes, tokenizer), {}
-    if tokenizer is not None and tokenizer.sha256 != before.tokenizer.sha256:
-        raise ConfigError(
-            f"{run.path} was started with the tokenizer {before.tokenizer.sha256[:12]}; {tokenizer.path} is "
-            f"{tokenizer.sha256[:12]}",
-            fix="leave --tokenizer out, since the run has a copy of its own; or start a new run directory",
-        )
-    if config is not None and stored is not None:
-        _refuse_edits(stored, before)
-    requested = (config or stored or before).replace(changes)
-    if config is not None and config.tokenizer == TokenizerConfig():  # a preset does not know the run's tokenizer
-        requested = with_vocabulary(requested, Vocabulary.stated_by(before), changes)
-    if not requested.data.path:  # a preset does not say where the data lies; the run does
-        requested = requested.replace({"data.path": before.data.path})
-    _refuse_late_averaging(before, requested)
-    resolved, drifts = reconcile(before, requested, accept_drift)
-    _refuse_another_past(run, before, resolved)
-    return resolved, drifts
-
-
-def _first_request(
-    run: RunDir, config: RunConfig | None, changes: Mapping[str, Any], tokenizer: Tokenizer | None
-) -> RunConfig:
-    """Return the configuration for a run that has not taken a step: the one that is given, else a failed start's."""
-    if config is None and not run.exists():
-        raise UsageError(
-            f"{run.path} is a new run, and neither a preset nor a configuration was given",
-            fix="add --preset nano (or another preset, or --config FILE)",
-        )
-    requested = (config or run.load_config()).replace(changes)
-    return requested if tokenizer is None else with_vocabulary(requested, Vocabulary.of(tokenizer), changes)
-
-
-def _tokenizer_of_data(run: RunDir, config: RunConfig | None, changes: Mapping[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer that prepared data was made with, where a new run asks for none (`DataError`: not here)."""
-    folder = data_folder(None, changes.get("data.path", ""), run.data)
-    asked = TokenizerConfig() if config is None else config.tokenizer
-    if run.has_begun() or folder == run.data or asked != TokenizerConfig() or "tokenizer.sha256" in changes:
-        return None
-    sha256 = open_dataset(folder).tokenizer_sha256
-    return None if sha256 == asked.sha256 else load_tokenizer(sha256=sha256)
-
-
-def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
-    """Refuse an edited ``config.toml`` beside another configuration: one of the two would be ignored."""
-    found, known = stored.bound_fields(), recorded.bound_fields()
-    edits = [f"  - {key}: {known[key]!r} -> {value!r}" for key, value in found.items() if value != known[key]]
-    if edits:
-        raise ConfigError(
-            "the run's config.toml was edited, and another configuration is given as well:\n" + "\n".join(edits),
-            fix="undo the edit, or leave out --preset and --config to ask for what the file says now",
-        )
-
-
-def _refuse_late_averaging(before: RunConfig, requested: RunConfig) -> None:
-    """Refuse to switch averaging on, off or over in a run: an average is one of all its steps from the first."""
-    was, wanted = before.averaging, requested.averaging
-    if was != wanted:
-        kept = f"since its first step with {was.fraction}, every {was.every}" if was.fraction else "no weights"
-        raise ConfigError(
-            f"averaging.fraction is {wanted.fraction}, every {wanted.every}; this run averages {kept}",
-            fix="start a new run directory: an average begins with a run"
-            + ("; or leave averaging as it was, and take the weights of the last step" if was.fraction else ""),
-        )
-
-
-def _refuse_another_past(run: RunDir, before: RunConfig, after: RunConfig) -> None:
-    """Refuse a schedule that gives another learning rate to a step that is done."""
-    done = max((step_of(path) for path in list_checkpoints(run.checkpoints)), default=0)
-    if step := first_changed_step(before.schedule, after.schedule, done):
-        raise ConfigError(
-            f"the schedule that is asked for gives step {step} another learning rate, and the run is at step {done}",
-            fix=f"plan a decay that begins at step {done} or later: schedule.decay_start={done}",
-        )
-
-
 def _check_here(config: RunConfig, run: RunDir | None) -> None:
     """Refuse, before data is prepared and anything decided, what this place cannot do; ``run`` is to be written."""
     if run is not None:
         run.check_place(config)
     require_compiler(config, find_device(config.runtime.device).type)
-
-
-def _changes(run: RunDir, text: Text | None, overrides: Sequence[str], epochs: float | None) -> dict[str, Any]:
-    """Return ``section.key`` -> value to lay over the configuration (`UsageError` where epochs do not fit)."""
-    changes = parse_overrides(overrides) | _data_path(run, text)
-    if epochs is not None:
-        _check_epochs(epochs, changes, text)
-    return changes
-
-
-def _check_epochs(epochs: float, changes: Mapping[str, Any], text: Text | None) -> None:
-    if not (math.isfinite(epochs) and epochs > 0):
-        raise UsageError(f"--epochs is {epochs}", fix="give a number above 0, such as 1 or 0.5")
-    if "train.steps" in changes:
-        raise UsageError("--epochs and --steps both say when to stop", fix="leave one of them out")
-    if this_launch().world_size > 1 and text is not None and not is_prepared(user_path(text.inputs[0])):
-        raise UsageError(
-            "--epochs with several processes needs data that is prepared already: each of them counts it",
-            fix="run `resmol prepare OUT --input TEXT` first, and give --data OUT",
-        )
 
 
 def with_epochs(config: RunConfig, epochs: float, dataset: Dataset) -> RunConfig:
@@ -251,14 +122,6 @@ def with_epochs(config: RunConfig, epochs: float, dataset: Dataset) -> RunConfig
     steps = math.ceil(epochs * loader.n_windows / loader.windows_per_step)
     logger.info(f"epochs: {epochs:g} of {counted(loader.n_windows, 'window')} are {counted(steps, 'step')}")
     return config.replace({"train.steps": steps})
-
-
-def _data_path(run: RunDir, text: Text | None) -> dict[str, str]:
-    """Return the change of the configuration that names the folder of the data."""
-    if text is None:
-        return {}
-    folder = data_folder(text.inputs[0], "", run.data)
-    return {"data.path": run.data.name if folder == run.data else str(folder.resolve())}
 
 
 def _begin(

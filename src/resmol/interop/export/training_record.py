@@ -11,7 +11,7 @@ from resmol.audit.certificate import current_certificate
 from resmol.audit.claims import read_claims
 from resmol.audit.plots import curve_images
 from resmol.config.run_config import RunConfig
-from resmol.data.resolve import data_folder
+from resmol.data.resolve import recorded_folder
 from resmol.data.shards import Manifest, open_dataset
 from resmol.errors import CheckFailed, DataError
 from resmol.interop.resolve import Source
@@ -109,13 +109,13 @@ def write_record(source: Source, folder: Path) -> RunRecord:
         pictures[title] = f"{title.lower().replace(' ', '-')}.png"
         (folder / pictures[title]).write_bytes(png)
     start = next(select(content.records, "start"))
-    data = _data(data_folder(None, stored.data.path, run.data), str(start["data_fingerprint"]))
+    data = _data(run, stored.data.path, str(start["data_fingerprint"]))
     return RunRecord(run.path.resolve().name, config, content, step, data, certificate, pictures)
 
 
-def _data(folder: Path, fingerprint: str) -> Manifest | None:
+def _data(run: RunDir, path: str, fingerprint: str) -> Manifest | None:
     try:
-        dataset = open_dataset(folder)
+        dataset = open_dataset(recorded_folder(run, path))
     except (DataError, OSError):
         return None
     return dataset.manifest if dataset.fingerprint == fingerprint else None

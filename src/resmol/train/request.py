@@ -1,0 +1,154 @@
+"""What a start asks for: arguments, the stored configuration and the record of the run become one configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from resmol.config.drift import reconcile
+from resmol.config.load import parse_overrides
+from resmol.config.run_config import RunConfig, TokenizerConfig
+from resmol.data.resolve import Text, is_prepared, named_folder, stored_folder
+from resmol.data.shards import open_dataset
+from resmol.data.tokenizer import Tokenizer, load_tokenizer
+from resmol.errors import ConfigError, UsageError
+from resmol.run.checkpoint_manifest import list_checkpoints, step_of
+from resmol.run.config_history import recorded_config
+from resmol.run.directory import RunDir
+from resmol.system.launcher import this_launch
+from resmol.system.user_paths import user_path
+from resmol.train.lr_schedule import first_changed_step
+from resmol.train.vocabulary import Vocabulary, with_vocabulary
+
+
+def requested_changes(run: RunDir, text: Text | None, overrides: Sequence[str], epochs: float | None) -> dict[str, Any]:
+    """Return ``section.key`` -> value to lay over the configuration (`UsageError` where epochs do not fit)."""
+    changes = parse_overrides(overrides) | _data_path(run, text)
+    if epochs is not None:
+        _check_epochs(epochs, changes, text)
+    return changes
+
+
+def _check_epochs(epochs: float, changes: Mapping[str, Any], text: Text | None) -> None:
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise UsageError(f"--epochs is {epochs}", fix="give a number above 0, such as 1 or 0.5")
+    if "train.steps" in changes:
+        raise UsageError("--epochs and --steps both say when to stop", fix="leave one of them out")
+    if this_launch().world_size > 1 and text is not None and not is_prepared(user_path(text.inputs[0])):
+        raise UsageError(
+            "--epochs with several processes needs data that is prepared already: each of them counts it",
+            fix="run `resmol prepare OUT --input TEXT` first, and give --data OUT",
+        )
+
+
+def _data_path(run: RunDir, text: Text | None) -> dict[str, str]:
+    """Return the change of the configuration that names the folder of the data."""
+    if text is None:
+        return {}
+    folder = named_folder(text.inputs[0], run)
+    return {"data.path": run.data.name if folder == run.data else folder.resolve().as_posix()}
+
+
+def resolve_config(
+    run: RunDir,
+    config: RunConfig | None,
+    changes: Mapping[str, Any],
+    accept_drift: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the configuration to run with, and the accepted drifts from the one that the ledger recorded.
+
+    An edited ``config.toml`` is a request like any other; a lost one is taken from the ledger.
+
+    Args:
+        run: The run directory.
+        config: The requested configuration; None takes the stored one.
+        changes: ``section.key`` -> value, laid over it.
+        accept_drift: Class B fields that may differ from the stored configuration.
+        tokenizer: The tokenizer that the user named; a new run gets the vocabulary that fits it.
+
+    Raises:
+        UsageError: The run is new, and there is no configuration.
+        ConfigError: A value is wrong, or a field differs that may not.
+        DataError: The run was written in another format.
+    """
+    if not run.has_begun():
+        return _first_request(run, config, changes, tokenizer), {}
+    stored = run.load_config() if run.exists() else None
+    before = recorded_config(run.ledger, stored) or stored
+    if before is None:
+        return _first_request(run, config, changes, tokenizer), {}
+    if tokenizer is not None and tokenizer.sha256 != before.tokenizer.sha256:
+        raise ConfigError(
+            f"{run.path} was started with the tokenizer {before.tokenizer.sha256[:12]}; {tokenizer.path} is "
+            f"{tokenizer.sha256[:12]}",
+            fix="leave --tokenizer out, since the run has a copy of its own; or start a new run directory",
+        )
+    if config is not None and stored is not None:
+        _refuse_edits(stored, before)
+    requested = (config or stored or before).replace(changes)
+    if config is not None and config.tokenizer == TokenizerConfig():  # a preset does not know the run's tokenizer
+        requested = with_vocabulary(requested, Vocabulary.stated_by(before), changes)
+    if not requested.data.path:  # a preset does not say where the data lies; the run does
+        requested = requested.replace({"data.path": before.data.path})
+    _refuse_late_averaging(before, requested)
+    resolved, drifts = reconcile(before, requested, accept_drift)
+    _refuse_another_past(run, before, resolved)
+    return resolved, drifts
+
+
+def _first_request(
+    run: RunDir, config: RunConfig | None, changes: Mapping[str, Any], tokenizer: Tokenizer | None
+) -> RunConfig:
+    """Return the configuration for a run that has not taken a step: the one that is given, else a failed start's."""
+    if config is None and not run.exists():
+        raise UsageError(
+            f"{run.path} is a new run, and neither a preset nor a configuration was given",
+            fix="add --preset nano (or another preset, or --config FILE)",
+        )
+    requested = (config or run.load_config()).replace(changes)
+    return requested if tokenizer is None else with_vocabulary(requested, Vocabulary.of(tokenizer), changes)
+
+
+def tokenizer_of_data(run: RunDir, config: RunConfig | None, changes: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that prepared data was made with, where a new run asks for none (`DataError`: not here)."""
+    folder = stored_folder(run, changes.get("data.path", ""))
+    asked = TokenizerConfig() if config is None else config.tokenizer
+    if run.has_begun() or folder == run.data or asked != TokenizerConfig() or "tokenizer.sha256" in changes:
+        return None
+    sha256 = open_dataset(folder).tokenizer_sha256
+    return None if sha256 == asked.sha256 else load_tokenizer(sha256=sha256)
+
+
+def _refuse_edits(stored: RunConfig, recorded: RunConfig) -> None:
+    """Refuse an edited ``config.toml`` beside another configuration: one of the two would be ignored."""
+    found, known = stored.bound_fields(), recorded.bound_fields()
+    edits = [f"  - {key}: {known[key]!r} -> {value!r}" for key, value in found.items() if value != known[key]]
+    if edits:
+        raise ConfigError(
+            "the run's config.toml was edited, and another configuration is given as well:\n" + "\n".join(edits),
+            fix="undo the edit, or leave out --preset and --config to ask for what the file says now",
+        )
+
+
+def _refuse_late_averaging(before: RunConfig, requested: RunConfig) -> None:
+    """Refuse to switch averaging on, off or over in a run: an average is one of all its steps from the first."""
+    was, wanted = before.averaging, requested.averaging
+    if was != wanted:
+        kept = f"since its first step with {was.fraction}, every {was.every}" if was.fraction else "no weights"
+        raise ConfigError(
+            f"averaging.fraction is {wanted.fraction}, every {wanted.every}; this run averages {kept}",
+            fix="start a new run directory: an average begins with a run"
+            + ("; or leave averaging as it was, and take the weights of the last step" if was.fraction else ""),
+        )
+
+
+def _refuse_another_past(run: RunDir, before: RunConfig, after: RunConfig) -> None:
+    """Refuse a schedule that gives another learning rate to a step that is done."""
+    done = max((step_of(path) for path in list_checkpoints(run.checkpoints)), default=0)
+    if step := first_changed_step(before.schedule, after.schedule, done):
+        raise ConfigError(
+            f"the schedule that is asked for gives step {step} another learning rate, and the run is at step {done}",
+            fix=f"plan a decay that begins at step {done} or later: schedule.decay_start={done}",
+        )
