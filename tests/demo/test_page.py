@@ -126,7 +126,7 @@ def test_a_gguf_export_knows_its_step_and_brings_its_record(
     monkeypatch.setattr("resmol.interop.export.gguf.compare_gguf", lambda *_: [Check("logits", True, "equal", "equal")])
     out = export_gguf(demo_run, tmp_path / "out", dtype="float32").path
     found = provenance_of(load_model(out / name))
-    assert (found.title, found.step) == ("export of a checkpoint", 12)
+    assert (found.title, found.step) == ("tiny-run", 12)
     assert record_page(found).count("<svg") == 4
     file = out / "tiny-run-F32.gguf"
     other = file.rename(out / "other.gguf")

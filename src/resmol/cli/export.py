@@ -12,12 +12,27 @@ from resmol.cli.terminal import print_json, report_checks, say
 from resmol.errors import UsageError
 from resmol.system.process_setup import set_up_process
 
+Title = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Heading of card and Space; the run's name if left out.")
+]
+License = Annotated[
+    str | None, typer.Option("--license", metavar="ID", help="Of the weights, as the Hub spells it: apache-2.0, mit.")
+]
+Languages = Annotated[
+    list[str] | None, typer.Option("--language", metavar="CODE", help="Of the text, such as en. Repeatable.")
+]
+Card = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Markdown with your own words, for the card; front matter is merged."),
+]
+
 
 @app.command(
     epilog="""
     resmol export runs/mine out/mine
     resmol export runs/mine out/mine-gguf --format gguf --dtype q8_0
     resmol export runs/mine out/mine-space --space
+    resmol export runs/mine out/mine --title "My novels" --license mit --card words.md
     """
 )
 def export(
@@ -36,6 +51,10 @@ def export(
     ] = None,
     weights: Weights = "last",
     best: Best = False,
+    title: Title = None,
+    license_: License = None,
+    language: Languages = None,
+    card: Card = None,
     tokenizer: ModelTokenizer = None,
     json_: Json = False,
 ) -> None:
@@ -52,14 +71,15 @@ def export(
     set_up_process()
     from resmol.demo.space import export_space
     from resmol.interop.export import export_gguf, export_hf
+    from resmol.interop.export.card_words import card_words
 
-    named = model_ref(model, weights, best=best)
+    named, words = model_ref(model, weights, best=best), card_words(title, license_, language or (), card)
     if space:
-        done = export_space(named, out, dtype=dtype, model_repo=model_repo, tokenizer=tokenizer)
+        done = export_space(named, out, dtype=dtype, model_repo=model_repo, tokenizer=tokenizer, words=words)
     elif format_ == "gguf":
-        done = export_gguf(named, out, dtype=dtype, tokenizer=tokenizer)
+        done = export_gguf(named, out, dtype=dtype, tokenizer=tokenizer, words=words)
     else:
-        done = export_hf(named, out, dtype=dtype, tokenizer=tokenizer)
+        done = export_hf(named, out, dtype=dtype, tokenizer=tokenizer, words=words)
     report_checks(f"export to {out}", done.checks, json_)
 
 
@@ -76,13 +96,19 @@ def publish(
     space: Annotated[bool, typer.Option("--space", help="DIR is a Space and becomes one.")] = False,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also replace files of other origin.")] = False,
+    title: Title = None,
+    license_: License = None,
+    language: Languages = None,
+    card: Card = None,
     yes: Annotated[bool, typer.Option("--yes", help="Publish; without it, the plan is only shown.")] = False,
     json_: Json = False,
 ) -> None:
     """Publish a verified export on the Hub; a dry run unless --yes. The token: HF_TOKEN or `hf auth login`."""
+    from resmol.interop.export.card_words import card_words
     from resmol.interop.export.publish import plan_publication, publish_export
 
-    plan = plan_publication(folder, repo, space=space)
+    words = card_words(title, license_, language or (), card)
+    plan = plan_publication(folder, repo, space=space, words=words)
     if not yes:
         print_plan(plan.to_dict(), json_)
         return

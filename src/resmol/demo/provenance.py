@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.errors import CheckpointError
+from resmol.interop.export.card_words import MAX_TITLE
 from resmol.interop.export.manifest import ExportManifest, parse_manifest
 from resmol.interop.export.training_record import recorded
 from resmol.interop.load import LoadedModel
@@ -32,12 +33,13 @@ class Provenance:
     record: RunDir | None
 
 
-def provenance_of(loaded: LoadedModel, folder: Path | None = None) -> Provenance:
+def provenance_of(loaded: LoadedModel, folder: Path | None = None, title: str | None = None) -> Provenance:
     """Return which weights ``loaded`` holds.
 
     Args:
         loaded: The model.
         folder: The export that it belongs to, when its weight file lies elsewhere.
+        title: What its owner calls it; by default what the export says.
 
     Raises:
         CheckpointError: The export's manifest lists another weight file than the one that was loaded.
@@ -65,10 +67,16 @@ def provenance_of(loaded: LoadedModel, folder: Path | None = None) -> Provenance
     origin, record = manifest.facts.get("model", {}), recorded(RunDir(home / TRAINING))
     step = origin.get("step") if isinstance(origin.get("step"), int) else None
     averaged = ", averaged weights" if origin.get("weights") == "averaged" else ""
-    title = (
-        f"export of a checkpoint{averaged}" if step is not None else f"export of {str(origin.get('kind'))[:20]} weights"
-    )
-    return Provenance(title, step, found.sha256, record)
+    origins = averaged if step is not None else f" (weights from elsewhere: {str(origin.get('kind'))[:20]})"
+    title = title or export_title(home) or "an export"
+    return Provenance(title + origins, step, found.sha256, record)
+
+
+def export_title(folder: Path) -> str | None:
+    """Return what the manifest of an export calls it; None where it is none of ours, or has no title."""
+    manifest = _manifest(folder)
+    title = manifest.facts.get("title") if manifest is not None else None
+    return title[:MAX_TITLE] if isinstance(title, str) else None
 
 
 def _manifest(folder: Path) -> ExportManifest | None:

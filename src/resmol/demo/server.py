@@ -12,7 +12,7 @@ from typing import Any
 
 from resmol.demo.asgi_allowlist import Allowlist
 from resmol.demo.page import build_page, style, theme
-from resmol.demo.provenance import Provenance, provenance_of
+from resmol.demo.provenance import Provenance, export_title, provenance_of
 from resmol.demo.request_limits import Limits
 from resmol.demo.sessions import Sessions, gradio_queue
 from resmol.errors import DataError, UsageError
@@ -73,7 +73,9 @@ def serve_space(folder: Path, model: str | None = None) -> None:
     package.setLevel(logging.INFO)
     with listening_socket(host, port) as listener:
         loaded = load_model(model or export)
-        _serve_loaded(loaded, provenance_of(loaded, export), listener, Limits(), embedded=on_the_hub)
+        _serve_loaded(
+            loaded, provenance_of(loaded, export, export_title(folder)), listener, Limits(), embedded=on_the_hub
+        )
 
 
 def build_app(

@@ -50,8 +50,8 @@ def _of_gguf(metadata: Mapping[str, Any]) -> Description:
     name = metadata.get("general.name")
     return Description(
         name if isinstance(name, str) and name.strip() else None,
-        _words(metadata.get("general.languages")),
-        _word(metadata.get("general.license")),
+        stated_words(metadata.get("general.languages")),
+        stated_word(metadata.get("general.license")),
         {name: text for name, text in fields.items() if isinstance(text, str)},
     )
 
@@ -61,8 +61,8 @@ def _of_folder(folder: Path) -> Description:
     name = card.get("model_name")
     return Description(
         name if isinstance(name, str) and name.strip() else _folder_name(folder),
-        _words(card.get("language")),
-        _word(card.get("license")),
+        stated_words(card.get("language")),
+        stated_word(card.get("license")),
     )
 
 
@@ -86,11 +86,13 @@ def _front_matter(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _words(stated: Any) -> tuple[str, ...]:
+def stated_words(stated: Any) -> tuple[str, ...]:
+    """Return the languages of a front matter or a GGUF file: those of its words that are one."""
     entries = stated if isinstance(stated, list) else [stated]
     spelled = ("no" if entry is False else entry for entry in entries)  # YAML takes Norwegian for a truth value
-    return tuple(word for entry in spelled if (word := _word(entry)) is not None)
+    return tuple(word for entry in spelled if (word := stated_word(entry)) is not None)
 
 
-def _word(stated: Any) -> str | None:
+def stated_word(stated: Any) -> str | None:
+    """Return a licence or a language that files state; None where it is not one word."""
     return stated if isinstance(stated, str) and _WORD.fullmatch(stated) else None

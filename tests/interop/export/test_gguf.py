@@ -88,7 +88,7 @@ def test_the_folder_holds_what_its_readers_need(run: Path, tmp_path: Path) -> No
         "the card's code, transformers", "tokenizer(text), transformers", "a padded batch, transformers",
         "special tokens, transformers", "pipeline, transformers",
     }  # fmt: skip
-    assert {"run-Q8_0.gguf", "Modelfile", "README.md", "LICENSE", "tokenizer.json"} <= manifest.files.keys()
+    assert {"run-Q8_0.gguf", "Modelfile", "README.md", "tokenizer.json"} <= manifest.files.keys()
     assert (tmp_path / "out" / "training" / "ledger.jsonl").read_bytes() == (run / "ledger.jsonl").read_bytes()
     modelfile = (tmp_path / "out" / "Modelfile").read_text().splitlines()
     assert modelfile[:2] == ["FROM ./run-Q8_0.gguf", 'TEMPLATE """{{ .Prompt }}"""']

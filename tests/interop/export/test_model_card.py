@@ -21,16 +21,17 @@ from tiny import TrainTiny, rewrite, synthetic_texts
 from resmol.__main__ import run as resmol
 from resmol.audit.certificate import write_certificate
 from resmol.checks import Check
-from resmol.config.load import load_config
+from resmol.config.load import load_config, load_preset
 from resmol.data.builtin_corpora import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
 from resmol.data.shards import open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
 from resmol.interop.export import hf
+from resmol.interop.export.card_words import NO_WORDS, CardWords
 from resmol.interop.export.exported_tokenizer import exported_tokenizer
 from resmol.interop.export.markdown import clean, code_block, code_span, plain
-from resmol.interop.export.model_card import model_card
-from resmol.interop.export.training_record import write_record
+from resmol.interop.export.model_card import model_card, smollm2_of_shape
+from resmol.interop.export.training_record import describe_run, write_record
 from resmol.interop.load import load_model
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, read_ledger
@@ -40,11 +41,11 @@ CURVES = ["training/loss.png", "training/learning-rate.png", "training/gradient-
 HEADINGS = ["Architecture", "Use", "Data", "Curves", "Samples", "How to reproduce it", "The record", "Limits"]
 
 
-def folder_of(source: Path, out: Path) -> Path:
+def folder_of(source: Path, out: Path, words: CardWords = NO_WORDS) -> Path:
     """Write the files of an export without reading them back, which takes seconds."""
     loaded = load_model(source, device="cpu")
     out.mkdir()
-    hf.write_folder(loaded, exported_tokenizer(loaded), out, "float32")
+    hf.write_folder(loaded, exported_tokenizer(loaded), out, "float32", words)
     return out
 
 
@@ -86,7 +87,9 @@ def test_the_card_says_what_the_ledger_says(run: RunDir, tmp_path: Path) -> None
     evaluation = [r for r in records if r["kind"] == "eval"][-1]
     for fact in (
         f"{last['tokens_seen']:,} tokens",
-        f"{100 * last['tokens_seen'] / 2e12:.2g} %",
+        "A Llama of ",
+        f"{last['tokens_seen'] / records[0]['parameters']:.3g} for each parameter",
+        "licence of the weights | not stated",
         "40, by 2 processes: 1 to 25, 26 to 40",
         f"{last['loss']:.4f} nats per token",
         f"{evaluation['loss']:.4f} nats per token, {evaluation['bits_per_byte']:.4f} bits per byte",
@@ -94,12 +97,12 @@ def test_the_card_says_what_the_ledger_says(run: RunDir, tmp_path: Path) -> None
         records[0]["data_fingerprint"],
         read_ledger(run.ledger).head,
         next(r for r in reversed(records) if r["kind"] == "save")["manifest_sha256"],
-        "It is not SmolLM2",
         "not recorded: whoever publishes this must know it",
     ):
         assert fact in card, fact
+    assert "SmolLM2" not in card, "it is somebody's own Llama"
     tokens = parsed(card)
-    assert headings(tokens)[1:] == HEADINGS
+    assert headings(tokens) == ["run", *HEADINGS]
     assert [t.attrGet("src") for t in tokens if t.type == "image"] == CURVES
     samples = [r for r in records if r["kind"] == "sample"]
     assert [block.strip("\n") for block in blocks(tokens)] == [clean(r["text"]).strip("\n") for r in samples[::-1][:3]]
@@ -121,8 +124,8 @@ def test_training_holds_the_record_and_no_path_of_this_machine(run: RunDir, tmp_
     assert stored.data.path  # that of a folder on this machine
     out = folder_of(run.path, tmp_path / "out")
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert {"LICENSE", "training/config.toml", "training/ledger.jsonl", *CURVES} <= names
-    assert (out / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert {"training/config.toml", "training/ledger.jsonl", *CURVES} <= names
+    assert "LICENSE" not in names
     assert (out / "training" / "ledger.jsonl").read_bytes() == run.ledger.read_bytes()
     copied = load_config(out / "training" / "config.toml")
     assert (copied.sha256, copied.data.path) == (stored.sha256, "")
@@ -192,7 +195,7 @@ def test_weights_from_elsewhere_are_not_called_ours(run: RunDir, tmp_path: Path)
     """Also not when they lie inside of a run's folder."""
     inside = run.path / "exports" / "theirs"
     inside.parent.mkdir()
-    folder_of(run.path, inside)
+    folder_of(run.path, inside, CardWords(license="apache-2.0"))
     out = folder_of(inside, tmp_path / "out")
     card = ModelCard.load(out / "README.md")
     assert "not trained by resmol" in card.text.replace("\n", " ")
@@ -221,7 +224,37 @@ def test_a_checkpoint_without_its_run_says_so(run: RunDir, tmp_path: Path) -> No
     hf.write_folder(loaded, exported_tokenizer(loaded), tmp_path / "out", "float32")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "was not beside it" in card
+    assert "licence of the weights | not stated" in card
     assert "license:" not in card
+
+
+def test_the_licence_of_weights_is_known_only_of_the_built_in_plays(run: RunDir, tmp_path: Path) -> None:
+    data = open_dataset(Path(load_config(run.config).data.path)).manifest
+    (item,) = data.source.inputs
+    plays = item.model_copy(update={"name": SHAKESPEARE})
+
+    def licence(*inputs: Any) -> str | None:
+        source = data.source.model_copy(update={"inputs": inputs})
+        return describe_run("run", data.model_copy(update={"source": source})).licence
+
+    assert (licence(item), licence(plays), licence(plays, item)) == (None, "apache-2.0", None)
+    out = folder_of(run.path, tmp_path / "out", CardWords(license="apache-2.0"))
+    assert (out / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert not (folder_of(run.path, tmp_path / "mit", CardWords(license="mit")) / "LICENSE").exists()
+
+
+def test_only_a_model_of_the_published_shape_is_compared_with_smollm2() -> None:
+    """Names and tokens as in the cards of the published models."""
+    for preset, published in {
+        "smollm2-135m": ("SmolLM2-135M", 2e12),
+        "smollm2-135m-pretraining": ("SmolLM2-135M", 2e12),
+        "smollm2-360m": ("SmolLM2-360M", 4e12),
+        "smollm2-1.7b": ("SmolLM2-1.7B", 11e12),
+        "nano": None,
+    }.items():
+        assert smollm2_of_shape(load_preset(preset).model) == published
+    untied = load_preset("smollm2-135m").replace({"model.tie_word_embeddings": False})
+    assert smollm2_of_shape(untied.model) is None
 
 
 # --- text from outside stays text ---------------------------------------------------------------------------
@@ -252,7 +285,7 @@ def test_hostile_text_stays_text(run: RunDir, tmp_path: Path) -> None:
     assert [t.attrGet("src") for t in tokens if t.type == "image"] == CURVES
     assert headings(tokens)[1:] == HEADINGS
     assert [block.rstrip("\n") for block in blocks(tokens)] == [clean(HOSTILE + "\ud800").strip("\n")] * 3
-    assert yaml.safe_load(card.split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags", "license"}
+    assert yaml.safe_load(card.split("---")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
     rows = [token for token in tokens if token.type == "td_open"]
     assert len(rows) % 2 == 0
     assert not re.search("[\x1b\u202e\u2028\ud800]", card)

@@ -20,7 +20,7 @@ from tiny import TrainTiny
 from resmol.__main__ import run as resmol
 from resmol.checks import Check
 from resmol.interop.evaluate import evaluate_model
-from resmol.interop.export import ExportKind, build_manifest, export_hf
+from resmol.interop.export import ExportKind, build_manifest, export_hf, verify_export
 from resmol.interop.load import load_model
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
@@ -110,6 +110,41 @@ def test_what_arrives_is_what_was_verified_and_a_repeat_does_nothing(hub: Hub, e
     assert "nothing to do" in capsys.readouterr().out
     assert hub.sent("PUT|/commit/|create") == []
     assert len(repo.commits) == 2
+
+
+def test_own_words_are_sealed_into_what_is_sent(hub: Hub, export: Export, tmp_path: Path, capsys: Any) -> None:
+    folder = export()
+    before = contents(folder)
+    (tmp_path / "own.md").write_text("For a talk.\n", encoding="utf-8")
+    words = ["--card", str(tmp_path / "own.md"), "--title", "Mine", "--license", "apache-2.0", "--language", "en"]
+    assert publish(folder, *words) == 0
+    shown = capsys.readouterr().out
+    assert "# Mine\n\n<!-- words of the owner -->\n\nFor a talk." in shown
+    for sent in (True, False):  # repeated with the same words, nothing is to do
+        assert publish(folder, *words, "--yes") == 0
+        assert ("nothing to do" in capsys.readouterr().out) is not sent
+    assert contents(folder) == before, "the export stays as it is"
+    there = published(hub)
+    assert {name for name in there if there[name] != before[name]} == {"README.md", "manifest.json"}
+    arrived = tmp_path / "arrived"
+    for name, content in there.items():
+        (arrived / name).parent.mkdir(parents=True, exist_ok=True)
+        (arrived / name).write_bytes(content)
+    manifest = verify_export(arrived)
+    assert (manifest.facts["title"], manifest.checks) == ("Mine", verify_export(folder).checks)
+
+
+def test_a_licence_beside_the_text_of_another_is_refused(hub: Hub, export: Export, capsys: Any) -> None:
+    assert publish(export(LICENSE=b"Apache License"), "--license", "mit", "--yes") == 2
+    assert "holds the text of apache-2.0" in capsys.readouterr().err
+    assert hub.requests == []
+
+
+def test_an_edited_card_names_the_way_for_own_words(export: Export, capsys: Any) -> None:
+    folder = export()
+    (folder / "README.md").write_text(CARD + "By me.\n", encoding="utf-8")
+    assert publish(folder) == 1
+    assert "--card FILE" in capsys.readouterr().err
 
 
 def test_a_gguf_folder_arrives_whole_and_its_weights_outside_of_git(hub: Hub, export: Export) -> None:

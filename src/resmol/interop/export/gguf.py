@@ -7,18 +7,21 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from resmol.audit.run_data import recorded_data
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
 from resmol.errors import UsageError
 from resmol.interop.description import Description, description
+from resmol.interop.export.card_words import NO_WORDS, CardWords
 from resmol.interop.export.exported_tokenizer import exported_tokenizer
 from resmol.interop.export.gguf_parity import compare_gguf, gguf_readers
 from resmol.interop.export.gguf_writer import KINDS, Q8_BLOCK, share_of_type, write_gguf
 from resmol.interop.export.hf import Export, commit_export, export_facts, require_new, write_companions
 from resmol.interop.export.modelfile import MODELFILE, modelfile
-from resmol.interop.export.training_record import recorded
+from resmol.interop.export.training_record import describe_run, recorded
 from resmol.interop.load import load_model
 from resmol.interop.model_ref import ModelRef
+from resmol.interop.resolve import Source
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -27,8 +30,9 @@ SMALLEST_SHARE = 0.1  # of the numbers of a file that is named after a type
 
 
 def export_gguf(
-    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None
-) -> Export:
+    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None,
+    words: CardWords = NO_WORDS,
+) -> Export:  # fmt: skip
     """Write a model as a folder with a GGUF file.
 
     Args:
@@ -36,6 +40,7 @@ def export_gguf(
         out: The folder to create.
         dtype: One of `KINDS`; the error of the rounding is measured and bounded.
         tokenizer: What `load_model` takes; by default the model's own.
+        words: What its owner says about it.
 
     Returns:
         The export, with the checks that it passed.
@@ -60,21 +65,36 @@ def export_gguf(
     def write_files(folder: Path) -> list[Check]:
         logger.info(f"writing {loaded.source.path} as {file_name}")
         tokenizer = exported_tokenizer(loaded)
-        about = description(loaded.source) if run is None else Description(name, licence="apache-2.0")
-        about = replace(about, name=about.name or name)
+        about = _description(loaded.source, name, words)
         write_gguf(folder / file_name, loaded.model, tokenizer, dtype, about)
         (folder / MODELFILE).write_text(modelfile(tokenizer, loaded.config, file_name), encoding="utf-8")
-        write_companions(loaded, tokenizer, folder, dtype, file_name)
+        write_companions(loaded, tokenizer, folder, dtype, words, file_name)
         logger.info(
             f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own"
         )
         return compare_gguf(loaded.model, tokenizer, folder / file_name, dtype, readers)
 
-    facts = export_facts(loaded, dtype) | {
+    facts = export_facts(loaded, dtype, words) | {
         "share_of_dtype": round(share, 4),
         "readers": [reader.name for reader in readers],
     }
     return commit_export(out, "gguf", facts, write_files)
+
+
+def _description(source: Source, name: str, words: CardWords) -> Description:
+    """Return what the file states about the model, under a name that needs no quoting."""
+    run = recorded(source.run)
+    if run is None:
+        about = description(source)
+    else:
+        data = recorded_data(run, run.load_config())
+        about = describe_run(name, None if data is None else data.manifest)
+    return replace(
+        about,
+        name=words.title or about.name or name,
+        languages=words.languages or about.languages,
+        licence=words.license or about.licence,
+    )
 
 
 def _require_type(config: ModelConfig, dtype: str) -> float:

@@ -17,11 +17,13 @@ import torch
 
 from resmol.checks import Check
 from resmol.errors import UsageError
+from resmol.interop.description import description
+from resmol.interop.export.card_words import NO_WORDS, CardWords
 from resmol.interop.export.exported_tokenizer import TOKENIZER, ExportedTokenizer, exported_tokenizer
 from resmol.interop.export.manifest import ExportKind, ExportManifest, build_manifest
 from resmol.interop.export.model_card import model_card
 from resmol.interop.export.parity import cast_check, compare_with_transformers
-from resmol.interop.export.training_record import recorded, write_record
+from resmol.interop.export.training_record import WEIGHTS_LICENCE, recorded, write_record
 from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.model_ref import ModelRef
 from resmol.model.llama import CausalLM
@@ -32,6 +34,7 @@ from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
 
+LICENCE = "LICENSE"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,8 +54,9 @@ class Export:
 
 
 def export_hf(
-    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None
-) -> Export:
+    source: str | Path | ModelRef, out: Path, *, dtype: str = "float32", tokenizer: str | Path | None = None,
+    words: CardWords = NO_WORDS,
+) -> Export:  # fmt: skip
     """Write a model as a Hugging Face folder.
 
     Args:
@@ -60,6 +64,7 @@ def export_hf(
         out: The folder to create.
         dtype: The dtype of the weights in the file; the error of the cast is measured.
         tokenizer: What `load_model` takes; by default the model's own.
+        words: What its owner says about it.
 
     Returns:
         The export, with the checks that it passed.
@@ -78,12 +83,12 @@ def export_hf(
     def write_files(folder: Path) -> list[Check]:
         logger.info(f"writing {loaded.source.path} as {dtype}")
         tokenizer = exported_tokenizer(loaded)
-        write_folder(loaded, tokenizer, folder, dtype)
+        write_folder(loaded, tokenizer, folder, dtype, words)
         logger.info("reading it back with transformers, in a process of its own")
         stored = rounded(loaded.model, dtype)
         return [*compare_with_transformers(stored, tokenizer, folder), cast_check(loaded.model, stored)]
 
-    return commit_export(out, "model", export_facts(loaded, dtype), write_files)
+    return commit_export(out, "model", export_facts(loaded, dtype, words), write_files)
 
 
 def require_new(out: Path) -> None:
@@ -92,13 +97,12 @@ def require_new(out: Path) -> None:
         raise UsageError(f"{out} exists already", fix="name a folder that does not exist yet, or remove this one")
 
 
-def export_facts(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
-    """Return the facts for the manifest: dtype and source of the weights, without paths of this machine."""
-    source = loaded.source.to_dict()
-    return {
-        "dtype": dtype,
-        "model": {name: source[name] for name in ("kind", "sha256", "trained_here", "step", "weights")},
-    }
+def export_facts(loaded: LoadedModel, dtype: str, words: CardWords = NO_WORDS) -> dict[str, Any]:
+    """Return the facts for the manifest: title, dtype and source of the weights, without paths of this machine."""
+    source, run = loaded.source.to_dict(), recorded(loaded.source.run)
+    title = words.title or (description(loaded.source).name if run is None else run.path.resolve().name)
+    model = {name: source[name] for name in ("kind", "sha256", "trained_here", "step", "weights")}
+    return {"title": title, "dtype": dtype, "model": model}
 
 
 def commit_export(
@@ -127,7 +131,9 @@ def commit_export(
     return Export(out, checks, {name: file.sha256 for name, file in manifests[0].files.items()})
 
 
-def write_folder(loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path, dtype: str) -> None:
+def write_folder(
+    loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path, dtype: str, words: CardWords = NO_WORDS
+) -> None:
     """Write all files of an export into an existing, empty folder."""
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in weight_tensors(loaded.model).items()}
     save_tensors(tensors, folder / WEIGHTS)
@@ -135,12 +141,13 @@ def write_folder(loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path
     config = loaded.config.to_hf(dtype) | ({} if tokens.ends else {"eos_token_id": None})
     pad = {} if tokens.config_pad is None else {"pad_token_id": tokens.config_pad}
     write_json(folder / "config.json", config | pad)
-    write_companions(loaded, tokenizer, folder, dtype)
+    write_companions(loaded, tokenizer, folder, dtype, words)
 
 
 def write_companions(
-    loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path, dtype: str, gguf: str | None = None
-) -> None:
+    loaded: LoadedModel, tokenizer: ExportedTokenizer, folder: Path, dtype: str, words: CardWords,
+    gguf: str | None = None,
+) -> None:  # fmt: skip
     """Write the other files of an export: tokenizer, ends of a text, record of the run, licence and card.
 
     Args:
@@ -148,6 +155,7 @@ def write_companions(
         tokenizer: Its tokenizer, for others.
         folder: The export; the weights are in it.
         dtype: The dtype of the weights in the file.
+        words: What the owner says about it.
         gguf: The name of a GGUF export's file.
     """
     record = None
@@ -159,8 +167,10 @@ def write_companions(
         record = write_record(loaded.source, folder / "training")
         if tokenizer.own_path != TOKENIZER:
             (folder / tokenizer.own_path).write_bytes(tokenizer.tokenizer.data)
-        (folder / "LICENSE").write_bytes((files("resmol.interop.export") / "templates" / "apache-2.0.txt").read_bytes())
-    card = model_card(loaded, tokenizer, dtype, record, gguf)
+        if (words.license or record.description.licence) == WEIGHTS_LICENCE:
+            text = files("resmol.interop.export") / "templates" / f"{WEIGHTS_LICENCE}.txt"
+            (folder / LICENCE).write_bytes(text.read_bytes())
+    card = model_card(loaded, tokenizer, dtype, record, gguf, words)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 from resmol.checks import Check, all_passed
 from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckFailed, DataError
+from resmol.interop.description import CARD
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.atomic_io import file_sha256, fsync_path
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
-
 ExportKind = Literal["model", "space", "gguf"]
 # By the file managers of macOS, Windows and NAS systems, and by Jupyter.
 LEFT_BEHIND = re.compile(r"(^|/)(\.DS_Store|\._[^/]*|[Tt]humbs\.db|[Dd]esktop\.ini|@eaDir/.*|\.ipynb_checkpoints/.*)$")
@@ -151,7 +151,10 @@ def verify_export(folder: Path) -> ExportManifest:
 
 
 def _changed(folder: Path, name: str, what: str) -> CheckFailed:
-    return CheckFailed(f"{folder / name} {what}", fix="export again into a new folder")
+    fix = "export again into a new folder"
+    if name == CARD:
+        fix += "; your own words go into a file, which `resmol export` and `resmol publish` take as --card FILE"
+    return CheckFailed(f"{folder / name} {what}", fix=fix)
 
 
 def _present(folder: Path) -> set[str]:

@@ -7,6 +7,7 @@ finds the token by itself (environment or login): it is no argument here and in 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,12 @@ from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
+from resmol.interop.description import CARD
+from resmol.interop.export.card_words import NO_WORDS, CardWords
+from resmol.interop.export.hf import LICENCE
 from resmol.interop.export.manifest import ExportedFile, ExportManifest, parse_manifest, verify_export
 from resmol.interop.export.publish_errors import explained
+from resmol.interop.export.training_record import WEIGHTS_LICENCE
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.hub_download import require_answer
 from resmol.system.untrusted_text import without_password
@@ -31,7 +36,6 @@ from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
 MAX_GIT_BYTES = 64_000_000  # the Hub keeps larger files, and binary ones, outside of git
 UNTOUCHED = "the repository exists, and no file of it was changed"
 MADE_BY_THE_HUB = {CARD, ".gitattributes"}  # what a repository holds that was created in the browser
@@ -45,8 +49,9 @@ class Plan:
         folder: The export.
         repo_id: ``owner/name``.
         repo_type: ``model`` or ``space``.
-        manifest: The export's manifest.
+        manifest: The export's manifest, with the owner's words sealed in it.
         files: Everything that is sent: the files of the manifest, and the manifest itself.
+        own: Name -> content of what is sent otherwise than it lies in the folder: card and manifest with own words.
         blobs: Git's hash of those that are small enough to be kept in git itself.
     """
 
@@ -55,7 +60,15 @@ class Plan:
     repo_type: str
     manifest: ExportManifest
     files: dict[str, ExportedFile]
+    own: dict[str, bytes]
     blobs: dict[str, str]
+
+    @property
+    def card(self) -> str | None:
+        """The card as it is sent; None where there is none."""
+        if CARD not in self.files:
+            return None
+        return (self.own[CARD] if CARD in self.own else (self.folder / CARD).read_bytes()).decode()
 
     @property
     def bytes(self) -> int:
@@ -78,7 +91,7 @@ class Plan:
             "bytes": self.bytes,
             "files": {name: file.model_dump() for name, file in self.files.items()},
             "checks": [check.model_dump() for check in self.manifest.checks],
-            "card": (self.folder / CARD).read_text(encoding="utf-8") if CARD in self.files else None,
+            "card": self.card,
         }
 
 
@@ -124,16 +137,17 @@ class _Remote:
     files: dict[str, Any] = field(default_factory=dict)
 
 
-def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
+def plan_publication(folder: Path, repo_id: str, *, space: bool, words: CardWords = NO_WORDS) -> Plan:
     """Check everything that can be checked without the network.
 
     Args:
         folder: An export.
         repo_id: ``owner/name``.
         space: Whether it becomes a Space.
+        words: What its owner says about it; they are sealed into what is sent, and the folder stays as it is.
 
     Raises:
-        UsageError: No valid repository id, or the folder is not of this kind.
+        UsageError: No valid repository id, or the folder is not of this kind; the words contradict the export.
         CheckFailed: The folder is not a verified export, or was changed since; `DataError`: there is none.
     """
     folder = user_path(folder)
@@ -148,11 +162,33 @@ def plan_publication(folder: Path, repo_id: str, *, space: bool) -> Plan:
         raise UsageError(f"{folder} is a Space", fix="add --space, so that it becomes one")
     if space and manifest.kind != "space":
         raise UsageError(f"{folder} is no Space, and --space is given", fix="leave --space out, or export a Space")
-    content = (folder / MANIFEST).read_bytes()
-    own = ExportedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    files = {**manifest.files, MANIFEST: own}
-    blobs = {name: _git_blob(folder / name) for name, file in files.items() if file.bytes <= MAX_GIT_BYTES}
-    return Plan(folder, repo_id, "space" if space else "model", manifest, files, blobs)
+    manifest, own = _with_words(folder, manifest, words)
+    files = {**manifest.files, MANIFEST: _facts(manifest.to_bytes())}
+    blobs = {
+        name: _git_blob(own.get(name, folder / name)) for name, file in files.items() if file.bytes <= MAX_GIT_BYTES
+    }
+    return Plan(folder, repo_id, "space" if space else "model", manifest, files, own, blobs)
+
+
+def _with_words(folder: Path, manifest: ExportManifest, words: CardWords) -> tuple[ExportManifest, dict[str, bytes]]:
+    """Return the manifest of an export with its owner's words, and the files that differ from those in the folder."""
+    if words == NO_WORDS or CARD not in manifest.files:
+        return manifest, {}
+    if words.license not in (None, WEIGHTS_LICENCE) and manifest.kind != "space" and LICENCE in manifest.files:
+        raise UsageError(
+            f"--license is {words.license}, and {folder / LICENCE} holds the text of {WEIGHTS_LICENCE}",
+            fix=f"export again with --license {words.license}",
+        )
+    card = words.lay_over((folder / CARD).read_text(encoding="utf-8")).encode()
+    title = {"title": words.title} if words.title is not None else {}
+    changed = manifest.model_copy(
+        update={"files": {**manifest.files, CARD: _facts(card)}, "facts": {**manifest.facts, **title}}
+    )
+    return changed, {CARD: card, MANIFEST: changed.to_bytes()}
+
+
+def _facts(content: bytes) -> ExportedFile:
+    return ExportedFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def publish_export(plan: Plan, *, private: bool = False, overwrite: bool = False) -> Published:
@@ -226,7 +262,10 @@ def _commit(
         progress.advice = "; if a proxy or mirror is in the way of xet, HF_HUB_DISABLE_XET=1 may help"
     size = sum(plan.files[name].bytes for name in different)
     logger.info(f"sending {len(different)} of {len(plan.files)} files, {size / 1e6:,.1f} MB")
-    add = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.folder / name) for name in different]
+    add = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.own.get(name, plan.folder / name))
+        for name in different
+    ]
     api.preupload_lfs_files(plan.repo_id, add, repo_type=plan.repo_type, free_memory=False)
     progress.state = "it is not known whether the last commit arrived; if it did, it is whole"
     progress.advice = ""
@@ -272,9 +311,10 @@ def _same(plan: Plan, name: str, remote: Any) -> bool:
     return (remote.size, remote.blob_id) == (plan.files[name].bytes, plan.blobs.get(name))
 
 
-def _git_blob(path: Path) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
+def _git_blob(content: bytes | Path) -> str:
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

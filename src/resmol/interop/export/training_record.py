@@ -10,14 +10,18 @@ from typing import Any
 from resmol.audit.certificate import current_certificate
 from resmol.audit.claims import read_claims
 from resmol.audit.plots import curve_images
+from resmol.audit.run_data import recorded_data
 from resmol.config.run_config import RunConfig
-from resmol.data.resolve import recorded_folder
-from resmol.data.shards import Manifest, open_dataset
-from resmol.errors import CheckFailed, DataError
+from resmol.data.builtin_corpora import SHAKESPEARE
+from resmol.data.shards import Manifest
+from resmol.errors import CheckFailed
+from resmol.interop.description import Description
 from resmol.interop.resolve import Source
 from resmol.run.checkpoint_manifest import checkpoint_name
 from resmol.run.directory import RunDir
 from resmol.run.ledger import LedgerContent, Record, effective_steps, read_ledger, select
+
+WEIGHTS_LICENCE = "apache-2.0"  # its text is in templates/
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class RunRecord:
     data: Manifest | None
     certificate: dict[str, Any] | None
     curves: dict[str, str]
+
+    @property
+    def description(self) -> Description:
+        """What it is called, and what is known of its licence."""
+        return describe_run(self.name, self.data)
 
     @property
     def steps(self) -> list[Record]:
@@ -108,14 +117,15 @@ def write_record(source: Source, folder: Path) -> RunRecord:
     for title, png in curve_images(content.records).items():
         pictures[title] = f"{title.lower().replace(' ', '-')}.png"
         (folder / pictures[title]).write_bytes(png)
-    start = next(select(content.records, "start"))
-    data = _data(run, stored.data.path, str(start["data_fingerprint"]))
+    dataset = recorded_data(run, stored)
+    data = None if dataset is None else dataset.manifest
     return RunRecord(run.path.resolve().name, config, content, step, data, certificate, pictures)
 
 
-def _data(run: RunDir, path: str, fingerprint: str) -> Manifest | None:
-    try:
-        dataset = open_dataset(recorded_folder(run, path))
-    except (DataError, OSError):
-        return None
-    return dataset.manifest if dataset.fingerprint == fingerprint else None
+def describe_run(name: str, data: Manifest | None) -> Description:
+    """Return what a run's model is called, with the licence of weights that saw nothing but the built-in plays.
+
+    Under which licence weights of other text may be passed on, only their owner can know.
+    """
+    plays = data is not None and {item.name for item in data.source.inputs} == {SHAKESPEARE}
+    return Description(name, ("en",), WEIGHTS_LICENCE) if plays else Description(name)
