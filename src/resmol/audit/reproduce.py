@@ -159,7 +159,7 @@ def reproduce(spec: ReproduceSpec) -> list[Check]:
     windows = str(max(1, EVALUATION_TOKENS // config.data.seq_len))
     _part(spec, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"])
     _part(spec, "audit", ["audit", str(run.path), "--json"])
-    prompt = config.sampling.prompt
+    prompt = run.load_config().sampling.prompt
     _part(spec, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"])
 
     checks = make_claims(run, config, spec.steps, spec.last_step)

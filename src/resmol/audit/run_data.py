@@ -1,13 +1,17 @@
-"""The data that a run was trained on, if it is still at hand and is still the same."""
+"""The data that a run was trained on, if it is still at hand and is still the same; prompts in its manner."""
 
 from __future__ import annotations
 
 from resmol.config.run_config import RunConfig
+from resmol.data.beginnings import first_words
 from resmol.data.resolve import recorded_folder
 from resmol.data.shards import Dataset, open_dataset
+from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import first_record
+
+MOST_PROMPTS = 4
 
 
 def recorded_data(run: RunDir, config: RunConfig) -> Dataset | None:
@@ -23,3 +27,12 @@ def recorded_data(run: RunDir, config: RunConfig) -> Dataset | None:
         return None
     start = first_record(run.ledger) or {}
     return dataset if start.get("data_fingerprint") == dataset.fingerprint else None
+
+
+def example_prompts(run: RunDir, tokenizer: Tokenizer) -> list[str]:
+    """Return up to `MOST_PROMPTS` prompts that fit a run: that of its samples, and words of its text."""
+    config = run.load_config()
+    dataset = recorded_data(run, config)
+    words = [] if dataset is None else first_words(dataset, tokenizer, MOST_PROMPTS)
+    prompts = [config.sampling.prompt, *words]
+    return list(dict.fromkeys(prompt for prompt in prompts if prompt))[:MOST_PROMPTS]

@@ -181,7 +181,7 @@ class SamplingConfig(StrictModel):
     """The text samples that show what the model generates as it learns."""
 
     every: int = param(500, "C", "steps between samples; 0 switches them off", ge=0)
-    prompt: str = param("The", "C", "text that the sample continues")
+    prompt: str = param("", "C", "text that the sample continues; empty takes the first words of held-out text")
     max_new_tokens: int = param(48, "C", "length of a sample", ge=1)
     temperature: float = param(0.8, "C", "0 is greedy", ge=0)
     top_k: int = param(50, "C", "0 is off", ge=0)

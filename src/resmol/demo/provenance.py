@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from resmol.audit.run_data import MOST_PROMPTS, example_prompts
 from resmol.errors import CheckpointError
 from resmol.interop.export.card_words import MAX_TITLE
 from resmol.interop.export.manifest import ExportManifest, parse_manifest
@@ -14,6 +15,8 @@ from resmol.run.checkpoint_manifest import MANIFEST, WEIGHTS
 from resmol.run.directory import RunDir
 
 TRAINING = "training"
+ANY_PROMPTS = ("Once upon a time", "The meaning of life is")
+MAX_PROMPT = 100  # characters of one that a manifest names
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Provenance:
         step: The optimizer step that they were saved after; None for weights from elsewhere.
         sha256: Of the checkpoint's manifest, or of the weight file.
         record: The record of their training, if it is at hand.
+        prompts: Texts to try, in the manner of what the model was trained on where that is known.
     """
 
     title: str
     step: int | None
     sha256: str
     record: RunDir | None
+    prompts: tuple[str, ...] = ANY_PROMPTS
 
 
 def provenance_of(loaded: LoadedModel, folder: Path | None = None, title: str | None = None) -> Provenance:
@@ -48,7 +53,9 @@ def provenance_of(loaded: LoadedModel, folder: Path | None = None, title: str | 
     if found.trained_here:
         title = f"checkpoint {found.path.name}" + (f" of {found.run.path.resolve().name}" if found.run else "")
         title += ", averaged weights" if found.averaged else ""
-        return Provenance(title, found.step, found.sha256, recorded(found.run))
+        run = recorded(found.run)
+        prompts = () if run is None else tuple(example_prompts(run, loaded.tokenizer))
+        return Provenance(title, found.step, found.sha256, run, prompts or ANY_PROMPTS)
     file = found.path.name if found.path.is_file() and folder is None else WEIGHTS  # a GGUF file, or a folder's weights
     home = folder or (found.path if found.path.is_dir() else found.path.parent)
     manifest = _manifest(home)
@@ -69,7 +76,14 @@ def provenance_of(loaded: LoadedModel, folder: Path | None = None, title: str | 
     averaged = ", averaged weights" if origin.get("weights") == "averaged" else ""
     origins = averaged if step is not None else f" (weights from elsewhere: {str(origin.get('kind'))[:20]})"
     title = title or export_title(home) or "an export"
-    return Provenance(title + origins, step, found.sha256, record)
+    return Provenance(title + origins, step, found.sha256, record, _prompts(manifest))
+
+
+def _prompts(manifest: ExportManifest) -> tuple[str, ...]:
+    """Return the prompts that an export names; anybody may have written its manifest."""
+    named = manifest.facts.get("prompts")
+    texts = [text for text in named if isinstance(text, str)] if isinstance(named, list) else []
+    return tuple(text[:MAX_PROMPT] for text in texts[:MOST_PROMPTS] if text.strip()) or ANY_PROMPTS
 
 
 def export_title(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ import logging
 import torch._functorch.config
 
 from resmol.config.run_config import RunConfig
+from resmol.data.beginnings import first_words
 from resmol.data.loader import Loader
 from resmol.data.resolve import Text, open_or_prepare, recorded_folder, stored_folder
 from resmol.data.shards import Dataset, TokenStream, verify_shards
@@ -25,6 +26,7 @@ from resmol.train.vocabulary import check_vocabulary, log_vocabulary
 
 logger = logging.getLogger(__name__)
 
+ANY_PROMPT = "The"  # where the text has no word that could begin a sample
 ACTIVATION_MEMORY_BUDGET = 0.9  # share of the activations that the compiler would keep by default
 
 
@@ -72,6 +74,14 @@ def _check_fit(dataset: Dataset, config: RunConfig) -> None:
             "--tokenizer PATH",
         )
     check_vocabulary(config, dataset.vocab_size, dataset.eos_id)
+
+
+def choose_prompt(config: RunConfig, dataset: Dataset, tokenizer: Tokenizer) -> RunConfig:
+    """Return a configuration whose samples continue words of the run's own text, unless it says what they continue."""
+    if config.sampling.prompt:
+        return config
+    words = first_words(dataset, tokenizer, 1) or [ANY_PROMPT]
+    return config.replace({"sampling.prompt": words[0]})
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:

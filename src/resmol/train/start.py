@@ -36,7 +36,7 @@ from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
 from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, check_memory_before_deciding, resolve_auto
-from resmol.train.build import compile_blocks, make_loader, make_val_loader, new_state, open_run_data
+from resmol.train.build import choose_prompt, compile_blocks, make_loader, make_val_loader, new_state, open_run_data
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.loop import Session, TrainState, train
 from resmol.train.overfitting import announce_repetition
@@ -94,6 +94,7 @@ def train_model(
         resolved = decide_auto(with_epochs(requested, epochs, opened[0]) if opened and epochs else requested)
         runtime = stack.enter_context(open_runtime(resolved))
         dataset, own_tokenizer = opened or open_data()
+        resolved = choose_prompt(resolved, dataset, own_tokenizer)
         stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
         state = new_state(resolved, runtime)
         run_log, checkpoint = _begin(

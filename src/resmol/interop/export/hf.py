@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from resmol.audit.run_data import example_prompts
 from resmol.checks import Check
 from resmol.errors import UsageError
 from resmol.interop.description import description
@@ -98,11 +99,12 @@ def require_new(out: Path) -> None:
 
 
 def export_facts(loaded: LoadedModel, dtype: str, words: CardWords = NO_WORDS) -> dict[str, Any]:
-    """Return the facts for the manifest: title, dtype and source of the weights, without paths of this machine."""
+    """Return the facts for the manifest, without paths of this machine: title, dtype and source, prompts to try."""
     source, run = loaded.source.to_dict(), recorded(loaded.source.run)
     title = words.title or (description(loaded.source).name if run is None else run.path.resolve().name)
     model = {name: source[name] for name in ("kind", "sha256", "trained_here", "step", "weights")}
-    return {"title": title, "dtype": dtype, "model": model}
+    prompts = [] if run is None else example_prompts(run, loaded.tokenizer)
+    return {"title": title, "dtype": dtype, "model": model, "prompts": prompts}
 
 
 def commit_export(
