@@ -80,7 +80,7 @@ def export_space(
 
 def requirements() -> dict[str, str]:
     """Return name -> version of everything that a Space installs."""
-    return dict(line.split("==") for line in _requirements_text().splitlines() if "==" in line)
+    return dict(line.split("==") for line in _requirements_text().splitlines() if "==" in line and line[0] != "#")
 
 
 def _requirements_text() -> str:
