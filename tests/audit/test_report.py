@@ -131,8 +131,8 @@ def test_tampered_or_missing(run: RunDir, tmp_path: Path) -> None:
         write_report(RunDir(tmp_path / "nowhere"))
 
 
-def test_a_ledger_without_a_loss_is_an_error_in_words(run: RunDir) -> None:
-    rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "loss"} for record in records])
+def test_a_ledger_without_gradient_norms_is_an_error_in_words(run: RunDir) -> None:
+    rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "grad_norm"} for record in records])
     with pytest.raises(DataError, match="cannot be put into a report"):
         write_report(run)
 

@@ -111,9 +111,9 @@ def test_a_forged_record_is_not_shown(demo_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_record_that_resmol_never_wrote_is_not_shown(demo_run: Path, tmp_path: Path) -> None:
-    """Its chain holds, but its steps have no loss."""
+    """Its chain holds, but its steps have no gradient norm."""
     run = RunDir(Path(shutil.copytree(demo_run, tmp_path / "tiny-run")))
-    rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "loss"} for record in records])
+    rewrite(run, lambda records: [{k: v for k, v in record.items() if k != "grad_norm"} for record in records])
     page = record_page(provenance_of(load_model(run.path / "checkpoints" / "step-00000012")))
     assert "none that resmol wrote" in page
     assert "<svg" not in page

@@ -308,7 +308,7 @@ def test_every_text_survives_markdown(text: str) -> None:
 
 def test_records_that_resmol_never_wrote_are_an_error(run: RunDir, tmp_path: Path) -> None:
     def forge(records: list[Record]) -> list[Record]:
-        return [r | {"loss": "low"} if r["kind"] == "eval" else r for r in records]
+        return [r | {"bits_per_byte": "low"} if r["kind"] == "eval" else r for r in records]
 
     rewrite(run, forge)
     with pytest.raises(DataError, match="cannot be put into words"):
