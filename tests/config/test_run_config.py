@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from resmol.config.describe import describe
 from resmol.config.drift import reconcile
-from resmol.config.load import load_config, load_preset, parse_overrides, preset_names, with_overrides
+from resmol.config.load import FROM_SCRATCH, load_config, load_preset, parse_overrides, preset_names, with_overrides
 from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError, DataError
 from resmol.model.flops import total_parameters
@@ -569,3 +569,19 @@ def test_every_preset_states_its_sources_and_stands_on_the_same_base() -> None:
         text = file.read_text(encoding="utf-8")
         assert tomllib.loads(text).get("base") == (None if file.stem == "smollm2-135m" else "smollm2-135m"), file.name
         assert "#" in text, file.name
+
+
+@pytest.mark.parametrize("name", ["model", "model/config.json"])
+def test_a_model_is_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Neither as a preset, nor as a file, nor as a base; its shape is taken by another key."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "own.toml").write_text(f'base = "{name}"\n')
+    for read, named in ((load_preset, name), (load_config, name), (load_config, "own.toml")):
+        with pytest.raises(ConfigError, match="is a model, not a configuration of a run") as caught:
+            read(named)
+        assert f'architecture = "{name}"' in caught.value.fix
+        assert FROM_SCRATCH in caught.value.fix
+    with pytest.raises(ConfigError, match="is a model, not a configuration"):
+        load_preset("HuggingFaceTB/SmolLM2-135M")

@@ -13,9 +13,10 @@ from tiny import TrainTiny, synthetic_texts
 from torch._dynamo.exc import TorchDynamoException
 
 from resmol.audit.audit import audit
+from resmol.config.load import FROM_SCRATCH
 from resmol.config.run_config import RunConfig
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import ConfigError, DataError, DiskFull
+from resmol.errors import ConfigError, DataError, DiskFull, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger
 from resmol.train.start import train_model
@@ -170,3 +171,25 @@ def test_a_file_system_that_does_not_say_its_size_is_given_the_benefit_of_the_do
     nothing = os.statvfs_result((0,) * 10)
     monkeypatch.setattr(os, "statvfs", lambda _: nothing)
     RunDir(tmp_path).check_place(tiny_config)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.gguf", "pytorch_model.bin"])
+def test_a_model_is_no_run(tmp_path: Path, train_tiny: TrainTiny, name: str) -> None:
+    """Whoever wants to go on from published weights is told at once what does that."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(b"{}")
+    for run in (tmp_path / "model", tmp_path / "model" / name):
+        with pytest.raises(UsageError, match="holds a model, not a run") as caught:
+            train_tiny(run, 1)
+        assert FROM_SCRATCH in caught.value.fix
+    assert [path.name for path in (tmp_path / "model").iterdir()] == [name]
+
+
+def test_a_checkpoint_or_a_file_is_no_run(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    train_tiny(tmp_path / "run", 1, "sampling.every=0", "evaluation.every=0")
+    with pytest.raises(UsageError, match="is a checkpoint") as caught:
+        train_tiny(tmp_path / "run" / "checkpoints" / "step-00000001", 2)
+    assert caught.value.fix == f"name its run: {tmp_path / 'run'}"
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        train_tiny(tmp_path / "notes.txt", 1)

@@ -12,12 +12,14 @@ from typing import Any
 
 import typer
 
+from resmol.config.load import FROM_SCRATCH
+
 # A command with its words up to the end of the quotation or sentence; or an option by itself.
 _MENTION = re.compile(r"(?P<command>`?resmol [a-z]+[^`;,()]*)|(?P<option>(?<![\w-])--[a-z][a-z0-9-]*)")
 
 
 # What people type for `train` in other tools -> what to give here. The most usual names are options: field_options.py.
-_FROM_SCRATCH = "no weights: resmol trains from scratch; to fine-tune, export a model and use transformers or TRL"
+_NO_WEIGHTS = f"no weights: {FROM_SCRATCH}"
 USUAL_OPTIONS = {
     "--learning-rate": "--lr 1e-3",
     "--block-size": "--seq-len 512",
@@ -37,8 +39,8 @@ USUAL_OPTIONS = {
     "--logging-steps": "--log-every 10",
     "--resume": "nothing more: `resmol train RUN` goes on from the newest checkpoint",
     "--model": "--preset NAME or --config FILE, which describe a model; resmol trains from scratch",
-    "--weights": _FROM_SCRATCH,
-    "--init": _FROM_SCRATCH,
+    "--weights": _NO_WEIGHTS,
+    "--init": _NO_WEIGHTS,
 }
 
 

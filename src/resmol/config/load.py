@@ -14,7 +14,13 @@ from resmol.config.run_config import RunConfig
 from resmol.config.tables import dotted, merged
 from resmol.errors import ConfigError, DataError
 from resmol.system.byte_order_mark import decode_text
+from resmol.system.hub_download import is_hub_id
 from resmol.system.user_paths import user_path
+
+FROM_SCRATCH = (
+    "resmol trains from scratch; to fine-tune a model, export it (`resmol export`) and use the Trainer of "
+    "transformers, or TRL"
+)
 
 
 def preset_names() -> list[str]:
@@ -45,6 +51,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         DataError: The file cannot be read.
     """
     path = user_path(path)
+    if path.exists():
+        _refuse_model(str(path))
     try:
         return _build(_table_with_base(path), str(path), overrides)
     except RecursionError:
@@ -105,12 +113,33 @@ def toml_value(text: str) -> Any:
 
 def _preset_table(name: str) -> dict[str, Any]:
     if name not in preset_names():
+        _refuse_model(name)
         nearest = difflib.get_close_matches(name, preset_names(), n=1)
         raise ConfigError(
             f"there is no preset {name!r}" + (f"; did you mean {nearest[0]}?" if nearest else ""),
             fix=f"choose one of: {', '.join(preset_names())}",
         )
     return _over_base(tomllib.loads(_preset_text(name)), folder=None)
+
+
+def _refuse_model(name: str, folder: Path = Path()) -> None:
+    """Refuse the name of a model, such as a folder with a config.json, where a preset or a TOML file is meant.
+
+    Args:
+        name: What was named; where no TOML file of this name can be meant, it may be a Hub id.
+        folder: The folder that a relative path begins in.
+
+    Raises:
+        ConfigError: It is a model; the fix says how to take its shape.
+    """
+    path = folder / user_path(name)
+    holder = path.parent if path.name == "config.json" else path
+    if (holder / "config.json").is_file() or (is_hub_id(name) and not path.exists()):
+        raise ConfigError(
+            f"{name} is a model, not a configuration of a run",
+            fix=f'for its shape, write architecture = "{name}" into a TOML file and give that with --config; its '
+            f"weights are not taken: {FROM_SCRATCH}",
+        )
 
 
 def _preset_text(name: str) -> str:
@@ -135,6 +164,8 @@ def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     table = _with_architecture(table)
     if base is None:
         return table
+    if base not in preset_names() and not str(base).endswith(".toml"):
+        _refuse_model(str(base), folder or Path())
     if base in preset_names():
         below = _preset_table(base)
     elif folder is not None and isinstance(base, str) and (folder / user_path(base)).is_file():

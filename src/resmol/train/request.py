@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from resmol.config.drift import reconcile
-from resmol.config.load import parse_overrides
+from resmol.config.load import FROM_SCRATCH, parse_overrides
 from resmol.config.run_config import RunConfig, TokenizerConfig
 from resmol.data.resolve import Text, is_prepared, named_folder, stored_folder
 from resmol.data.shards import open_dataset
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ConfigError, UsageError
-from resmol.run.checkpoint_manifest import list_checkpoints, step_of
+from resmol.run.checkpoint_manifest import STATE, list_checkpoints, step_of
 from resmol.run.config_history import recorded_config
 from resmol.run.directory import RunDir
 from resmol.system.launcher import this_launch
@@ -21,9 +22,13 @@ from resmol.system.user_paths import user_path
 from resmol.train.lr_schedule import first_changed_step
 from resmol.train.vocabulary import Vocabulary, with_vocabulary
 
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+
 
 def requested_changes(run: RunDir, text: Text | None, overrides: Sequence[str], epochs: float | None) -> dict[str, Any]:
-    """Return ``section.key`` -> value to lay over the configuration (`UsageError` where epochs do not fit)."""
+    """Return ``section.key`` -> value to lay over the configuration (`UsageError`: no epochs, or no run)."""
+    if not run.exists():
+        _refuse_weights(run)
     changes = parse_overrides(overrides) | _data_path(run, text)
     if epochs is not None:
         _check_epochs(epochs, changes, text)
@@ -109,6 +114,21 @@ def _first_request(
         )
     requested = (config or run.load_config()).replace(changes)
     return requested if tokenizer is None else with_vocabulary(requested, Vocabulary.of(tokenizer), changes)
+
+
+def _refuse_weights(run: RunDir) -> None:
+    """Refuse the name of a file, a checkpoint or a model where a run is meant (`UsageError`)."""
+    names = {run.path.name} if run.path.is_file() else {path.name for path in _entries(run.path)}
+    if STATE in names:
+        raise UsageError(f"{run.path} is a checkpoint", fix=f"name its run: {run.path.parent.parent}")
+    if any(name == "config.json" or name.endswith(WEIGHTS) for name in names):
+        raise UsageError(f"{run.path} holds a model, not a run", fix=f"name a new folder for a run; {FROM_SCRATCH}")
+    if run.path.is_file():
+        raise UsageError(f"{run.path} is a file", fix="name a folder for the run")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())
 
 
 def tokenizer_of_data(run: RunDir, config: RunConfig | None, changes: Mapping[str, Any]) -> Tokenizer | None:
