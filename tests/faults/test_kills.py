@@ -71,7 +71,7 @@ def lost_too_much(run: Path) -> list[str]:
 IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
     "commit_checkpoint": (resmol.run.async_save, lambda staged: staged.manifest.step),
     "rename": (os, lambda _, final: step_of(final) if final.name.startswith("step-") else 0),
-    "prune": (resmol.run.async_save, lambda folder, _: step_of(list_checkpoints(folder)[0])),
+    "prune": (resmol.run.async_save, lambda folder, *_: step_of(list_checkpoints(folder)[0])),
 }
 
 

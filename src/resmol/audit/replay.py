@@ -120,10 +120,12 @@ def _replay_segment(
     name = f"replay of steps {segment.start + 1} to {segment.end}"
     steps = effective_steps(records)
     first, last = steps[segment.start + 1]["seq"], steps[segment.end]["seq"]
-    if any(first < record["seq"] < last for record in select(records, "drift")):
+    drifts = [record for record in select(records, "drift") if first < record["seq"] < last]
+    if any(not key.startswith("schedule.") for record in drifts for key in record["changes"]):
         return _unsupported(name, "the configuration was changed between these steps", options)
+    history = ConfigHistory(records, stored)
     try:
-        config = ConfigHistory(records, stored).at(steps[segment.start + 1])
+        config = history.at(steps[segment.start + 1])
         require_compiler(config, find_device(config.runtime.device).type)
     except ConfigError as error:
         return _unsupported(name, error.what, options)
@@ -142,7 +144,8 @@ def _replay_segment(
         compile_blocks(state.model, config)
         loader = make_loader(config, dataset.train)
         for step in range(segment.start + 1, segment.end + 1):
-            if wrong := _execute(state, steps[step], config, loader, runtime):
+            in_force = history.at(steps[step])  # a decay may have been planned meanwhile
+            if wrong := _execute(state, steps[step], in_force, loader, runtime):
                 return Check(name, False, f"FAIL at step {step}: {wrong}", EXPECTED, GUARDS)
     return _compare_state(name, state, run, segment)
 

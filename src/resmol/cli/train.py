@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,6 +116,7 @@ def prepare(
     resmol train runs/mine --preset nano --data input.txt
     resmol train runs/mine --steps 8000
     resmol train runs/own --config own.toml --data texts/ --tokenizer tok
+    resmol train runs/c --preset nano --data input.txt --time 30m
     resmol train runs/b --preset nano --data input.txt --lr 1e-3 --epochs 3
     """
 )
@@ -131,6 +133,10 @@ def train(
     text_field: TextField = "text",
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     epochs: Epochs = None,
+    time: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Train for about so long, e.g. 30m or 2h, with a decay planned for it."),
+    ] = None,
     set_: Set = None,
     tokenizer: TokenizerSource = None,
     accept_drift: AcceptDrift = None,
@@ -148,11 +154,13 @@ def train(
     from resmol.data.text_file import ReadOptions
     from resmol.system.peak_memory import peak_memory_bytes
     from resmol.train.start import train_model
+    from resmol.train.time_budget import parse_duration, train_for
 
     if data is None and (val or val_fraction is not None or text_field != "text"):
         raise UsageError("--val, --val-fraction and --text-field say how to read --data", fix="add --data PATH")
     options = ReadOptions(text_field=text_field)
-    state = train_model(
+    start = train_model if time is None else partial(train_for, parse_duration(time))
+    state = start(
         chosen,
         run,
         data=None if data is None else _text([data], val, val_fraction, options=options),

@@ -118,6 +118,7 @@ class ScheduleConfig(StrictModel):
     decay_shape: Literal["linear", "1-sqrt"] = param(
         "linear", "B", "wsd: how the rate falls; 1-sqrt falls fast at first, and slowly at the end"
     )
+    planned_seconds: int = param(0, "B", "the time that a decay was planned for by `--time`; 0 for none", ge=0)
     horizon: int = param(0, "A", "cosine: the step at which the minimum is reached", ge=0)
     final_fraction: float = param(0.0, "B", "learning rate after the decay, as a share of the peak", ge=0, le=1)
 
@@ -127,6 +128,8 @@ class ScheduleConfig(StrictModel):
             raise ValueError(f"horizon ({self.horizon}) must lie after warmup_steps ({self.warmup_steps})")
         if self.kind == "wsd" and (self.decay_start > 0) != (self.decay_steps > 0):
             raise ValueError("decay_start and decay_steps belong together: set both, or neither")
+        if self.planned_seconds and not self.decay_steps:
+            raise ValueError("planned_seconds belongs to the decay that `resmol train --time` plans")
         if self.kind == "wsd" and 0 < self.decay_start < self.warmup_steps:
             raise ValueError(f"decay_start ({self.decay_start}) lies inside the warm-up ({self.warmup_steps})")
         return self

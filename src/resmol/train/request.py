@@ -79,11 +79,11 @@ def resolve_config(
         DataError: The run was written in another format.
     """
     if not run.has_begun():
-        return _first_request(run, config, changes, tokenizer), {}
+        return first_request(run, config, changes, tokenizer), {}
     stored = run.load_config() if run.exists() else None
     before = recorded_config(run.ledger, stored) or stored
     if before is None:
-        return _first_request(run, config, changes, tokenizer), {}
+        return first_request(run, config, changes, tokenizer), {}
     if tokenizer is not None and tokenizer.sha256 != before.tokenizer.sha256:
         raise ConfigError(
             f"{run.path} was started with the tokenizer {before.tokenizer.sha256[:12]}; {tokenizer.path} is "
@@ -103,7 +103,7 @@ def resolve_config(
     return resolved, drifts
 
 
-def _first_request(
+def first_request(
     run: RunDir, config: RunConfig | None, changes: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> RunConfig:
     """Return the configuration for a run that has not taken a step: the one that is given, else a failed start's."""
