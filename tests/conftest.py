@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch: the suite shares its cores with its own processes
 
 import profiles  # noqa: F401 - registers them

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from resmol.errors import DiskFull, Interrupted, ResmolError
+from resmol.system.installation import started_as
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,10 +84,10 @@ def exit_code(error: ResmolError) -> int:
 def _fix_for(arguments: Sequence[str], fix: str) -> str:
     """Return a fix in which options of other commands are named as such."""
     from resmol.cli import app
-    from resmol.cli.fixes import command_of, complete_fix, options_of_commands
+    from resmol.cli.fixes import as_started, command_of, complete_fix, options_of_commands
 
     commands = options_of_commands(app)
-    return complete_fix(fix, command_of(arguments, commands), commands)
+    return as_started(complete_fix(fix, command_of(arguments, commands), commands), commands, started_as())
 
 
 def _fix_for_usage(arguments: Sequence[str]) -> str:
@@ -96,7 +97,7 @@ def _fix_for_usage(arguments: Sequence[str]) -> str:
 
     command = command_of(arguments, options_of_commands(app))
     hint = usual_option(arguments) if command == "train" else None
-    return hint or f"see `{f'resmol {command}'.strip()} --help`"
+    return hint or f"see `{f'{started_as()} {command}'.strip()} --help`"
 
 
 def _print_error(what: str, fix: str) -> None:

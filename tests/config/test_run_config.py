@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -194,6 +195,14 @@ def test_drift_of_every_field(key: str) -> None:
     else:
         with pytest.raises(ConfigError):
             reconcile(stored, wanted, [key])
+
+
+def test_accepting_a_change_is_only_offered_where_it_helps() -> None:
+    wanted = base_config().replace({"optimizer.beta1": 0.5, "optimizer.lr": 0.5})
+    with pytest.raises(ConfigError) as caught:
+        reconcile(base_config(), wanted)
+    assert "optimizer.beta1" in caught.value.fix
+    assert "--accept-drift" not in caught.value.fix
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -478,9 +487,30 @@ def test_any_values_are_read_back(prompt: str, lr: float, seed: int, permanent: 
     assert load_config(path) == changed
 
 
+def test_a_configuration_is_called_as_its_file_or_the_folder_of_a_config_toml(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert load_config(written(tmp_path / "mine", "config.toml", 'base = "nano"\n')).name == "mine"
+    assert load_config(written(tmp_path, "other.toml", 'base = "nano"\n')).name == "other"
+    assert load_config(written(tmp_path, "other.toml", 'name = "a name"\nbase = "nano"\n')).name == "a name"
+
+
+@pytest.mark.parametrize("way", ["file", "override"])
+def test_another_width_brings_the_spread_of_its_initial_weights(way: str, tmp_path: Path) -> None:
+    def spread(base: str, *settings: str) -> float:
+        if way == "override":
+            return load_preset(base, [f"model.{setting}" for setting in settings]).model.initializer_range
+        text = "\n".join([f'base = "{base}"', "[model]", *settings])
+        return load_config(written(tmp_path, "own.toml", text)).model.initializer_range
+
+    assert spread("nano", "hidden_size=96") == pytest.approx(1 / math.sqrt(96), abs=1e-15)
+    assert spread("nano", "num_hidden_layers=2") == load_preset("nano").model.initializer_range
+    assert spread("nano", "hidden_size=96", "initializer_range=0.5") == 0.5
+    assert spread("smollm2-1.7b", "hidden_size=1024") == 0.02  # not the rule, so it stays
+
+
 def test_a_file_is_laid_over_its_base(tmp_path: Path) -> None:
     path = written(tmp_path, "mine.toml", 'base = "nano"\n[optimizer]\nlr = 0.5\n')
-    expected = flatten(load_preset("nano")) | {"optimizer.lr": 0.5, "name": "custom"}
+    expected = flatten(load_preset("nano")) | {"optimizer.lr": 0.5, "name": "mine"}
     assert flatten(load_config(path)) == expected
     assert flatten(load_config(path, ["optimizer.lr=0.25"])) == expected | {"optimizer.lr": 0.25}
 

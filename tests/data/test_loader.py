@@ -216,14 +216,14 @@ def test_real_documents_are_separated(tiny_dataset, tiny_tokenizer):
 
 def test_too_few_tokens_are_an_error_that_says_how_many(tmp_path):
     stream = stream_of(tmp_path, range(1, 9))
-    with pytest.raises(DataError, match="8 tokens, at least 9"):
+    with pytest.raises(DataError, match="8 tokens; a window of 8 needs 9"):
         loader_of(stream)
     (batch,) = loader_of(stream, allow_short=True).sequential(4)
     assert batch.tokens == 7
 
 
 def test_one_token_is_never_enough(tmp_path):
-    with pytest.raises(DataError, match="at least 2"):
+    with pytest.raises(DataError, match="needs 2"):
         loader_of(stream_of(tmp_path, [1]), allow_short=True)
 
 

@@ -161,8 +161,8 @@ def test_copies_are_counted_and_those_in_both_splits_are_a_warning(tiny_tokenize
     source = dataset.manifest.source
     assert (source.duplicates, source.val_in_train) == (2, 1)
     log_summary(dataset)
-    assert any("2 documents are exact copies" in line for line in messages)
-    assert any("1 held-out documents are word for word in the training text" in line for line in messages)
+    assert any("2 exact copies of other documents" in line for line in messages)
+    assert any("1 held-out document also in the training text" in line for line in messages)
     clean = prepare(tmp_path / "clean", from_texts(texts), tiny_tokenizer, val_fraction=0.1).manifest.source
     assert (clean.duplicates, clean.val_in_train) == (0, 0)
 

@@ -185,7 +185,8 @@ def test_every_finish_reason_has_words() -> None:
 
 def test_bytes_without_a_token_are_counted_in_a_notice(genuine_tokenizer: Tokenizer) -> None:
     assert untokenizable_notice(genuine_tokenizer, "plain text") == ""
-    assert untokenizable_notice(genuine_tokenizer, "a\x04b\x04").startswith("2 bytes of the prompt have no token")
+    notice = untokenizable_notice(genuine_tokenizer, "a\x04b\x04")
+    assert notice.startswith("left out of the prompt: 2 bytes without a token")
 
 
 def test_an_empty_stop_string_is_refused(loaded: LoadedModel) -> None:

@@ -27,6 +27,7 @@ from resmol.run import checkpoint, checkpoint_manifest
 from resmol.run.checkpoint_manifest import Manifest, file_entry, open_checkpoint, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
+from resmol.run.log_writers import describe
 from resmol.system import host
 from resmol.train import loop as module
 from resmol.train import resume
@@ -403,11 +404,13 @@ def test_a_corrupt_newest_checkpoint_is_skipped(sixty: Path, tmp_path: Path, tra
 
 def test_a_changed_environment_is_recorded(tmp_path: Path, train_tiny: TrainTiny) -> None:
     train_tiny(tmp_path / "run", 5)
-    with pytest.raises(ConfigError, match="environment changed"):
+    with pytest.raises(ConfigError, match=r"environment changed, so .* not promised: threads 1 -> 2\nfix"):
         train_tiny(tmp_path / "run", 10, "runtime.threads=2", accept_drift=["runtime.threads"], strict=True)
     train_tiny(tmp_path / "run", 10, "runtime.threads=2", accept_drift=["runtime.threads"])
-    warnings = select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn")
-    assert next(warnings)["changes"]["threads"] == {"from": 1, "to": 2}
+    [warning] = select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "warn")
+    assert warning["changes"]["threads"] == {"from": 1, "to": 2}
+    text = describe(warning)
+    assert text == "warning: environment changed: bitwise equality is not promised from here (threads 1 -> 2)"
 
 
 @pytest.mark.parametrize(("micro", "recorded"), [(2, False), (1, True)])

@@ -30,6 +30,7 @@ from resmol.run.ledger import (
     select,
 )
 from resmol.system.locks import kept_while_read
+from resmol.system.wording import counted
 from resmol.train.build import make_loader
 from resmol.train.loop import REPRODUCIBLE_FIELDS, first_difference
 from resmol.train.lr_schedule import lr_at
@@ -74,8 +75,10 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         history = ConfigHistory(records, stored)
     except ConfigError as error:
         return [_check("configuration", [error.what], "", "fields that make a configuration", "a made-up ledger")]
-    lines = f"{len(records):,} lines, head {content.head[:16]}"
-    torn = f", and a torn end of {len(content.torn)} bytes (repaired at the next start)" if content.torn else ""
+    lines = f"{counted(len(records), 'line')}, head {content.head[:16]}"
+    torn = (
+        f", and a torn end of {counted(len(content.torn), 'byte')} (repaired at the next start)" if content.torn else ""
+    )
     whole = (
         not content.torn if strict else b"\n" not in content.torn
     )  # lines behind the zeros of a power cut are no torn line, and may be evidence
@@ -199,7 +202,7 @@ def _tokens(records: list[Record], history: ConfigHistory) -> Check:
     return _check(
         "tokens",
         problems,
-        f"{tokens:,} tokens in {windows:,} windows",
+        f"{counted(tokens, 'token')} in {counted(windows, 'window')}",
         "tokens_seen and windows_seen are the sums over the steps",
         "a counter that was reset",
     )
@@ -219,7 +222,7 @@ def _learning_rate(records: list[Record], history: ConfigHistory) -> Check:
         wanted = lr_at(step, config.schedule, config.optimizer.lr)
         if record["lr"] != wanted:
             problems.append(f"step {step}: {record['lr']} instead of {wanted}")
-    measured = f"{len(steps):,} steps equal the closed form"
+    measured = f"equal to the closed form in {counted(len(steps), 'step')}"
     return _check("learning rate", problems, measured, "exactly lr_at(step)", "a schedule that jumps at the resume")
 
 

@@ -14,6 +14,7 @@ from resmol.run.checkpoint_manifest import checkpoint_name
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.system.atomic_io import write_durable
+from resmol.system.wording import counted
 from resmol.train.lr_schedule import lr_at
 
 
@@ -144,7 +145,7 @@ def _logged(run: RunDir, saved_step: int, last_step: int) -> Check:
     expected_steps = [1, *range(500, saved_step + 1, 500), saved_step, saved_step + 1, last_step]
     logged = {int(line.split()[1].partition("/")[0]) for line in text.splitlines() if line.startswith("step ")}
     missing = sorted(set(expected_steps) - logged)
-    measured = f"missing: {missing}" if missing else f"lines for {len(logged)} steps"
+    measured = f"missing: {missing}" if missing else f"lines for {counted(len(logged), 'step')}"
     expected = f"steps 1, every 500, {saved_step}, {saved_step + 1} and {last_step}"
     return Check("the log is kept", not missing, measured, expected, evidence=str(run.log))
 

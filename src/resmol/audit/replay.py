@@ -34,6 +34,7 @@ from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, last_fact, select
 from resmol.system.locks import kept_while_read
+from resmol.system.wording import counted
 from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState, first_difference, train_step
@@ -161,7 +162,7 @@ def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) 
     """Compare all tensors with the checkpoint at the segment's end, if there is one."""
     path, count = run.checkpoints / checkpoint_name(segment.end), segment.end - segment.start
     if not path.is_dir():
-        return Check(name, True, f"PASS: {count} steps", EXPECTED, GUARDS)
+        return Check(name, True, f"PASS: {counted(count, 'step')}", EXPECTED, GUARDS)
     try:
         files = read_manifest(path).files
     except ResmolError as error:
@@ -170,7 +171,8 @@ def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) 
     ours = {file: digest_all(tensors) for file, tensors in state.tensors().files.items()}
     if wrong := sorted(_unequal(ours, recorded)):
         return Check(name, False, f"FAIL: {wrong[0]} differs from {path.name}", EXPECTED, GUARDS, str(path))
-    words = f"PASS: {count} steps, and the {sum(map(len, ours.values()))} tensors of {path.name}"
+    tensors = counted(sum(map(len, ours.values())), "tensor")
+    words = f"PASS: {counted(count, 'step')}, and the {tensors} of {path.name}"
     return Check(name, True, words, EXPECTED, GUARDS, str(path))
 
 
@@ -218,7 +220,7 @@ def _summary(
     )
     words = (
         f"{executed:,} of {len(steps):,} steps executed again in {seconds:.0f} s ({100 * cost:.1f} % of the run's "
-        f"time; draw {options.seed}); {reachable:,} steps lie in the {len(possible)} segments that the checkpoints "
-        f"allow: {claim}"
+        f"time; draw {options.seed}); the checkpoints allow {counted(len(possible), 'segment')} with "
+        f"{counted(reachable, 'step')}: {claim}"
     )
     return Check("replay in all", bool(passed) or not options.strict, words, "at least one segment replayed", GUARDS)

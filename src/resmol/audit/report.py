@@ -19,6 +19,7 @@ from resmol.run.log_writers import describe
 from resmol.system.atomic_io import write_durable
 from resmol.system.templates import template_environment
 from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 from resmol.version import __version__
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
@@ -102,7 +103,7 @@ def summary_facts(records: list[Record]) -> list[tuple[str, str]]:
             ("steps", f"{last['step']:,}"),
             ("tokens seen", f"{last['tokens_seen']:,} ({last['epoch']:.2f} epochs)"),
             (
-                f"training loss, mean of the last {len(recent)} steps",
+                f"training loss, mean of the last {counted(len(recent), 'step')}",
                 f"{statistics.fmean(recent):.4f} nats per token",
             ),
             ("tokens per second, median", f"{rate:,.0f}"),

@@ -36,6 +36,7 @@ from resmol.system.atomic_io import write_durable
 from resmol.system.host import release_freed_memory
 from resmol.system.signals import STOP_SIGNALS, StopSignal
 from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import new_state
 from resmol.train.loop import train_step
@@ -229,8 +230,8 @@ def _announcement(spec: ReproduceSpec, config: RunConfig) -> str:
     release_freed_memory()  # the memory of a model, its gradients and moments, which the parts need
     done = f", {spec.last_step - todo} of them already done" if todo < spec.last_step else ""
     return (
-        f"reproduce: {spec.preset}, {total_parameters(config.model):,} parameters, {spec.last_step} steps of "
-        f"{config.batch.global_batch_tokens:,} tokens{done}\n"
+        f"reproduce: {spec.preset}, {total_parameters(config.model):,} parameters, "
+        f"{counted(spec.last_step, 'step')} of {counted(config.batch.global_batch_tokens, 'token')}{done}\n"
         f"estimate: about {_duration(seconds)} of training on this machine, measured on {ESTIMATE_STEPS} steps just now"
     )
 

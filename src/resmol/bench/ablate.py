@@ -20,6 +20,7 @@ from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError, UsageError
+from resmol.system.wording import counted
 from resmol.train.autotune import resolve_auto
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,10 @@ class Ablation:
         base, factors = self.base(), [factor for factor in self._values() if len(factor[1]) > 1]
         rows = _combinations(factors) if factors else _one_at_a_time(base)
         if not 2 <= len(rows) <= MAX_VARIANTS:
-            raise UsageError(f"{len(rows)} variants", fix=f"give factors with 2 to {MAX_VARIANTS} combinations in all")
+            raise UsageError(
+                f"that makes {counted(len(rows), 'variant')}",
+                fix=f"give factors with 2 to {MAX_VARIANTS} combinations in all",
+            )
         problems = []
         for row in rows:
             try:

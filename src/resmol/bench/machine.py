@@ -10,6 +10,7 @@ import torch
 
 from resmol.errors import DataError, UsageError
 from resmol.system.host import host_facts
+from resmol.system.installation import install_hint
 
 BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
 
@@ -31,7 +32,7 @@ def require_baseline(baseline: str | None, known: tuple[str, ...], packages: tup
         raise UsageError(f"there is no peer {baseline!r}", fix=f"choose one of: {', '.join(known)}")
     for package in packages:
         if _version(package) is None:
-            raise DataError(f"--peer {baseline} needs {package}", fix="install it: pip install 'resmol[verify]'")
+            raise DataError(f"--peer {baseline} needs {package}", fix=f"install it: {install_hint('verify')}")
 
 
 def _version(package: str) -> str | None:

@@ -18,6 +18,7 @@ from resmol.data.readers import Corpus
 from resmol.data.resolve import Text
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
+from resmol.system.wording import counted
 
 DOCUMENT_CHARACTERS = 4000
 SPEED = Quantity("megabytes_per_second", "MB/s", ".2f")
@@ -64,7 +65,7 @@ def preparation_comparison(bench: PrepareBench, tokenizer: Tokenizer, folder: Pa
             shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
 
     return Comparison(
-        title=f"preparing {size / 1e6:,.0f} MB in {documents:,} documents",
+        title=f"preparing {size / 1e6:,.0f} MB in {counted(documents, 'document')}",
         metric=SPEED,
         columns=(MEMORY, TOKENS),
         variants=make_variants(

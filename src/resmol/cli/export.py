@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
 from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
-from resmol.cli.terminal import print_json, report_checks, say
+from resmol.cli.terminal import print_json, report_checks, say, suggest
 from resmol.errors import UsageError
 from resmol.system.process_setup import set_up_process
+from resmol.system.wording import counted
 
 Title = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Heading of card and Space; the run's name if left out.")
@@ -81,6 +83,8 @@ def export(
     else:
         done = export_hf(named, out, dtype=dtype, tokenizer=tokenizer, words=words)
     report_checks(f"export to {out}", done.checks, json_)
+    if not json_:
+        suggest(f"publish {quote(str(out))} --repo OWNER/{quote(out.name)}{' --space' if space else ''}")
 
 
 @app.command(
@@ -151,7 +155,7 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{plan['card'].rstrip()}\n\n{'-' * 40}")
     for name, file in plan["files"].items():
         typer.echo(f"{file['bytes']:>15,}  {file['sha256'][:16]}  {name}")
-    typer.echo(f"{plan['bytes']:>15,}  bytes in {len(plan['files'])} files; verified: "
+    typer.echo(f"{plan['bytes']:>15,}  bytes in {counted(len(plan['files']), 'file')}; verified: "
                + ", ".join(check["name"] for check in plan["checks"]))  # fmt: skip
     say(f"dry run: nothing was sent. With --yes this becomes the {plan['type']} {plan['url']}")
 
@@ -161,7 +165,9 @@ def print_published(done: dict[str, Any]) -> None:
     seen = "private" if done["private"] else "public"
     removed = f", {len(done['removed'])} of an earlier export removed" if done["removed"] else ""
     sent = (
-        f"{len(done['sent'])} files sent{removed}" if done["sent"] or removed else "nothing to do: all files are there"
+        f"{counted(len(done['sent']), 'file')} sent{removed}"
+        if done["sent"] or removed
+        else "nothing to do: all files are there"
     )
     typer.echo(f"{done['url']} ({seen})\ncommit {done['commit']}: {sent}; every file there is as it was verified")
     if done["foreign"]:

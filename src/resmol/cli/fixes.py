@@ -70,6 +70,18 @@ def command_of(arguments: Sequence[str], commands: Mapping[str, set[str]]) -> st
     return next((name for name in (" ".join(words[:2]), " ".join(words[:1])) if name in commands), "")
 
 
+def as_started(text: str, commands: Mapping[str, set[str]], start: str) -> str:
+    """Return a text whose ``resmol COMMAND`` begins with the words that start resmol here.
+
+    Args:
+        text: The fix of an error, or a command.
+        commands: Command -> its options.
+        start: ``resmol`` where the shell finds it; else such as ``.venv/bin/resmol``.
+    """
+    words = "|".join(sorted({name.split()[0] for name in commands}))
+    return re.sub(rf"(?<![\w./-])resmol(?= (?:{words})\b)", lambda _: start, text)
+
+
 def complete_fix(fix: str, command: str, commands: Mapping[str, set[str]]) -> str:
     """Say of the options in a fix that the command does not have which command has them.
 

@@ -14,6 +14,7 @@ from resmol.errors import UsageError
 from resmol.inference.sampling_params import SamplingParams
 from resmol.inference.stop_strings import StopStrings
 from resmol.system.process_setup import set_up_process
+from resmol.system.wording import counted
 
 
 @app.command(
@@ -120,7 +121,7 @@ def _generate_several(
     def report() -> None:
         total = Timings.total(timings)
         if facts is None:
-            say(f"[{len(tokens)} prompts, {sum(tokens):,} tokens; {total.describe()}]")
+            say(f"[{counted(len(tokens), 'prompt')}, {counted(sum(tokens), 'token')}; {total.describe()}]")
         else:
             print_json({"completions": rows, **facts, "timings": total.to_dict()})
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
+from resmol.system.installation import started_as
 from resmol.system.tables import result_console, text_table
 
 
@@ -37,6 +38,11 @@ def show_messages() -> None:
     if not any(isinstance(handler, _MessageHandler) for handler in package.handlers):
         package.addHandler(_MessageHandler())
     package.setLevel(logging.INFO)
+
+
+def suggest(*commands: str) -> None:
+    """Print commands that usually come next on standard error, as they are typed in this shell."""
+    say("next:" + "".join(f"\n  {started_as()} {command}" for command in commands))
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -21,10 +22,11 @@ from resmol.cli.app import (
     chosen_config,
 )
 from resmol.cli.field_options import takes_fields
-from resmol.cli.terminal import print_json, report_checks
+from resmol.cli.terminal import print_json, report_checks, suggest
 from resmol.errors import UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
+from resmol.system.launcher import this_launch
 from resmol.system.process_setup import set_up_process
 
 Inputs = Annotated[
@@ -109,6 +111,8 @@ def prepare(
     dataset = prepare_text(out, text, found)
     if json_:
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})
+    else:
+        suggest(f"train runs/{quote(out.name)} --preset nano --data {quote(str(out))}")
 
 
 @app.command(
@@ -182,6 +186,9 @@ def train(
                 "peak_memory_bytes": peak_memory_bytes(),
             }
         )
+    elif this_launch().rank == 0:
+        name = quote(str(run))
+        suggest(f"generate {name} --interactive", f"evaluate {name}", f"report {name}")
 
 
 @app.command(
@@ -220,3 +227,6 @@ def reproduce(
 
     spec = ReproduceSpec.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
     report_checks("claims", run_reproduction(spec), json_)
+    if not json_:
+        name = quote(str(spec.run.path))
+        suggest(f"generate {name} --interactive", f"demo {name}", f"export {name} out/{quote(spec.run.path.name)}")

@@ -24,7 +24,9 @@ fields (`--lr 1e-3`; `resmol train --help` lists them). Unknown keys are refused
 configuration, lists the presets and these fields.
 
 `--batch-size N`, or `--set batch.windows_per_step=N`, states the windows of a step instead of its tokens: it sets
-`batch.global_batch_tokens`, and the micro-batch to the largest size that divides it.
+`batch.global_batch_tokens`, and the micro-batch to the largest size that divides it. Another `model.hidden_size` than
+that of the base brings `model.initializer_range` = 1/sqrt(hidden_size) with it, unless you state a value. A file
+without a `name` gives its own to the configuration.
 
 ```toml
 base = "nano"

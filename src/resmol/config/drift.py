@@ -14,6 +14,14 @@ from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError
 
 
+def _way_out(refused: Sequence[str], fixed: Sequence[str]) -> str:
+    """Return what to do about refused changes: those of class A cannot be accepted, so nothing else then helps."""
+    if fixed:
+        return f"undo the change of {', '.join(fixed)} (also in config.toml), or start a new run directory"
+    accept = " ".join(f"--accept-drift {key}" for key in refused)
+    return f"undo it (also in config.toml), start a new run directory, or go on with it: add {accept} (it is recorded)"
+
+
 def reconcile(
     stored: RunConfig, requested: RunConfig, accepted: Sequence[str] = ()
 ) -> tuple[RunConfig, dict[str, Any]]:
@@ -38,11 +46,9 @@ def reconcile(
     refused = [key for key in changed if classes[key] == "A" or (classes[key] == "B" and key not in accepted)]
     if refused:
         lines = "\n".join(f"  - {key} (class {classes[key]}): {before[key]!r} -> {after[key]!r}" for key in refused)
-        acceptable = " ".join(f"--accept-drift {key}" for key in refused if classes[key] == "B")
         raise ConfigError(
             f"the configuration differs from the one that the run's ledger recorded:\n{lines}",
-            fix="undo class A changes (also an edit of config.toml), or start a new run directory"
-            + (f"; to go on with a class B change, add {acceptable} (it is recorded)" if acceptable else ""),
+            fix=_way_out(refused, [key for key in refused if classes[key] == "A"]),
         )
     drifts = {key: {"from": before[key], "to": after[key]} for key in changed if classes[key] == "B"}
     return requested.replace({key: before[key] for key in decided}), drifts

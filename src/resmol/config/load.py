@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resmol.config.model_config import read_model_config
-from resmol.config.run_config import RunConfig
+from resmol.config.run_config import RunConfig, laid_over
 from resmol.config.tables import dotted, merged
 from resmol.errors import ConfigError, DataError
 from resmol.system.byte_order_mark import decode_text
@@ -54,9 +54,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if path.exists():
         _refuse_model(str(path))
     try:
-        return _build(_table_with_base(path), str(path), overrides)
+        return _build({"name": _name_of(path)} | _table_with_base(path), str(path), overrides)
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply", fix="write [section] and key = value, no more") from None
+
+
+def _name_of(file: Path) -> str:
+    """Return what to call a configuration that does not say it: its file; for config.toml the folder of that."""
+    return file.stem if file.stem != "config" else file.resolve().parent.name or file.stem
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -175,4 +180,4 @@ def _over_base(table: dict[str, Any], folder: Path | None) -> dict[str, Any]:
         below = _with_architecture(below)
     else:
         raise ConfigError(f"the base {base!r} is neither a preset nor a file", fix="correct the key `base`")
-    return merged(below, table)
+    return laid_over(below, table)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -295,6 +296,24 @@ class RunConfig(StrictModel):
         return {key: value for key, value in flatten(self).items() if classes[key] != "C"}
 
 
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one table laid over another; another width brings its own standard deviation of the initial weights.
+
+    That is so where the table below follows the rule ``initializer_range = 1/sqrt(hidden_size)`` and the one above does
+    not state it.
+    """
+    table, before, stated = merged(below, above), dotted(below), dotted(above)
+    old, new = before.get("model.hidden_size"), stated.get("model.hidden_size")
+    spread = before.get("model.initializer_range")
+    if "model.initializer_range" in stated or not (_is_size(old) and _is_size(new) and isinstance(spread, float)):
+        return table
+    return merged(table, {"model": {"initializer_range": new**-0.5}}) if math.isclose(spread, old**-0.5) else table
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and value > 0
+
+
 def _with_changes(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Lay changes over a table; windows per step become tokens, in micro-batches of the largest size that divides them.
 
@@ -302,14 +321,14 @@ def _with_changes(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
         ConfigError: The windows per step are no whole number, or the tokens are given as well.
     """
     if WINDOWS_PER_STEP not in changes:
-        return merged(table, nested(changes))
+        return laid_over(table, nested(changes))
     rest = {key: value for key, value in changes.items() if key != WINDOWS_PER_STEP}
     windows, tokens_key, micro_key = changes[WINDOWS_PER_STEP], "batch.global_batch_tokens", "batch.micro_batch_size"
     if type(windows) is not int or windows < 1:
         raise ConfigError(f"{WINDOWS_PER_STEP} is {windows}", fix="give a whole number of at least 1")
     if tokens_key in rest:
         raise ConfigError(f"{WINDOWS_PER_STEP} and {tokens_key} are both given", fix="leave one of them out")
-    whole = merged(table, nested(rest))
+    whole = laid_over(table, nested(rest))
     length = dotted(whole).get("data.seq_len", DataConfig().seq_len)
     derived = {tokens_key: windows * length} if type(length) is int else {}
     micro = dotted(whole).get(micro_key, BatchConfig().micro_batch_size)

@@ -28,6 +28,7 @@ from resmol.data.token_file import TokenFile
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.atomic_io import full_disk_is_an_error, write_durable
+from resmol.system.wording import counted
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def _describe_all(
         all_ends.append(ends)
     if open_ends:
         logger.info(
-            f"data: {open_ends} documents do not end with token {tokenizer.eos_id}; document masks miss their ends"
+            f"data: {counted(open_ends, 'document')} without token {tokenizer.eos_id} at the end, which document masks "
+            "need"
         )
     return shards, all_ends
 

@@ -24,6 +24,7 @@ from resmol.data.shards import TokenStream
 from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
 from resmol.model.cross_entropy import IGNORE_INDEX
+from resmol.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Loader:
         needed = 2 if allow_short else seq_len + 1
         if len(stream) < needed:
             raise DataError(
-                f"there are {len(stream)} tokens, at least {needed} are needed for a window of {seq_len}",
+                f"the text has {counted(len(stream), 'token')}; a window of {seq_len} needs {needed}",
                 fix="give more text, or a smaller seq_len, or (for held-out data) a larger --val-fraction",
             )
         self.n_windows = -(-(len(stream) - 1) // seq_len)

@@ -21,6 +21,7 @@ from resmol.run.ledger import first_record
 from resmol.system.atomic_io import remove_directory
 from resmol.system.progress import byte_progress
 from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     with byte_progress("preparing") as advance:
 
         def show(progress: Progress) -> None:
-            advance(progress.bytes_done, progress.bytes_total, f"{progress.tokens:,} tokens")
+            advance(progress.bytes_done, progress.bytes_total, counted(progress.tokens, "token"))
 
         dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show)
     log_summary(dataset)  # after the bar is gone, so that the two do not write over each other
@@ -216,7 +217,7 @@ def check_same_inputs(dataset: Dataset, source: Path) -> None:
         return
     files, size = sum(then.files for then in known), sum(then.bytes for then in known)
     raise DataError(
-        f"{dataset.root} was prepared from another text than {source} holds now: {files} files of {size:,} bytes then, "
-        f"{now.files} of {now.bytes:,} now",
+        f"{dataset.root} was prepared from another text than {source} holds now: {counted(files, 'file')} of {size:,} "
+        f"bytes then, {now.files} of {now.bytes:,} now",
         fix="start a new run directory for another text, or leave --data out to resume",
     )

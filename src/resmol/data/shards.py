@@ -32,6 +32,7 @@ from resmol.config.strict_model import StrictModel
 from resmol.data.token_file import TokenFile
 from resmol.errors import DataError
 from resmol.system.atomic_io import file_sha256
+from resmol.system.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,7 @@ def verify_shards(dataset: Dataset) -> None:
         path = dataset.root / name
         if shard_file_sha256(path) != expected:
             raise _damaged(path, "its sha256 is not the one in manifest.json")
-    logger.info(f"data: {len(files)} files in {dataset.root} verified against manifest.json")
+    logger.info(f"data: {counted(len(files), 'file')} in {dataset.root} verified against manifest.json")
 
 
 def fingerprint(manifest: Manifest) -> str:

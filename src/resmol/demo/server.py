@@ -18,6 +18,7 @@ from resmol.demo.sessions import Sessions, gradio_queue
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.model_ref import ModelRef
+from resmol.system.installation import install_hint
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def require_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError:
-        raise DataError("the demo needs gradio, which is not installed", fix="pip install 'resmol[demo]'") from None
+        raise DataError("the demo needs gradio, which is not installed", fix=install_hint("demo")) from None
 
 
 def _serve_loaded(

@@ -13,6 +13,7 @@ from resmol.inference.generate import DecodingState, FinishReason, check_prompt,
 from resmol.inference.sampling_params import SamplingParams
 from resmol.inference.stop_strings import StopStrings
 from resmol.model.llama import CausalLM
+from resmol.system.wording import counted
 
 FINISH_REASONS: dict[FinishReason, str] = {
     "eos": "end of the text",
@@ -27,7 +28,7 @@ _CHECKED_TOGETHER = 1024  # prompts that are tokenized at a time while all are c
 def untokenizable_notice(tokenizer: Tokenizer, prompt: str) -> str:
     """Return a sentence about the bytes of a prompt that have no token, which the model cannot see; "" if all have."""
     dropped = tokenizer.count_untokenizable(prompt)
-    return f"{dropped} bytes of the prompt have no token in this vocabulary and are left out" if dropped else ""
+    return f"left out of the prompt: {counted(dropped, 'byte')} without a token in this vocabulary" if dropped else ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Timings:
 
     def describe(self) -> str:
         """Return both rates as a phrase."""
-        prefill = f"prompt {self.prefill_tokens:,} tokens in {self.prefill_seconds:.2f} s"
+        prefill = f"prompt {counted(self.prefill_tokens, 'token')} in {self.prefill_seconds:.2f} s"
         rate = f", then {self.decode_tokens_per_second:,.1f} tokens/s" if self.decode_tokens else ""
         return f"{prefill}{rate}"
 

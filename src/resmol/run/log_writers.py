@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from resmol.errors import UsageError
 from resmol.run.ledger import Kind, Ledger, Record
+from resmol.system.installation import install_hint
+from resmol.system.wording import counted, in_words
 
 
 @runtime_checkable
@@ -122,7 +124,7 @@ def _sample(record: Record) -> str:
 def _start(record: Record) -> str:
     machine = record["environment"]
     size = f"{record['parameters']:,} parameters"
-    return f"start: {record['name']}, {size}, {machine['device']}, {machine['threads']} threads"
+    return f"start: {record['name']}, {size}, {machine['device']}, {counted(machine['threads'], 'thread')}"
 
 
 def _eval(record: Record) -> str:
@@ -131,7 +133,7 @@ def _eval(record: Record) -> str:
         measured += (
             f"; of the averaged weights {record['averaged_loss']:.4f}, {record['averaged_bits_per_byte']:.4f} bits"
         )
-    return f"eval at step {record['step']}: {measured} ({record['tokens']:,} tokens)"
+    return f"eval at step {record['step']}: {measured} ({counted(record['tokens'], 'token')})"
 
 
 def _save(record: Record) -> str:
@@ -148,14 +150,16 @@ def _rewind(record: Record) -> str:
 
 
 def _drift(record: Record) -> str:
-    changes = (f"{key} {change['from']} -> {change['to']}" for key, change in record["changes"].items())
-    return f"drift accepted: {', '.join(changes)}"
+    return f"drift accepted: {in_words(record['changes'])}"
 
 
 def _warn(record: Record) -> str:
-    details = {key: value for key, value in record.items() if key not in ("what", "seq", "prev", "time", "kind")}
-    return f"warning: {record['what']}" + "".join(f", {key} {value}" for key, value in details.items())
+    details = {key: value for key, value in record.items() if key not in _NOT_SHOWN}
+    changes = f" ({in_words(record['changes'])})" if "changes" in record else ""
+    return f"warning: {record['what']}{changes}" + "".join(f", {key} {value}" for key, value in details.items())
 
+
+_NOT_SHOWN = ("what", "seq", "prev", "time", "kind", "changes", "environment")  # of a warning: its frame, and tables
 
 _DESCRIPTIONS: dict[str, Callable[[Record], str]] = {
     "start": _start,
@@ -201,7 +205,7 @@ class TensorBoardWriter:
         except ImportError:
             raise UsageError(
                 "logging.tensorboard needs tensorboardX, which is not installed",
-                fix="pip install 'resmol[tensorboard]', or set logging.tensorboard=false",
+                fix=f"{install_hint('tensorboard')}, or --set logging.tensorboard=false",
             ) from None
         self._make: Callable[[int | None], Any] = lambda purge: SummaryWriter(str(folder), purge_step=purge)
         self._writer: Any = None

@@ -62,7 +62,7 @@ def _locked(path: Path) -> BaseFileLock:
         lock.acquire()
     except Timeout:
         raise RunInUse(
-            f"{path.parent} is in use by another process: {_owner_of(path)}",
+            f"{path.parent} is in use by {_owner_of(path)}",
             fix="wait for it, stop it with Ctrl-C, or choose another run directory",
         ) from None
     except OSError as error:
@@ -79,7 +79,7 @@ def _soft_lock(path: Path, reason: str) -> BaseFileLock:
         lock.acquire()
     except Timeout:
         raise RunInUse(
-            f"{path.parent} is in use by another process: {_owner_of(path)}",
+            f"{path.parent} is in use by {_owner_of(path)}",
             fix=f"wait for it or stop it; if it died on another host, remove {marker}, which it could not",
         ) from None
     logger.warning(
@@ -90,7 +90,7 @@ def _soft_lock(path: Path, reason: str) -> BaseFileLock:
 
 
 def _owner_of(path: Path) -> str:
-    """Return the content of a lock file, which names its owner.
+    """Return who holds a lock, in words, from the lock file.
 
     An owner writes its name just after it has the lock, so for an instant the file is empty, or names the process
     that held the lock before and is dead.
@@ -100,8 +100,17 @@ def _owner_of(path: Path) -> str:
         with path.open("rb") as file:
             owner = file.read(MAX_OWNER_BYTES).decode(errors="replace").strip()
         if _may_be_alive(owner) or time.monotonic() > deadline:
-            return owner or "unknown"
+            return _in_words(owner)
         time.sleep(0.01)
+
+
+def _in_words(owner: str) -> str:
+    try:
+        facts = json.loads(owner)
+        pid, host = int(facts["pid"]), str(facts["host"])
+    except (ValueError, TypeError, KeyError):
+        return "another process"
+    return f"process {pid} on {host}" if host.isprintable() else "another process"
 
 
 def _may_be_alive(owner: str) -> bool:

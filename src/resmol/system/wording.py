@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: ``1 token``, ``1,024 tokens``."""
-    return f"{number:,} {noun if number == 1 else _plural(noun)}"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {' or '.join(map(_plural, noun.split(' or ')))}"
 
 
 def _plural(noun: str) -> str:
@@ -17,6 +19,6 @@ def _plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
-def changed(changes: Mapping[str, Mapping[str, object]]) -> str:
+def in_words(changes: Mapping[str, Mapping[str, object]]) -> str:
     """Return recorded changes, ``key -> {"from": ..., "to": ...}``, in words: ``threads 1 -> 2, torch 2.8 -> 2.9``."""
     return ", ".join(f"{key} {change['from']} -> {change['to']}" for key, change in changes.items())

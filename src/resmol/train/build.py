@@ -17,6 +17,7 @@ from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
 from resmol.system.atomic_io import file_sha256
+from resmol.system.wording import counted
 from resmol.train.averaging import WeightAverage
 from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState
@@ -114,7 +115,8 @@ def make_val_loader(config: RunConfig, stream: TokenStream) -> Loader | None:
     if len(stream) > config.data.seq_len:
         return make_loader(config, stream)
     if config.evaluation.every:
-        logger.info(f"evaluation: none, since {len(stream)} held-out tokens are no window of {config.data.seq_len}")
+        length = counted(len(stream), "held-out token")
+        logger.info(f"evaluation: none, since {length} cannot fill a window of {config.data.seq_len}")
     return None
 
 

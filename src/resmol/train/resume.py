@@ -29,6 +29,7 @@ from resmol.run.ledger import (
     select,
 )
 from resmol.run.log_writers import RunLog
+from resmol.system.wording import in_words
 from resmol.train.loop import TrainState
 from resmol.train.loss_spikes import HISTORY
 from resmol.train.parallel import Runtime
@@ -187,7 +188,7 @@ def _compare_environment(
     }
     if changed and strict:
         raise ConfigError(
-            f"the environment changed, so bitwise equality is not promised: {changed}",
+            f"the environment changed, so bitwise equality is not promised: {in_words(changed)}",
             fix="go back to the environment of the run, or leave out --strict",
         )
     if changed:

@@ -16,6 +16,7 @@ from resmol.config.model_config import ModelConfig
 from resmol.errors import DataError
 from resmol.model.linear import MatmulBackend, has_onednn
 from resmol.model.llama import Attention
+from resmol.system.installation import install_hint
 
 
 class Arrangement(NamedTuple):
@@ -79,7 +80,7 @@ def reference_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
     except ImportError as error:
         raise DataError(
             f"the reference implementation is missing: {error}",
-            fix="install it: pip install 'resmol[verify]'",
+            fix=f"install it: {install_hint('verify')}",
         ) from None
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(LlamaConfig(**config.to_hf()))

@@ -39,6 +39,7 @@ from resmol.interop.export.parity import (
     where_it_can_be_mapped,
 )
 from resmol.model.llama import CausalLM
+from resmol.system.installation import install_hint
 
 LLAMA_CPP = Reader("llama.cpp", "reader_llama_cpp.py", "llama_cpp", "interop")
 SLACK = 4.0
@@ -56,7 +57,7 @@ def gguf_readers() -> list[Reader]:
         raise DataError(
             "a GGUF export is read back before it exists, and neither transformers (with accelerate) nor llama.cpp is "
             "installed",
-            fix="pip install 'resmol[verify]', or 'resmol[interop]' for llama.cpp",
+            fix=f"{install_hint('verify')}, or {install_hint('interop')} for llama.cpp",
         )
     return found
 

@@ -27,6 +27,7 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.export.card_check import NEW_TOKENS, CardExpectation
 from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.model.llama import CausalLM
+from resmol.system.installation import install_hint
 
 VOCABULARY_TEXTS = 100
 # Relative to the largest logit. Two float32 implementations differ by some 1e-6; the smallest mistake, by over 1e-2.
@@ -178,7 +179,7 @@ def _unreadable(reader: Reader, stderr: str) -> DataError | CheckFailed:
     if f"No module named {reader.package!r}" in last:
         return DataError(
             f"an export is read back with {reader.name}, which is not installed",
-            fix=f"pip install 'resmol[{reader.extra}]'",
+            fix=install_hint(reader.extra),
         )
     return CheckFailed(
         f"{reader.name} cannot load the export: {last[:300]}", fix="nothing was written; report this as a bug"

@@ -30,8 +30,10 @@ from resmol.interop.export.publish_errors import explained
 from resmol.interop.export.training_record import WEIGHTS_LICENCE
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.hub_download import require_answer
+from resmol.system.installation import program
 from resmol.system.untrusted_text import without_password
 from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -208,7 +210,8 @@ def publish_export(plan: Plan, *, private: bool = False, overwrite: bool = False
         raise NetworkError("HF_HUB_OFFLINE is set, so nothing can be published", fix="unset it and repeat the command")
     if get_token() is None:
         raise UsageError(
-            "no token for the Hub was found", fix="run `hf auth login`, or set HF_TOKEN to a token with write access"
+            "no token for the Hub was found",
+            fix=f"run `{program('hf')} auth login`, or set HF_TOKEN to a token with write access",
         )
     require_answer(
         constants.ENDPOINT, constants.ENDPOINT, "check the connection and repeat the command: nothing was sent"
@@ -261,7 +264,7 @@ def _commit(
     if find_spec("hf_xet") and not constants.HF_HUB_DISABLE_XET:
         progress.advice = "; if a proxy or mirror is in the way of xet, HF_HUB_DISABLE_XET=1 may help"
     size = sum(plan.files[name].bytes for name in different)
-    logger.info(f"sending {len(different)} of {len(plan.files)} files, {size / 1e6:,.1f} MB")
+    logger.info(f"sending {len(different)} of {counted(len(plan.files), 'file')}, {size / 1e6:,.1f} MB")
     add = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=plan.own.get(name, plan.folder / name))
         for name in different

@@ -9,10 +9,15 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from resmol.errors import CheckFailed, NetworkError, ResmolError, UsageError
+from resmol.system.installation import program
 from resmol.system.untrusted_text import without_password
 
 MAX_REASON = 240
-LOGIN = "run `hf auth login`, or set HF_TOKEN, with a token that may write to {repo}; then repeat the command"
+
+
+def _login(repo_id: str) -> str:
+    login = f"run `{program('hf')} auth login`, or set HF_TOKEN, with a token that may write to {repo_id}"
+    return f"{login}; then repeat the command"
 
 
 def explained(error: Exception, repo_id: str, state: str, advice: str) -> ResmolError:
@@ -29,9 +34,12 @@ def explained(error: Exception, repo_id: str, state: str, advice: str) -> Resmol
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
     repeat = f"the same command can be repeated: what has arrived is not sent again{advice}"
     if status == HTTPStatus.UNAUTHORIZED:
-        return UsageError(f"the Hub does not accept the token ({reason}); {state}", fix=LOGIN.format(repo=repo_id))
+        return UsageError(f"the Hub does not accept the token ({reason}); {state}", fix=_login(repo_id))
     if status == HTTPStatus.FORBIDDEN:
-        return UsageError(f"the token may not write to {repo_id} ({reason}); {state}", fix=LOGIN.format(repo=repo_id))
+        return UsageError(
+            f"the token may not write to {repo_id} ({reason}); {state}",
+            fix=_login(repo_id),
+        )
     if status == HTTPStatus.PAYMENT_REQUIRED:
         return UsageError(
             f"the Hub requires a paid plan for this ({reason}); {state}", fix="see the account's billing page"
