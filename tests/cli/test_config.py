@@ -47,7 +47,7 @@ def test_the_fields(capsys: Any) -> None:
     assert {field["key"]: field["drift"] for field in found} == drift_classes()
     section = json.loads(printed(capsys, "--fields", "optimizer", "--json"))["fields"]
     assert {field["key"].partition(".")[0] for field in section} == {"optimizer"}
-    by_word = json.loads(printed(capsys, "--fields", "Gradient", "--json"))["fields"]
+    by_word = json.loads(printed(capsys, "--fields", "Gradient norm", "--json"))["fields"]
     assert [field["key"] for field in by_word] == ["optimizer.clip_norm"]
     table = printed(capsys, "--fields", "precision")
     assert all(word in table for word in ("runtime.precision", '"auto"', "B", "(auto, float32, bfloat16)"))

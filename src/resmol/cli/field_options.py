@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from resmol.config.derived import WINDOWS_PER_STEP
 from resmol.config.load import toml_value
-from resmol.config.run_config import WINDOWS_PER_STEP, field_declarations
+from resmol.config.run_config import field_declarations
 from resmol.errors import UsageError
 
 PANEL = "Settings, each short for --set section.key=VALUE"

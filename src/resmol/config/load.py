@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from resmol.config.derived import laid_over
 from resmol.config.model_config import read_model_config
-from resmol.config.run_config import RunConfig, laid_over
+from resmol.config.run_config import RunConfig
 from resmol.config.tables import dotted, merged
 from resmol.errors import ConfigError, DataError
 from resmol.system.byte_order_mark import decode_text
