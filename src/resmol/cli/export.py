@@ -34,7 +34,7 @@ Card = Annotated[
     resmol export runs/mine out/mine
     resmol export runs/mine out/mine-gguf --format gguf --dtype q8_0
     resmol export runs/mine out/mine-space --space
-    resmol export runs/mine out/mine --title "My novels" --license mit --card words.md
+    resmol export runs/mine out/mine --license mit --card words.md
     """
 )
 def export(

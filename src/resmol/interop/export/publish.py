@@ -26,11 +26,10 @@ from resmol.interop.description import CARD
 from resmol.interop.export.card_words import NO_WORDS, CardWords
 from resmol.interop.export.hf import LICENCE
 from resmol.interop.export.manifest import ExportedFile, ExportManifest, parse_manifest, verify_export
-from resmol.interop.export.publish_errors import explained
+from resmol.interop.export.publish_errors import explained, login
 from resmol.interop.export.training_record import WEIGHTS_LICENCE
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.hub_download import require_answer
-from resmol.system.installation import program
 from resmol.system.untrusted_text import without_password
 from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
@@ -209,10 +208,7 @@ def publish_export(plan: Plan, *, private: bool = False, overwrite: bool = False
     if constants.HF_HUB_OFFLINE:
         raise NetworkError("HF_HUB_OFFLINE is set, so nothing can be published", fix="unset it and repeat the command")
     if get_token() is None:
-        raise UsageError(
-            "no token for the Hub was found",
-            fix=f"run `{program('hf')} auth login`, or set HF_TOKEN to a token with write access",
-        )
+        raise UsageError("no token for the Hub was found", fix=login(plan.repo_id))
     require_answer(
         constants.ENDPOINT, constants.ENDPOINT, "check the connection and repeat the command: nothing was sent"
     )

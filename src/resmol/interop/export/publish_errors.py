@@ -15,9 +15,10 @@ from resmol.system.untrusted_text import without_password
 MAX_REASON = 240
 
 
-def _login(repo_id: str) -> str:
-    login = f"run `{program('hf')} auth login`, or set HF_TOKEN, with a token that may write to {repo_id}"
-    return f"{login}; then repeat the command"
+def login(repo_id: str) -> str:
+    """Return how to give the Hub a token that may write to a repository."""
+    how = f"run `{program('hf')} auth login`, or set HF_TOKEN, with a token that may write to {repo_id}"
+    return f"{how}; then repeat the command"
 
 
 def explained(error: Exception, repo_id: str, state: str, advice: str) -> ResmolError:
@@ -34,11 +35,11 @@ def explained(error: Exception, repo_id: str, state: str, advice: str) -> Resmol
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
     repeat = f"the same command can be repeated: what has arrived is not sent again{advice}"
     if status == HTTPStatus.UNAUTHORIZED:
-        return UsageError(f"the Hub does not accept the token ({reason}); {state}", fix=_login(repo_id))
+        return UsageError(f"the Hub does not accept the token ({reason}); {state}", fix=login(repo_id))
     if status == HTTPStatus.FORBIDDEN:
         return UsageError(
             f"the token may not write to {repo_id} ({reason}); {state}",
-            fix=_login(repo_id),
+            fix=login(repo_id),
         )
     if status == HTTPStatus.PAYMENT_REQUIRED:
         return UsageError(
