@@ -10,7 +10,7 @@ import pytest
 from resmol.config.load import load_config
 from resmol.data.tokenizer import load_tokenizer
 from resmol.system.byte_order_mark import decode_text, marked_encoding
-from resmol.verify.third_party.weight_mapping import read_name_map
+from resmol.verify.third_party.name_file import read_name_map
 
 TEXT = "naïve 漢字 😀\r\n"
 

@@ -14,6 +14,7 @@ from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
 from resmol.run.directory import RunDir
 from resmol.system.process_setup import set_up_process
+from resmol.system.progress import running_time
 from resmol.system.tables import result_console
 
 
@@ -60,7 +61,7 @@ def inspect(
     resmol verify
     resmol verify --preset nano --explain
     resmol verify --weights runs/mine
-    resmol verify --model my_llama:build --names names.json
+    resmol verify --preset nano --model my_model.py:SmolLM2
     """
 )
 def verify(
@@ -70,10 +71,14 @@ def verify(
         str, typer.Option(metavar="MODEL", help="random, or a run, folder, GGUF file, Hub id or pypi.")
     ] = "random",
     model: Annotated[
-        str | None, typer.Option(metavar="MODULE:CALLABLE", help="Another implementation; its code is run.")
+        str | None,
+        typer.Option(metavar="FILE:CLASS", help="Another implementation, or MODULE:FUNCTION; its code is run."),
     ] = None,
     names: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON object: its parameter name -> Hugging Face's.")
+    ] = None,
+    write_names: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write such a JSON object to complete, and stop.")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show which mistake each check guards against.")] = False,
     json_: Json = False,
@@ -82,10 +87,19 @@ def verify(
     chosen = chosen_config(preset, config)
     if weights != "random" and (chosen or model):
         raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")
+    if model is None and (names or write_names):
+        raise UsageError(
+            "--names and --write-names are about --model", fix="name the implementation: --model FILE:CLASS"
+        )
     set_up_process()
-    from resmol.verify import verify_model
+    from resmol.verify import import_factory, read_name_map, verify_model, write_name_map
 
-    checks = verify_model((chosen or load_preset("smollm2-135m")).model, weights, model, names)
+    architecture = (chosen or load_preset("smollm2-135m")).model
+    if model and write_names:
+        typer.echo(write_name_map(write_names, import_factory(model), architecture, read_name_map(names)))
+        return
+    with running_time("verify"):
+        checks = verify_model(architecture, weights, model, names)
     report_checks("verify", checks, json_, explain)
 
 

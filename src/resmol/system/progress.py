@@ -16,7 +16,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -61,6 +63,15 @@ def byte_progress(title: str) -> Iterator[Advance]:
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
+
+
+@contextmanager
+def running_time(title: str) -> Iterator[None]:
+    """Show how long the work has taken, below its messages, on standard error; nothing where it is not a terminal."""
+    columns = (SpinnerColumn(), TextColumn(title), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_live()) as clock:
+        clock.add_task(title, total=None)
+        yield
 
 
 class ProgressLines:

@@ -17,7 +17,7 @@ from resmol.verify.rope import rotation_checks
 from resmol.verify.sanity import finite, sanity
 from resmol.verify.third_party.check import verify_third_party
 from resmol.verify.third_party.factory import import_factory
-from resmol.verify.third_party.weight_mapping import read_name_map
+from resmol.verify.third_party.name_file import read_name_map
 from resmol.verify.tiny_models import FULL, STANDARD, shallow, tiny_model_parity
 from resmol.verify.training import training_parity
 
@@ -37,12 +37,12 @@ def verify_model(
     Args:
         config: The architecture, for random weights and for other implementations.
         weights: ``random``, or anything `load_model` accepts, which also brings its architecture.
-        model: Another implementation as ``module:callable``: called with ``config``, it returns a module that takes ids
-            and returns logits. Naming it runs its code.
+        model: Another implementation as ``path.py:Class`` or ``module:function``. Naming it runs its code.
         names: A JSON file that maps its parameter names to Hugging Face's.
 
     Raises:
         UsageError: ``model`` cannot be imported, or ``names`` is not a map of names.
+        CheckFailed: Importing ``model`` raises an exception.
     """
     if model is not None:
         return verify_third_party(import_factory(model), config, read_name_map(names))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -150,7 +149,7 @@ def own_config(kind: type, config: ModelConfig) -> Any | None:
 
     Returns:
         An instance; fields that are no part of the architecture keep their defaults. None where the class has fewer
-        than `FEWEST_FIELDS` known fields.
+        than `FEWEST_FIELDS` known fields, or requires others.
     """
     if is_pretrained_config(kind):
         values = published_fields(config)
@@ -161,7 +160,7 @@ def own_config(kind: type, config: ModelConfig) -> Any | None:
     answers = {name: field_value(name, config, names) for name in names}
     values = {name: value for name, (known, value) in answers.items() if known}
     values = {name: value for name, value in values.items() if not isinstance(vars(kind).get(name), property)}
-    if len(values) < FEWEST_FIELDS:
+    if len(values) < FEWEST_FIELDS or any(name not in values for name, required in accepted.items() if required):
         return None
     instance = kind(**{name: value for name, value in values.items() if name in accepted})
     for name in values.keys() - set(accepted):
@@ -169,15 +168,13 @@ def own_config(kind: type, config: ModelConfig) -> Any | None:
     return instance
 
 
-def _constructor_fields(kind: type) -> list[str]:
-    """Return the names of a constructor's parameters; for a dataclass those of its fields that it takes."""
-    if dataclasses.is_dataclass(kind):
-        return [field.name for field in dataclasses.fields(kind) if field.init]
+def _constructor_fields(kind: type) -> dict[str, bool]:
+    """Return whether each parameter of a constructor is required; a dataclass has the same signature as its fields."""
     try:
         parameters = inspect.signature(kind).parameters.values()
     except (TypeError, ValueError):
-        return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        return {}
+    return {p.name: p.default is p.empty for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def is_pretrained_config(kind: type) -> bool:

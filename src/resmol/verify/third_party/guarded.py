@@ -7,11 +7,13 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 import resmol
 from resmol.errors import CheckFailed, ResmolError
@@ -34,8 +36,8 @@ class Phase(Enum):
     )
     BUILDING = (
         "building",
-        "let the factory build the module from the configuration alone: it answers as an object, as a dict and "
-        "under **, by the names of config.json",
+        "let the factory build the module from one argument: an annotated configuration class of yours is filled in; "
+        "otherwise it gets an object that is a dict too, with the names of config.json",
     )
     FORWARD = ("forward", "let the module run with ids [B, T] (int64) alone; give other arguments a default")
     BACKWARD = (
@@ -56,12 +58,23 @@ def guarded(phase: Phase, action: Callable[[], T]) -> T:
         CheckFailed: It raised an exception, or tried to end the program.
     """
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _settings_kept():
             return action()
     except ResmolError:
         raise
     except (Exception, SystemExit) as error:  # third-party code can raise anything
         raise CheckFailed(f"{phase.title}: {_message(error)}{place_of(error)}", fix=_fix(phase, error)) from error
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Undo what third-party code changes for the whole process, and with it for the reference."""
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
 
 
 def place_of(error: BaseException) -> str:

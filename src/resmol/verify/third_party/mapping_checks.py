@@ -49,20 +49,22 @@ def _names(model: ThirdPartyModel, published: ModelConfig) -> Check:
     parameters = dict(model.module.named_parameters(remove_duplicate=False))
     mapping = model.mapping
     problems = list(mapping.misshapen.values())
+    listing = ""
     expected = f"{len(tensor_shapes(model.config))} tensors, by names that are recognized or in --names"
     if mapping.misshapen and map_weights(parameters, published).complete:
         problems = [f"the factory ignores its argument: {problems[0]}"]
         expected = f"sizes from the configuration; or use --preset {PUBLISHED}, whose sizes these are"
     elif mapping.missing:
-        problems = [names_in_words(parameters, mapping), *problems]
+        listing = names_in_words(parameters, mapping)
         expected += "; --write-names FILE writes a map to complete"
     problems += [f"{name} does not exist in SmolLM2" for name in mapping.extra if not mapping.missing]
     problems += [f"{name} has the prefix of a wrapper" for name in parameters if name.startswith(WRAPPERS)]
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    first = f"{problems[0]}{more}" if problems else ""
     return Check(
         "names and shapes",
-        not problems,
-        f"{problems[0]}{more}" if problems else f"{len(parameters)} parameters",
+        not problems and not listing,
+        "\n".join(filter(None, (listing, first))) or f"{len(parameters)} parameters",
         expected,
         "Missing, additional or transposed weights. Right names alone prove nothing; the other checks do.",
     )

@@ -57,10 +57,9 @@ def read_output(output: Any, ids: Int[Tensor, "B T"], config: ModelConfig) -> Mo
         if not tensor.is_floating_point():
             continue
         if tuple(tensor.shape) == wanted:
-            return ModuleOutput(tensor, loss, f"logits are {name} of its output" if name else "")
+            return ModuleOutput(tensor, loss, "" if _plain(name) in ("", "logits") else f"logits are output{name}")
         if tuple(tensor.shape) == (batch * length, config.vocab_size):
-            where = f" ({name} of its output)" if name else ""
-            return ModuleOutput(tensor.unflatten(0, (batch, length)), loss, f"logits [B*T, V]{where} are reshaped")
+            return ModuleOutput(tensor.unflatten(0, (batch, length)), loss, "logits [B*T, V] are reshaped to [B, T, V]")
     refusal, fix = _refusal(output, entries, loss, ids, config)
     return ModuleOutput(None, loss, "", refusal, fix)
 

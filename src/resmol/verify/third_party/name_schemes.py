@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
@@ -128,11 +129,23 @@ def _in_layer(words: list[str]) -> tuple[str, ...]:
     return both[0] or both[1] if not (both[0] and both[1]) else ()
 
 
-def scheme_of(names: list[str]) -> str:
-    """Return in words whose naming this is; empty for Hugging Face's."""
-    words = {part for name in names for part in unwrapped(name).split(".")}
-    if {"embed_tokens", "q_proj", "gate_proj", "input_layernorm"} <= words:
-        return "Hugging Face's without `model.`" if not any(n.startswith("model.") for n in names) else ""
-    if {"wq", "w1"} <= words:
-        return "Meta's (wq, w1, ...)"
-    return "GPT-2's (wte, h, ...)" if {"wte", "h"} <= words else "a scheme of its own"
+def scheme_of(found: Mapping[str, str]) -> str:
+    """Return in words whose naming this is; empty for Hugging Face's.
+
+    Args:
+        found: Hugging Face's name for each recognized parameter, or the first of several.
+    """
+    plain = {unwrapped(name): target for name, target in found.items()}
+    if all(name == target for name, target in plain.items()):
+        return ""
+    if all(f"model.{name}" == target or name == target for name, target in plain.items()):
+        return "Hugging Face's without `model.`"
+    words = {_word(name): _word(target) for name, target in plain.items()}
+    is_gpt = "wte" in words and any(".h." in f".{name}" for name in plain)
+    whose = "Meta's" if {"wq", "w1"} <= words.keys() else "GPT-2's" if is_gpt else "its own"
+    return f"{whose}: " + ", ".join(f"{own} = {usual}" for own, usual in words.items() if own != usual)
+
+
+def _word(name: str) -> str:
+    parts = [part for part in name.split(".") if part.lower() not in _WEIGHT_WORDS]
+    return parts[-1] if parts else name

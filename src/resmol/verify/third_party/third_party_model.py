@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from resmol.config.model_config import ModelConfig
 from resmol.errors import CheckFailed
+from resmol.system.untrusted_text import listed
 from resmol.verify.capture import Captured, capture, next_token_loss
 from resmol.verify.third_party.factory import Built, Factory, build
 from resmol.verify.third_party.guarded import Phase, guarded
 from resmol.verify.third_party.module_output import ModuleOutput, read_output
-from resmol.verify.third_party.weight_mapping import EMBEDDING, HEAD, NameMap, WeightMapping, map_weights
+from resmol.verify.third_party.weight_mapping import EMBEDDING, HEAD, NameMap, WeightMapping, map_weights, pattern
 
 _LABELS = ("labels", "targets", "target", "label", "y", "lm_labels", "tgt")
 _IDS = ("input_ids", "ids", "idx", "x", "tokens", "inputs", "input")
@@ -141,6 +142,8 @@ class ThirdPartyModel:
         returned = guarded(Phase.FORWARD, lambda: self.module(*arguments, **options))
         output = read_output(returned, ids, self.config)
         self._note(output.note)
+        if output.logits is not None and not torch.is_autocast_enabled("cpu") and output.logits.dtype != torch.float32:
+            self._note(f"logits are returned in {_written(output.logits.dtype)}")
         return output
 
     def _note(self, text: str) -> None:
@@ -175,8 +178,12 @@ def _for_comparison(module: nn.Module) -> tuple[nn.Module, set[torch.dtype]]:
 
 
 def _types_note(types: set[torch.dtype]) -> str:
-    others = sorted(str(kind).removeprefix("torch.") for kind in types - {torch.float32})
+    others = sorted(map(_written, types - {torch.float32}))
     return f"built in {' and '.join(others)}, compared in float32" if others else ""
+
+
+def _written(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _mapping_notes(mapping: WeightMapping) -> list[str]:
@@ -184,10 +191,11 @@ def _mapping_notes(mapping: WeightMapping) -> list[str]:
     for name, targets in mapping.fused.items():
         parts = ", ".join(target.split(".")[-2] for target in targets)
         notes.append(f"{name} holds {parts}, one after the other")
-    for kind in dict.fromkeys(mapping.extra.values()):
-        names = [name for name, of in mapping.extra.items() if of == kind]
-        value = 1 if kind in _NEUTRAL_IS_ONE else 0
-        notes.append(f"{len(names)} extra parameters ({kind}, e.g. {names[0]}) are set to {value}")
+    if mapping.complete:
+        for kind in dict.fromkeys(mapping.extra.values()):
+            names = list(dict.fromkeys(pattern(name) for name, of in mapping.extra.items() if of == kind))
+            value = 1 if kind in _NEUTRAL_IS_ONE else 0
+            notes.append(f"set to {value}, since SmolLM2 has no such {kind}: {listed(names, 6)}")
     return notes
 
 

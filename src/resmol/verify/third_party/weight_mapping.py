@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TypeAlias
 
 from jaxtyping import Shaped
@@ -17,33 +15,15 @@ from torch import Tensor
 from resmol.config.model_config import ModelConfig
 from resmol.errors import UsageError
 from resmol.model.shapes import tensor_shapes
-from resmol.system.byte_order_mark import decode_text
 from resmol.system.untrusted_text import quoted
-from resmol.system.user_paths import user_path
 from resmol.verify.third_party.name_schemes import kind_of, recognize, scheme_of, unwrapped
 
+MOST_NAMES = 16  # of a list that is shown
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 # Their parameter -> Hugging Face's name, or several whose rows it holds one after the other; "" for one to complete.
 NameMap: TypeAlias = Mapping[str, str | Sequence[str]]
 NAME_MAP_FIX = "give a JSON object: their name -> Hugging Face's, or a list of those whose rows it holds"
-
-
-def read_name_map(path: Path | None) -> dict[str, str | list[str]] | None:
-    """Return a map of parameter names read from a JSON file (`UsageError` when it is none)."""
-    if path is None:
-        return None
-    try:
-        table = json.loads(decode_text(user_path(path).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}", fix=NAME_MAP_FIX) from None
-    if not isinstance(table, dict) or not all(_is_target(value) for value in table.values()):
-        raise UsageError(f"{path} is not a map of names", fix=NAME_MAP_FIX)
-    return table
-
-
-def _is_target(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 @dataclass(frozen=True)
@@ -125,9 +105,7 @@ def map_weights(
     return WeightMapping(
         pieces,
         {name: kind_of(name, parameters[name].dim()) for name, known in targets.items() if not known},
-        ""
-        if all(known in ((), (unwrapped(name),)) for name, known in targets.items())
-        else scheme_of(list(parameters)),
+        scheme_of({name: known[0] for name, known in targets.items() if known and name not in given}),
         tuple(name for name in expected if name not in found),
         misshapen,
         _layers(pieces),
@@ -218,28 +196,10 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; the nearest is {near[0]}" if near else ""
 
 
-def name_map_to_complete(parameters: Mapping[str, Tensor], mapping: WeightMapping) -> dict[str, str | list[str]]:
-    """Return a map of all parameters, as a file for the user: what is not known maps to an empty name."""
-    held: dict[str, list[str]] = {}
-    for piece in mapping.pieces:
-        held.setdefault(piece.parameter, []).append(piece.target)
-    table: dict[str, str | list[str]] = {}
-    for name in parameters:
-        if kind_of(name) == "bias":
-            continue
-        targets = [pattern(target) for target in held.get(name, [])] or [""]
-        table.setdefault(pattern(name), targets[0] if len(targets) == 1 else targets)
-    return table
-
-
 def names_in_words(parameters: Mapping[str, Tensor], mapping: WeightMapping) -> str:
-    """Return both lists of names in lines: what is missing, and what the module has instead."""
-    missing = list(dict.fromkeys(pattern(name) for name in mapping.missing))
-    others = list(
-        dict.fromkeys(f"{pattern(name)} {list(parameters[name].shape)}" for name, kind in mapping.extra.items())
-    )
+    """Return both lists of names in lines: what is missing, and what the module has that is not known."""
+    missing = dict.fromkeys(map(pattern, mapping.missing))
+    own = dict.fromkeys(f"{pattern(name)} {list(parameters[name].shape)}" for name in mapping.extra)
     lines = [f"{len(mapping.missing)} of Hugging Face's names are missing:", *(f"  {name}" for name in missing)]
-    if others:
-        lines += ["the module's own, not recognized:", *(f"  {name}" for name in others[:12])]
-        lines += [f"  and {len(others) - 12} more"] if len(others) > 12 else []
-    return "\n".join(lines)
+    lines += ["not recognized in the module:", *(f"  {name}" for name in list(own)[:MOST_NAMES])] if own else []
+    return "\n".join(lines + ([f"  and {len(own) - MOST_NAMES} more"] if len(own) > MOST_NAMES else []))
