@@ -62,6 +62,16 @@ def test_precision_is_a_rule_of_processor_and_size(
         assert "`--set runtime.precision=...` pins it" in reasons[0]
 
 
+@pytest.mark.parametrize(("has_unit", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, has_unit: bool, expected: str
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_unit
+    )
+    assert auto._choose_precision(tiny_config, torch.device("cuda"))[0] == expected
+
+
 def test_a_version_of_pytorch_that_cannot_tell_takes_float32(
     tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ class TokenizerConfig(StrictModel):
     sha256: str = param(
         "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
         "A",
-        "sha256 of tokenizer.json; prepared data with another one is refused",
+        "sha256 of tokenizer.json; `train --tokenizer` states it; prepared data with another one is refused",
         pattern=r"^[0-9a-f]{64}$",
     )
 

@@ -267,7 +267,7 @@ import sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
-except ImportError:
+except (ImportError, ValueError, OSError):  # Windows; macOS, which has the call and may refuse it
     pass
 from tokenizers import Tokenizer
 trial = Tokenizer.from_str(sys.stdin.buffer.read().decode("utf-8"))

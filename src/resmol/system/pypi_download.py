@@ -25,7 +25,7 @@ from resmol.system.atomic_io import file_sha256
 from resmol.system.progress import Background, byte_progress
 
 _CHUNK = 1 << 20
-_PIP_SECONDS = 1800  # 98 MB over a slow line; an unreachable index gives up long before, see --retries
+_PIP_SECONDS = 1800  # 93 MB over a slow line; an unreachable index gives up long before, see --retries
 
 
 @contextmanager

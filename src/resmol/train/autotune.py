@@ -117,7 +117,8 @@ def _choose_activation_checkpointing(config: RunConfig, device: torch.device) ->
 def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
     pin = "`--set runtime.precision=...` pins it"
     if device.type == "cuda":
-        chosen = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        # A T4 or a P100 has no unit for it: CUDA would emulate it, slower than float32.
+        chosen = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         return chosen, f"precision: {chosen} ({pin})"
     unit, flops = bfloat16_unit(), _micro_batch_flops(config)
     if not unit:
