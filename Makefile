@@ -17,7 +17,7 @@ help: ## list the targets
 setup: .venv/package ## create .venv from requirements.lock (the other targets do it by themselves)
 
 quickstart: .venv/package ## SmolLM2's architecture at a size for minutes: 5000 steps, resume at 5001, 5050, audit, report
-	$(BIN)/resmol reproduce runs/quickstart --preset nano
+	$(BIN)/resmol quickstart
 
 reproduce: .venv/package ## the same with the real SmolLM2-135M, on a GPU or a CPU; interrupted, it goes on
 	$(BIN)/resmol reproduce runs/smollm2-135m
@@ -48,10 +48,10 @@ mistakes: .venv/package ## the mistakes of other reproductions, each put into ou
 faults: .venv/package ## the fault campaign at its full counts; writes docs/reliability.md
 	RESMOL_FAULTS_WORKERS=$(WORKERS) $(BIN)/python tests/faults/campaign.py
 
-check: .venv/package ## format, lint, strict types, import layers
+check: .venv/package ## format, lint, strict types for three systems, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	for platform in linux darwin win32; do $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit; done
 	$(BIN)/lint-imports
 
 format: .venv/package ## format the code and sort the imports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -11,9 +12,11 @@ import statistics
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -184,6 +187,78 @@ def test_every_library_that_is_imported_is_declared() -> None:
     assert not undeclared
 
 
+# --- systems ------------------------------------------------------------------------------------------------
+
+
+def windows() -> ModuleType:
+    """Return the list of what Windows lacks, which tests/system/test_windows.py takes away."""
+    spec = importlib.util.spec_from_file_location("windows", ROOT / "tests" / "windows" / "sitecustomize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def posix_alone(tree: ast.AST) -> list[str]:
+    """Return what a file uses that not every system has, or by which it asks for the system."""
+    lacking = windows()
+    names = {f"{module}.{name}" for module, found in lacking.NAMES.items() for name in found}
+    names |= {"sys.platform", "os.name", "platform.system", "platform.libc_ver"}
+    used = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    options = [node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg]
+    without_readline = lacking.MODULES - {"readline"}  # the chat imports it if it is there
+    return [
+        *(name for name in imports_of(tree) if name in without_readline or name in ("ctypes", "psutil")),
+        *(name for name in used if name in names or name.endswith(".is_mount")),
+        *(name for name in options if name in ("preexec_fn", "pass_fds", "process_group", "start_new_session")),
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_what_differs_between_systems_lies_in_one_folder(path: Path) -> None:
+    found = posix_alone(ast.parse(path.read_text(encoding="utf-8")))
+    assert found == [] or path.is_relative_to(PACKAGE / "system")
+
+
+def test_the_check_above_sees_each_kind() -> None:
+    code = """
+import fcntl, os, signal, sys
+os.fork(); os.getpid(); signal.SIGKILL; signal.SIGINT; sys.platform; path.is_mount(); run(pass_fds=())
+"""
+    expected = ["fcntl", "os.fork", "pass_fds", "path.is_mount", "signal.SIGKILL", "sys.platform"]
+    assert sorted(posix_alone(ast.parse(code))) == expected
+
+
+def unportable_texts(tree: ast.AST) -> list[str]:
+    """Return the calls that open a text and leave its encoding, or the end of its lines, to the system."""
+    found = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else f"{node.func.id}()"
+        texts = [str(value.value) for value in node.args if isinstance(value, ast.Constant)]
+        mode = next((text for text in texts if re.fullmatch("[rwax][bt+]*", text)), "r")
+        given = {option.arg for option in node.keywords}
+        is_text = name == "write_text" or (name == "read_text" and not node.args)  # a distribution's takes a name
+        is_text |= name in ("open", "open()") and bool(texts) and "b" not in mode
+        needed = {"encoding"} | ({"newline"} if name == "write_text" or set(mode) & set("wax") else set())
+        if is_text and not needed <= given:
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_text_has_the_same_bytes_on_every_system(path: Path) -> None:
+    assert unportable_texts(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+def test_the_check_of_texts_sees_each_kind() -> None:
+    wrong = ["path.read_text()", "path.write_text('a', encoding='utf-8')", "path.open('a', encoding='utf-8')"]
+    right = ["path.open('wb')", "path.open('r+b', buffering=0)", "path.read_text(encoding='utf-8')"]
+    assert unportable_texts(ast.parse("\n".join(wrong + right))) == wrong
+
+
 # --- sizes, names, documentation ----------------------------------------------------------------------------
 
 
@@ -278,11 +353,27 @@ def test_the_license_is_the_standard_text() -> None:
     assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
 
-def test_the_wheel_holds_the_package_data() -> None:
-    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["src/resmol"]
-    assert (PACKAGE / "py.typed").is_file()
-    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
-    assert not {"*.toml", "presets/", "py.typed", "*.lock"} & set(ignored)
+def test_the_wheel_holds_the_whole_package_and_works_without_the_checkout(tmp_path: Path) -> None:
+    """Built as pip builds it; presets, templates and what else is no Python are in it."""
+    tracked = ("src", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+    for name in tracked:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    build = "import hatchling.build, sys; print(hatchling.build.build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
+        wheel.extractall(tmp_path / "installed")
+        names = {name for name in wheel.namelist() if name.startswith("resmol/")}
+    there = (path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*") if path.is_file())
+    assert names == {path.as_posix() for path in there if "__pycache__" not in path.parts}
+    assert "resmol/py.typed" in names
+    elsewhere = {"PYTHONPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-P", "-m", "resmol", "inspect", "nano"], cwd=tmp_path, capture_output=True, text=True,
+        env={**elsewhere, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert "parameters" in shown.stdout, shown.stderr
 
 
 def test_make_lists_its_targets() -> None:

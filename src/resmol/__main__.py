@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from collections.abc import Sequence
 
@@ -11,29 +10,15 @@ import typer
 
 from resmol.errors import DiskFull, Interrupted, ResmolError
 from resmol.system.installation import started_as
+from resmol.system.standard_streams import set_up_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``resmol`` and exit with the code that README.md lists."""
-    open_missing_streams()
+    set_up_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     sys.exit(run([argument for argument in given if argument != "--debug"], debug=debug))
-
-
-def open_missing_streams() -> None:
-    """Replace standard streams that are closed (`2>&-`) by ones into nothing.
-
-    The next file to be opened would get the number of a closed one otherwise, and a library that writes its warnings
-    to descriptor 2 would write them into the ledger.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the kernel gives the lowest number that is free
-    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
-    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
 
 
 def run(arguments: Sequence[str], *, debug: bool) -> int:

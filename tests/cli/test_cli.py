@@ -15,6 +15,8 @@ from small_models import reference
 from tiny import TrainTiny
 
 from resmol.__main__ import exit_code, run
+from resmol.audit.reproduce import ReproduceSpec
+from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
@@ -342,3 +344,18 @@ def test_the_commands_are_listed_in_the_order_of_work_in_80_columns(
     lines = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
     assert [line.split()[0] for line in lines][:6] == ["inspect", "config", "prepare", "train", "verify", "audit"]
     assert [line for line in lines if "..." in line or len(line) > 80] == []
+
+
+def test_quickstart_is_reproduce_with_nano(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[ReproduceSpec] = []
+
+    def begin(spec: ReproduceSpec) -> list[Check]:
+        begun.append(spec)
+        return [Check("begun", True, "once", "once", "")]
+
+    monkeypatch.setattr("resmol.audit.reproduce.reproduce", begin)
+    assert run(["quickstart"], debug=True) == 0
+    assert run(["reproduce", "runs/quickstart", "--preset", "nano"], debug=True) == 0
+    assert begun[0] == begun[1]
+    makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text(encoding="utf-8")
+    assert "\t$(BIN)/resmol quickstart\n" in makefile

@@ -264,15 +264,17 @@ def test_rubbish_is_an_error(tmp_path, data):
         Tokenizer(data, tmp_path / "tokenizer.json")
 
 
-def test_a_tokenizer_that_hangs_is_given_up(tiny_tokenizer_file, own_cache, monkeypatch):
-    monkeypatch.setattr(module, "_TRIAL", "import time; time.sleep(60)")
+def test_a_tokenizer_that_hangs_is_given_up(tiny_tokenizer_file, own_cache, monkeypatch, tmp_path):
+    (tmp_path / "trial.py").write_text("import time; time.sleep(60)", encoding="utf-8")
+    monkeypatch.setattr(module, "_TRIAL", tmp_path / "trial.py")
     monkeypatch.setattr(module, "_TRIAL_SECONDS", 0.5)
     with pytest.raises(DataError, match=r"took more than 0\.5 s"):
         load_tokenizer(tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file))
 
 
-def test_a_tokenizer_that_wants_all_memory_is_stopped(tiny_tokenizer_file, own_cache, monkeypatch):
-    monkeypatch.setattr(module, "_TRIAL", module._TRIAL.replace("trial = ", "bytes(64 << 30)\ntrial = "))
+def test_a_tokenizer_that_wants_all_memory_is_stopped(tiny_tokenizer_file, own_cache, monkeypatch, tmp_path):
+    (tmp_path / "trial.py").write_text("bytes(64 << 30)", encoding="utf-8")
+    monkeypatch.setattr(module, "_TRIAL", tmp_path / "trial.py")
     with pytest.raises(DataError, match="MemoryError"):
         load_tokenizer(tiny_tokenizer_file, sha256=sha(tiny_tokenizer_file))
 

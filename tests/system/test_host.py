@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from resmol.system.host import free_memory
@@ -47,10 +49,28 @@ def test_outside_the_main_thread_it_does_nothing() -> None:
     assert seen == [False]
 
 
-def test_free_memory_is_what_kernel_and_container_leave(tmp_path: Path) -> None:
-    assert free_memory(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    5000 kB\n")
+@pytest.fixture
+def five_megabytes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000 * 1024))
+
+
+def test_free_memory_is_what_the_kernel_says() -> None:
+    stated = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    found = free_memory(Path("/nowhere"))
+    assert found is not None
+    assert 0.5 < found / (1024 * int(stated.split()[1])) < 2
+
+
+def test_free_memory_is_unknown_where_the_kernel_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> None:
+        raise FileNotFoundError("/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", nothing)
+    assert free_memory() is None
+
+
+@pytest.mark.usefixtures("five_megabytes_are_free")
+def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
     assert free_memory(tmp_path) == 5000 * 1024
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
@@ -68,12 +88,11 @@ def test_free_memory_is_what_kernel_and_container_leave(tmp_path: Path) -> None:
          "active_file 1\ntotal_inactive_file 600\ntotal_active_file 200\n"),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("five_megabytes_are_free")
 def test_pages_of_files_are_free_also_in_a_container(
     tmp_path: Path, folder: str, names: tuple[str, str], statistics: str
 ) -> None:
     """A checkpoint that was saved stays in the page cache, which is given back when memory is needed."""
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemAvailable:    5000 kB\n")
     group = tmp_path / "sys" / "fs" / "cgroup" / folder
     group.mkdir(parents=True)
     for name, value in zip(names, ("4096", "1000"), strict=True):

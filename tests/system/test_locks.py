@@ -88,7 +88,7 @@ def test_a_killed_owner_frees_the_run(tmp_path: Path, start: Start) -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait(timeout=HANGS)
     with exclusive_lock(tmp_path / "run" / "lock"):
-        written = json.loads((tmp_path / "run" / "lock").read_text())
+        written = json.loads((tmp_path / "run" / "lock").read_text()[1:])
     assert written == {"pid": os.getpid(), "host": socket.gethostname()}
 
 
@@ -127,11 +127,11 @@ def test_a_contender_names_the_owner_of_now_and_not_the_dead_one_before(
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     file = tmp_path / "lock"
-    file.write_text(json.dumps({"pid": dead.pid, "host": socket.gethostname()}))
+    file.write_text("\0" + json.dumps({"pid": dead.pid, "host": socket.gethostname()}))
     owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
     with file.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        monkeypatch.setattr(time, "sleep", lambda _seconds: file.write_text(owner))  # while the contender waits
+        monkeypatch.setattr(time, "sleep", lambda _seconds: file.write_text("\0" + owner))  # while the contender waits
         with pytest.raises(RunInUse) as refused, exclusive_lock(tmp_path / "lock"):
             pass
     assert f"process {os.getpid()} on {socket.gethostname()}" in refused.value.what

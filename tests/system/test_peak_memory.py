@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
 
 from resmol.system.peak_memory import peak_memory_bytes
 
@@ -31,6 +35,13 @@ def test_a_child_reports_what_it_held_and_not_what_its_parent_holds() -> None:
     assert len(ballast) > 0
     assert before < 60 * MIB
     assert 299 * MIB < after - before < 305 * MIB
+
+
+def test_windows_states_the_peak_of_the_working_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    facts = SimpleNamespace(peak_wset=12345)
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: facts))
+    assert peak_memory_bytes(tmp_path / "missing") == 12345
 
 
 def test_where_there_is_no_proc_the_figure_of_getrusage_is_taken(tmp_path: Path) -> None:

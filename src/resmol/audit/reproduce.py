@@ -34,6 +34,7 @@ from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
 from resmol.system.atomic_io import write_durable
 from resmol.system.host import release_freed_memory
+from resmol.system.processes import ask_to_stop, start_apart
 from resmol.system.signals import STOP_SIGNALS, StopSignal
 from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
@@ -251,9 +252,9 @@ def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str]) -> None:
     evidence = spec.run.evidence / f"{name}.json"
     evidence.unlink(missing_ok=True)  # evidence of an earlier attempt proves nothing
     with StopSignal() as stop:
-        # In a session of its own, so that Ctrl-C at a terminal reaches this process alone, which forwards it once.
+        # So that Ctrl-C at a terminal reaches this process alone, which forwards it once.
         command = [sys.executable, "-m", "resmol", *arguments]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        process = start_apart(command, stdout=subprocess.PIPE)
         output, code = _wait(process, stop), process.returncode
     if output.strip():
         write_durable(evidence, output)
@@ -279,7 +280,7 @@ def _wait(process: subprocess.Popen[bytes], stop: StopSignal) -> bytes:
             return process.communicate(timeout=POLL_SECONDS)[0]
         except subprocess.TimeoutExpired:
             if stop.number is not None and not forwarded:
-                process.send_signal(stop.number)
+                ask_to_stop(process, stop.number)
                 forwarded = True
 
 

@@ -60,7 +60,7 @@ def checkpoint_comparison(bench: CheckpointBench, folder: Path, data: str) -> Co
     """
     config = bench.short_config
     file, out = folder / "bench.toml", folder / "baseline"
-    file.write_text(config.to_toml(), encoding="utf-8")
+    file.write_text(config.to_toml(), encoding="utf-8", newline="\n")
     size = 3 * 4 * total_parameters(config.model)
 
     def resmol() -> Metrics:

@@ -110,7 +110,7 @@ def write_model(config: RunConfig, folder: Path) -> None:
     model = CausalLM.empty(config.model)
     model.init_weights(config.train.seed)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.model.to_hf()), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config.model.to_hf()), encoding="utf-8", newline="\n")
     tensors = {name: tensor.detach().contiguous() for name, tensor in weight_tensors(model).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

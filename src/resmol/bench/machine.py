@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from resmol.errors import DataError, UsageError
-from resmol.system.host import host_facts
+from resmol.system.host import host_facts, usable_cores
 from resmol.system.installation import install_hint
 
 BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
@@ -18,10 +17,9 @@ BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
 def machine_facts(threads: int) -> dict[str, Any]:
     """Return processor, system, versions and the number of threads (0: PyTorch's default); no host name, no path."""
     facts = {**host_facts(), "torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {package: _version(package) for package in BASELINE_PACKAGES}
     versions = {package: number for package, number in found.items() if number}
-    return {**facts, "processors": usable, "threads": threads or torch.get_num_threads(), **versions}
+    return {**facts, "processors": usable_cores(), "threads": threads or torch.get_num_threads(), **versions}
 
 
 def require_baseline(baseline: str | None, known: tuple[str, ...], packages: tuple[str, ...]) -> None:

@@ -92,7 +92,7 @@ def write_text(corpus: Corpus, path: Path, size: int) -> tuple[int, int]:
         DataError: The corpus holds no text.
     """
     written = documents = 0
-    with path.open("w", encoding="utf-8") as out:
+    with path.open("w", encoding="utf-8", newline="\n") as out:
         while written < size:
             before = written
             for text in _documents(corpus):

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ from resmol.data.tokenizer import load_tokenizer
 from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger
+from resmol.system.processes import kill_group, limit_private_memory, start_apart
 from resmol.system.user_paths import user_path
 
 QUIET = {"evaluation.every": 0, "sampling.every": 0, "checkpoint.every": 0}
@@ -108,19 +107,16 @@ def run_process(
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started, timed_out = time.perf_counter(), False
-        process = subprocess.Popen(
-            command, stdout=out, stderr=err, env={**os.environ, **(environment or {})}, process_group=0
-        )
+        process = start_apart(command, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
         try:
             if memory_bytes:
-                resource.prlimit(process.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+                limit_private_memory(process, memory_bytes)
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:  # also after Ctrl-C: no measured process outlives its measurement
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill_group(process)
         took = time.perf_counter() - started
         return Finished(took, process.returncode, _text(out), _text(err), timed_out)
 
@@ -145,7 +141,7 @@ def run_worker(
         CheckFailed: It failed, or wrote no result.
     """
     given, result = folder / "task.json", folder / "result.json"
-    given.write_text(json.dumps(task), encoding="utf-8")
+    given.write_text(json.dumps(task), encoding="utf-8", newline="\n")
     result.unlink(missing_ok=True)
     done = run_process([sys.executable, "-m", module, str(given), str(result)], environment=environment)
     if done.code or not result.is_file():
@@ -178,7 +174,7 @@ def run_training(
     run = RunDir(folder / "run")
     shutil.rmtree(run.path, ignore_errors=True)
     file = folder / "config.toml"
-    file.write_text(config.to_toml(), encoding="utf-8")
+    file.write_text(config.to_toml(), encoding="utf-8", newline="\n")
     command = [sys.executable, "-m", "resmol", "train", str(run.path), "--config", str(file), "--data", data]
     done = run_process([*command, "--steps", str(steps), "--json"], seconds=seconds, memory_bytes=memory_bytes)
     return TrainingRun(done, read_ledger(run.ledger).records if run.ledger.is_file() else [])

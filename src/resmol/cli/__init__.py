@@ -19,7 +19,7 @@ from resmol.cli.command import Command
 
 IN_ORDER_OF_WORK = (
     "inspect", "config", "prepare", "train", "verify", "audit", "evaluate", "generate", "export", "publish", "demo",
-    "ablate", "report", "reproduce",
+    "ablate", "report", "reproduce", "quickstart",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda command: IN_ORDER_OF_WORK.index(getattr(command.callback, "__name__", "")))
 for group in (app, bench.bench, tokenizer.tokenizer):

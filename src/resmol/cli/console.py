@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import select
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from resmol.config.run_config import RunConfig
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
 from resmol.run.log_writers import LogWriter, StepFormatter, TensorBoardWriter, TextLogWriter
+from resmol.system.standard_streams import has_room
 
 REFRESH_SECONDS = 0.2  # of the live line
 PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
@@ -53,11 +53,8 @@ class _LossyStream(io.TextIOBase):
         return len(text)
 
     def _has_room(self) -> bool:
-        """Ask the kernel; a pipe that can be written to takes at least PIPE_BUF = 4096 bytes at once (POSIX)."""
         try:
-            poll = select.poll()
-            poll.register(self._stream.fileno(), select.POLLOUT)
-            return bool(poll.poll(0))  # an error counts as room: the write then says what is wrong
+            return has_room(self._stream.fileno())  # an error counts as room: the write then says what is wrong
         except (OSError, ValueError):
             return True  # not a file of the system, or closed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,7 +16,9 @@ from rich.table import Table
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.system.installation import started_as
+from resmol.system.standard_streams import has_all_characters
 from resmol.system.tables import result_console, text_table
+from resmol.system.user_paths import short_path
 
 
 def say(text: str) -> None:
@@ -47,7 +49,7 @@ def suggest(*commands: str) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on standard output."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=not has_all_characters(sys.stdout)))
 
 
 def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: bool = False) -> None:
@@ -73,7 +75,7 @@ def check_table(title: str, checks: Sequence[Check], explain: bool) -> Table:
         if explain and check.guards:
             lines += [f"[dim]guards against: {escape(check.guards)}[/]"]
         if check.evidence:
-            lines += [f"[dim]see {escape(os.path.relpath(check.evidence))}[/]"]
+            lines += [f"[dim]see {escape(short_path(check.evidence))}[/]"]
         table.add_row(mark, escape(check.name), "\n".join(lines))
     passed = sum(check.passed for check in checks)
     table.add_row("", f"[bold]{passed} of {len(checks)} passed[/]", "")

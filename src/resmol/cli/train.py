@@ -1,4 +1,4 @@
-"""Commands: prepare, train, reproduce."""
+"""Commands: prepare, train, reproduce, quickstart."""
 
 from __future__ import annotations
 
@@ -221,12 +221,31 @@ def reproduce(
 
     Claims are printed with their evidence. The same command continues an interrupted one; RUN alone is enough then.
     """
+    _run_protocol(json_, run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
+
+
+@app.command(
+    epilog="""
+    resmol quickstart
+    resmol quickstart --json > claims.json
+    """
+)
+def quickstart(json_: Json = False) -> None:
+    """Reproduce the smallest preset, nano, in minutes.
+
+    The same as `resmol reproduce runs/quickstart --preset nano`.
+    """
+    _run_protocol(json_, Path("runs/quickstart"), "nano", (), None, None, None, ())
+
+
+def _run_protocol(as_json: bool, *choice: Any) -> None:
+    """Do what `ReproduceSpec.choose` makes of the arguments, and print the claims."""
     set_up_process()  # the estimate trains in this process, as fast as `train` will
     from resmol.audit.reproduce import ReproduceSpec
     from resmol.audit.reproduce import reproduce as run_reproduction
 
-    spec = ReproduceSpec.choose(run, preset, tuple(input_ or ()), corpus, steps, then, tuple(set_ or ()))
-    report_checks("claims", run_reproduction(spec), json_)
-    if not json_:
+    spec = ReproduceSpec.choose(*choice)
+    report_checks("claims", run_reproduction(spec), as_json)
+    if not as_json:
         name = quote(str(spec.run.path))
         suggest(f"generate {name} --interactive", f"demo {name}", f"export {name} out/{quote(spec.run.path.name)}")

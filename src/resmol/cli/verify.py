@@ -83,7 +83,7 @@ def verify(
     explain: Annotated[bool, typer.Option("--explain", help="Show which mistake each check guards against.")] = False,
     json_: Json = False,
 ) -> None:
-    """Prove the architecture, by checks and parity with transformers."""
+    """Prove the model by checks and parity with transformers."""
     chosen = chosen_config(preset, config)
     if weights != "random" and (chosen or model):
         raise UsageError("--weights brings its own configuration", fix="leave out --preset, --config and --model")

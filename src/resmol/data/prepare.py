@@ -8,6 +8,7 @@ folder appears whole or not at all, by the commit protocol of `atomic`.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -317,5 +318,5 @@ def _require_fresh(out: Path) -> None:
         )
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out} exists and is not an empty folder", fix="name a folder that does not exist yet")
-    if out.is_mount():
+    if os.path.ismount(out):  # pathlib's does not work on Windows before Python 3.12
         raise UsageError(f"{out} is a mount point, which cannot appear at once", fix=f"name a folder in it: {out}/data")

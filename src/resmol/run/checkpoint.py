@@ -120,8 +120,10 @@ def stage_checkpoint(
     def write_files(temporary: Path) -> None:
         with ThreadPoolExecutor(len(names)) as pool:  # writing and hashing release the interpreter
             list(pool.map(lambda name: save_tensors(files[name], temporary / name), files))
-            (temporary / CONFIG).write_text(json.dumps(tensors.config.to_hf(), indent=2) + "\n", encoding="utf-8")
-            (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+            (temporary / CONFIG).write_text(
+                json.dumps(tensors.config.to_hf(), indent=2) + "\n", encoding="utf-8", newline="\n"
+            )
+            (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8", newline="\n")
             found = pool.map(lambda name: file_entry(temporary / name, digests.get(name, {})), names)
             entries.update(zip(names, found, strict=True))
 

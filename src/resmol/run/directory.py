@@ -22,6 +22,7 @@ from resmol.system.atomic_io import (
     remove_leftovers,
     write_durable,
 )
+from resmol.system.host import free_inodes
 from resmol.system.user_paths import user_path
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class RunDir:
         checkpoint_bytes = copies * 4 * total_parameters(config.model)
         try:
             disk = shutil.disk_usage(self.path)
-            inodes = os.statvfs(self.path)
+            inodes = free_inodes(self.path)
         except OSError as error:
             if error.errno not in LACKING:
                 raise
@@ -200,9 +201,9 @@ class RunDir:
                 f"a checkpoint needs {checkpoint_bytes:,} bytes; {self.path} has {disk.free:,} free",
                 fix="free some space, or choose a run directory on another disk",
             )
-        if inodes.f_files > 0 and inodes.f_favail < FILES_OF_A_RUN:  # some file systems have no such limit, and say 0
+        if inodes is not None and inodes < FILES_OF_A_RUN:
             raise DiskFull(
-                f"a run and a checkpoint need {FILES_OF_A_RUN} inodes; {self.path} has {inodes.f_favail} free",
+                f"a run and a checkpoint need {FILES_OF_A_RUN} inodes; {self.path} has {inodes} free",
                 fix="remove some files, or choose a run directory on another disk",
             )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from resmol.errors import CheckFailed, DataError
-from resmol.system.atomic_io import fsync_path, full_disk_is_an_error, write_durable
+from resmol.system.atomic_io import fsync_file, fsync_path, full_disk_is_an_error, write_durable
 
 Kind = Literal["start", "step", "eval", "sample", "save", "resume", "rewind", "drift", "warn", "stop"]
 Record = dict[str, Any]
@@ -233,7 +233,7 @@ class Ledger:
 
     def _flush(self) -> None:
         with full_disk_is_an_error(self.path):
-            os.fsync(self._file.fileno())
+            fsync_file(self._file.fileno())
 
 
 class NullLedger(Ledger):

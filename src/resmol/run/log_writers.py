@@ -178,7 +178,7 @@ class TextLogWriter:
     """Appends the lines to ``train.log``."""
 
     def __init__(self, path: Path, formatter: StepFormatter) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("a", encoding="utf-8", newline="\n", buffering=1)
         self._formatter = formatter
 
     def show(self, record: Record) -> None:

@@ -20,6 +20,8 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,9 +29,14 @@ from pathlib import Path
 
 from resmol.errors import DiskFull
 
+if sys.platform == "darwin":
+    import fcntl
+
 logger = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = "tmp-"
+OPEN_FILES_STAY = sys.platform == "win32"  # there, a file that is open can be neither renamed nor removed
+RENAME_PATIENCE_SECONDS = 2.0  # with a program that looks into every new file there, such as a virus scanner
 _NO_ROOM = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -39,18 +46,34 @@ _NO_ROOM = {
 _NO_DIRECTORY_SYNC = {
     errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EISDIR,
 }  # fmt: skip
+_NO_FULL_SYNC = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}  # network file systems, on macOS
+
+
+def fsync_file(descriptor: int) -> None:
+    """Flush an open file to the disk (``OSError`` when the disk fails)."""
+    if sys.platform == "darwin":  # whose fsync(2) leaves it in the drive's own cache
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in _NO_FULL_SYNC:
+                raise
+        else:
+            return
+    os.fsync(descriptor)
 
 
 def fsync_path(path: Path) -> None:
     """Flush one file or directory to the disk (``OSError`` when the disk fails).
 
-    A file system that cannot flush directories at all (CIFS, some FUSE mounts, Windows) is no failure: that is logged
-    once, and its names become durable when it likes.
+    A file system that cannot flush directories at all (CIFS, some FUSE mounts) is no failure: that is logged once, and
+    its names become durable when it likes. On Windows that is so everywhere, and not logged.
     """
+    if sys.platform == "win32" and path.is_dir():
+        return
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            fsync_file(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -87,7 +110,8 @@ def write_durable(path: Path, data: bytes) -> None:
     with full_disk_is_an_error(path):
         try:
             _write_and_sync(temporary, data)
-            os.replace(temporary, path)  # noqa: PTH105 - the fault tests watch `os`, one module for every effect
+            # The fault tests watch `os`, one module for every effect.
+            _patiently(lambda: os.replace(temporary, path))  # noqa: PTH105
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -98,7 +122,7 @@ def _write_and_sync(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        fsync_file(file.fileno())
 
 
 def commit_directory(final: Path, write_files: Callable[[Path], None], manifest: Callable[[Path], bytes]) -> None:
@@ -136,8 +160,20 @@ def commit_staged(temporary: Path, final: Path, manifest: Callable[[Path], bytes
             fsync_path(file)
         _write_and_sync(temporary / "manifest.json", manifest(temporary))
         fsync_path(temporary)
-        os.rename(temporary, final)  # noqa: PTH104
+        _patiently(lambda: os.rename(temporary, final))  # noqa: PTH104
     fsync_path(final.parent)
+
+
+def _patiently(rename: Callable[[], None]) -> None:
+    """Rename; where a file that is open stays, wait a moment for whoever reads it (`PermissionError` after that)."""
+    deadline = time.monotonic() + RENAME_PATIENCE_SECONDS
+    while True:
+        try:
+            return rename()
+        except PermissionError:
+            if not OPEN_FILES_STAY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -156,7 +192,7 @@ def remove_directory(path: Path) -> None:
     `remove_leftovers` removes.
     """
     expired = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
-    os.rename(path, expired)  # noqa: PTH104
+    _patiently(lambda: os.rename(path, expired))  # noqa: PTH104
     fsync_path(path.parent)
     _remove_tree(expired)
 
@@ -200,6 +236,14 @@ def full_disk_is_an_error(path: Path) -> Iterator[None]:
             f"{_NO_ROOM[error.errno]}: {path} was not written; earlier files are untouched",
             fix="free some space (or move the run to another disk) and run the same command again",
         ) from error
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``source`` appear as ``target``: as a symbolic link, or a copy where the user may make none (Windows)."""
+    try:
+        target.symlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def file_sha256(path: Path) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import platform
+import sys
 from pathlib import Path
+
+import psutil
 
 CPU_FACTS = Path("/proc/cpuinfo")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of mallopt(3)
@@ -68,21 +72,41 @@ def host_facts() -> dict[str, str]:
     }
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    else:
+        return os.cpu_count() or 1
+
+
+def free_inodes(path: Path) -> int | None:
+    """Return how many files can still be made on the file system of ``path``, None where it has no such limit.
+
+    Raises:
+        OSError: The file system does not say.
+    """
+    if sys.platform == "win32":
+        return None
+    else:
+        found = os.statvfs(path)
+        return found.f_favail if found.f_files > 0 else None
+
+
 def free_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that this process could still take, or None where the system does not say.
 
     That is what the kernel has available, but no more than what a limit of a container (cgroup 2, or 1) leaves.
     """
     try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError):
+        free = [int(psutil.virtual_memory().available)]
+    except OSError:  # no /proc
         return None
     for limit, usage, statistics in CGROUP_FILES:
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
             allowed, taken = (int((root / file).read_text(encoding="ascii")) for file in (limit, usage))
             free.append(allowed - taken + _file_pages(root / statistics))
-    return max(0, min(free)) if free else None
+    return max(0, min(free))
 
 
 def _file_pages(statistics: Path) -> int:

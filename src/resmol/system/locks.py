@@ -2,6 +2,8 @@
 
 A lock of the kernel ends with its process, however that dies. Some file systems have none (a Lustre mount without
 ``flock``, NFS without its lock daemon, some FUSE mounts); there a file stands for the lock.
+
+Windows lets nobody else read or write the byte that is locked, the first one, so the owner's name begins behind it.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from resmol.errors import RunInUse
-from resmol.system.atomic_io import full_disk_is_an_error, make_directory
+from resmol.system.atomic_io import OPEN_FILES_STAY, full_disk_is_an_error, make_directory
+from resmol.system.processes import is_running
 
 if sys.platform != "win32":
     import fcntl
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 OWNER_PATIENCE_SECONDS = 1.0
 MAX_OWNER_BYTES = 4096
+OWNER_STARTS = 1  # in the lock file
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 WITHOUT_LOCKS = ".soft"  # the ending of the file that stands for a lock
 
@@ -47,7 +51,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     lock = _locked(path)
     try:
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-        with full_disk_is_an_error(path), path.open("r+b" if path.exists() else "wb") as file:
+        with full_disk_is_an_error(path), path.open("r+b" if path.exists() else "wb", buffering=0) as file:
+            file.seek(OWNER_STARTS)
             file.write(owner)
             file.truncate()
         yield
@@ -97,7 +102,8 @@ def _owner_of(path: Path) -> str:
     """
     deadline = time.monotonic() + OWNER_PATIENCE_SECONDS
     while True:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
+            file.seek(OWNER_STARTS)
             owner = file.read(MAX_OWNER_BYTES).decode(errors="replace").strip()
         if _may_be_alive(owner) or time.monotonic() > deadline:
             return _in_words(owner)
@@ -116,13 +122,9 @@ def _in_words(owner: str) -> str:
 def _may_be_alive(owner: str) -> bool:
     try:
         facts = json.loads(owner)
-        if facts["host"] == socket.gethostname():
-            os.kill(int(facts["pid"]), 0)  # signal 0 only asks
-    except (ValueError, TypeError, KeyError, OverflowError, ProcessLookupError):
+        return facts["host"] != socket.gethostname() or is_running(int(facts["pid"]))
+    except (ValueError, TypeError, KeyError, OverflowError):
         return False
-    except PermissionError:
-        return True  # alive, as another user's process
-    return True
 
 
 # --- readers and retention -----------------------------------------------------------------------------------
@@ -145,7 +147,14 @@ def kept_while_read(path: Path) -> Iterator[None]:
 
 @contextmanager
 def unless_being_read(path: Path) -> Iterator[bool]:
-    """Yield whether nobody reads a file by `kept_while_read`, and let nobody begin to while this context is open."""
+    """Yield whether nobody reads a file by `kept_while_read`, and let nobody begin to while this context is open.
+
+    Where a file that is open can be neither renamed nor removed, it keeps itself: the context ends with the attempt.
+    """
+    if OPEN_FILES_STAY:
+        with suppress(PermissionError):
+            yield True
+        return
     try:
         file = path.open("r+b")
     except OSError:
@@ -157,12 +166,11 @@ def unless_being_read(path: Path) -> Iterator[bool]:
 
 def _flock(descriptor: int, *, exclusive: bool) -> bool:
     """Lock an open file without waiting; return False only where another process holds it."""
-    if sys.platform == "win32":
-        return True  # what is open there can be neither renamed nor removed
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # no locks here
+    if sys.platform != "win32":  # where what is open keeps itself
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # no locks here
     return True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
+
+if sys.platform != "win32":
+    import resource
 
 STATUS = Path("/proc/self/status")
 
@@ -14,7 +18,8 @@ def peak_memory_bytes(status: Path = STATUS) -> int:
     """Return the largest resident size that this process has had, in bytes.
 
     Linux counts it for the running program (``VmHWM``). Its ``ru_maxrss`` is no substitute: `exec` keeps the maximum,
-    so a child begins with the size of the parent that started it. It is used only where there is no ``/proc``.
+    so a child begins with the size of the parent that started it. It is used only where there is no ``/proc``; Windows
+    counts the peak of the working set.
 
     Args:
         status: The file to read it from.
@@ -23,5 +28,8 @@ def peak_memory_bytes(status: Path = STATUS) -> int:
         for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,6 +21,8 @@ import time
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from resmol.system.host import usable_cores
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
 MALLOC_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_")
 KEPT_BYTES, TOP_PAD_BYTES = (1 << 31) - 1, 64 << 20
@@ -55,7 +57,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:
 def reason_to_sleep(environment: Mapping[str, str], statistics_file: Path = KERNEL_STATISTICS) -> str:
     """Return why waiting threads should sleep; empty where they may spin, or where the load is unknown (not Linux)."""
     cores = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    allowed = usable_cores()
     threads = _positive(environment.get("OMP_NUM_THREADS", "").partition(",")[0], allowed)
     ranks = _positive(environment.get("LOCAL_WORLD_SIZE", ""), 1)
     if threads == 1:

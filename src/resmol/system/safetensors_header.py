@@ -97,7 +97,7 @@ def read_header(path: Path) -> Header:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     """Open a file; a named pipe would otherwise block until somebody writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def header_length(head: bytes, file_size: int, origin: str = "the file") -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+from resmol.system.standard_streams import has_room
 
 # SIGUSR1 and SIGUSR2 announce the end of a job (Slurm's --signal, SGE's -notify, LSF's -wa), SIGXCPU the end of its
 # processor time (setrlimit(2), LSF). By default each would end the process. Windows has the first two and the last.
@@ -64,5 +65,5 @@ class StopSignal:
     def _announce(self) -> None:
         """Write past Python's stream, which may be in the middle of a write, and only where nothing can block."""
         with suppress(OSError, ValueError):
-            if self._announcement and select.select([], [2], [], 0)[1]:
+            if self._announcement and has_room(2):
                 os.write(2, f"\n{self.name}: {self._announcement}\n".encode())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from resmol.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+HOME = "USERPROFILE" if sys.platform == "win32" else "HOME"  # the variable that names the home folder
 
 
 def user_path(path: str | Path) -> Path:
@@ -24,10 +27,20 @@ def user_path(path: str | Path) -> Path:
     Raises:
         UsageError: ``~`` stands for a home folder, and there is none.
     """
-    expanded = os.path.expanduser(path)  # noqa: PTH111 - pathlib's refuses the names of no user
-    if expanded.split("/", 1)[0] == "~":
-        raise UsageError(f"{path} cannot be found: there is no home folder", fix="set HOME, or write the path in full")
-    return Path(expanded)
+    expanded = Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's refuses the names of no user
+    if expanded.parts[:1] == ("~",):
+        raise UsageError(
+            f"{path} cannot be found: there is no home folder", fix=f"set {HOME}, or write the path in full"
+        )
+    return expanded
+
+
+def short_path(path: str) -> str:
+    """Return a path as seen from the working directory; as it is where that is another drive of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return path
 
 
 def default_cache() -> Path:
@@ -46,14 +59,14 @@ def provide_home(environment: MutableMapping[str, str] = os.environ) -> None:
 
     So it is for a user of a container who is only a number, if no variable says otherwise.
     """
-    if environment.get("HOME") == "":  # as if it were not set
-        del environment["HOME"]
+    if environment.get(HOME) == "":  # as if it were not set
+        del environment[HOME]
     if _has_home() or environment.get("XDG_CACHE_HOME"):
         return
-    environment["HOME"] = str(_temporary_home())
+    environment[HOME] = str(_temporary_home())
     logger.warning(
-        f"no home folder: HOME is not set, and user {os.getuid()} has none; downloads are kept in "
-        f"{environment['HOME']} (set HOME or XDG_CACHE_HOME for another place)"
+        f"no home folder: {HOME} is not set, and user {_user_number()} has none; downloads are kept in "
+        f"{environment[HOME]} (set {HOME} or XDG_CACHE_HOME for another place)"
     )
 
 
@@ -63,7 +76,15 @@ def _has_home() -> bool:
 
 def _temporary_home() -> Path:
     """Return a folder of this user alone in the temporary folder, the same each time where that is possible."""
-    folder = Path(tempfile.gettempdir(), f"resmol-{os.getuid()}")
+    folder = Path(tempfile.gettempdir(), f"resmol-{_user_number()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    is_ours = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+    is_ours = not folder.is_symlink() and folder.stat().st_uid == _user_number()
     return folder if is_ours else Path(tempfile.mkdtemp(prefix="resmol-"))
+
+
+def _user_number() -> int:
+    """Return the number of this user; on Windows 0, the owner of every file, where each user has a temporary folder."""
+    if sys.platform == "win32":
+        return 0
+    else:
+        return os.getuid()

@@ -101,7 +101,7 @@ def test_a_template_that_does_more_is_left_to_ollama(folders: dict[str, Path], t
 def test_a_template_that_never_ends_does_not_hold_up_the_export(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "RENDER_SECONDS", 1)
+    monkeypatch.setattr(module, "RENDER_SECONDS", 1.0)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     assert chat_layout(with_template(exported_tokenizer(load_model(folders["chat"], device="cpu")), loop)) is None
 

@@ -28,4 +28,4 @@ def worker_main(work: Callable[[Mapping[str, Any]], Metrics]) -> None:
     if task.get("keep_freed_memory"):
         keep_freed_memory()
     metrics = work(task)
-    result.write_text(json.dumps({**metrics, "peak_bytes": peak_memory_bytes()}), encoding="utf-8")
+    result.write_text(json.dumps({**metrics, "peak_bytes": peak_memory_bytes()}), encoding="utf-8", newline="\n")

@@ -67,7 +67,7 @@ def export_gguf(
         tokenizer = exported_tokenizer(loaded)
         about = _description(loaded.source, name, words)
         write_gguf(folder / file_name, loaded.model, tokenizer, dtype, about)
-        (folder / MODELFILE).write_text(modelfile(tokenizer, loaded.config, file_name), encoding="utf-8")
+        (folder / MODELFILE).write_text(modelfile(tokenizer, loaded.config, file_name), encoding="utf-8", newline="\n")
         write_companions(loaded, tokenizer, folder, dtype, words, file_name)
         logger.info(
             f"reading it back with {' and '.join(reader.name for reader in readers)}, each in a process of its own"

@@ -39,6 +39,7 @@ from resmol.interop.export.parity import (
     where_it_can_be_mapped,
 )
 from resmol.model.llama import CausalLM
+from resmol.system.atomic_io import link_or_copy
 from resmol.system.installation import install_hint
 
 LLAMA_CPP = Reader("llama.cpp", "reader_llama_cpp.py", "llama_cpp", "interop")
@@ -108,7 +109,7 @@ def _with_transformers(
     if (file.parent / CARD).exists():
         more["card"] = card.request(file.parent)
     with tempfile.TemporaryDirectory() as alone:  # without the tokenizer.json that lies beside the file
-        (Path(alone) / file.name).symlink_to(file.resolve())
+        link_or_copy(file.resolve(), Path(alone) / file.name)
         theirs = read_back(TRANSFORMERS, Path(alone), inputs, texts, **more)
     return [
         logits_check("logits, transformers", stored, inputs, theirs),

@@ -173,12 +173,12 @@ def write_companions(
             text = files("resmol.interop.export") / "templates" / f"{WEIGHTS_LICENCE}.txt"
             (folder / LICENCE).write_bytes(text.read_bytes())
     card = model_card(loaded, tokenizer, dtype, record, gguf, words)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
     """Write a table as indented JSON."""
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def rounded(model: CausalLM, dtype: str) -> CausalLM:

@@ -206,7 +206,8 @@ def source_commit() -> str | None:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(package), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10)
+        return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) / "src" / "resmol" != package:

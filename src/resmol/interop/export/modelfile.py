@@ -9,19 +9,20 @@ the usual ones by what stands in the GGUF file.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 from resmol.config.model_config import ModelConfig
 from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.interop.special_tokens import DEFAULT
+from resmol.system.confined_program import run_confined
 
 MODELFILE = "Modelfile"
 BARE_PROMPT = "{{ .Prompt }}"
-RENDER_SECONDS = 20
+RENDER_SECONDS = 20.0
+RENDER_BYTES = 4 << 30  # address space; a template can multiply a text
 # The parts of the conversations, which a template must leave as they are.
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "Systemwords", "Firstquestion", "Firstanswer", "Secondquestion"
 
@@ -166,11 +167,9 @@ def _rendered(tokenizer: ExportedTokenizer, *conversations: dict[str, Any]) -> l
     request = {"template": template, "tokens": tokens, "conversations": conversations}
     program = Path(__file__).with_name("render_chat_template.py")
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(program)], input=json.dumps(request), capture_output=True, text=True,
-            check=True, timeout=RENDER_SECONDS,
-        )  # fmt: skip
-    except subprocess.SubprocessError:
+        done = run_confined(program, json.dumps(request).encode(), memory_bytes=RENDER_BYTES, seconds=RENDER_SECONDS)
+        done.check_returncode()
+    except SubprocessError:
         return None
     texts: list[str] = json.loads(done.stdout)
     begin = "".join(tokenizer.tokenizer.spelling(token) or "" for token in tokenizer.before)

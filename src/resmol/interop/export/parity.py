@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from resmol.checks import Check, largest
@@ -164,12 +164,18 @@ def read_back(
         program = Path(__file__).with_name(reader.program)
         command = [python, "-P", str(program), str(path.absolute()), str(out)]  # -P: nothing beside it is imported
         done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            check=False,
         )
         if done.returncode:
             raise _unreadable(reader, done.stderr)
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        logits = load_file(out)
+        logits = load(out.read_bytes())  # not mapped: what is mapped cannot be removed on Windows
         in_order = [logits[str(n)] for n in range(len(inputs))]
         return ReadBack(in_order, answer["greedy"], answer["ids"], answer.get("card"))
 

@@ -99,7 +99,7 @@ def follow_card(wanted: dict[str, Any]) -> dict[str, Any]:
     printed = io.StringIO()
     with chdir(wanted["folder"]), redirect_stdout(printed), TemporaryDirectory() as elsewhere:
         program = Path(elsewhere) / "card.py"
-        program.write_text(wanted["code"], encoding="utf-8")
+        program.write_text(wanted["code"], encoding="utf-8", newline="\n")
         names = runpy.run_path(str(program))  # resmol's own code, which the request holds; no file of the export is run
         model, tokenizer = names["model"], names["tokenizer"]
         called = [dict(tokenizer(text)) for text in wanted["texts"]]

@@ -93,7 +93,7 @@ def write_record(source: Source, folder: Path) -> RunRecord:
     assert stored is not None, "a run has a configuration"
     config = stored.replace({"data.path": ""})
     copy = RunDir(folder)
-    copy.config.write_text(config.to_toml(), encoding="utf-8")
+    copy.config.write_text(config.to_toml(), encoding="utf-8", newline="\n")
     copy.ledger.write_bytes(run.ledger.read_bytes())
     content = read_ledger(copy.ledger)
     with copy.ledger.open("r+b") as file:
@@ -112,7 +112,7 @@ def write_record(source: Source, folder: Path) -> RunRecord:
         certificate = None
     if claims := read_claims(run):
         copy.evidence.mkdir()
-        copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8")
+        copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8", newline="\n")
     pictures = {}
     for title, png in curve_images(content.records).items():
         pictures[title] = f"{title.lower().replace(' ', '-')}.png"

@@ -51,7 +51,7 @@ def write_name_map(path: Path, factory: Factory, config: ModelConfig, name_map: 
     if path.exists():
         raise UsageError(f"{path} exists already", fix="name another file: --write-names FILE")
     table = _table(build_third_party(factory, config, name_map))
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8", newline="\n")
     empty = sum(not target for target in table.values())
     todo = f"write Hugging Face's name for the other {empty}, then give" if empty else "give"
     return f"{path}: {len(table) - empty} of {len(table)} names are recognized; {todo} --names {path}"
