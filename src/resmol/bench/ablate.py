@@ -1,4 +1,6 @@
-"""`resmol ablate`: what a setting does to speed, memory and loss, with intervals and a control.
+"""`resmol ablate`: what a setting does to speed and memory, with intervals and a control.
+
+What it does to learning takes whole runs over several seeds: sweep.py.
 
 Tables of other reproductions have rows that differ by 20 to 42 % though their settings are the same. Here the first
 variant is measured a second time under another name, and the difference between the two rows is the noise.
@@ -6,26 +8,31 @@ variant is measured a second time under another name, and the difference between
 
 from __future__ import annotations
 
-import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from resmol.bench.comparison import MEMORY, SPEED, Comparison, Quantity, Variant
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import measure_training, prepared_folder
+from resmol.bench.variants import (
+    Overrides,
+    base_and_factors,
+    check_variants,
+    combinations,
+    parse_factor,
+    variant_name,
+)
 from resmol.bench.workers.main import Metrics
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
-from resmol.errors import ConfigError, UsageError
-from resmol.system.wording import counted
+from resmol.errors import UsageError
 from resmol.train.autotune import resolve_auto
 
 logger = logging.getLogger(__name__)
 
-MAX_VARIANTS = 32
 CONTROL = "control: the first row again"
 LOSS = Quantity("loss", "loss", ".4f")
 DEFAULT_FACTORS = (
@@ -62,54 +69,28 @@ class Ablation:
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
 
-    def _values(self) -> list[tuple[str, list[str]]]:
-        return [_factor(text) for text in self.factors]
-
     def base(self) -> RunConfig:
         """Return the configuration that the variants share (`ConfigError` when a value does not fit)."""
-        return with_overrides(self.config, [f"{key}={values[0]}" for key, values in self._values() if len(values) == 1])
+        return base_and_factors(self.config, self.factors)[0]
 
-    def overrides(self) -> list[tuple[str, ...]]:
+    def overrides(self) -> list[Overrides]:
         """Return the ``key=value`` of each variant.
 
         Raises:
             UsageError: A factor is not ``key=a,b``, or there are too many combinations.
             ConfigError: A variant is not a possible configuration; all of these are named.
         """
-        base, factors = self.base(), [factor for factor in self._values() if len(factor[1]) > 1]
-        rows = _combinations(factors) if factors else _one_at_a_time(base)
-        if not 2 <= len(rows) <= MAX_VARIANTS:
-            raise UsageError(
-                f"that makes {counted(len(rows), 'variant')}",
-                fix=f"give factors with 2 to {MAX_VARIANTS} combinations in all",
-            )
-        problems = []
-        for row in rows:
-            try:
-                with_overrides(base, row)
-            except ConfigError as error:
-                problems.append(f"  - {', '.join(row)}: {error.what}")
-        if problems:
-            raise ConfigError("these variants are not possible:\n" + "\n".join(problems), fix="correct the factors")
+        base, factors = base_and_factors(self.config, self.factors)
+        rows = combinations(factors) if factors else _one_at_a_time(base)
+        check_variants(base, rows)
         return rows
 
 
-def _factor(text: str) -> tuple[str, list[str]]:
-    key, equals, values = text.partition("=")
-    if not equals or not all(values.split(",")):
-        raise UsageError(f"--set {text!r} is no factor", fix="give --set key=a,b, or key=a for all variants")
-    return key, values.split(",")
-
-
-def _combinations(factors: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[str, ...]]:
-    return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in factors)))
-
-
-def _one_at_a_time(config: RunConfig) -> list[tuple[str, ...]]:
+def _one_at_a_time(config: RunConfig) -> list[Overrides]:
     """Return the unchanged configuration, and then each default factor changed by itself."""
     stored = config.model_dump(mode="json")
-    rows: list[tuple[str, ...]] = [()]
-    for key, values in map(_factor, DEFAULT_FACTORS):
+    rows: list[Overrides] = [()]
+    for key, values in map(parse_factor, DEFAULT_FACTORS):
         section, name = key.split(".")
         current = str(stored[section][name]).lower()
         rows += [(f"{key}={value}",) for value in values if value != current]
@@ -138,11 +119,11 @@ def ablate(ablation: Ablation, measure: Callable[..., Metrics] = measure_trainin
         folder = Path(name)
         data = prepared_folder(ablation.data, config, folder / "data")
 
-        def measured(row: tuple[str, ...]) -> Callable[[], Metrics]:
+        def measured(row: Overrides) -> Callable[[], Metrics]:
             variant = with_overrides(config, row)
             return lambda: measure(variant, folder, data, ablation.steps, ablation.warmup)
 
-        first, *others = [(", ".join(row) or "as configured", measured(row)) for row in rows]
+        first, *others = [(variant_name(row), measured(row)) for row in rows]
         comparison = Comparison(
             title=f"training {config.name}",
             metric=SPEED,

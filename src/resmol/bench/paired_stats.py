@@ -1,4 +1,4 @@
-"""Statistics of paired measurements: is one variant faster than another?
+"""Statistics of paired measurements: is one variant faster than another, or does it learn better?
 
 Each round measures every variant once, so a slow minute of the machine slows all of them, and the ratio within a
 round is compared. One variant is measured twice under two names (an A/A control): the interval of that ratio is the
@@ -37,17 +37,39 @@ class Ratio:
         return self.low <= value <= self.high
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval; of a single value the interval is infinite."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of 0: at the 5 % level, the mean is not 0."""
+        return self.low > 0 or self.high < 0
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values that are taken as normal, with the interval of Student's t (1908).
+
+    Of differences that were measured in pairs this is the paired t-test.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, -math.inf, math.inf)
+    half = _T[min(len(values) - 1, len(_T)) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
 def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """Return the ratio of two series that were measured in pairs.
 
     The logarithms of the ratios are taken as normal (Student 1908). The interval of a single pair is infinite.
     """
-    logs = [math.log(value / base) for value, base in zip(values, baseline, strict=True)]
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return Ratio(math.exp(middle), 0.0, math.inf)
-    half = _T[min(len(logs) - 1, len(_T)) - 1] * statistics.stdev(logs) / math.sqrt(len(logs))
-    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
+    logs = mean_interval([math.log(value / base) for value, base in zip(values, baseline, strict=True)])
+    return Ratio(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high))
 
 
 def is_too_noisy(control: Ratio) -> bool:

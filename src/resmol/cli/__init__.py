@@ -5,6 +5,7 @@ not import it.
 """
 
 from resmol.cli import (  # each registers its commands
+    ablate,
     bench,
     config,
     evaluate,
@@ -26,4 +27,4 @@ for group in (app, bench.bench, tokenizer.tokenizer):
     for command in group.registered_commands:
         command.cls = Command
 
-__all__ = ["app", "bench", "config", "evaluate", "export", "generate", "tokenizer", "train", "verify"]
+__all__ = ["ablate", "app", "bench", "config", "evaluate", "export", "generate", "tokenizer", "train", "verify"]

@@ -1,4 +1,4 @@
-"""Commands: evaluate, ablate."""
+"""Command: evaluate."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from resmol.cli.app import Best, ConfigFile, Json, ModelTokenizer, Preset, Weights, app, chosen_config, model_ref
-from resmol.cli.field_options import COMPUTED, takes_fields
+from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
 from resmol.cli.terminal import print_json
-from resmol.config.load import load_preset
-from resmol.errors import Interrupted
 from resmol.system.process_setup import set_up_process
 from resmol.system.tables import result_console, text_table
 
@@ -70,49 +67,3 @@ def _in_words(value: object) -> str:
     if isinstance(value, list | tuple):
         return "; ".join(map(str, value))
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-@app.command(
-    epilog="""
-    resmol ablate --preset nano
-    resmol ablate --preset nano --set runtime.attention=sdpa,eager
-    resmol ablate --preset nano --lr 1e-3,3e-3 --steps 200 --data input.txt
-    """
-)
-@takes_fields(COMPUTED)
-def ablate(
-    preset: Preset = None,
-    config: ConfigFile = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=A,B",
-            help="A factor; every combination is a variant. KEY=A sets it for all. Repeatable. Without factors: "
-            "attention, precision, compile and tied embeddings, one at a time.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Prepared folder or text; the plays of Shakespeare if left out."),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds; each measures every variant once.")] = 5,
-    steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 20,
-    warmup: Annotated[int, typer.Option(help="Steps before these, untimed.")] = 5,
-    json_: Json = False,
-) -> None:
-    """Compare settings: speed, memory and loss, with intervals.
-
-    A control, the first setting once more under another name, shows the noise.
-    """
-    chosen = chosen_config(preset, config) or load_preset("nano")
-    from resmol.bench.ablate import Ablation
-    from resmol.bench.ablate import ablate as run_ablation
-
-    result = run_ablation(Ablation(chosen, tuple(set_ or ()), data, repeats, steps, warmup))
-    if json_:
-        print_json(result.to_dict())
-    else:
-        result.render(result_console())
-    if not result.complete:
-        raise Interrupted("interrupted", fix="run it again for all rounds", signal_number=2)

@@ -1,0 +1,84 @@
+"""How a run learned: the held-out loss on the way, against steps, tokens and seconds of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from resmol.bench.subprocess_runs import TrainingRun, run_training
+from resmol.config.run_config import RunConfig
+from resmol.config.strict_model import StrictModel
+from resmol.run.ledger import effective_steps, select
+
+HELD_OUT_TOKENS = 16_384  # as many as `resmol reproduce` evaluates on
+POINTS = 10  # of a curve
+
+
+class Point(StrictModel):
+    """A held-out loss in nats per token and bits per byte, and what was spent until then.
+
+    The seconds are those of the steps, without evaluation, samples and saves.
+    """
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    bits_per_byte: float
+
+
+Curve = tuple[Point, ...]
+MeasureLearning = Callable[[RunConfig, Path, str], Curve]  # configuration, folder for its files, prepared data
+
+
+def for_learning(config: RunConfig, steps: int) -> RunConfig:
+    """Return a configuration of ``steps`` steps that evaluates on the way and neither samples nor saves before its end.
+
+    Args:
+        config: What to train.
+        steps: How long; the held-out loss is measured after every tenth of them.
+    """
+    return config.replace(
+        {
+            "train.steps": steps,
+            "evaluation.every": max(1, steps // POINTS),
+            "evaluation.windows": -(-HELD_OUT_TOKENS // config.data.seq_len),
+            "sampling.every": 0,
+            "checkpoint.every": 0,
+            "checkpoint.permanent": [],
+        }
+    )
+
+
+def measure_learning(config: RunConfig, folder: Path, data: str) -> Curve:
+    """Train in a process of its own and return its curve.
+
+    Args:
+        config: What to train; see `for_learning`.
+        folder: For the files of the run.
+        data: A prepared folder.
+
+    Raises:
+        CheckFailed: The process failed; the message has its last lines.
+    """
+    run = run_training(config, folder, data, config.train.steps)
+    run.process.require_success()
+    return curve_of(run)
+
+
+def curve_of(run: TrainingRun) -> Curve:
+    """Return the held-out losses that a run recorded."""
+    seconds, spent = 0.0, dict[int, tuple[int, float]]()
+    for step, record in effective_steps(run.records).items():
+        seconds += record["seconds"]
+        spent[step] = (record["tokens_seen"], seconds)
+    return tuple(
+        Point(
+            step=record["step"],
+            tokens=spent[record["step"]][0],
+            seconds=round(spent[record["step"]][1], 3),
+            loss=record["loss"],
+            bits_per_byte=record["bits_per_byte"],
+        )
+        for record in select(run.records, "eval")
+    )

@@ -1,0 +1,148 @@
+"""Whole runs over several seeds: paired differences, the record that a stopped sweep goes on from, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from resmol.bench.learning import Curve, Point, for_learning, measure_learning
+from resmol.bench.paired_stats import mean_interval
+from resmol.bench.sweep import Sweep, SweepResult, sweep_settings
+from resmol.config.run_config import RunConfig
+from resmol.data.shards import Dataset
+from resmol.data.tokenizer import Tokenizer
+from resmol.errors import CheckFailed, UsageError
+from resmol.run.ledger import read_ledger, select
+
+FACTOR = ("optimizer.lr=0.01,0.02",)
+Loss = Callable[[RunConfig], float]
+
+
+def pretend(loss: Loss) -> Callable[[RunConfig, Path, str], Curve]:
+    """A measurer that trains nothing."""
+
+    def measure(config: RunConfig, _folder: Path, _data: str) -> Curve:
+        return (Point(step=config.train.steps, tokens=640, seconds=2.0, loss=1.0, bits_per_byte=loss(config)),)
+
+    return measure
+
+
+def better_by_a_tenth(config: RunConfig) -> float:
+    """The luck of a seed is ten times the difference that the learning rate makes."""
+    return 2.0 + config.train.seed - (0.1 if config.optimizer.lr == 0.02 else 0.0) + 0.001 * (config.data.seed % 2)
+
+
+@pytest.fixture
+def sweep(tiny_config: RunConfig, tiny_dataset: Dataset, tmp_path: Path) -> Sweep:
+    return Sweep(tiny_config, FACTOR, (), str(tiny_dataset.root), 3, 10, tmp_path / "records" / "lr.json")
+
+
+def finished(sweep: Sweep, loss: Loss = better_by_a_tenth) -> SweepResult:
+    (*_, result) = sweep_settings(sweep, pretend(loss))
+    return result
+
+
+def test_a_difference_is_paired_by_seed(sweep: Sweep) -> None:
+    result = finished(sweep)
+    assert not result.missing
+    text = StringIO()
+    result.render(Console(file=text, width=200))
+    assert "-0.1000 (-0.1000 to -0.1000): better" in text.getvalue()
+    assert "better" in result.markdown()
+    assert [cell["seed"] for cell in result.to_dict()["cells"]] == [8, 8, 9, 9, 10, 10]
+
+
+def test_noise_of_the_same_size_shows_no_difference(sweep: Sweep) -> None:
+    noise = {(0.01, 8): 0.1, (0.02, 8): 0.0, (0.01, 9): 0.0, (0.02, 9): 0.1, (0.01, 10): 0.0, (0.02, 10): 0.0}
+    result = finished(sweep, lambda config: 2.0 + noise[config.optimizer.lr, config.train.seed])
+    assert "no difference shown" in result.markdown()
+
+
+def test_one_seed_is_called_one_seed(sweep: Sweep) -> None:
+    result = finished(Sweep(sweep.config, FACTOR, (), sweep.data, 1, 10, sweep.record))
+    assert "-0.1000 (one seed)" in result.markdown()
+    assert "--seeds 3" in result.remarks()[0]
+
+
+def test_the_interval_holds_95_percent_of_students_distribution() -> None:
+    """Against the integral of the distribution's density, by trapezoids."""
+    values = [2.31, 2.42, 2.17, 2.50]
+    found, freedom = mean_interval(values), len(values) - 1
+    reach = (found.high - found.mean) / (statistics.stdev(values) / math.sqrt(len(values)))
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    width = reach / 10_000
+    inside = sum((1 + (n * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for n in range(-10_000, 10_000)) * width
+    assert scale * inside == pytest.approx(0.95, abs=1e-4)
+    assert found.mean == pytest.approx(statistics.fmean(values))
+    assert found.low + found.high == pytest.approx(2 * found.mean)
+    assert found.excludes_zero
+    assert not mean_interval([-1.0, 1.0, 0.5]).excludes_zero
+
+
+def test_a_stopped_sweep_goes_on_and_repeats_nothing(sweep: Sweep) -> None:
+    trained: list[tuple[float, int]] = []
+
+    def counted(config: RunConfig) -> float:
+        if len(trained) == 2:
+            trained.append((0.0, 0))
+            raise KeyboardInterrupt
+        trained.append((config.optimizer.lr, config.train.seed))
+        return better_by_a_tenth(config)
+
+    with pytest.raises(KeyboardInterrupt):
+        finished(sweep, counted)
+    result = finished(sweep, counted)
+    assert trained == [(0.01, 8), (0.02, 8), (0.0, 0), (0.01, 9), (0.02, 9), (0.01, 10), (0.02, 10)]
+    assert not result.missing
+    more = Sweep(sweep.config, FACTOR, ("optimizer.lr=0.03 optimizer.beta1=0.8",), sweep.data, 3, 10, sweep.record)
+    assert finished(more, counted).ends(("optimizer.lr=0.03", "optimizer.beta1=0.8")).keys() == {8, 9, 10}
+    assert len(trained) == 10, "other variants are added to the record"
+
+
+def test_a_record_of_something_else_is_refused(sweep: Sweep) -> None:
+    finished(sweep)
+    assert sweep.record is not None
+    longer = Sweep(sweep.config, FACTOR, (), sweep.data, 3, 20, sweep.record)
+    with pytest.raises(UsageError, match=r"another configuration: its train\.steps is 10, and 20 is asked for"):
+        finished(longer)
+    text = sweep.record.read_text(encoding="utf-8")
+    sweep.record.write_text(text.replace(json.loads(text)["data_fingerprint"], "0" * 64), encoding="utf-8")
+    with pytest.raises(UsageError, match="another text"):
+        finished(sweep)
+    sweep.record.write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match="is no record of an ablation"):
+        finished(sweep)
+
+
+def test_a_run_that_fails_is_a_row_with_its_reason(sweep: Sweep) -> None:
+    def diverges(config: RunConfig) -> float:
+        if config.optimizer.lr == 0.02:
+            raise CheckFailed("the loss is not finite", fix="")
+        return 2.0
+
+    assert "failed: the loss is not finite" in finished(sweep, diverges).markdown()
+
+
+@pytest.mark.parametrize("changes", [{"seeds": 0}, {"steps": 0}, {"factors": ()}])
+def test_what_is_no_sweep_is_refused(sweep: Sweep, changes: dict[str, object]) -> None:
+    arguments = {"config": sweep.config, "factors": FACTOR, "seeds": 3, "steps": 10, **changes}
+    with pytest.raises(UsageError):
+        next(sweep_settings(Sweep(**arguments)))  # type: ignore[arg-type] # the keywords are its own
+
+
+def test_a_real_run_has_a_curve(
+    tiny_config: RunConfig, tiny_dataset: Dataset, tokenizer_in_cache: Tokenizer, tmp_path: Path
+) -> None:
+    curve = measure_learning(for_learning(tiny_config, 20), tmp_path, str(tiny_dataset.root))
+    assert [point.step for point in curve] == list(range(2, 21, 2))
+    assert curve[-1].loss < curve[0].loss
+    assert curve[-1].tokens > 9 * curve[0].tokens > 0
+    steps = select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "step")
+    assert curve[-1].seconds == pytest.approx(sum(record["seconds"] for record in steps), abs=1e-3)
