@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import nn
 
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
-from resmol.verify.third_party.config_view import ConfigView, different_defaults
+from resmol.verify.third_party.config_view import ConfigView, different_defaults, field_value
 from resmol.verify.third_party.factory import build, import_factory
+from resmol.verify.third_party.third_party_model import build_third_party
 
 PUBLISHED = load_preset("smollm2-135m").model
 
@@ -52,12 +54,10 @@ def test_a_file_of_a_package_can_import_relatively(tmp_path: Path) -> None:
     assert import_factory(f"{package / 'net.py'}:build")() == 8
 
 
-def test_two_files_of_the_same_name_are_two_modules(tmp_path: Path) -> None:
-    for number in (1, 2):
-        (tmp_path / str(number)).mkdir()
-        text = f"def build():\n    return {number}\n"
-        (tmp_path / str(number) / "twice.py").write_text(text, encoding="utf-8")
-    assert [import_factory(f"{tmp_path / str(number) / 'twice.py'}:build")() for number in (1, 2)] == [1, 2]
+def test_a_file_named_like_a_library_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("def build():\n    return 1\n", encoding="utf-8")
+    assert import_factory(f"{tmp_path / 'json.py'}:build")() == 1
+    assert sys.modules["json"] is json
 
 
 @pytest.mark.parametrize(
@@ -229,6 +229,16 @@ def test_the_defaults_of_a_configuration_class_are_compared_where_its_sizes_are_
 def test_a_factory_that_returns_no_module(factory: Any, words: str) -> None:
     with pytest.raises(CheckFailed, match=f"building: the factory returned {words}"):
         build(factory, SMALL)
+
+
+def test_a_module_with_parameters_without_a_shape_is_refused() -> None:
+    with pytest.raises(CheckFailed, match="building: a parameter has no shape yet"):
+        build_third_party(lambda _: nn.LazyLinear(2), SMALL)
+
+
+def test_a_name_that_means_two_things_is_told_by_those_beside_it() -> None:
+    assert field_value("hidden_dim", SMALL, ["dim", "hidden_dim"]) == (True, SMALL.intermediate_size)
+    assert field_value("hidden_dim", SMALL, ["intermediate_size", "hidden_dim"]) == (True, SMALL.hidden_size)
 
 
 def test_a_module_that_is_there_already() -> None:

@@ -18,7 +18,7 @@ from resmol.errors import CheckFailed
 Named = namedtuple("Named", ["hidden", "logits"])
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
     loss: Any
     scores: Tensor
@@ -55,7 +55,9 @@ REFUSED = {
     "hidden states": (lambda logits: logits[..., :48], "hidden states", "apply the output layer"),
     "last position": (lambda logits: logits[:, -1], "last position only", "all positions"),
     "last position kept": (lambda logits: logits[:, -1:], "last position only", "all positions"),
-    "tokens": (lambda logits: logits.argmax(-1), "token ids, not logits", "before any argmax"),
+    "tokens": (lambda logits: logits.argmax(-1), "of type torch.int64: not logits", "before any argmax"),
+    "sparse": (lambda logits: logits.to_sparse(), "torch.sparse_coo", "an ordinary tensor"),
+    "without data": (lambda logits: logits.to("meta"), "on meta", "an ordinary tensor"),
     "integers": (lambda logits: logits.int(), "of type torch.int32", "before any argmax"),
     "transposed": (lambda logits: logits.mT, r"\[B, V, T\]", "transpose"),
     "time first": (lambda logits: logits.transpose(0, 1), r"\[T, B, V\]", "batch first"),
@@ -107,6 +109,12 @@ class KeywordsOnly(SmolLM2):
         return {"loss": loss, "logits": logits}
 
 
+class LossAsANumber(SmolLM2):
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
+        logits, loss = super().forward(ids, ids if targets is None else targets)
+        return logits, loss.item()
+
+
 class NeedsAMask(SmolLM2):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(x)
@@ -114,7 +122,13 @@ class NeedsAMask(SmolLM2):
 
 @pytest.mark.parametrize(
     ("kind", "label"),
-    [(SmolLM2, "labels"), (LossAlone, "y"), (AllLogitsWithTargets, "targets"), (KeywordsOnly, "labels")],
+    [
+        (SmolLM2, "labels"),
+        (LossAlone, "y"),
+        (AllLogitsWithTargets, "targets"),
+        (KeywordsOnly, "labels"),
+        (LossAsANumber, "targets"),
+    ],
 )
 def test_labels_are_found_under_any_usual_name(kind: Any, label: str) -> None:
     model, ours = loaded(kind)

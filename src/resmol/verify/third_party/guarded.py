@@ -23,7 +23,7 @@ T = TypeVar("T")
 MAX_MESSAGE = 300
 _LIBRARIES = ("site-packages", "dist-packages")
 _STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-_PACKAGE = Path(resmol.__file__).parent
+_PACKAGE, _TORCH = Path(resmol.__file__).parent, Path(torch.__file__).parent
 
 
 class Phase(Enum):
@@ -86,7 +86,8 @@ def place_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return _written(error.filename, error.lineno or 0)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_inside(frame.filename, _PACKAGE)]
-    own = [frame for frame in frames if not _is_library(frame.filename)] or frames
+    own = [frame for frame in frames if not _is_library(frame.filename)]
+    own = own or [frame for frame in frames if not _is_inside(frame.filename, _TORCH)]
     return _written(own[-1].filename, own[-1].lineno or 0) if own else ""
 
 

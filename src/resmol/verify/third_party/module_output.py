@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def read_output(output: Any, ids: Int[Tensor, "B T"], config: ModelConfig) -> Mo
     batch, length = ids.shape
     wanted = (batch, length, config.vocab_size)
     for name, tensor in _named_first(entries, _NAMES_OF_LOGITS):
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             continue
         if tuple(tensor.shape) == wanted:
             return ModuleOutput(tensor, loss, "" if _plain(name) in ("", "logits") else f"logits are output{name}")
@@ -65,7 +66,9 @@ def read_output(output: Any, ids: Int[Tensor, "B T"], config: ModelConfig) -> Mo
 
 
 def _entries(output: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of an output with its place in it, nested ones included."""
+    """Yield every tensor and float of an output with its place in it, nested ones included."""
+    if isinstance(output, float):  # a loss on which .item() was called
+        output = torch.tensor(output)
     if isinstance(output, Tensor):
         yield name, output
         return
@@ -116,7 +119,9 @@ def _refusal(
     shape, (batch, length), vocab = list(tensor.shape), ids.shape, config.vocab_size
     seen = f"for ids of shape {list(ids.shape)} the module returned shape {shape}"
     if not tensor.is_floating_point():
-        return f"{seen} of type {tensor.dtype}: token ids, not logits", "return the logits, before any argmax"
+        return f"{seen} of type {tensor.dtype}: not logits", "return the logits, before any argmax"
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return f"{seen}, {tensor.layout} on {tensor.device.type}", "return an ordinary tensor on the CPU"
     if shape[-1:] == [config.hidden_size] and shape[:-1] in ([batch, length], [batch * length]):
         return f"{seen}: hidden states [B, T, D]", "apply the output layer (lm_head) to them, and return logits"
     if shape in ([batch, vocab], [batch, 1, vocab], [vocab], [1, vocab]):

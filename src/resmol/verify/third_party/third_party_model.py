@@ -173,6 +173,8 @@ def build_third_party(factory: Factory, config: ModelConfig, name_map: NameMap |
 
 
 def _for_comparison(module: nn.Module) -> tuple[nn.Module, set[torch.dtype]]:
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        raise CheckFailed("building: a parameter has no shape yet", fix="give every layer its sizes: no LazyLinear")
     types = {parameter.dtype for parameter in module.parameters()}
     return module.cpu().float().eval(), types
 
