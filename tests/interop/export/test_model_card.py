@@ -23,7 +23,7 @@ from resmol.audit.certificate import write_certificate
 from resmol.checks import Check
 from resmol.config.load import load_config, load_preset
 from resmol.data.builtin_corpora import SHAKESPEARE, STANDARD_LIBRARY, corpus_of
-from resmol.data.shards import open_dataset
+from resmol.data.shards import Dataset, open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, DataError
 from resmol.interop.export import hf
@@ -33,6 +33,7 @@ from resmol.interop.export.markdown import clean, code_block, code_span, plain
 from resmol.interop.export.model_card import model_card, smollm2_of_shape
 from resmol.interop.export.training_record import describe_run, write_record
 from resmol.interop.load import load_model
+from resmol.interop.model_ref import ModelRef
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, read_ledger
 
@@ -41,7 +42,7 @@ CURVES = ["training/loss.png", "training/learning-rate.png", "training/gradient-
 HEADINGS = ["Architecture", "Use", "Data", "Curves", "Samples", "How to reproduce it", "The record", "Limits"]
 
 
-def folder_of(source: Path, out: Path, words: CardWords = NO_WORDS) -> Path:
+def folder_of(source: Path | ModelRef, out: Path, words: CardWords = NO_WORDS) -> Path:
     """Write the files of an export without reading them back, which takes seconds."""
     loaded = load_model(source, device="cpu")
     out.mkdir()
@@ -226,6 +227,27 @@ def test_a_checkpoint_without_its_run_says_so(run: RunDir, tmp_path: Path) -> No
     assert "was not beside it" in card
     assert "licence of the weights | not stated" in card
     assert "license:" not in card
+
+
+def test_averaged_weights_and_what_was_read_often(
+    tmp_path: Path, train_tiny: TrainTiny, short_dataset: Dataset
+) -> None:
+    run, on = tmp_path / "run", ("averaging.fraction=0.25", "averaging.every=2")
+    train_tiny(run, 50, *on, data=str(short_dataset.root))
+    records = read_ledger(RunDir(run).ledger).records
+    evaluation = [r for r in records if r["kind"] == "eval"][-1]
+    epoch = max(r["epoch"] for r in records if r["kind"] == "step")
+    source = ModelRef(run, "averaged")
+    card = (folder_of(source, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    for fact in (
+        "| weights | averaged over about the last 25 % of the steps |",
+        f"the same of the averaged weights | {evaluation['averaged_loss']:.4f} nats per token",
+        f"({epoch:.2f} epochs: each token of the training text about {epoch:.0f} times)",
+    ):
+        assert fact in card, fact
+    assert hf.export_facts(load_model(source), "float32")["model"]["weights"] == "averaged"
+    card = (folder_of(run, tmp_path / "last") / "README.md").read_text(encoding="utf-8")
+    assert "| weights |" not in card
 
 
 def test_the_licence_of_weights_is_known_only_of_the_built_in_plays(run: RunDir, tmp_path: Path) -> None:
