@@ -53,12 +53,21 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: bool = False) -> None:
-    """Print checks as a table or as JSON (`CheckFailed` if one failed)."""
+    """Print checks as a table or as JSON (`CheckFailed` if one failed).
+
+    A last check with the name ``verdict`` becomes a sentence after the table: its ``measured``, and what to change, its
+    ``expected``, if it failed.
+    """
     passed = all_passed(checks)
+    verdict = checks[-1] if checks and checks[-1].name == "verdict" else None
     if as_json:
         print_json({"passed": passed, "checks": [check.to_dict() for check in checks]})
     else:
-        result_console().print(check_table(title, checks, explain))
+        result_console().print(check_table(title, checks[:-1] if verdict else checks, explain))
+    if verdict and not passed:
+        raise CheckFailed(verdict.measured, fix=verdict.expected)
+    if verdict and not as_json:
+        typer.echo(verdict.measured)
     if not passed:
         failed = [check.name for check in checks if not check.passed]
         raise CheckFailed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed[:5])}", fix="see the table")

@@ -43,7 +43,7 @@ def capture(
     before = {name: p.requires_grad for name, p in parameters.items()}
     model.requires_grad_(requires_grad=True)
     try:
-        with _hidden_states(model, values, layers), torch.enable_grad():
+        with hidden_states(model, values, layers), torch.enable_grad():
             logits, loss = forward(ids)
             gradients = _gradients(loss, list(parameters.values()))
     finally:
@@ -61,7 +61,7 @@ def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | N
 
 
 @contextmanager
-def _hidden_states(model: nn.Module, values: Captured, layers: Mapping[str, str] | None) -> Iterator[None]:
+def hidden_states(model: nn.Module, values: Captured, layers: Mapping[str, str] | None) -> Iterator[None]:
     """Capture the output of every block and of the final norm, by forward hooks."""
 
     def is_layer(name: str) -> bool:

@@ -20,7 +20,7 @@ from resmol.verify.third_party.guarded import Phase, guarded
 from resmol.verify.third_party.module_output import ModuleOutput, read_output
 from resmol.verify.third_party.weight_mapping import EMBEDDING, HEAD, NameMap, WeightMapping, map_weights, pattern
 
-_LABELS = ("labels", "targets", "target", "label", "y", "lm_labels", "tgt")
+_LABELS = ("labels", "label_ids", "targets", "target", "label", "y", "lm_labels", "tgt")
 _IDS = ("input_ids", "ids", "idx", "x", "tokens", "inputs", "input")
 # Arguments without a default that a causal model is usually called with, and what they are for whole texts.
 _USUAL_ARGUMENTS: dict[str, Callable[[Int[Tensor, "B T"]], Any]] = {
@@ -170,6 +170,15 @@ def build_third_party(factory: Factory, config: ModelConfig, name_map: NameMap |
     ids_argument, label_argument, fill = _forward_arguments(module)
     notes = [note for note in (built.note, _types_note(types), *_mapping_notes(mapping)) if note]
     return ThirdPartyModel(module, config, mapping, built, notes, label_argument, ids_argument, fill)
+
+
+def build_small(factory: Factory, config: ModelConfig, name_map: NameMap | None = None) -> ThirdPartyModel | None:
+    """Build an implementation at another size, or return None where the factory builds one size only."""
+    try:
+        model = build_third_party(factory, config, name_map)
+    except CheckFailed:  # hard-coded sizes are not a mistake
+        return None
+    return model if model.mapping.complete else None
 
 
 def _for_comparison(module: nn.Module) -> tuple[nn.Module, set[torch.dtype]]:
