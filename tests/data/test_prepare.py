@@ -205,12 +205,15 @@ def test_a_folder_in_which_nothing_turns_out_to_be_text(tiny_tokenizer, tmp_path
         prepare(tmp_path / "out", read_inputs([tmp_path / "in"]), tiny_tokenizer)
 
 
-def test_progress_ends_with_the_totals(tiny_tokenizer, tmp_path):
+def test_progress_begins_at_once_and_ends_with_the_totals(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("resmol.data.prepare.BATCH_BYTES", 20_000)
     path = tmp_path / "in.txt"
-    path.write_text("hello world " * 1000)
+    path.write_text("hello world " * 20_000)
     seen: list[Progress] = []
     dataset = prepare(tmp_path / "out", read_inputs([path]), tiny_tokenizer, on_progress=seen.append)
     size = path.stat().st_size
+    assert seen[0] == Progress(0, size, 0, 0)
+    assert len(seen) > 3
     assert seen[-1] == Progress(size, size, 1, len(dataset.train) + len(dataset.val))
 
 

@@ -120,7 +120,7 @@ def test_json_lines_are_read_and_what_is_held_out_is_not_seen(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("texts", "size", "error", "sentence"),
     [
-        (["ab ab ab"], 1000, DataError, r"yields 259 entries, and 1,000 are asked for"),
+        (["ab ab ab xyz"], 1000, DataError, r"yields 259 entries, and 1,000 are asked for"),
         ([""], 300, DataError, "there is no text in texts"),
         (TEXTS, 256, UsageError, "--vocab-size is 256"),
         (TEXTS, 1 << 25, UsageError, "--vocab-size is 33,554,432"),

@@ -33,7 +33,7 @@ def tokenizer_train(
     include_hidden: IncludeHidden = False,
     json_: Json = False,
 ) -> None:
-    """Train a byte-level BPE tokenizer that cuts text into words as SmolLM2's does."""
+    """Train a byte-level BPE tokenizer with SmolLM2's rule for words."""
     from resmol.data.resolve import Text
     from resmol.data.text_file import ReadOptions
     from resmol.data.tokenizer_training import train_tokenizer

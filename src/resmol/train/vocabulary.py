@@ -83,7 +83,7 @@ def with_vocabulary(config: RunConfig, vocabulary: Vocabulary, stated: Collectio
         "model.bos_token_id": vocabulary.bos_id,
         "model.eos_token_id": vocabulary.eos_id,
     }
-    if "model.vocab_size" in stated or config.model.vocab_size != SMOLLM2_VOCAB_SIZE:
+    if config.model.vocab_size != SMOLLM2_VOCAB_SIZE:
         del changes["model.vocab_size"]
         _require_rows(config, vocabulary.entries)
     return config.replace({key: value for key, value in changes.items() if key not in stated})
