@@ -62,8 +62,9 @@ def test_a_run_that_moves_alone_leaves_its_data_where_it_is(project: Path, tmp_p
 @pytest.mark.parametrize(
     "stored", [r"C:\work\project\other\data", "D:/other/data", "../../other/data", "../other/data"]
 )
-def test_every_spelling_of_a_path_is_understood(project: Path, stored: str) -> None:
-    """Also that of Windows, in a run that was brought from there."""
+def test_every_spelling_of_a_path_is_understood(project: Path, tiny_tokenizer: Tokenizer, stored: str) -> None:
+    """Also that of Windows, in a run that was brought from there; other data of the same name is passed by."""
+    prepare(project / "runs" / "data", from_texts(synthetic_texts(30, seed=7)), tiny_tokenizer)
     run = RunDir(project / "runs" / "a")
     found = recorded_folder(run, stored)
     assert found.resolve() == project / "other" / "data"
