@@ -89,7 +89,7 @@ def test_what_needs_no_decision_is_refused_before_any(
     def start(**changes: Any) -> None:
         train_model(tiny_config.replace(changes), tmp_path / "run", data=str(text), tokenizer=tiny_tokenizer.path)
 
-    with pytest.raises(DataError, match="at least 17 are needed for a window of 16"):
+    with pytest.raises(DataError, match="a window of 16 needs 17"):
         start()
     monkeypatch.setattr("resmol.train.compiler.compiler_problem", lambda _: "it is broken")
     with pytest.raises(ConfigError, match=r"torch\.compile does not work here: it is broken"):
