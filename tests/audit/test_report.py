@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tiny import TrainTiny, rewrite, step_record
 
-from resmol.audit.plots import smoothed, thin
+from resmol.audit.plots import resumed_at, smoothed, thin
 from resmol.audit.report import duration, summary_facts, write_loss_image, write_report
+from resmol.data.shards import Dataset
 from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, LedgerTampered
@@ -138,10 +139,83 @@ def test_a_ledger_without_gradient_norms_is_an_error_in_words(run: RunDir) -> No
 
 
 def test_facts() -> None:
-    facts = dict(summary_facts([{"kind": "step", **step_record(step)} for step in (1, 2)]))
+    facts = dict(summary_facts([{"kind": "step", "seq": step, **step_record(step)} for step in (1, 2)]))
     assert facts["tokens seen"].startswith("128 ")
     assert facts["tokens per second, median"] == "6,400"
     assert [duration(s) for s in (5.0, 65.0, 3700.0)] == ["5 s", "1 min 5 s", "1 h 1 min"]
+
+
+def test_the_page_is_for_light_and_dark_phone_and_paper(run: RunDir) -> None:
+    text, _ = page_of(run)
+    drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    used = set(re.findall(r"var\(--plot-(\w+), #", "".join(drawings)))
+    assert used >= {"blue", "orange", "grey", "red", "ink", "axis", "grid"}
+    for drawing in drawings:
+        assert not re.search(r"(?<!, )#[0-9a-f]{6}", drawing), "a colour that is the same in the dark"
+    dark = text.partition("prefers-color-scheme: dark")[2].partition("</style>")[0]
+    assert used <= set(re.findall(r"--plot-(\w+): #", dark))
+    assert all(part in text for part in ("details::details-content", "@page { size: A4", 'name="viewport"'))
+
+
+def test_the_second_loss_curve_begins_after_the_fall(run: RunDir) -> None:
+    losses = [10 - step / 10 if step < 60 else 4 - step / 1000 for step in range(1, 301)]
+    run.ledger.unlink()
+    ledger = Ledger(run.ledger)
+    for step, loss in enumerate(losses, start=1):
+        ledger.append("step", **step_record(step) | {"loss": loss})
+    ledger.close()
+    (first,) = re.findall(r"Loss from step (\d+) on", page_of(run)[0])
+    assert 45 <= int(first) <= 60
+
+
+def test_the_data_is_named(run: RunDir, tiny_dataset: Dataset) -> None:
+    text, _ = page_of(run)
+    source, train, val = tiny_dataset.manifest.source, tiny_dataset.manifest.train, tiny_dataset.manifest.val
+    for fact in (source.inputs[0].name, source.inputs[0].sha256[:16], f"{train.tokens:,}", f"{val.documents:,}",
+                 f"{val.tokens / (train.tokens + val.tokens):.1%}", tiny_dataset.fingerprint):  # fmt: skip
+        assert fact in text, fact
+    assert "seen 0." in text
+    assert "Beyond about 4 epochs" not in text
+    config = run.load_config().replace({"data.path": "nowhere"})
+    run.write_config(config)
+    assert "not at hand" in page_of(run)[0]
+
+
+def test_many_epochs_are_warned_of(run: RunDir) -> None:
+    assert_warned = {4.0: False, 4.5: True}
+    for epochs, warned in assert_warned.items():
+        rewrite(run, lambda records, e=epochs: [r | {"epoch": e} if r["kind"] == "step" else r for r in records])
+        assert ("Beyond about 4 epochs" in page_of(run)[0]) is warned
+
+
+def test_evidence_is_linked_where_it_lies(run: RunDir, tmp_path: Path) -> None:
+    run.evidence.mkdir()
+    (run.path / "a b.json").write_text("{}")
+    checks = [
+        {"name": "n", "passed": True, "measured": "m", "evidence": evidence}
+        for evidence in ("old/evidence/claims.json", "run/a b.json", "run/evidence/missing.json", "/etc/passwd", "")
+    ]
+    (run.evidence / "claims.json").write_text(json.dumps({"checks": checks}))
+    for page, folder in ((run.report, ""), (tmp_path / "elsewhere" / "page.html", "../run/")):
+        page.parent.mkdir(exist_ok=True)
+        tags = Tags()
+        tags.feed(write_report(run, page).read_text(encoding="utf-8"))
+        links = [value for name, value in tags.attributes if name == "href"]
+        assert links == [f"{folder}evidence/claims.json", f"{folder}a%20b.json"]
+
+
+def test_a_resume_that_led_to_no_step_is_not_marked() -> None:
+    records = [
+        {"kind": kind, "seq": seq, **facts}
+        for seq, (kind, facts) in enumerate([
+            ("step", {"step": 1}), ("step", {"step": 2}), ("resume", {"next_step": 3}), ("resume", {"next_step": 3}),
+            ("step", {"step": 3}), ("step", {"step": 4}), ("resume", {"next_step": 5}), ("step", {"step": 5}),
+            ("rewind", {"to_step": 1}), ("resume", {"next_step": 2}), ("step", {"step": 2}),
+            ("resume", {"next_step": 3}),
+        ])
+    ]  # fmt: skip
+    assert resumed_at(records[:8]) == [3, 5]
+    assert resumed_at(records) == [2]
 
 
 def test_smoothing() -> None:

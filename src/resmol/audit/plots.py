@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import io
+import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -14,15 +17,26 @@ from matplotlib.figure import Figure
 from resmol.run.ledger import Record, effective_steps, select
 
 MAX_POINTS = 1200
+# The colours of a figure on white paper. In a page they are CSS variables, so that it can have others in the dark.
 BLUE, ORANGE, GREEN, GREY, RED = "#2b6cb0", "#c05621", "#2f855a", "#a0aec0", "#c53030"
+INK, AXIS, GRID = "#4a5568", "#718096", "#e8edf3"
+THEME = {
+    BLUE: "blue", ORANGE: "orange", GREEN: "green", GREY: "grey", RED: "red", INK: "ink", AXIS: "axis", GRID: "grid",
+}  # fmt: skip
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.color": AXIS,
+    "ytick.color": AXIS,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#edf2f7",
-    "axes.edgecolor": "#718096",
+    "grid.color": GRID,
+    "axes.edgecolor": AXIS,
     "axes.axisbelow": True,
     "svg.hashsalt": "resmol",  # the same record gives the same page
     "svg.fonttype": "none",
@@ -31,18 +45,40 @@ STYLE = {
 
 Painter = Callable[[Any, list[Record], Sequence[Record]], None]
 Drawing = TypeVar("Drawing", str, bytes)
-WIDE, SMALL = (7.2, 3.0), (4.4, 2.6)
+Size = tuple[float, float]  # inches; text has 10 points, so a picture is drawn at about the width that it is shown at
+WIDE, HALF, THIRD = (7.2, 3.0), (4.6, 2.9), (3.4, 2.4)
 PNG_DOTS_PER_INCH = 150
+# The second loss curve begins where the smoothed loss has done three quarters of its fall, which hides the rest; at the
+# earliest after a tenth of the steps, at the latest after half of them. Of a short run it would show noise.
+LATE_FALL, LATE_BOUNDS, ENOUGH_FOR_LATE = 0.75, (0.1, 0.5), 50
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of the record.
+
+    Attributes:
+        paint: Draws it.
+        size: Its size in a page, in inches.
+        first: The first step that it shows.
+        image: Its size as an image of its own; None where it is in the page alone.
+    """
+
+    paint: Painter
+    size: Size
+    first: int = 1
+    image: Size | None = THIRD
 
 
 def curves(records: Sequence[Record]) -> dict[str, str]:
-    """Return title -> SVG for the loss, the learning rate, the gradient norm and the speed."""
-    return {title: _draw(records, paint, size, svg) for title, (paint, size) in _panels(records).items()}
+    """Return title -> SVG for a page, whose style sheet gives the variables ``--plot-blue`` and so on of `THEME`."""
+    return {title: _draw(records, panel, panel.size, _themed) for title, panel in _panels(records).items()}
 
 
 def curve_images(records: Sequence[Record]) -> dict[str, bytes]:
     """Return title -> PNG of the same curves, for pages that do not show embedded SVG."""
-    return {title: _draw(records, paint, size, _png) for title, (paint, size) in _panels(records).items()}
+    panels = _panels(records)
+    return {title: _draw(records, panel, panel.image, _png) for title, panel in panels.items() if panel.image}
 
 
 def loss_image(records: Sequence[Record], suffix: str) -> bytes:
@@ -52,34 +88,52 @@ def loss_image(records: Sequence[Record], suffix: str) -> bytes:
         records: The records of a ledger; they hold at least one step.
         suffix: ``.svg`` or ``.png``.
     """
-    paint, size = _panels(records)["Loss"]
+    panel = _panels(records)["Loss"]
     if suffix == ".png":
-        return _draw(records, paint, size, _png)
-    return _draw(records, paint, size, lambda figure: svg(figure, transparent=False)).encode()
+        return _draw(records, panel, WIDE, _png)
+    return _draw(records, panel, WIDE, lambda figure: svg(figure, transparent=False)).encode()
 
 
-def _panels(records: Sequence[Record]) -> dict[str, tuple[Painter, tuple[float, float]]]:
-    if not effective_steps(list(records)):
+def _panels(records: Sequence[Record]) -> dict[str, Panel]:
+    steps = effective_steps(list(records))
+    if not steps:
         return {}
+    late = _late(list(steps.values()))
+    after = {f"Loss from step {late:,} on": Panel(_loss, HALF, late, None)} if len(steps) >= ENOUGH_FOR_LATE else {}
     return {
-        "Loss": (_loss, WIDE),
-        "Learning rate": (lambda axes, steps, _: _line(axes, steps, "lr", "learning rate"), SMALL),
-        "Gradient norm": (_gradient_norm, SMALL),
-        "Speed": (_speed, SMALL),
+        "Loss": Panel(_loss, HALF if after else WIDE, image=WIDE),
+        **after,
+        "Learning rate": Panel(lambda axes, steps, _: _line(axes, steps, "lr", "learning rate"), THIRD),
+        "Gradient norm": Panel(_gradient_norm, THIRD),
+        "Speed": Panel(_speed, THIRD),
     }
 
 
-def _draw(
-    records: Sequence[Record], paint: Painter, size: tuple[float, float], save: Callable[[Figure], Drawing]
-) -> Drawing:
+def _late(steps: Sequence[Record]) -> int:
+    """Return the first step of the second loss curve."""
+    means = _means(steps)
+    height = max(means) - LATE_FALL * (max(means) - min(means))
+    fallen = next(number for number, mean in enumerate(means) if mean <= height)
+    low, high = (int(share * len(steps)) for share in LATE_BOUNDS)
+    return int(steps[min(max(fallen, low), high)]["step"])
+
+
+def _means(steps: Sequence[Record]) -> list[float]:
+    return smoothed([record["loss"] for record in steps], span=max(2, len(steps) // 50))
+
+
+def _draw(records: Sequence[Record], panel: Panel, size: Size, save: Callable[[Figure], Drawing]) -> Drawing:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        paint(axes, list(effective_steps(list(records)).values()), records)
-        _mark_resumes(axes, records, labelled=paint is _loss)
-        axes.set_xlabel("step")
+        shown = [record for step, record in effective_steps(list(records)).items() if step >= panel.first]
+        panel.paint(axes, shown, records)
         axes.margins(x=0.01)
+        _mark_resumes(
+            axes, [step for step in resumed_at(records) if step >= panel.first], labelled=panel.paint is _loss
+        )
+        axes.set_xlabel("step")
         return save(figure)
 
 
@@ -91,24 +145,39 @@ def svg(figure: Figure, *, transparent: bool = True) -> str:
     return text[text.index("<svg") :]  # without the XML declaration, which is not allowed inside HTML
 
 
+def _themed(figure: Figure) -> str:
+    """Return a figure as an SVG element whose colours are variables of the page, each with the one on white."""
+    return re.sub("|".join(THEME), lambda colour: f"var(--plot-{THEME[colour[0]]}, {colour[0]})", svg(figure))
+
+
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=PNG_DOTS_PER_INCH, metadata={"Software": None})
     return out.getvalue()
 
 
-def _mark_resumes(axes: Any, records: Sequence[Record], *, labelled: bool) -> None:
-    resumes = [record["next_step"] for record in select(list(records), "resume")]
-    for number, step in enumerate(resumes):
+def resumed_at(records: Sequence[Record]) -> list[int]:
+    """Return each step of the run's history that another process executed than the step before.
+
+    A resume that no step followed, or whose steps were taken back, is none.
+    """
+    resumes = [record["seq"] for record in select(list(records), "resume")]
+    steps = effective_steps(list(records))
+    processes = {step: bisect.bisect_left(resumes, record["seq"]) for step, record in steps.items()}
+    return [step for step, process in processes.items() if process != processes.get(step - 1, process)]
+
+
+def _mark_resumes(axes: Any, resumes: Sequence[int], *, labelled: bool) -> None:
+    """Mark each resume; the first and the last are named above the axes, where nothing is drawn."""
+    low, high = axes.get_xlim()
+    for step in resumes:
         axes.axvline(step, color=RED, linewidth=1, linestyle=(0, (4, 3)))
-        if labelled and number in (0, len(resumes) - 1):
-            low, high = axes.get_xlim()
-            side = "right" if step > (low + high) / 2 else "left"
-            offset = -4 if side == "right" else 4
-            axes.annotate(
-                f"resumed at {step}", (step, 1.0), xycoords=("data", "axes fraction"), xytext=(offset, -2),
-                textcoords="offset points", color=RED, fontsize=8, ha=side, va="top",
-            )  # fmt: skip
+    for line, step in enumerate(sorted({*resumes[:1], *resumes[-1:]}) if labelled else ()):
+        axes.annotate(
+            f"resumed at {step:,}", (step, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 2 + 10 * line),
+            textcoords="offset points", color=RED, fontsize=9, va="bottom",
+            ha="right" if step > (low + high) / 2 else "left",
+        )  # fmt: skip
 
 
 def thin(steps: Sequence[Record], limit: int = MAX_POINTS) -> list[Record]:
@@ -131,10 +200,10 @@ def _loss(axes: Any, steps: list[Record], records: Sequence[Record]) -> None:
     kept = thin(steps)
     numbers = [record["step"] for record in kept]
     axes.plot(numbers, [record["loss"] for record in kept], color=GREY, linewidth=0.5, label="train, each step")
-    means = smoothed([record["loss"] for record in steps], span=max(2, len(steps) // 50))
+    means = _means(steps)
     at = dict(zip((record["step"] for record in steps), means, strict=True))
     axes.plot(numbers, [at[number] for number in numbers], color=BLUE, linewidth=1.8, label="train, smoothed")
-    held_out = [r for r in select(list(records), "eval") if r["step"] <= steps[-1]["step"]]
+    held_out = [r for r in select(list(records), "eval") if steps[0]["step"] <= r["step"] <= steps[-1]["step"]]
     if held_out:
         points = ([r["step"] for r in held_out], [r["loss"] for r in held_out])
         axes.plot(*points, "o-", color=ORANGE, markersize=4, linewidth=1, label="held out")
@@ -142,8 +211,12 @@ def _loss(axes: Any, steps: list[Record], records: Sequence[Record]) -> None:
     if averaged:
         points = ([r["step"] for r in averaged], [r["averaged_loss"] for r in averaged])
         axes.plot(*points, "o-", color=GREEN, markersize=4, linewidth=1, label="held out, averaged weights")
+    if steps[0]["step"] > 1:  # single steps are noisier than what the rest of a run learns: they may leave the picture
+        shown = [*means, *(record["loss"] for record in held_out)]
+        room = 0.4 * max(max(shown) - min(shown), 1e-3)
+        axes.set_ylim(min(shown) - room, max(shown) + room)
     axes.set_ylabel("nats per token")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
 
 
 def _line(axes: Any, steps: list[Record], name: str, label: str) -> None:

@@ -1,17 +1,23 @@
-"""`resmol report`: a run as one self-contained HTML page."""
+"""`resmol report`: a run as one self-contained HTML page, for screens in light and dark, phones, and paper."""
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
 from resmol.audit.certificate import current_certificate
 from resmol.audit.claims import read_claims
-from resmol.audit.plots import curves, loss_image
+from resmol.audit.plots import curves, loss_image, resumed_at
+from resmol.audit.run_data import recorded_data
+from resmol.data.builtin_corpora import licence_of
+from resmol.data.shards import Manifest
 from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
@@ -24,6 +30,14 @@ from resmol.version import __version__
 
 TIMELINE = ("start", "save", "resume", "rewind", "drift", "warn", "stop")
 SMOOTHED_STEPS = 50
+MAX_EXPONENT = 700.0  # of a float
+MANY_EPOCHS = 4  # up to so many, repeated text is worth nearly as much as new text (Muennighoff et al. 2023)
+HELD_OUT = {
+    "named": "as the text names it",
+    "documents": "whole documents, chosen by hash",
+    "position": "the end of the text, since it is a single document",
+    "none": "nothing",
+}
 # Raised by records whose chain holds but in which a field is missing or has another type.
 MALFORMED_RECORD = (TypeError, ValueError, KeyError, AttributeError, IndexError, StopIteration, jinja2.TemplateError)
 
@@ -62,19 +76,26 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     """
     run.require()
     content = read_ledger(run.ledger)
+    target = run.report if out is None else user_path(out)
     environment = template_environment("resmol.audit", autoescape=True)
+    config = run.load_config()
+    dataset = recorded_data(run, config)
     try:
         page = environment.get_template("report.html.j2").render(
             version=__version__,
             title=run.path.resolve().name,
-            config=run.load_config(),
+            config=config,
             config_text=run.config.read_text(encoding="utf-8"),
             facts=summary_facts(content.records),
             curves=curves(content.records),
             samples=samples(content.records),
             timeline=timeline(content.records),
             environment=last_environment(content.records),
-            claims=read_claims(run),
+            data=None if dataset is None else data_facts(dataset.manifest),
+            fingerprint=next((record["data_fingerprint"] for record in select(content.records, "start")), None),
+            epochs=epochs_seen(content.records),
+            many_epochs=MANY_EPOCHS,
+            claims=[{**claim, "link": _link(run, claim["evidence"], target.parent)} for claim in read_claims(run)],
             certificate=current_certificate(run),
             checkpoints=list(select(content.records, "save")),
             head=content.head,
@@ -86,7 +107,6 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
             f"{run.path} cannot be put into a report ({type(error).__name__}: {error})",
             fix="its records were not written by this version of resmol; report on another run",
         ) from error
-    target = run.report if out is None else user_path(out)
     write_durable(target, page.encode("utf-8", errors="replace"))
     return target
 
@@ -110,11 +130,45 @@ def summary_facts(records: list[Record]) -> list[tuple[str, str]]:
             ("training time, steps alone", duration(seconds)),
         ]
     for record in list(select(records, "eval"))[-1:]:
-        facts.append((f"held-out loss at step {record['step']}", f"{record['loss']:.4f} nats per token"))
-        facts.append((f"bits per byte at step {record['step']}", f"{record['bits_per_byte']:.4f}"))
-    resumes = sum(1 for _ in select(records, "resume"))
-    facts.append(("resumed", "once" if resumes == 1 else f"{resumes} times"))
+        at = f"at step {record['step']:,}"
+        facts += [
+            (f"held-out loss {at}", f"{record['loss']:.4f} nats per token"),
+            (f"held-out perplexity {at}", f"{math.exp(min(record['loss'], MAX_EXPONENT)):,.1f}"),
+            (f"held-out bits per byte {at}", f"{record['bits_per_byte']:.4f}"),
+        ]
+    facts.append(("resumed", _resumed(len(resumed_at(records)))))
     return facts
+
+
+def _resumed(times: int) -> str:
+    return {0: "never", 1: "once"}.get(times, f"{times} times")
+
+
+def data_facts(data: Manifest) -> dict[str, Any]:
+    """Return what is known of the text: its inputs with licence and hash, and what was held out."""
+    train, val, source = data.train, data.val, data.source
+    return {
+        "inputs": [(item, licence_of(item.name)) for item in source.inputs],
+        "train": train,
+        "val": val,
+        "share": val.tokens / max(train.tokens + val.tokens, 1),
+        "held_out": HELD_OUT[source.held_out],
+        "duplicates": source.duplicates,
+        "val_in_train": source.val_in_train,
+    }
+
+
+def epochs_seen(records: list[Record]) -> float:
+    """Return how often the run has seen its training text; 0 before the first step."""
+    return float(next((record["epoch"] for record in reversed(effective_steps(records).values())), 0.0))
+
+
+def _link(run: RunDir, evidence: str, page: Path) -> str | None:
+    """Return the address of a file of the run as seen from the page; None where there is no such file in the run."""
+    file, home = (run.path / evidence).resolve(), run.path.resolve()
+    if not evidence or not file.is_relative_to(home) or not file.exists():
+        return None
+    return quote(os.path.relpath(file, page.resolve()).replace(os.sep, "/"))
 
 
 def duration(seconds: float) -> str:
