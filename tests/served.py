@@ -25,7 +25,7 @@ import httpx
 import waiting
 from waiting import HANGS
 
-DEFAULTS: list[Any] = ["ka lo mi", 8, 0.8, 0.95, 50, 0]
+DEFAULTS: list[Any] = ["ka lo mi", 8, 0.8, 0.95, 50, 0, False, 1.0]
 JOIN, DATA = "/gradio_api/queue/join", "/gradio_api/queue/data"
 FAST_TOKENS = 60
 

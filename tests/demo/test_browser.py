@@ -93,7 +93,7 @@ def test_type_generate_and_watch_it_stream(visit: Visit, demo_model: LoadedModel
 def test_the_fields_reach_the_model(visit: Visit, served: Served) -> None:
     visit.generate("ka", max_new_tokens=9, temperature=1.5, top_p=0.8, top_k=20, seed=5)
     expect(visit.page.locator("#status")).to_contain_text("token limit")
-    assert visit.text == final_text(ask(served.url, ["ka", 9, 1.5, 0.8, 20, 5], "fields1"))
+    assert visit.text == final_text(ask(served.url, ["ka", 9, 1.5, 0.8, 20, 5, False, 1.3], "fields1"))
 
 
 def test_stop(visit: Visit, served: Served) -> None:

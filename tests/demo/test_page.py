@@ -12,18 +12,18 @@ from tiny import rewrite
 from resmol.checks import Check
 from resmol.demo.page import answer, heading, record_page
 from resmol.demo.provenance import provenance_of
-from resmol.demo.request_limits import Limits
+from resmol.demo.request_limits import Limits, parse
 from resmol.errors import CheckpointError, UsageError
 from resmol.interop.export import export_gguf
 from resmol.interop.load import LoadedModel, load_model
 from resmol.run.checkpoint_manifest import read_manifest
 from resmol.run.directory import RunDir
 
-VALUES: list[Any] = ["ka lo", 20, 0.8, 0.95, 50, 3]
+VALUES: list[Any] = ["ka lo", 20, 0.8, 0.95, 50, 3, False, 1.0]
 
 
 def test_the_answer_is_what_generate_says(demo_model: LoadedModel) -> None:
-    found = list(answer(demo_model, VALUES, Limits(), lambda: True))
+    found = list(answer(demo_model, parse(VALUES, Limits()), Limits(), lambda: True))
     options = {"max_new_tokens": 20, "temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 3}
     assert found[-1][0] == "ka lo" + demo_model.generate("ka lo", **options)
     assert "20 tokens" in found[-1][1]
@@ -40,25 +40,41 @@ def test_it_stops_when_nobody_listens(demo_model: LoadedModel) -> None:
             return stream(prompt, sampling, on_token=computed.append)
 
     counting = Counting(demo_model.model, demo_model.source, demo_model.find_tokenizer)
-    list(answer(counting, ["ka", 500, 0.8, 0.95, 50, 3], Limits(), lambda: next(listening)))
+    list(
+        answer(counting, parse(["ka", 500, 0.8, 0.95, 50, 3, False, 1.0], Limits()), Limits(), lambda: next(listening))
+    )
     assert len(computed) < 20
 
 
 def test_a_text_that_fills_the_context_did_not_end(demo_model: LoadedModel) -> None:
     prompt = "9" * 1015  # each digit is a token; the context is 1024
-    found = list(answer(demo_model, [prompt, 500, 0.8, 0.95, 50, 3], Limits(prompt_chars=2000), lambda: True))
+    found = list(
+        answer(
+            demo_model,
+            parse([prompt, 500, 0.8, 0.95, 50, 3, False, 1.0], Limits(prompt_chars=2000)),
+            Limits(prompt_chars=2000),
+            lambda: True,
+        )
+    )
     assert "context full" in found[-1][1]
 
 
 def test_it_stops_after_its_time(demo_model: LoadedModel) -> None:
-    found = list(answer(demo_model, ["ka", 500, 0.8, 0.95, 50, 3], Limits(seconds=0.0), lambda: True))
+    found = list(
+        answer(
+            demo_model,
+            parse(["ka", 500, 0.8, 0.95, 50, 3, False, 1.0], Limits(seconds=0.0)),
+            Limits(seconds=0.0),
+            lambda: True,
+        )
+    )
     assert "the limit of this demo" in found[-1][1]
     assert "500 tokens" not in found[-1][1]
 
 
 def test_a_prompt_beyond_the_context_is_refused(demo_model: LoadedModel) -> None:
     with pytest.raises(UsageError, match="context is 1024"):
-        list(answer(demo_model, ["9" * 2000, *VALUES[1:]], Limits(), lambda: True))
+        list(answer(demo_model, parse(["9" * 2000, *VALUES[1:]], Limits()), Limits(), lambda: True))
 
 
 def test_a_checkpoint_is_named(demo_run: Path, demo_model: LoadedModel) -> None:

@@ -17,7 +17,7 @@ from resmol.errors import UsageError
 from resmol.inference.sampling_params import SamplingParams
 from resmol.interop.load import LoadedModel
 
-LONG = ["ka", 500, 0.0, 1, 0, 0]
+LONG = ["ka", 500, 0.0, 1, 0, 0, False, 1.0]
 
 
 def test_the_long_answer_is_long(demo_model: LoadedModel) -> None:
@@ -28,7 +28,7 @@ def test_the_long_answer_is_long(demo_model: LoadedModel) -> None:
 
 
 def test_it_streams_what_generate_says(served: Served, demo_model: LoadedModel) -> None:
-    found = ask(served.url, ["ka lo", 30, 0.0, 1, 0, 0], "stream1")
+    found = ask(served.url, ["ka lo", 30, 0.0, 1, 0, 0, False, 1.0], "stream1")
     assert sum(message["msg"] == "process_generating" for message in found) >= 5, "it came in one piece"
     assert final_text(found) == "ka lo" + demo_model.generate("ka lo", max_new_tokens=30, temperature=0.0)
 

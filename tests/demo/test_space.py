@@ -109,7 +109,7 @@ def test_it_starts_from_its_folder(demo_space: Path, demo_run: Path, tmp_path: P
     heading.write_text(heading.read_text().replace("<h1>", "<h1>from the folder: "))
     with demo_process([sys.executable, "app.py"], tmp_path, cwd=space, env=environment()) as served:
         assert "from the folder: tiny-run" in httpx.get(f"{served.url}/config", timeout=HANGS).text
-        said = final_text(ask(served.url, ["ka", 8, 0.0, 1, 0, 0]))
+        said = final_text(ask(served.url, ["ka", 8, 0.0, 1, 0, 0, False, 1.0]))
     assert said == "ka" + load_model(demo_run).generate("ka", max_new_tokens=8, temperature=0.0)
 
 
@@ -150,7 +150,7 @@ def test_it_starts_in_a_clean_environment(demo_space: Path, tmp_path: Path) -> N
     install = [python, "-m", "pip", "install", "-q", "-r", demo_space / "requirements.txt"]
     subprocess.run(install, check=True, env=environment())
     with demo_process([str(python), "app.py"], tmp_path, cwd=demo_space, env=environment()) as served:
-        assert final_text(ask(served.url, ["ka", 8, 0.8, 1, 0, 0])).startswith("ka")
+        assert final_text(ask(served.url, ["ka", 8, 0.8, 1, 0, 0, False, 1.0])).startswith("ka")
 
 
 def test_weights_from_elsewhere_get_no_licence_from_a_space(demo_space: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves
 from resmol.audit.report import MALFORMED_RECORD, samples, summary_facts
 from resmol.demo.provenance import Provenance
-from resmol.demo.request_limits import Limits, parse
+from resmol.demo.request_limits import FIELDS, Limits, Request, parse
 from resmol.errors import ResmolError
 from resmol.inference.completion import FINISH_REASONS, untokenizable_notice
 from resmol.interop.load import LoadedModel
@@ -20,9 +20,23 @@ from resmol.model.flops import total_parameters
 from resmol.run.ledger import LedgerTampered, read_ledger
 from resmol.system.templates import template_environment
 
-EXAMPLES = ("Once upon a time", "The meaning of life is", "JULIET:", "def fibonacci(n):")
+SEED = FIELDS.index("seed") - 1  # among the options, which follow the prompt
 READING, WRITING = "reading the prompt", "writing"
 UPDATE_SECONDS = 0.05  # the text on the page grows twenty times a second, however fast the model is
+# These run in the browser. Generate is off while a text is on its way, also while it waits for its turn; Stop is on. No
+# event of Gradio's tells that a value was refused: only a new message beside its field does.
+_MARK = "for (const [id, off] of [['generate', {0}], ['stop', !{0}]]) document.getElementById(id).disabled = off;"
+_BUSY = f"""(...values) => {{
+    const refusal = () => document.querySelector("div.validation-error"), before = refusal();
+    {_MARK.format("true")}
+    const watch = setInterval(() => {{
+        const refused = refusal() && refusal() !== before;
+        if (refused) {{ {_MARK.format("false")} }}
+        if (refused || !document.getElementById("generate").disabled) clearInterval(watch);
+    }}, 50);
+    return values;
+}}"""
+_IDLE = f"(s) => {{ {_MARK.format('false')} return (s || '').replace(/{READING}|{WRITING}/, 'stopped'); }}"
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
@@ -44,15 +58,17 @@ def build_page(loaded: LoadedModel, provenance: Provenance, limits: Limits, has_
         with gr.Tabs():
             with gr.Tab("Generate"), gr.Row(equal_height=False):
                 with gr.Column(scale=3, min_width=320):
-                    prompt = gr.Textbox(
-                        EXAMPLES[0], label="Prompt", lines=3, max_lines=12, max_length=limits.prompt_chars,
-                        elem_id="prompt", info="It continues a text; it does not answer questions.",
+                    prompt = gr.Textbox(  # with one line, which grows, Enter submits
+                        provenance.prompts[0], label="Prompt", lines=1, max_lines=12, max_length=limits.prompt_chars,
+                        elem_id="prompt", info="It continues a text; it does not answer questions. Enter generates, "
+                        "Shift+Enter begins a new line.",
                     )  # fmt: skip
                     with gr.Row(elem_classes="examples"):
-                        buttons = [gr.Button(text, size="sm", variant="secondary", min_width=60) for text in EXAMPLES]
+                        for text in provenance.prompts:
+                            example_button(gr, text, prompt)
                     with gr.Row(elem_classes="actions"):
                         run = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
-                        stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                        stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
                     status = gr.HTML("", elem_id="status", padding=False)
                     output = gr.Textbox(
                         label="Text", lines=8, max_lines=16, interactive=False, buttons=["copy"], elem_id="output",
@@ -62,21 +78,25 @@ def build_page(loaded: LoadedModel, provenance: Provenance, limits: Limits, has_
                     options = sampling_fields(gr, limits)
             with gr.Tab("Training run"):
                 gr.HTML(record_page(provenance), padding=False)
-        event = run.click(
-            _generate_for(loaded, limits, has_listener), [prompt, *options], [output, status],
-            show_progress="minimal", show_progress_on=[status], concurrency_limit=1, api_name="generate",
-            trigger_mode="once",
+        event = gr.on(
+            [run.click, prompt.submit], _generate_for(loaded, limits, has_listener), [prompt, *options],
+            [output, status, options[SEED]], js=_BUSY, show_progress="minimal", show_progress_on=[status],
+            concurrency_limit=1, api_name="generate", trigger_mode="once",
         )  # fmt: skip
-        # These run in the browser alone, so there is no further function that a stranger could call. The status changes
-        # after the end of the answer: an update that is on its way while Stop is pressed would say "writing" again.
+        # In the browser alone, so there is no further function that a stranger could call. The status changes after the
+        # end of the answer: an update that is on its way while Stop is pressed would say "writing" again.
         stop.click(None, cancels=[event])
-        event.then(None, [status], [status], js=f"(s) => (s || '').replace(/{READING}|{WRITING}/, 'stopped')")
-        for button, text in zip(buttons, EXAMPLES, strict=True):
-            button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
+        event.then(None, [status], [status], js=_IDLE)
     blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     blocks.state_session_capacity = limits.connections  # Gradio would remember the last 10,000 visitors
     number = next(index for index, function in blocks.fns.items() if function.api_name == "generate")
     return blocks, number
+
+
+def example_button(gr: Any, text: str, prompt: Any) -> None:
+    """Add a button that puts a text into the prompt."""
+    button = gr.Button(" ".join(text.split()), size="sm", variant="secondary", min_width=60)
+    button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
 
 
 def sampling_fields(gr: Any, limits: Limits) -> list[Any]:
@@ -90,6 +110,10 @@ def sampling_fields(gr: Any, limits: Limits) -> list[Any]:
         gr.Slider(0, limits.top_k, 50, step=1, label="Top-k", elem_id="top_k",
                   info="Draws from so many of the likeliest tokens; 0 is off."),
         gr.Number(0, label="Seed", info="The same seed gives the same text.", precision=0, elem_id="seed"),
+        gr.Checkbox(True, label="Random seed", info="Each text has another seed, which is then shown above.",
+                    elem_id="random_seed"),
+        gr.Slider(1, limits.repetition_penalty, 1, step=0.05, label="Repetition penalty", elem_id="repetition_penalty",
+                  info="Makes tokens that occurred less likely; 1 is off."),
     ]  # fmt: skip
 
 
@@ -117,15 +141,20 @@ def style() -> str:
 
 def _generate_for(
     loaded: LoadedModel, limits: Limits, has_listener: Callable[[str], bool]
-) -> Callable[..., Iterator[tuple[str, str]]]:
+) -> Callable[..., Iterator[tuple[str, str, Any]]]:
     import gradio as gr
 
     def generate(
-        prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, seed: Any, request: gr.Request
-    ) -> Iterator[tuple[str, str]]:
-        values = (prompt, max_new_tokens, temperature, top_p, top_k, seed)
+        prompt: Any, max_new_tokens: Any, temperature: Any, top_p: Any, top_k: Any, seed: Any, random_seed: Any,
+        repetition_penalty: Any, request: gr.Request,
+    ) -> Iterator[tuple[str, str, Any]]:  # fmt: skip
+        values = (prompt, max_new_tokens, temperature, top_p, top_k, seed, random_seed, repetition_penalty)
         try:
-            yield from answer(loaded, values, limits, lambda: has_listener(str(request.session_hash)))
+            asked = parse(values, limits)
+            shown: Any = asked.sampling.seed
+            for text, state in answer(loaded, asked, limits, lambda: has_listener(str(request.session_hash))):
+                yield text, state, shown
+                shown = gr.skip()  # the visitor may be typing the next one
         except ResmolError as error:
             raise gr.Error(f"{error.what}. Please {error.fix}.", duration=10, print_exception=False) from None
 
@@ -133,13 +162,14 @@ def _generate_for(
     return generate
 
 
-def answer(loaded: LoadedModel, values: Any, limits: Limits, wanted: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+def answer(
+    loaded: LoadedModel, request: Request, limits: Limits, wanted: Callable[[], bool]
+) -> Iterator[tuple[str, str]]:
     """Yield the text so far and its status line, until the text ends or ``wanted`` returns false.
 
     Raises:
-        UsageError: A value is outside the limits, or the prompt fills the model's context.
+        UsageError: The prompt fills the model's context.
     """
-    request = parse(values, limits)
     notice = untokenizable_notice(loaded.tokenizer, request.prompt)
     tokens: list[int] = []
     text, shown, started, end = request.prompt, 0.0, time.monotonic(), ""

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resmol.errors import UsageError
 from resmol.inference.sampling_params import SamplingParams
 
-FIELDS = ("prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # in the order of the page
+# In the order of the page.
+FIELDS = (
+    "prompt", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "random_seed", "repetition_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Limits:
         temperature: The highest.
         top_k: The highest.
         seed: The highest.
+        repetition_penalty: The highest.
         seconds: Computing time of one text.
         body_bytes: Size of a request's body. Each character of a prompt may arrive as two escapes of six bytes.
         body_seconds: Time that a body may take to arrive.
@@ -38,6 +43,7 @@ class Limits:
     temperature: float = 2.0
     top_k: int = 200
     seed: int = 2**32 - 1
+    repetition_penalty: float = 2.0
     seconds: float = 120.0
     body_bytes: int = 64 << 10
     body_seconds: float = 10.0
@@ -56,19 +62,21 @@ class Request:
 
 def problems(values: Sequence[object], limits: Limits) -> list[str]:
     """Return one sentence for each of the `FIELDS`, empty where its value is fine."""
-    prompt, new_tokens, temperature, top_p, top_k, seed = values
+    prompt, new_tokens, temperature, top_p, top_k, seed, random_seed, penalty = values
     return [
         _prompt_problem(prompt, limits.prompt_chars),
         _number_problem("new tokens", new_tokens, 1, limits.new_tokens, whole=True),
         _temperature_problem(temperature, limits.temperature),
         _number_problem("top-p", top_p, 0.01, 1),
         _number_problem("top-k", top_k, 0, limits.top_k, whole=True),
-        _number_problem("seed", seed, 0, limits.seed, whole=True),
+        "" if random_seed is True else _number_problem("seed", seed, 0, limits.seed, whole=True),
+        "" if isinstance(random_seed, bool) else "random seed must be yes or no",
+        _number_problem("repetition penalty", penalty, 1, limits.repetition_penalty),
     ]  # fmt: skip
 
 
 def parse(values: Sequence[object], limits: Limits) -> Request:
-    """Return the request of these values, in the order of `FIELDS`.
+    """Return the request of these values, in the order of `FIELDS`; its seed is drawn where that is asked for.
 
     Raises:
         UsageError: There are more or fewer of them, or one is outside the limits.
@@ -77,11 +85,11 @@ def parse(values: Sequence[object], limits: Limits) -> Request:
         raise UsageError(f"a request has {len(FIELDS)} values, this one {len(values)}", fix="reload the page")
     if found := [problem for problem in problems(values, limits) if problem]:
         raise UsageError("; ".join(found), fix="correct the values")
-    prompt, new_tokens, temperature, top_p, top_k, seed = values
+    prompt, new_tokens, temperature, top_p, top_k, seed, random_seed, penalty = values
     assert isinstance(prompt, str)
     sampling = SamplingParams(
         max_new_tokens=_whole(new_tokens), temperature=_number(temperature), top_k=_whole(top_k), top_p=_number(top_p),
-        seed=_whole(seed),
+        seed=secrets.randbelow(limits.seed + 1) if random_seed else _whole(seed), repetition_penalty=_number(penalty),
     )  # fmt: skip
     return Request(prompt, sampling)
 
