@@ -12,9 +12,14 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from served import Served, ask, final_text
 from waiting import HANGS
 
+from resmol.audit.run_data import example_prompts
 from resmol.interop.load import LoadedModel
+from resmol.run.directory import RunDir
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCROLLS_SIDEWAYS = """[...document.querySelectorAll('.rs-page *')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX))
+    .map(e => e.className)"""
 DESK, PHONE = (1280, 800), (390, 844)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium for the browser tests: apt-get install chromium")
@@ -91,7 +96,8 @@ def test_type_generate_and_watch_it_stream(visit: Visit, demo_model: LoadedModel
 
 
 def test_the_fields_reach_the_model(visit: Visit, served: Served) -> None:
-    visit.generate("ka", max_new_tokens=9, temperature=1.5, top_p=0.8, top_k=20, seed=5)
+    visit.page.uncheck("#random_seed input")
+    visit.generate("ka", max_new_tokens=9, temperature=1.5, top_p=0.8, top_k=20, seed=5, repetition_penalty=1.3)
     expect(visit.page.locator("#status")).to_contain_text("token limit")
     assert visit.text == final_text(ask(served.url, ["ka", 9, 1.5, 0.8, 20, 5, False, 1.3], "fields1"))
 
@@ -125,13 +131,57 @@ def test_leaving_the_page_stops_the_computation(browser: Browser, served: Served
     assert served.settle() - before < 300
 
 
-def test_an_example_fills_the_prompt(visit: Visit) -> None:
-    visit.page.get_by_role("button", name="JULIET:").click()
-    expect(visit.page.locator("#prompt textarea")).to_have_value("JULIET:")
+def test_a_random_seed_is_shown_and_gives_the_text_again(visit: Visit) -> None:
+    seeds, texts = [], []
+    for _ in range(2):
+        visit.generate("ka", max_new_tokens=16, temperature=2)
+        expect(visit.page.locator("#status")).to_contain_text("token limit")
+        expect(visit.page.locator("#generate")).to_be_enabled()
+        seeds.append(visit.page.input_value("#seed input"))
+        texts.append(visit.text)
+    assert len({*seeds}) == len({*texts}) == 2
+    visit.page.uncheck("#random_seed input")
+    visit.generate("ka", seed=seeds[0])
+    expect(visit.page.locator("#output textarea")).to_have_value(texts[0])
+    assert visit.page.input_value("#seed input") == seeds[0]
+
+
+def test_enter_generates_and_shift_enter_begins_a_line(visit: Visit) -> None:
+    visit.page.fill("#prompt textarea", "ka")
+    visit.set("max_new_tokens", 3)
+    visit.page.focus("#prompt textarea")
+    visit.page.keyboard.press("Shift+Enter")
+    visit.page.keyboard.type("lo")
+    expect(visit.page.locator("#prompt textarea")).to_have_value("ka\nlo")
+    assert visit.text == ""
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#status")).to_contain_text("token limit")
+    assert visit.text.startswith("ka\nlo")
+
+
+def test_the_buttons_say_what_goes_on(visit: Visit) -> None:
+    run, stop = visit.page.locator("#generate"), visit.page.locator("#stop")
+    expect(stop).to_be_disabled()
+    visit.generate("ka", temperature=0, max_new_tokens=500)
+    expect(run).to_be_disabled()
+    expect(stop).to_be_enabled()
+    expect(visit.page.locator("#status")).to_contain_text("writing")
+    stop.click()
+    expect(run).to_be_enabled()
+    expect(stop).to_be_disabled()
+
+
+def test_an_example_fills_the_prompt(visit: Visit, demo_run: Path, demo_model: LoadedModel) -> None:
+    first, *others = example_prompts(RunDir(demo_run), demo_model.tokenizer)
+    expect(visit.page.locator("#prompt textarea")).to_have_value(first)
+    assert others, "words of the run's own text"
+    visit.page.get_by_role("button", name=" ".join(others[0].split()), exact=True).click()
+    expect(visit.page.locator("#prompt textarea")).to_have_value(others[0])
 
 
 @pytest.mark.parametrize("value", ["-1", "99999999999", ""])
 def test_a_bad_number_is_named_beside_its_field(visit: Visit, value: str) -> None:
+    visit.page.uncheck("#random_seed input")
     visit.page.fill("#seed input", value)
     visit.page.click("#generate")
     expect(visit.page.locator("#seed")).to_contain_text("seed must")
@@ -172,7 +222,19 @@ def test_both_tabs_fit_and_can_be_read(
     browser: Browser, served: Served, tmp_path: Path, size: tuple[int, int], dark: bool
 ) -> None:
     made = Visit(browser, served, size, dark)
-    for name in ("prompt", "generate", "stop", "output", "max_new_tokens", "temperature", "top_p", "top_k", "seed"):
+    for name in (
+        "prompt",
+        "generate",
+        "stop",
+        "output",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "random_seed",
+        "repetition_penalty",
+    ):
         box = made.page.locator(f"#{name}").bounding_box()
         assert box is not None
         assert box["x"] >= 0
@@ -184,6 +246,7 @@ def test_both_tabs_fit_and_can_be_read(
     made.page.get_by_role("tab", name="Training run").click()
     expect(made.page.locator(".rs-curves svg").first).to_be_visible()
     assert made.page.locator(".rs-curves svg").count() == 4
+    assert made.page.evaluate(SCROLLS_SIDEWAYS) == []
     expect(made.page.locator(".rs-claims")).to_contain_text("it <generates>")
     expect(made.page.locator(".rs-claims")).to_contain_text("{{x}} ${y}")
     assert made.width_of_content() <= size[0]

@@ -34,7 +34,10 @@ def test_it_streams_what_generate_says(served: Served, demo_model: LoadedModel) 
 
 
 def test_the_seed_decides(served: Served) -> None:
-    texts = [final_text(ask(served.url, ["ka", 8, 1.0, 1, 0, seed], f"seed{n}")) for n, seed in enumerate((1, 1, 2))]
+    texts = [
+        final_text(ask(served.url, ["ka", 8, 1.0, 1, 0, seed, False, 1.0], f"seed{n}"))
+        for n, seed in enumerate((1, 1, 2))
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -73,12 +76,18 @@ def test_nobody_who_never_listens_is_computed_for(served: Served) -> None:
 
 @pytest.mark.parametrize(
     ("values", "field"),
-    [(["x" * 4001, *DEFAULTS[1:]], 0), ([*DEFAULTS[:1], 513, *DEFAULTS[2:]], 1), ([*DEFAULTS[:5], "abc"], 5)],
+    [
+        (["x" * 4001, *DEFAULTS[1:]], 0),
+        ([*DEFAULTS[:1], 513, *DEFAULTS[2:]], 1),
+        ([*DEFAULTS[:5], "abc", *DEFAULTS[6:]], 5),
+    ],
 )
 def test_a_refusal_stands_beside_its_field(served: Served, values: list[object], field: int) -> None:
     answer = httpx.post(f"{served.url}{JOIN}", json=body(list(values), "bad1"), timeout=HANGS)
     assert answer.status_code == 422
-    assert [verdict["is_valid"] for verdict in answer.json()["detail"]] == [number != field for number in range(6)]
+    assert [verdict["is_valid"] for verdict in answer.json()["detail"]] == [
+        number != field for number in range(len(DEFAULTS))
+    ]
 
 
 def test_a_prompt_beyond_the_context_is_a_sentence(served: Served) -> None:

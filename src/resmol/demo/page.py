@@ -64,8 +64,9 @@ def build_page(loaded: LoadedModel, provenance: Provenance, limits: Limits, has_
                         "Shift+Enter begins a new line.",
                     )  # fmt: skip
                     with gr.Row(elem_classes="examples"):
-                        for text in provenance.prompts:
-                            example_button(gr, text, prompt)
+                        buttons = [
+                            gr.Button(" ".join(text.split()), size="sm", min_width=60) for text in provenance.prompts
+                        ]
                     with gr.Row(elem_classes="actions"):
                         run = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
                         stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80, interactive=False)
@@ -87,16 +88,12 @@ def build_page(loaded: LoadedModel, provenance: Provenance, limits: Limits, has_
         # end of the answer: an update that is on its way while Stop is pressed would say "writing" again.
         stop.click(None, cancels=[event])
         event.then(None, [status], [status], js=_IDLE)
+        for button, text in zip(buttons, provenance.prompts, strict=True):
+            button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
     blocks.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
     blocks.state_session_capacity = limits.connections  # Gradio would remember the last 10,000 visitors
     number = next(index for index, function in blocks.fns.items() if function.api_name == "generate")
     return blocks, number
-
-
-def example_button(gr: Any, text: str, prompt: Any) -> None:
-    """Add a button that puts a text into the prompt."""
-    button = gr.Button(" ".join(text.split()), size="sm", variant="secondary", min_width=60)
-    button.click(None, None, [prompt], js=f"() => {json.dumps(text)}")
 
 
 def sampling_fields(gr: Any, limits: Limits) -> list[Any]:
