@@ -18,7 +18,6 @@ from waiting import until
 from resmol.audit import reproduce as module
 from resmol.audit.claims import make_claims
 from resmol.audit.reproduce import ReproduceSpec, estimate_seconds, reproduce
-from resmol.cli.console import terminal_log_writers
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
@@ -50,7 +49,7 @@ def in_this_process(calls: list[list[str]], train_tiny: TrainTiny) -> Any:
         path = spec.run.evidence / f"{name}.json"
         if name in ("train", "resume"):
             steps = int(arguments[arguments.index("--steps") + 1])
-            train_tiny(spec.run.path, steps, "checkpoint.permanent=[20]", log_writers=terminal_log_writers(spec.run))
+            train_tiny(spec.run.path, steps, "checkpoint.permanent=[20]", progress=True)
         elif name == "verify":
             path.write_text(json.dumps({"checks": [{"passed": True}]}))
         elif name != "prepare":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from tiny import TrainTiny, step_record
 
-from resmol.cli.console import ConsoleWriter, terminal_log_writers
+from resmol.run.console import ConsoleWriter
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, read_ledger, select
 from resmol.run.log_writers import RunLog, StepFormatter, TensorBoardWriter, TextLogWriter, describe
@@ -59,7 +60,7 @@ def test_every_kind_has_words(tmp_path: Path, train_tiny: TrainTiny) -> None:
 def test_train_log_goes_on_after_a_resume(tmp_path: Path, train_tiny: TrainTiny) -> None:
     run = RunDir(tmp_path / "run")
     for steps in (20, 25):
-        train_tiny(run.path, steps, log_writers=terminal_log_writers(run))
+        train_tiny(run.path, steps, progress=True)
     shown = [line.split()[1] for line in run.log.read_text().splitlines() if line.startswith("step ")]
     assert shown == ["1/20", "10/20", "20/20", "21/25", "25/25"]
 
@@ -159,7 +160,7 @@ def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
 
 SHOW = """
 import sys
-from resmol.cli.console import ConsoleWriter
+from resmol.run.console import ConsoleWriter
 from resmol.run.log_writers import StepFormatter
 view = ConsoleWriter(StepFormatter(2, 4))
 for step in range(1, 5):
@@ -231,7 +232,7 @@ def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
 
 def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
-    monkeypatch.setattr("resmol.cli.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("resmol.run.console.time.monotonic", lambda: now[0])
     with (tmp_path / "out").open("w+") as stream:
         view = ConsoleWriter(StepFormatter(500, 1000), stream)
         for step in range(1, 101):
@@ -241,3 +242,101 @@ def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.Monkey
         lines = stream.read().splitlines()
     assert [line.split()[1] for line in lines] == ["1/1000", "32/1000", "63/1000", "94/1000"]
     assert lines[-1].endswith("| 15:06 left")
+
+
+# --- what a person sees -------------------------------------------------------------------------------------
+
+
+def test_a_step_fits_the_width_it_is_given() -> None:
+    record = {"kind": "step", **step_record(5000), "tokens_seen": 81_920_000, "epoch": 12.34}
+    full = StepFormatter(1, 5050).line(record) or ""
+    for width in (60, 72, 80, 100, 120):
+        text = StepFormatter(1, 5050).line(record, width=width) or ""
+        assert len(text) <= width
+        assert set(text.split(" | ")) <= set(full.split(" | "))
+        assert all(word in text for word in ("step 5000/5050", "loss", "lr ", "tok/s"))
+    assert StepFormatter(1, 5050).line(record, width=120) == full
+    assert len(full) > 80
+
+
+def test_lines_at_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, side = pty.openpty()
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    sample = {"kind": "sample", "step": 5, "prompt": "Once ", "text": "upon a time " * 12 + "\nthere was 漢字" * 9}
+    with os.fdopen(side, "w") as stream:
+        writer = ConsoleWriter(StepFormatter(1, 5050), stream)
+        writer.show({"kind": "step", **step_record(5000), "tokens_seen": 81_920_000})
+        writer.show(sample)
+        writer.close()
+        lines = [line.rstrip("\r") for line in os.read(main, 1 << 16).decode().split("\n")]
+    os.close(main)
+    step, title, *body = [line for line in lines if line]
+    assert step.startswith("step 5000/5050 | loss")
+    assert title == "sample at step 5:"
+    assert all(line.startswith("    | ") and len(line) <= 80 for line in body)
+    joined = "".join(line.removeprefix("    | ").replace(" ", "") for line in body)
+    assert joined == (sample["prompt"] + str(sample["text"])).replace(" ", "").replace("\n", "")
+
+
+class Shell:
+    """What IPython in a kernel looks like from outside."""
+
+    kernel = None
+
+
+class Display:
+    """Stands for IPython: what it displays, and the pictures that replace it."""
+
+    def __init__(self) -> None:
+        self.pictures: list[str] = []
+
+    def get_ipython(self) -> Shell:
+        return Shell()
+
+    def HTML(self, text: str) -> str:
+        return text
+
+    def display(self, picture: str, *, display_id: bool) -> Display:
+        assert display_id
+        self.pictures.append(picture)
+        return self
+
+    update = property(lambda self: self.pictures.append)
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Display:
+    shown = Display()
+    monkeypatch.setitem(sys.modules, "IPython", shown)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)  # type: ignore[arg-type]
+    return shown
+
+
+def test_a_notebook_sees_a_bar_and_lines_without_carriage_returns(
+    notebook: Display, tmp_path: Path, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(tmp_path / "run", 20)
+    printed = capsys.readouterr().out
+    assert "\r" not in printed
+    assert "\x1b" not in printed
+    assert "step 10/20 | loss" in printed
+    assert "data: " in printed  # a message of the package
+    assert notebook.pictures[0].startswith('<progress value="0" max="20">')
+    assert "step 20 of 20 loss" in notebook.pictures[-1]
+    train_tiny(tmp_path / "run", 25, progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_library_is_silent_unless_it_is_asked(
+    tmp_path: Path, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(tmp_path / "run", 3)
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+    assert "step 3/3" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
+    train_tiny(tmp_path / "run", 6, progress=True)
+    err = capsys.readouterr().err
+    assert "step 6/6" in err
+    assert "data: " in err
+    assert [handler for handler in logging.getLogger("resmol").handlers if type(handler) is logging.StreamHandler] == []

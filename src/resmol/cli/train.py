@@ -52,6 +52,10 @@ Format = Annotated[str, typer.Option("--format", metavar="auto|text|jsonl", help
 IncludeHidden = Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")]
 
 Epochs = Annotated[float | None, typer.Option(help="Stop after so many passes over the data, instead of --steps.")]
+Duration = Annotated[
+    str | None,
+    typer.Option(metavar="DURATION", help="Train for about so long, e.g. 30m or 2h, with a decay planned for it."),
+]
 AllowFresh = Annotated[bool, typer.Option("--allow-fresh", help="Start over if every checkpoint is corrupt.")]
 AcceptDrift = Annotated[
     list[str] | None,
@@ -119,8 +123,7 @@ def prepare(
     epilog="""
     resmol train runs/mine --preset nano --data input.txt
     resmol train runs/mine --steps 8000
-    resmol train runs/own --config own.toml --data texts/ --tokenizer tok
-    resmol train runs/c --preset nano --data input.txt --time 30m
+    resmol train runs/own --config own.toml --data texts --tokenizer tok --time 2h
     resmol train runs/b --preset nano --data input.txt --lr 1e-3 --epochs 3
     """
 )
@@ -137,10 +140,7 @@ def train(
     text_field: TextField = "text",
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step.")] = None,
     epochs: Epochs = None,
-    time: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="Train for about so long, e.g. 30m or 2h, with a decay planned for it."),
-    ] = None,
+    time: Duration = None,
     set_: Set = None,
     tokenizer: TokenizerSource = None,
     accept_drift: AcceptDrift = None,
@@ -154,9 +154,7 @@ def train(
     chosen = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
     set_up_process()
-    from resmol.cli.console import terminal_log_writers
     from resmol.data.text_file import ReadOptions
-    from resmol.system.peak_memory import peak_memory_bytes
     from resmol.train.start import train_model
     from resmol.train.time_budget import parse_duration, train_for
 
@@ -174,21 +172,21 @@ def train(
         epochs=epochs,
         allow_fresh=allow_fresh,
         strict=strict,
-        log_writers=terminal_log_writers(RunDir(run)),
+        progress=True,
     )
     if json_:
-        print_json(
-            {
-                "run": str(run),
-                "step": state.step,
-                "tokens_seen": state.tokens_seen,
-                "checkpoint_sha256": last_fact(read_ledger(RunDir(run).ledger).records, "manifest_sha256"),
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-        )
+        print_json({"run": str(run), "step": state.step, "tokens_seen": state.tokens_seen, **_evidence(RunDir(run))})
     elif this_launch().rank == 0:
         name = quote(str(run))
         suggest(f"generate {name} --interactive", f"evaluate {name}", f"report {name}")
+
+
+def _evidence(run: RunDir) -> dict[str, Any]:
+    """Return what a script may want to keep of a training: the digest of the newest checkpoint, and the memory."""
+    from resmol.system.peak_memory import peak_memory_bytes
+
+    sha256 = last_fact(read_ledger(run.ledger).records, "manifest_sha256")
+    return {"checkpoint_sha256": sha256, "peak_memory_bytes": peak_memory_bytes()}
 
 
 @app.command(

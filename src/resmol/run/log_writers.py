@@ -16,6 +16,8 @@ from resmol.run.ledger import Kind, Ledger, Record
 from resmol.system.installation import install_hint
 from resmol.system.wording import counted, in_words
 
+SAMPLE_INDENT = "    | "
+
 
 @runtime_checkable
 class LogWriter(Protocol):
@@ -87,8 +89,14 @@ class StepFormatter:
         self._first = True
         self._tokens, self._seconds = 0, 0.0
 
-    def line(self, record: Record, *, force: bool = False) -> str | None:
-        """Return the text of a record, or None for a step that is not shown; ``force`` shows it all the same."""
+    def line(self, record: Record, *, force: bool = False, width: int | None = None) -> str | None:
+        """Return the text of a record, or None for a step that is not shown.
+
+        Args:
+            record: The record.
+            force: Show a step all the same.
+            width: Leave out what is least asked for until a step fits so many columns; None leaves nothing out.
+        """
         if record["kind"] != "step":
             return describe(record)
         self._tokens += record["tokens"]
@@ -97,16 +105,19 @@ class StepFormatter:
             return None
         rate = self._tokens / self._seconds if self._seconds else 0.0
         self._first, self._tokens, self._seconds = False, 0, 0.0
-        width = len(str(self.last))
-        parts = (
-            f"step {record['step']:>{width}}/{self.last}",
+        digits = len(str(self.last))
+        parts = [
+            f"step {record['step']:>{digits}}/{self.last}",
             f"loss {record['loss']:7.4f}",
             f"grad {record['grad_norm']:6.3f}",
             f"lr {record['lr']:.2e}",
             f"{rate:7,.0f} tok/s",
             f"{record['tokens_seen']:>11,} tokens",
             f"epoch {record['epoch']:.2f}",
-        )
+        ]
+        for dispensable in (parts[2], parts[5], parts[6]) if width is not None else ():  # gradient, tokens, epoch
+            if len(" | ".join(parts)) > width:
+                parts.remove(dispensable)
         return " | ".join(parts)
 
 
@@ -118,7 +129,7 @@ def describe(record: Record) -> str | None:
 
 def _sample(record: Record) -> str:
     body = (record["prompt"] + record["text"]).strip("\n").replace("\r", "").split("\n")
-    return f"sample at step {record['step']}:\n" + "\n".join(f"    | {line}" for line in body)
+    return f"sample at step {record['step']}:\n" + "\n".join(f"{SAMPLE_INDENT}{line}" for line in body)
 
 
 def _start(record: Record) -> str:

@@ -26,10 +26,10 @@ from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ProcessLost
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
-from resmol.run.checkpoint_manifest import Checkpoint
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger
 from resmol.run.log_writers import LogWriter, RunLog
+from resmol.run.progress import Progress, run_log_writers, shown_messages
 from resmol.system.host import return_freed_memory
 from resmol.system.launcher import this_launch
 from resmol.system.locks import exclusive_lock
@@ -59,6 +59,7 @@ def train_model(
     accept_drift: Sequence[str] = (),
     allow_fresh: bool = False,
     strict: bool = False,
+    progress: Progress = "auto",
     log_writers: Callable[[RunConfig], Sequence[LogWriter]] = lambda _: (),
 ) -> TrainState:
     """Start a run, or resume it bit for bit; train it to ``train.steps`` and return the state after the last step.
@@ -74,7 +75,8 @@ def train_model(
         accept_drift: Class B fields that may differ from the stored configuration.
         allow_fresh: Begin again when every checkpoint is corrupt.
         strict: Refuse an environment in which bitwise equality is not promised.
-        log_writers: Makes what shows the ledger while it grows, given the resolved configuration.
+        progress: Whether to show steps and messages; ``"auto"`` does at a terminal and in a notebook.
+        log_writers: Makes further views of the ledger, beside ``train.log``, given the resolved configuration.
 
     Raises:
         ResmolError: Every failure is one of these, with a sentence on what to do.
@@ -86,6 +88,7 @@ def train_model(
     resolve = partial(resolve_config, directory, config, changes, accept_drift, named)
     check_memory_before_deciding(resolve()[0])  # what cannot be leaves nothing behind, not even a directory
     with ExitStack() as stack:
+        stack.enter_context(shown_messages(progress))
         stack.enter_context(exclusive_lock(directory.lock) if is_rank_zero else nullcontext())
         requested, drifts = resolve()  # again: from here on no other process changes the run
         _check_here(requested, directory if is_rank_zero else None)
@@ -95,18 +98,12 @@ def train_model(
         runtime = stack.enter_context(open_runtime(resolved))
         dataset, own_tokenizer = opened or open_data()
         resolved = choose_prompt(resolved, dataset, own_tokenizer)
-        stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
-        state = new_state(resolved, runtime)
-        run_log, checkpoint = _begin(
-            stack, state, directory, resolved, drifts, dataset, own_tokenizer, runtime, log_writers,
+        state, session = _open_session(
+            stack, directory, resolved, drifts, dataset, own_tokenizer, runtime,
+            lambda config: [*run_log_writers(directory, config, progress), *log_writers(config)],
             allow_fresh=allow_fresh, strict=strict,
         )  # fmt: skip
-        checkpointer = stack.enter_context(AsyncCheckpointer(directory.checkpoints, resolved, run_log, checkpoint))
-        _train(state, Session(
-            directory, resolved, runtime, make_loader(resolved, dataset.train), make_val_loader(resolved, dataset.val),
-            dataset.fingerprint, own_tokenizer, run_log, checkpointer,
-            stop, steps_to_repeat(run_log.records, state.step),
-        ))  # fmt: skip
+        _train(state, session)
     return state
 
 
@@ -125,9 +122,8 @@ def with_epochs(config: RunConfig, epochs: float, dataset: Dataset) -> RunConfig
     return config.replace({"train.steps": steps})
 
 
-def _begin(
+def _open_session(
     stack: ExitStack,
-    state: TrainState,
     run: RunDir,
     config: RunConfig,
     drifts: dict[str, Any],
@@ -138,12 +134,10 @@ def _begin(
     *,
     allow_fresh: bool,
     strict: bool,
-) -> tuple[RunLog, Checkpoint | None]:
-    """Open the record of the run on rank 0, and bring the state of every rank to where the run stands.
-
-    Returns:
-        The open log, and the checkpoint that the run goes on from.
-    """
+) -> tuple[TrainState, Session]:
+    """Open the record of the run on rank 0, and bring the state of every rank to where the run stands."""
+    stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
+    state = new_state(config, runtime)
     run_log, checkpoint = RunLog(NullLedger(), ()), None
     if runtime.is_rank_zero:
         run.prepare(config, tokenizer.data)
@@ -154,7 +148,11 @@ def _begin(
         )  # fmt: skip
     share_state(state, runtime)
     check_ranks_agree(state, config, dataset.fingerprint, runtime)
-    return run_log, checkpoint
+    checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint))
+    return state, Session(
+        run, config, runtime, make_loader(config, dataset.train), make_val_loader(config, dataset.val),
+        dataset.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, state.step),
+    )  # fmt: skip
 
 
 def decide_auto(config: RunConfig) -> RunConfig:

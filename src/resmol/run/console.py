@@ -6,7 +6,6 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from rich.console import Console
@@ -18,15 +17,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-from resmol.config.run_config import RunConfig
-from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
-from resmol.run.log_writers import LogWriter, StepFormatter, TensorBoardWriter, TextLogWriter
+from resmol.run.log_writers import SAMPLE_INDENT, StepFormatter
 from resmol.system.standard_streams import has_room
 
 REFRESH_SECONDS = 0.2  # of the live line
 PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
+BAR_FITS = 108  # columns for a live line with a long bar
 SILENCE_SECONDS = 30.0  # where there is no live line, a step is shown at least this often
 
 
@@ -84,7 +83,7 @@ class ConsoleWriter:
 
     def _make_bar(self) -> Progress:
         columns = (
-            BarColumn(30),
+            BarColumn(30 if self._console.width >= BAR_FITS else 8),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
@@ -96,10 +95,12 @@ class ConsoleWriter:
     def show(self, record: Record) -> None:
         """Print the record's line, if it has one, and move the progress line."""
         overdue = self._bar is None and time.monotonic() - self._printed > SILENCE_SECONDS
-        text = self._formatter.line(record, force=overdue)
+        width = self._console.width if self._console.is_terminal else None
+        text = self._formatter.line(record, force=overdue, width=width)
         if text is not None:
             self._printed = time.monotonic()
-            self._console.print(text + self._time_left(record), markup=False)
+            lines = "\n".join(map(self._folded, text.split("\n")))
+            self._console.print(lines + self._time_left(record), markup=False)
         if (
             self._bar
             and self._task is not None
@@ -110,6 +111,14 @@ class ConsoleWriter:
             rate = record["tokens"] / record["seconds"] if record["seconds"] else 0.0
             note = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {rate:,.0f} tok/s"
             self._bar.update(self._task, completed=record["step"], description=note, refresh=True)
+
+    def _folded(self, line: str) -> str:
+        """Break a line of a sample at the terminal's width; each part has the mark that it belongs to one."""
+        if not (self._console.is_terminal and line.startswith(SAMPLE_INDENT)):
+            return line
+        width = max(1, self._console.width - len(SAMPLE_INDENT))
+        parts = Text(line.removeprefix(SAMPLE_INDENT)).wrap(self._console, width, overflow="fold")
+        return "\n".join(f"{SAMPLE_INDENT}{part.plain.rstrip()}" for part in parts)
 
     def _time_left(self, record: Record) -> str:
         """Estimate the rest from the pace so far, saves and evaluations included; a live line does it by itself."""
@@ -126,17 +135,3 @@ class ConsoleWriter:
         """Take the progress line away."""
         if self._bar:
             self._bar.stop()
-
-
-def terminal_log_writers(run: RunDir) -> Callable[[RunConfig], Sequence[LogWriter]]:
-    """Return a factory of the log writers for interactive use: ``train.log``, the terminal, and TensorBoard if set."""
-
-    def make(config: RunConfig) -> list[LogWriter]:
-        every, last = config.logging.every, config.train.steps
-        writers: list[LogWriter] = [
-            TextLogWriter(run.log, StepFormatter(every, last)),
-            ConsoleWriter(StepFormatter(every, last)),
-        ]
-        return [*writers, TensorBoardWriter(run.path / "tensorboard")] if config.logging.tensorboard else writers
-
-    return make
