@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,29 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Return the check as a JSON object."""
         return asdict(self)
+
+
+class Checks(list[Check]):
+    """Checks with their outcome; shown as a line in Python and as a table in a notebook."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed; no checks at all is not a pass."""
+        return all_passed(self)
+
+    def __repr__(self) -> str:
+        failed = [check for check in self if not check.passed]
+        lines = [f"  FAIL {check.name}: {check.measured} (expected: {check.expected})" for check in failed]
+        return "\n".join([f"{len(self) - len(failed)} of {len(self)} checks passed", *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{'pass' if check.passed else '<b>FAIL</b>'}</td>"
+            + "".join(f"<td>{html.escape(text)}</td>" for text in (check.name, check.measured, check.expected))
+            + "</tr>"
+            for check in self
+        )
+        return f"<table><tr><th></th><th>check</th><th>measured</th><th>expected</th></tr>{rows}</table>"
 
 
 def largest(values: Iterable[float]) -> float:

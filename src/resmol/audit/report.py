@@ -45,6 +45,26 @@ MALFORMED_RECORD = (TypeError, ValueError, KeyError, AttributeError, IndexError,
 IMAGES = (".svg", ".png")
 
 
+def report_run(run: str | Path, out: str | Path | None = None, *, plot: str | Path | None = None) -> Path:
+    """Write a run as one page, or its loss curve as an image, as `resmol report` does; return the path.
+
+    Args:
+        run: The run directory.
+        out: Where to write the page; None is ``report.html`` in the run.
+        plot: Write the loss curve instead, as .svg or .png.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    if plot is not None and out is not None:
+        raise UsageError("--out and --plot are both given", fix="give one of them; --plot names the image itself")
+    directory = RunDir(Path(run))
+    if plot is not None:
+        write_loss_image(directory, Path(plot))
+        return Path(plot)
+    return write_report(directory, None if out is None else Path(out))
+
+
 def write_loss_image(run: RunDir, out: Path) -> None:
     """Write the loss curve of a run as an image, SVG or PNG by the name of ``out``.
 

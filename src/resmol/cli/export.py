@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
 from resmol.cli.terminal import print_json, report_checks, say, suggest
-from resmol.errors import UsageError
 from resmol.system.process_setup import set_up_process
 from resmol.system.wording import counted
 
@@ -64,24 +63,15 @@ def export(
 
     It is finished only when the other software computes our logits and token ids from it.
     """
-    if format_ not in ("hf", "gguf"):
-        raise UsageError(f"{format_} is not a format of an export", fix="choose from: hf, gguf")
-    if space and format_ != "hf":
-        raise UsageError("a Space serves a Hugging Face folder", fix="leave --format out")
-    if model_repo is not None and not space:
-        raise UsageError("--model-repo is for a Space", fix="add --space")
     set_up_process()
-    from resmol.demo.space import export_space
-    from resmol.interop.export import export_gguf, export_hf
+    from resmol.api import export_model
     from resmol.interop.export.card_words import card_words
 
     named, words = model_ref(model, weights, best=best), card_words(title, license_, language or (), card)
-    if space:
-        done = export_space(named, out, dtype=dtype, model_repo=model_repo, tokenizer=tokenizer, words=words)
-    elif format_ == "gguf":
-        done = export_gguf(named, out, dtype=dtype, tokenizer=tokenizer, words=words)
-    else:
-        done = export_hf(named, out, dtype=dtype, tokenizer=tokenizer, words=words)
+    done = export_model(
+        named, out, format=cast(Any, format_), dtype=dtype, space=space, model_repo=model_repo, tokenizer=tokenizer,
+        words=words,
+    )  # fmt: skip
     report_checks(f"export to {out}", done.checks, json_)
     if not json_:
         suggest(f"publish {quote(str(out))} --repo OWNER/{quote(out.name)}{' --space' if space else ''}")

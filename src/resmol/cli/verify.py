@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -124,16 +123,10 @@ def audit(
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
-    from resmol.audit.audit import audit as run_audit
+    from resmol.api import audit_run
     from resmol.audit.certificate import write_certificate
-    from resmol.audit.replay import ReplayOptions
 
-    replay_options = (
-        ReplayOptions(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict)
-        if replay
-        else None
-    )
-    checks = run_audit(RunDir(run), strict=strict, replay_options=replay_options)
+    checks = audit_run(run, replay=replay, replay_steps=replay_steps, seed=seed, strict=strict)
     report_checks(f"audit of {run}", checks, json_)
     if certify:
         say(f"certificate: {write_certificate(RunDir(run), checks)}")
@@ -153,10 +146,6 @@ def report(
     ] = None,
 ) -> None:
     """Write a run as one page, or its loss curve as an image."""
-    from resmol.audit.report import write_loss_image, write_report
+    from resmol.audit.report import report_run
 
-    if plot is not None and out is not None:
-        raise UsageError("--out and --plot are both given", fix="give one of them; --plot names the image itself")
-    if plot is not None:
-        write_loss_image(RunDir(run), plot)
-    typer.echo(str(plot or write_report(RunDir(run), out)))
+    typer.echo(str(report_run(run, out, plot=plot)))

@@ -19,6 +19,7 @@ from resmol.config.derived import WINDOWS_PER_STEP, with_changes
 from resmol.config.model_config import ModelConfig
 from resmol.config.strict_model import StrictModel
 from resmol.config.tables import dotted, invalid
+from resmol.system.wording import counted
 
 DriftClass = Literal["A", "B", "C"]
 
@@ -243,6 +244,13 @@ class RunConfig(StrictModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def __repr__(self) -> str:
+        shape = f"{counted(self.model.num_hidden_layers, 'layer')} of width {self.model.hidden_size}"
+        length = f"{counted(self.batch.global_batch_tokens, 'token')} a step, {counted(self.train.steps, 'step')}"
+        return f"RunConfig({self.name}: {shape}, {length})"
+
+    __str__ = __repr__
 
     @property
     def grad_accum_steps(self) -> int:

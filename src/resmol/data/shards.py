@@ -231,6 +231,10 @@ class Dataset:
     fingerprint: str
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        train, val = counted(len(self.train), "token"), counted(len(self.val), "held-out token")
+        return f"Dataset({self.root}: {train} to train on, {val}, fingerprint {self.fingerprint[:12]})"
+
 
 def open_dataset(root: Path) -> Dataset:
     """Open a prepared folder: validate the manifest and the size of every file; read no tokens.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from resmol.audit.run_data import example_prompts
-from resmol.checks import Check
+from resmol.checks import Check, Checks
 from resmol.errors import UsageError
 from resmol.interop.description import description
 from resmol.interop.export.card_words import NO_WORDS, CardWords
@@ -32,6 +32,7 @@ from resmol.run.checkpoint import save_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import WEIGHTS
 from resmol.system.atomic_io import commit_directory
 from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ class Export:
     path: Path
     checks: Sequence[Check]
     files: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Export({self.path}: {counted(len(self.files), 'file')}, {Checks(self.checks)!r})"
 
 
 def export_hf(
