@@ -125,6 +125,12 @@ def messages() -> Iterator[list[str]]:
 
 
 @pytest.fixture
+def as_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's logger as an import leaves it: a command that ran in this process would have made it print."""
+    monkeypatch.setattr(logging.getLogger("resmol"), "handlers", [logging.NullHandler()])
+
+
+@pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for this test, so that none depends on what the user's holds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -54,6 +54,7 @@ def test_checks_are_a_line_in_python_and_a_table_in_a_notebook() -> None:
     assert "<b>FAIL</b>" in table
 
 
+@pytest.mark.usefixtures("as_a_library")
 def test_the_commands_as_functions(
     tmp_path: Path,
     tiny_config: RunConfig,

@@ -313,6 +313,7 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Display:
     return shown
 
 
+@pytest.mark.usefixtures("as_a_library")
 def test_a_notebook_sees_a_bar_and_lines_without_carriage_returns(
     notebook: Display, tmp_path: Path, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +329,7 @@ def test_a_notebook_sees_a_bar_and_lines_without_carriage_returns(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("as_a_library")
 def test_a_library_is_silent_unless_it_is_asked(
     tmp_path: Path, train_tiny: TrainTiny, capsys: pytest.CaptureFixture[str]
 ) -> None:

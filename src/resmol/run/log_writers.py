@@ -115,8 +115,8 @@ class StepFormatter:
             f"{record['tokens_seen']:>11,} tokens",
             f"epoch {record['epoch']:.2f}",
         ]
-        for dispensable in (parts[2], parts[5], parts[6]) if width is not None else ():  # gradient, tokens, epoch
-            if len(" | ".join(parts)) > width:
+        for dispensable in (parts[2], parts[5], parts[6]):  # gradient, tokens, epoch
+            if width is not None and len(" | ".join(parts)) > width:
                 parts.remove(dispensable)
         return " | ".join(parts)
 

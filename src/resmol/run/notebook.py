@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
 from resmol.run.ledger import Record
@@ -24,12 +25,11 @@ class NotebookWriter:
     """Prints the lines, and updates one display above them; no line is written over by a carriage return."""
 
     def __init__(self, formatter: StepFormatter) -> None:
-        from IPython.display import HTML, display  # it is there: this is its kernel
-
-        self._html = HTML
+        ipython: Any = import_module("IPython.display")  # no dependency: a notebook's kernel has it
+        self._html = ipython.HTML
         self._formatter = formatter
         self._shown = 0.0
-        self._bar = display(HTML(self._picture(0, "")), display_id=True)
+        self._bar = ipython.display(self._html(self._picture(0, "")), display_id=True)
 
     def show(self, record: Record) -> None:
         """Print the record's line, if it has one, and move the bar."""
