@@ -102,7 +102,11 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(sweep: Sweep) -> None:
     assert trained == [(0.01, 8), (0.02, 8), (0.0, 0), (0.01, 9), (0.02, 9), (0.01, 10), (0.02, 10)]
     assert not result.missing
     more = Sweep(sweep.config, FACTOR, ("optimizer.lr=0.03 optimizer.beta1=0.8",), sweep.data, 3, 10, sweep.record)
-    assert finished(more, counted).ends(("optimizer.lr=0.03", "optimizer.beta1=0.8")).keys() == {8, 9, 10}
+    assert finished(more, counted).record.ends(("optimizer.lr=0.03", "optimizer.beta1=0.8"), range(8, 11)).keys() == {
+        8,
+        9,
+        10,
+    }
     assert len(trained) == 10, "other variants are added to the record"
 
 
@@ -117,7 +121,7 @@ def test_a_record_of_something_else_is_refused(sweep: Sweep) -> None:
     with pytest.raises(UsageError, match="another text"):
         finished(sweep)
     sweep.record.write_text("{}", encoding="utf-8")
-    with pytest.raises(UsageError, match="is no record of an ablation"):
+    with pytest.raises(UsageError, match="is no record of runs that learn"):
         finished(sweep)
 
 
@@ -140,7 +144,7 @@ def test_what_is_no_sweep_is_refused(sweep: Sweep, changes: dict[str, object]) -
 def test_a_real_run_has_a_curve(
     tiny_config: RunConfig, tiny_dataset: Dataset, tokenizer_in_cache: Tokenizer, tmp_path: Path
 ) -> None:
-    curve = measure_learning(for_learning(tiny_config, 20), tmp_path, str(tiny_dataset.root))
+    curve = measure_learning(for_learning(tiny_config, 20, 10), tmp_path, str(tiny_dataset.root))
     assert [point.step for point in curve] == list(range(2, 21, 2))
     assert curve[-1].loss < curve[0].loss
     assert curve[-1].tokens > 9 * curve[0].tokens > 0

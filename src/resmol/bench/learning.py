@@ -11,7 +11,6 @@ from resmol.config.strict_model import StrictModel
 from resmol.run.ledger import effective_steps, select
 
 HELD_OUT_TOKENS = 16_384  # as many as `resmol reproduce` evaluates on
-POINTS = 10  # of a curve
 
 
 class Point(StrictModel):
@@ -31,17 +30,18 @@ Curve = tuple[Point, ...]
 MeasureLearning = Callable[[RunConfig, Path, str], Curve]  # configuration, folder for its files, prepared data
 
 
-def for_learning(config: RunConfig, steps: int) -> RunConfig:
+def for_learning(config: RunConfig, steps: int, points: int) -> RunConfig:
     """Return a configuration of ``steps`` steps that evaluates on the way and neither samples nor saves before its end.
 
     Args:
         config: What to train.
-        steps: How long; the held-out loss is measured after every tenth of them.
+        steps: How long.
+        points: How often the held-out loss is measured on the way; each time costs seconds.
     """
     return config.replace(
         {
             "train.steps": steps,
-            "evaluation.every": max(1, steps // POINTS),
+            "evaluation.every": max(1, steps // points),
             "evaluation.windows": -(-HELD_OUT_TOKENS // config.data.seq_len),
             "sampling.every": 0,
             "checkpoint.every": 0,

@@ -50,6 +50,11 @@ class Interval:
         """Whether the whole interval lies on one side of 0: at the 5 % level, the mean is not 0."""
         return self.low > 0 or self.high < 0
 
+    def show(self, form: str = ".4f") -> str:
+        """Return the mean and, where there is one, the interval."""
+        bounds = f" ({self.low:{form}} to {self.high:{form}})" if math.isfinite(self.low) else ""
+        return f"{self.mean:{form}}{bounds}"
+
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """Return the mean of values that are taken as normal, with the interval of Student's t (1908).

@@ -7,32 +7,29 @@ the same command goes on where it was stopped, and other variants of the same co
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 from resmol.bench.comparison import markdown_table
-from resmol.bench.learning import Curve, MeasureLearning, Point, for_learning, measure_learning
-from resmol.bench.machine import machine_facts
+from resmol.bench.learning import MeasureLearning, for_learning, measure_learning
+from resmol.bench.learning_record import LearningRecord, open_record
 from resmol.bench.paired_stats import Interval, mean_interval
 from resmol.bench.subprocess_runs import prepared_folder
 from resmol.bench.variants import Overrides, base_and_factors, check_variants, combinations, variant_name
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
-from resmol.config.strict_model import StrictModel
 from resmol.data.shards import open_dataset
-from resmol.errors import CheckFailed, UsageError
-from resmol.system.atomic_io import write_durable
+from resmol.errors import UsageError
 from resmol.system.tables import text_table
 from resmol.system.wording import counted
 from resmol.train.autotune import resolve_auto
@@ -40,34 +37,8 @@ from resmol.train.autotune import resolve_auto
 logger = logging.getLogger(__name__)
 
 RECORDS = Path("runs") / "ablations"
+POINTS = 2  # held-out losses of a run: half-way, since what leads there may not win, and at the end
 TITLES = ("", "held-out bits per byte", "against the first row", "tokens", "seconds of training")
-
-
-class Cell(StrictModel):
-    """A finished run: its settings, its seed, and how it learned; or why it failed."""
-
-    settings: Overrides
-    seed: int
-    curve: Curve = ()
-    failure: str = ""
-
-    @property
-    def last(self) -> Point | None:
-        """The point after the last step; None of a run that failed."""
-        return self.curve[-1] if self.curve else None
-
-
-class SweepRecord(StrictModel):
-    """All finished runs that have a configuration and a text in common."""
-
-    base: dict[str, Any]
-    data_fingerprint: str
-    facts: dict[str, Any]
-    cells: tuple[Cell, ...] = ()
-
-    def find(self, settings: Overrides, seed: int) -> Cell | None:
-        """Return the run of some settings with a seed, or None."""
-        return next((cell for cell in self.cells if (cell.settings, cell.seed) == (settings, seed)), None)
 
 
 @dataclass(frozen=True)
@@ -109,7 +80,7 @@ class Sweep:
 class SweepResult:
     """The runs of a sweep so far, and its table."""
 
-    def __init__(self, sweep: Sweep, rows: list[Overrides], record: SweepRecord) -> None:
+    def __init__(self, sweep: Sweep, rows: list[Overrides], record: LearningRecord) -> None:
         self.sweep, self.rows, self.record = sweep, rows, record
 
     @property
@@ -123,14 +94,9 @@ class SweepResult:
         """The runs that are still to be done; one seed after the other, so that every seed completes a table."""
         return [(row, seed) for seed in self.seeds for row in self.rows if self.record.find(row, seed) is None]
 
-    def ends(self, row: Overrides) -> dict[int, Point]:
-        """Return where the runs of a variant ended, by seed."""
-        cells = (self.record.find(row, seed) for seed in self.seeds)
-        return {cell.seed: cell.last for cell in cells if cell is not None and cell.last is not None}
-
     def difference(self, row: Overrides) -> Interval | None:
         """Return the bits per byte of a variant minus those of the first one, paired by seed; None without a pair."""
-        ours, first = self.ends(row), self.ends(self.rows[0])
+        ours, first = self.record.ends(row, self.seeds), self.record.ends(self.rows[0], self.seeds)
         pairs = [ours[seed].bits_per_byte - first[seed].bits_per_byte for seed in ours.keys() & first.keys()]
         return mean_interval(pairs) if pairs else None
 
@@ -139,7 +105,7 @@ class SweepResult:
         return [self._row(row) for row in self.rows]
 
     def _row(self, row: Overrides) -> list[str]:
-        ends = list(self.ends(row).values())
+        ends = list(self.record.ends(row, self.seeds).values())
         if not ends:
             failures = {cell.failure for cell in self.record.cells if cell.settings == row and cell.failure}
             return [variant_name(row), f"failed: {'; '.join(failures)}" if failures else "", "", "", ""]
@@ -147,7 +113,7 @@ class SweepResult:
         seconds = sum(end.seconds for end in ends) / len(ends)
         return [
             variant_name(row),
-            _shown(mean_interval([end.bits_per_byte for end in ends])),
+            mean_interval([end.bits_per_byte for end in ends]).show(),
             verdict(difference) if difference else "",
             f"{ends[0].tokens:,}",
             f"{seconds:,.0f}",
@@ -196,13 +162,8 @@ def verdict(difference: Interval) -> str:
     if not math.isfinite(difference.low):
         return f"{difference.mean:+.4f} (one seed)"
     if not difference.excludes_zero:
-        return f"{_shown(difference, '+.4f')}: no difference shown"
-    return f"{_shown(difference, '+.4f')}: {'better' if difference.mean < 0 else 'worse'}"
-
-
-def _shown(interval: Interval, form: str = ".4f") -> str:
-    bounds = f" ({interval.low:{form}} to {interval.high:{form}})" if math.isfinite(interval.low) else ""
-    return f"{interval.mean:{form}}{bounds}"
+        return f"{difference.show('+.4f')}: no difference shown"
+    return f"{difference.show('+.4f')}: {'better' if difference.mean < 0 else 'worse'}"
 
 
 def sweep_settings(sweep: Sweep, measure: MeasureLearning = measure_learning) -> Iterator[SweepResult]:
@@ -221,7 +182,7 @@ def sweep_settings(sweep: Sweep, measure: MeasureLearning = measure_learning) ->
         DataError: The record, the text or the tokenizer is missing or unusable.
     """
     chosen, rows = sweep.base_and_rows()
-    base, choices = resolve_auto(for_learning(chosen, sweep.steps))  # once, so that all runs compute alike
+    base, choices = resolve_auto(for_learning(chosen, sweep.steps, POINTS))  # once, so that all runs compute alike
     for sentence in choices:
         logger.info(sentence)
     file = sweep.record or RECORDS / f"{base.name}-{base.sha256[:12]}.json"
@@ -232,48 +193,10 @@ def sweep_settings(sweep: Sweep, measure: MeasureLearning = measure_learning) ->
         yield result
         started, total = time.monotonic(), len(result.missing)
         for done, (row, seed) in enumerate(result.missing, 1):
-            cell = train_cell(with_overrides(base, row), row, seed, lambda config: measure(config, folder, data))
-            result.record = result.record.model_copy(update={"cells": (*result.record.cells, cell)})
-            write_durable(file, json.dumps(result.record.model_dump(mode="json"), indent=1).encode())
+            config = with_overrides(base, row).replace({"train.seed": seed, "data.seed": seed})
+            result.record = result.record.with_run(row, seed, partial(measure, config, folder, data), file)
             left = (time.monotonic() - started) / done * (total - done)
-            end = f"{cell.last.bits_per_byte:.4f} bits per byte" if cell.last else f"failed: {cell.failure}"
+            end = result.record.cells[-1].describe()
             logger.info(f"run {done} of {total}, {variant_name(row)}, seed {seed}: {end}, about {left:.0f} s left")
             yield result
     logger.info(f"record: {file}")
-
-
-def train_cell(config: RunConfig, settings: Overrides, seed: int, measure: Any) -> Cell:
-    """Train one variant with one seed; a run that fails is a result as well."""
-    try:
-        curve = measure(config.replace({"train.seed": seed, "data.seed": seed}))
-    except CheckFailed as error:
-        return Cell(settings=settings, seed=seed, failure=error.what)
-    return Cell(settings=settings, seed=seed, curve=curve)
-
-
-def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> SweepRecord:
-    """Read the record of a sweep, or begin one.
-
-    Raises:
-        UsageError: It is that of another configuration or text, or no record at all.
-    """
-    facts = machine_facts(base.runtime.threads)
-    fields = {**base.bound_fields(), "train.steps": base.train.steps}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file():
-        return SweepRecord(base=fields, data_fingerprint=data_fingerprint, facts=facts)
-    try:
-        record = SweepRecord.model_validate_json(file.read_bytes())
-    except ValidationError:
-        raise UsageError(f"{file} is no record of an ablation", fix="name another file with --record") from None
-    known = json.loads(json.dumps(fields))
-    changed = next((key for key, value in known.items() if record.base.get(key) != value), None)
-    if changed is None and record.data_fingerprint != data_fingerprint:
-        raise UsageError(f"{file} is the record of another text", fix="name another file with --record")
-    if changed is not None:
-        raise UsageError(
-            f"{file} is the record of another configuration: its {changed} is {record.base.get(changed)!r}, and "
-            f"{known[changed]!r} is asked for now",
-            fix="name another file with --record",
-        )
-    return record

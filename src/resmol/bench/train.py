@@ -163,6 +163,7 @@ def trainer_measurements(
             "model": config.model.to_hf(),
             "rows": config.batch.micro_batch_size,
             "seq_len": config.data.seq_len,
+            "lr_scheduler": "constant",
             "steps": bench.warmup + bench.steps,
             "warmup": bench.warmup,
             "optimizer": {

@@ -9,7 +9,7 @@ import typer
 
 from resmol.cli.app import ConfigFile, Json, Preset, app, chosen_config
 from resmol.cli.field_options import COMPUTED, takes_fields
-from resmol.cli.terminal import print_json, say
+from resmol.cli.terminal import newest, print_json, show_result
 from resmol.config.load import load_preset
 from resmol.errors import Interrupted, UsageError
 from resmol.system.tables import result_console
@@ -87,19 +87,7 @@ def _sweep(sweep: Any, as_json: bool, as_markdown: bool) -> None:
     """Train what is not trained yet and print the table, also if Ctrl-C ends it early."""
     from resmol.bench.sweep import sweep_settings
 
-    result = None
-    try:
-        for result in sweep_settings(sweep):  # noqa: B007 - the newest one is printed
-            pass
-    except KeyboardInterrupt:
-        say("interrupted; the runs so far follow")
-    if result is None:
-        raise Interrupted("interrupted", fix="run the same command again", signal_number=2)
-    if as_json:
-        print_json(result.to_dict())
-    elif as_markdown:
-        typer.echo(result.markdown())
-    else:
-        result.render(result_console())
+    result = newest(sweep_settings(sweep))
+    show_result(result, as_json, as_markdown)
     if result.missing:
         raise Interrupted("interrupted", fix="run the same command again to go on", signal_number=2)

@@ -1,4 +1,4 @@
-"""Commands: bench train, bench generate, bench prepare, bench checkpoint."""
+"""Commands: bench train, bench generate, bench prepare, bench checkpoint, bench learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from resmol.cli.app import (
     chosen_config,
 )
 from resmol.cli.field_options import takes_fields
-from resmol.cli.terminal import print_json, say
+from resmol.cli.terminal import newest, print_json, say, show_result
 from resmol.config.load import load_preset, with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import Interrupted, UsageError
@@ -182,6 +182,47 @@ def bench_checkpoint(
         return [checkpoint_comparison(request, folder, prepared)]
 
     _run(comparisons, repeats, json_, markdown)
+
+
+@bench.command(
+    "learn",
+    epilog="""
+    resmol bench learn --preset nano --steps 1000
+    resmol bench learn --preset nano --seeds 5 --plot learn.svg
+    """,
+)
+def bench_learn(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    data: Data = None,
+    seeds: Annotated[int, typer.Option(help="Seeds; each trains every learner once.")] = 3,
+    steps: Annotated[
+        int | None, typer.Option(help="Length of a run; where the planned decay ends, or train.steps, if left out.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Keep finished runs here; by default below runs/learning.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this SVG file.")] = None,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Measure time to quality: when resmol is where the Trainer ends.
+
+    Same model, weights, windows and held-out text as transformers.Trainer, each with its own recipe: its defaults, and
+    the best learning rate of a small sweep. Stopped, the same command goes on.
+    """
+    chosen = chosen_config(preset, config) or load_preset("nano")
+    from resmol.bench.learn import LearnBench, compare_learning
+
+    result = newest(compare_learning(LearnBench(chosen, tuple(set_ or ()), data, seeds, steps, record)))
+    if plot is not None:
+        from resmol.bench.learning_plot import learning_svg
+
+        plot.write_text(learning_svg(result), encoding="utf-8", newline="\n")
+    show_result(result, json_, markdown)
+    if result.next_run() is not None:
+        raise Interrupted("interrupted", fix="run the same command again to go on", signal_number=2)
 
 
 def _trace(config: RunConfig, data: str | None, file: Path, steps: int, warmup: int) -> None:

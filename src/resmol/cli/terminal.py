@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.checks import Check, all_passed
-from resmol.errors import CheckFailed
+from resmol.errors import CheckFailed, Interrupted
 from resmol.system.installation import started_as
 from resmol.system.standard_streams import has_all_characters
 from resmol.system.tables import result_console, text_table
@@ -50,6 +50,29 @@ def suggest(*commands: str) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on standard output."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=not has_all_characters(sys.stdout)))
+
+
+def newest(results: Iterable[Any]) -> Any:
+    """Return the last of some results, each of which holds those before it; Ctrl-C ends the work early."""
+    result = None
+    try:
+        for result in results:  # noqa: B007 - the last one is returned
+            pass
+    except KeyboardInterrupt:
+        say("interrupted; the results so far follow")
+    if result is None:
+        raise Interrupted("interrupted", fix="run the same command again", signal_number=2)
+    return result
+
+
+def show_result(result: Any, as_json: bool, as_markdown: bool) -> None:
+    """Print something with `render`, `markdown` and `to_dict` as a table, as Markdown or as JSON."""
+    if as_json:
+        print_json(result.to_dict())
+    elif as_markdown:
+        typer.echo(result.markdown())
+    else:
+        result.render(result_console())
 
 
 def report_checks(title: str, checks: Sequence[Check], as_json: bool, explain: bool = False) -> None:

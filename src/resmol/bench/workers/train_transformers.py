@@ -78,7 +78,7 @@ def training_arguments(task: Mapping[str, Any], folder: str) -> Any:
         adam_epsilon=optimizer["eps"],
         weight_decay=optimizer["weight_decay"],
         max_grad_norm=optimizer["clip_norm"],
-        lr_scheduler_type="constant",
+        lr_scheduler_type=task["lr_scheduler"],
         train_sampling_strategy="sequential",
         logging_strategy="no",
         save_strategy="no",
