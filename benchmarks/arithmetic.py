@@ -24,7 +24,8 @@ from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.system.host import processor_name
 from resmol.train.autotune import bfloat16_unit, resolve_auto
-from resmol.train.parallel import Runtime, deterministic_kernels
+from resmol.train.devices import deterministic_kernels
+from resmol.train.parallel import Runtime
 
 CANDIDATES = ("mkl", "onednn", "bfloat16")
 ROUNDS = 7

@@ -230,6 +230,27 @@ os.fork(); os.getpid(); signal.SIGKILL; signal.SIGINT; sys.platform; path.is_mou
     assert sorted(posix_alone(ast.parse(code))) == expected
 
 
+ACCELERATORS = {"cuda", "mps", "xpu", "nccl", "xccl"}
+KNOW_DEVICES = (PACKAGE / "train" / "devices.py", PACKAGE / "config" / "run_config.py")
+
+
+def accelerators_in(tree: ast.AST) -> list[str]:
+    """Return where code names a kind of accelerator; what is said in a sentence does not count."""
+    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return [word for word in (*words, *(name.lower() for name in names)) if word.partition(":")[0] in ACCELERATORS]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_one_file_knows_devices(path: Path) -> None:
+    assert path in KNOW_DEVICES or accelerators_in(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+def test_the_check_of_devices_sees_each_kind() -> None:
+    code = "model.cuda(); torch.mps; x.to('cuda:0'); ProfilerActivity.XPU; print('needs CUDA')"
+    assert sorted(accelerators_in(ast.parse(code))) == ["cuda", "cuda:0", "mps", "xpu"]
+
+
 def unportable_texts(tree: ast.AST) -> list[str]:
     """Return the calls that open a text and leave its encoding, or the end of its lines, to the system."""
     found = []

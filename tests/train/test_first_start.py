@@ -106,7 +106,7 @@ def test_too_little_memory_is_refused_before_anything_else(
     """Nothing is prepared, compiled or left behind for a run that does not fit."""
     text = tmp_path / "input.txt"
     text.write_text("\n".join(synthetic_texts(60)), encoding="utf-8")
-    monkeypatch.setattr("resmol.train.autotune._free_memory", lambda _: 1000)
+    monkeypatch.setattr("resmol.train.autotune.free_memory", lambda _: 1000)
     monkeypatch.setattr("resmol.train.compiler.compiler_problem", lambda _: pytest.fail("it compiles"))
     monkeypatch.setattr("resmol.train.autotune.compiler_problem", lambda _: pytest.fail("it compiles"))
     config = tiny_config.replace({"runtime.compile": compilation, "train.steps": 1 << 40})

@@ -37,8 +37,9 @@ from resmol.system.locks import kept_while_read
 from resmol.system.wording import counted
 from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.compiler import require_compiler
+from resmol.train.devices import find_device
 from resmol.train.loop import TrainState, first_difference, train_step
-from resmol.train.parallel import Runtime, find_device, open_runtime
+from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.resume import bitwise_facts, restore
 
 logger = logging.getLogger(__name__)

@@ -40,6 +40,7 @@ from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import new_state
+from resmol.train.devices import find_device
 from resmol.train.loop import train_step
 from resmol.train.parallel import open_runtime
 
@@ -96,7 +97,7 @@ class ReproduceSpec:
         given = {"preset": preset, "inputs": inputs, "corpus": corpus, "steps": steps, "then": then}
         stated = {name: value for name, value in given.items() if value not in (None, ())}
         stated |= {"overrides": overrides} if overrides else {}
-        default = "smollm2-135m" if torch.cuda.is_available() else "smollm2-135m-cpu"
+        default = "smollm2-135m-cpu" if find_device("auto").type == "cpu" else "smollm2-135m"
         directory = RunDir(user_path(run or Path("runs") / (preset or default)))
         begun = _begun_with(directory)
         for name, value in stated.items():

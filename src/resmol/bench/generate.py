@@ -21,7 +21,7 @@ from resmol.errors import UsageError
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
-from resmol.train.parallel import find_device
+from resmol.train.devices import find_device
 
 BASELINES = ("transformers",)
 DECODING = Quantity("tokens_per_second", "tokens/s", ",.1f")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.system.user_paths import user_path
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, new_state
+from resmol.train.devices import profiler_activities
 from resmol.train.loop import train_step
-from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.parallel import open_runtime
 
 OPERATORS = 25
 
@@ -43,13 +44,10 @@ def trace_training(config: RunConfig, data: str, file: Path, *, steps: int, warm
 
         for _ in range(warmup):
             step()
-        with profile(activities=_activities(runtime), record_shapes=True) as profiler:
+        activities = profiler_activities(runtime.device)
+        with profile(activities=activities, record_shapes=True) as profiler:
             for _ in range(steps):
                 step()
     profiler.export_chrome_trace(str(file))
-    kind = "cuda" if runtime.device.type == "cuda" else "cpu"
+    kind = "cpu" if len(activities) == 1 else "device"
     return str(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=OPERATORS))
-
-
-def _activities(runtime: Runtime) -> list[ProfilerActivity]:
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if runtime.device.type == "cuda" else [])]

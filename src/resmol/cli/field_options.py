@@ -9,13 +9,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from resmol.config.derived import WINDOWS_PER_STEP
 from resmol.config.load import toml_value
-from resmol.config.run_config import field_declarations
+from resmol.config.run_config import DeviceKind, field_declarations
 from resmol.errors import UsageError
 
 PANEL = "Settings, each short for --set section.key=VALUE"
@@ -66,7 +66,7 @@ FIELD_OPTIONS = {
         FieldOption(("--warmup-steps", "--warmup"), ("schedule.warmup_steps",), "N", "linear warm-up of the rate"),
         FieldOption(("--weight-decay",), ("optimizer.weight_decay",), "RATE"),
         FieldOption(("--seed",), ("train.seed", "data.seed"), "N", "seed of the initial weights and the data order"),
-        FieldOption(("--device",), ("runtime.device",), "auto|cpu|cuda"),
+        FieldOption(("--device",), ("runtime.device",), "|".join(("auto", *get_args(DeviceKind)))),
         FieldOption(("--precision",), ("runtime.precision",), "auto|float32|bfloat16"),
         FieldOption(("--compile",), ("runtime.compile",), "auto|on|off"),
         FieldOption(("--threads",), ("runtime.threads",)),

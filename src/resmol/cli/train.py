@@ -201,7 +201,7 @@ def reproduce(
     run: Annotated[Path | None, typer.Argument(help="Run directory; runs/PRESET if left out.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="smollm2-135m-cpu if left out; with a CUDA GPU smollm2-135m."),
+        typer.Option(metavar="NAME", help="smollm2-135m-cpu if left out; with a GPU smollm2-135m."),
     ] = None,
     input_: Annotated[
         list[str] | None,

@@ -22,6 +22,7 @@ from resmol.config.tables import dotted, invalid
 from resmol.system.wording import counted
 
 DriftClass = Literal["A", "B", "C"]
+DeviceKind = Literal["cpu", "cuda", "mps", "xpu"]  # as PyTorch calls them; train/devices.py knows what each can do
 
 
 def param(default: Any, drift: DriftClass, description: str, **constraints: Any) -> Any:
@@ -154,7 +155,7 @@ class TrainConfig(StrictModel):
 class RuntimeConfig(StrictModel):
     """Where and in which arithmetic. ``auto`` is decided once, at the start, and then stored in the run."""
 
-    device: Literal["auto", "cpu", "cuda"] = param("auto", "B", "where to compute")
+    device: Literal["auto", DeviceKind] = param("auto", "B", "where to compute")
     precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matmuls")
     matmul_backend: Literal["auto", "mkl", "onednn"] = param(
         "auto", "B", "library of the float32 matmuls on a CPU: MKL (PyTorch's BLAS) or oneDNN"

@@ -36,6 +36,7 @@ from resmol.run.checkpoint_manifest import AVERAGED, WEIGHTS, list_checkpoints
 from resmol.run.directory import RunDir
 from resmol.system.safetensors_header import Header, read_header
 from resmol.system.user_paths import user_path
+from resmol.train.devices import find_device
 
 MAX_LOADS = 20  # of a run that prunes what is being read, where the file system has no locks
 
@@ -202,7 +203,7 @@ def _filled(source: str | Path | ModelRef, device: str | torch.device | None) ->
     with ExitStack() as hold:
         found = resolve(source, hold=hold)
         config = _require_weights(found)
-        model = CausalLM.empty(config).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = CausalLM.empty(config).to(device or find_device("auto"))
         _fill(model, found)
     model.eval().requires_grad_(requires_grad=False)
     set_matmul_backend(model, default_matmul_backend())

@@ -216,7 +216,7 @@ class _TiedEmbedding(torch.autograd.Function):
 
     The output layer's gradient is dense. The gradient of the embedded tokens is added to a few of its rows, where
     autograd would fill a second matrix of V x D zeros and add the two. PyTorch's kernel chooses the order in which
-    equal rows are added; training asks for the deterministic one (`parallel.deterministic_kernels`).
+    equal rows are added; training asks for the deterministic one (`devices.deterministic_kernels`).
     """
 
     @staticmethod

@@ -16,10 +16,9 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import ConfigError
 from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.model.linear import default_matmul_backend
-from resmol.system.host import free_memory
 from resmol.system.launcher import this_launch
 from resmol.train.compiler import compiler_problem
-from resmol.train.parallel import find_device
+from resmol.train.devices import choose_device, find_device, free_memory, has_bfloat16, is_compiled
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
 COMPILE_SECONDS = 30.0
@@ -40,9 +39,10 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     choices: dict[str, str] = {}
     reasons: list[str] = []
-    device = find_device(config.runtime.device)
+    device, reason = choose_device(config.runtime.device)
     if config.runtime.device == "auto":
         choices["device"] = device.type
+        reasons.append(reason)
     if config.runtime.precision == "auto":
         choices["precision"], reason = _choose_precision(config, device)
         config = config.replace({"runtime.precision": choices["precision"]})  # memory and library depend on it
@@ -78,7 +78,7 @@ def check_memory(config: RunConfig) -> None:
     """Refuse a run that does not fit (`ConfigError`), given its resolved configuration."""
     device = find_device(config.runtime.device)
     recompute = config.runtime.activation_checkpointing == "on"
-    needed, free = needed_memory(config, recompute=recompute), _free_memory(device)
+    needed, free = needed_memory(config, recompute=recompute), free_memory(device)
     if free is None or needed <= free:
         return
     smaller = "" if config.batch.micro_batch_size == 1 else "set a smaller batch.micro_batch_size, "
@@ -97,18 +97,10 @@ def check_memory_before_deciding(config: RunConfig) -> None:
     check_memory(resolve_auto(config.replace({"runtime.compile": "off"}))[0])
 
 
-def _free_memory(device: torch.device) -> int | None:
-    """Return the free bytes for each process of a run on this machine, or None where they are unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = free_memory()
-    return None if free is None else free // this_launch().local_world_size
-
-
 def _choose_activation_checkpointing(config: RunConfig, device: torch.device) -> tuple[str, str]:
     if _several_processes():
         return "off", "activation checkpointing: off (memory was not counted, since there are several ranks)"
-    needed, free = needed_memory(config, recompute=False), _free_memory(device)
+    needed, free = needed_memory(config, recompute=False), free_memory(device)
     chosen = "on" if free is not None and needed > MEMORY_SHARE * free else "off"
     room = "an unknown amount is" if free is None else f"{free / 1e9:.1f} GB are"
     return chosen, f"activation checkpointing: {chosen} (a step takes about {needed / 1e9:.1f} GB, {room} free)"
@@ -116,9 +108,8 @@ def _choose_activation_checkpointing(config: RunConfig, device: torch.device) ->
 
 def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
     pin = "`--set runtime.precision=...` pins it"
-    if device.type == "cuda":
-        # A T4 or a P100 has no unit for it: CUDA would emulate it, slower than float32.
-        chosen = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type != "cpu":
+        chosen = "bfloat16" if has_bfloat16(device) else "float32"
         return chosen, f"precision: {chosen} ({pin})"
     unit, flops = bfloat16_unit(), _micro_batch_flops(config)
     if not unit:
@@ -155,8 +146,8 @@ def _several_processes() -> bool:
 
 
 def _choose_compile(config: RunConfig, device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda":
-        return _on_if_it_works(device, "compile: on")
+    if device.type != "cpu":
+        return _on_if_it_works(device, "compile: on") if is_compiled(device) else ("off", "compile: off")
     tokens = config.train.steps * config.batch.global_batch_tokens
     flops = tokens * training_flops_per_token(config.model, config.data.seq_len)
     saved = COMPILE_SAVES * flops / CPU_FLOPS_PER_SECOND

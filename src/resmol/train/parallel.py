@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +21,10 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from resmol.config.run_config import RunConfig
-from resmol.errors import ConfigError, ProcessLost
+from resmol.errors import ProcessLost
 from resmol.system.host import host_facts
 from resmol.system.launcher import VARIABLES, Launch, this_launch
+from resmol.train.devices import deterministic_kernels, device_name, find_device
 from resmol.train.heartbeat import RankMonitor, Store
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Runtime:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "world_size": self.world_size,
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "device": device_name(self.device),
         }
 
 
@@ -148,7 +148,7 @@ def _process_group(launch: Launch, device: torch.device, timeout: int) -> Iterat
     with RankMonitor(store, rank, world_size) as monitor:
         with monitor.collective("rendezvous"):
             store.wait([RANK_0_READY], LONGEST_PREPARATION)
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            backend = dist.get_default_backend_for_device(device)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
         try:
             yield monitor
@@ -173,36 +173,3 @@ def _store(launch: Launch, wait: timedelta) -> tuple[Store, int, int]:
     finally:
         note.cancel()
     return store, rank, world_size
-
-
-@contextmanager
-def deterministic_kernels(device: torch.device) -> Iterator[None]:
-    """Let PyTorch choose kernels that give the same bits each time.
-
-    Without it, threads add to the rows of the embedding's gradient in whatever order they arrive, also on a CPU.
-    There, a kernel that PyTorch knows to be nondeterministic is an error; on CUDA it is a warning, since some
-    versions have no deterministic kernel for an operation that is used here.
-    """
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic
-    filled = memory.fill_uninitialized_memory
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    memory.fill_uninitialized_memory = False  # nothing here reads memory that it did not write
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
-        memory.fill_uninitialized_memory = filled
-
-
-def find_device(wanted: str) -> torch.device:
-    """Return the device that ``runtime.device`` names on this machine (`ConfigError` when it does not exist)."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("runtime.device is cuda, and there is no CUDA device here", fix="set runtime.device=cpu")
-    device = torch.device("cuda", this_launch().local_rank)
-    torch.cuda.set_device(device)
-    return device

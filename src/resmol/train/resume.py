@@ -131,6 +131,8 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
     """Bring the other ranks to where rank 0 stands: counters, weights, their average, and moments."""
+    if runtime.world_size == 1:
+        return
     counters = torch.tensor([state.step, state.tokens_seen, state.windows_seen], device=runtime.device)
     runtime.broadcast([counters])
     state.step, state.tokens_seen, state.windows_seen = (int(number) for number in counters)

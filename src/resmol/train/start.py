@@ -38,9 +38,10 @@ from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, check_memory_before_deciding, resolve_auto
 from resmol.train.build import choose_prompt, compile_blocks, make_loader, make_val_loader, new_state, open_run_data
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
+from resmol.train.devices import find_device
 from resmol.train.loop import Session, TrainState, train
 from resmol.train.overfitting import announce_repetition
-from resmol.train.parallel import Runtime, find_device, open_runtime
+from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
 from resmol.version import __version__

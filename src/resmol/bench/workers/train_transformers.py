@@ -49,8 +49,8 @@ class Stopwatch(transformers.TrainerCallback):  # type: ignore[misc] # transform
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Record the time of the step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.seconds.append(time.perf_counter() - self._started)
 
 
