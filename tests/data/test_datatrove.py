@@ -72,7 +72,7 @@ def test_a_single_document_is_divided_by_position(tiny_tokenizer, tmp_path, docu
 def test_documents_without_their_end_token_are_said(tiny_tokenizer, tmp_path, documents, messages):
     write_ds(tmp_path / "00000.ds", [document[:-1] for document in documents[:10]] + documents[10:])
     import_datatrove(tmp_path, tiny_tokenizer)
-    assert any(line.startswith("data: 10 documents do not end") for line in messages)
+    assert any(line.startswith("data: 10 documents without token 0 at the end") for line in messages)
 
 
 @pytest.mark.parametrize(
