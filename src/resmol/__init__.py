@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from resmol.errors import ResmolError
     from resmol.interop.evaluate import evaluate_model
     from resmol.interop.load import LoadedModel, load_model
+    from resmol.interop.model_ref import ModelRef
     from resmol.train.start import train_model
 
 __all__ = [
     "Checks",
     "LoadedModel",
+    "ModelRef",
     "ResmolError",
     "RunConfig",
     "__version__",
@@ -66,6 +68,7 @@ _HOMES = {
     "report_run": "resmol.audit.report",
     "verify_model": "resmol.api",
     "LoadedModel": "resmol.interop.load",
+    "ModelRef": "resmol.interop.model_ref",
     "ResmolError": "resmol.errors",
     "RunConfig": "resmol.config.run_config",
     "evaluate_model": "resmol.interop.evaluate",

@@ -115,12 +115,14 @@ def test_batch_and_length_scale_the_memory() -> None:
 
 
 def test_memory_is_counted_with_the_settings_of_the_run(tmp_path: Path) -> None:
-    overrides = ["runtime.loss_chunk_tokens=32", "runtime.activation_checkpointing=on"]
+    overrides = ["runtime.loss_chunk_tokens=32", "runtime.activation_checkpointing=on", "averaging.fraction=0.2"]
     config = load_preset("nano", overrides)
     (tmp_path / "nano.toml").write_text(config.to_toml(), encoding="utf-8")
     sizes = config.batch.micro_batch_size, config.data.seq_len
     found = inspect_model(str(tmp_path / "nano.toml"))
-    assert found.memory["training"] == training_memory(config.model, *sizes, 32, activation_checkpointing=True)
+    wanted = training_memory(config.model, *sizes, 32, activation_checkpointing=True, averaging=True)
+    assert found.memory["training"] == wanted
+    assert wanted["averaged weights"] == wanted["weights"]
     assert found.to_dict()["loss_chunk_tokens"] == 32
     assert found.to_dict()["activation_checkpointing"] == "on"
 

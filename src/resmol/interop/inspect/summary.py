@@ -54,6 +54,7 @@ class Inspection:
         seq_len: Tokens in a window, for operations and memory.
         batch: Windows in a forward pass, for memory.
         runtime: What else the memory depends on: the run's or the preset's settings, or the defaults of training.
+        averaging: Whether training keeps averaged weights as well.
         checks: config.json against the weight file, where both are known.
         open_questions: What all this does not determine.
         notes: Sentences for a person, such as that the Hub did not give the headers.
@@ -67,6 +68,7 @@ class Inspection:
     seq_len: int
     batch: int
     runtime: RuntimeConfig
+    averaging: bool
     checks: list[Check]
     open_questions: tuple[OpenQuestion, ...]
     notes: tuple[str, ...] = ()
@@ -92,7 +94,12 @@ class Inspection:
         chunk, recompute = self.runtime.loss_chunk_tokens, self.runtime.activation_checkpointing == "on"
         return {
             "training": training_memory(
-                self.config, self.batch, self.seq_len, chunk, activation_checkpointing=recompute
+                self.config,
+                self.batch,
+                self.seq_len,
+                chunk,
+                activation_checkpointing=recompute,
+                averaging=self.averaging,
             ),
             "inference": inference_memory(self.config, self.batch, self.seq_len),
         }
@@ -174,6 +181,7 @@ def inspect_model(source: str | ModelRef, *, seq_len: int | None = None, batch: 
         seq_len=window,
         batch=windows,
         runtime=settings.runtime if settings else RuntimeConfig(),
+        averaging=settings is not None and settings.averaging.fraction > 0,
         checks=_checks(found),
         open_questions=LEFT_OPEN if config else left_open_by_weights(tensors or {}),
         notes=found.notes,
