@@ -22,6 +22,8 @@ from resmol.run.held_out import WeightsKind, best_steps
 from resmol.run.ledger import Record, effective_saves, read_ledger
 from resmol.system.safetensors_header import read_header
 
+AVERAGING = "`resmol train RUN --set averaging.fraction=0.2`"
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -93,8 +95,8 @@ def _best(run: RunDir, records: list[Record], weights: WeightsKind) -> int:
     if weights not in best:
         raise DataError(
             f"{run.path} has no checkpoint after whose step a held-out loss of the {weights} weights was measured",
-            fix="leave --best out; a run measures it with --set evaluation.every=500 and text held out, such as "
-            "--val-fraction 0.01, and the average with --set averaging.fraction=0.2",
+            fix="leave --best out; a run measures it where text is held out and evaluation.every is above 0"
+            + (f"; and a new run averages: {AVERAGING}" if weights == "averaged" else ""),
         )
     return best[weights]
 
@@ -106,7 +108,7 @@ def weights_of_checkpoint(checkpoint: Checkpoint, ref: ModelRef) -> WeightFiles:
     if AVERAGED not in checkpoint.manifest.files:
         raise DataError(
             f"{checkpoint.path} keeps no averaged weights: its run was started without averaging.fraction",
-            fix="leave --weights out; a new run averages with --set averaging.fraction=0.2",
+            fix=f"leave --weights out; a new run averages: {AVERAGING}",
         )
     path = checkpoint.path / AVERAGED
     return WeightFiles((path,), read_header(path).tensors)

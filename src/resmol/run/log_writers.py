@@ -141,9 +141,8 @@ def _start(record: Record) -> str:
 def _eval(record: Record) -> str:
     measured = f"held-out loss {record['loss']:.4f}, {record['bits_per_byte']:.4f} bits per byte"
     if "averaged_loss" in record:
-        measured += (
-            f"; of the averaged weights {record['averaged_loss']:.4f}, {record['averaged_bits_per_byte']:.4f} bits"
-        )
+        averaged = f"{record['averaged_loss']:.4f}, {record['averaged_bits_per_byte']:.4f}"
+        measured += f"; averaged weights {averaged}"
     return f"eval at step {record['step']}: {measured} ({counted(record['tokens'], 'token')})"
 
 
