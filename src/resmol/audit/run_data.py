@@ -32,7 +32,15 @@ def recorded_data(run: RunDir, config: RunConfig) -> Dataset | None:
 def example_prompts(run: RunDir, tokenizer: Tokenizer) -> list[str]:
     """Return up to `MOST_PROMPTS` prompts that fit a run: that of its samples, and words of its text."""
     config = run.load_config()
-    dataset = recorded_data(run, config)
-    words = [] if dataset is None else first_words(dataset, tokenizer, MOST_PROMPTS)
-    prompts = [config.sampling.prompt, *words]
+    prompts = [config.sampling.prompt, *_words_of_data(run, config, tokenizer)]
     return list(dict.fromkeys(prompt for prompt in prompts if prompt))[:MOST_PROMPTS]
+
+
+def _words_of_data(run: RunDir, config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    dataset = recorded_data(run, config)
+    if dataset is None or dataset.tokenizer_sha256 != tokenizer.sha256:
+        return []
+    try:
+        return first_words(dataset, tokenizer, MOST_PROMPTS)
+    except DataError:  # a damaged shard: a model can be shown without it
+        return []
