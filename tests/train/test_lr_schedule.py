@@ -14,7 +14,7 @@ from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 from resmol.config.load import load_preset
 from resmol.config.run_config import ScheduleConfig
-from resmol.train.lr_schedule import lr_at
+from resmol.train.lr_schedule import end_of_decay, lr_at
 
 PEAK = 3e-3
 WSD = ScheduleConfig(kind="wsd", warmup_steps=2000, decay_start=1_600_000, decay_steps=400_000)
@@ -108,6 +108,17 @@ def test_cosine_equals_the_reference_up_to_its_horizon() -> None:
     reference = multiplier(lambda optimizer: get_cosine_schedule_with_warmup(optimizer, 30, 400))
     for step in range(1, 401):
         assert lr_at(step, schedule, 1.0) == pytest.approx(reference(step), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_the_end_of_a_decay_is_the_first_step_without_a_learning_rate(kind: str, final: float) -> None:
+    schedule = ScheduleConfig(
+        kind=kind, warmup_steps=5, decay_start=20, decay_steps=10, horizon=40, final_fraction=final
+    )
+    idle = [step for step in range(1, 60) if lr_at(step, schedule, PEAK) == 0.0]
+    assert end_of_decay(schedule) == (idle[0] if idle else None)
+    assert end_of_decay(ScheduleConfig(warmup_steps=5)) is None
 
 
 @pytest.mark.parametrize("schedule", [COSINE, CONSTANT, ScheduleConfig(warmup_steps=9, decay_start=40, decay_steps=60)])

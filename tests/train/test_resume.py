@@ -616,6 +616,16 @@ def test_a_decay_is_planned_while_it_lies_ahead(tmp_path: Path, train_tiny: Trai
     assert all_passed(audit(RunDir(run)))
 
 
+def test_steps_after_the_decay_are_warned_of(
+    tmp_path: Path, train_tiny: TrainTiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    decay = ("schedule.decay_start=10", "schedule.decay_steps=2")
+    train_tiny(tmp_path / "run", 12, *decay)
+    assert "change nothing" not in caplog.text
+    train_tiny(tmp_path / "run", 14, *decay)
+    assert "the learning rate is 0 from step 12 on" in caplog.text
+
+
 # --- the place in the data -----------------------------------------------------------------------------------
 
 

@@ -37,6 +37,13 @@ def first_changed_step(old: ScheduleConfig, new: ScheduleConfig, last: int) -> i
     return next((step for step in range(1, last + 1) if lr_at(step, old, 1.0) != lr_at(step, new, 1.0)), None)
 
 
+def end_of_decay(schedule: ScheduleConfig) -> int | None:
+    """Return the step from which the learning rate is 0, so that nothing is learned after it; None if there is none."""
+    if schedule.final_fraction > 0 or schedule.kind == "constant":
+        return None
+    return schedule.horizon if schedule.kind == "cosine" else schedule.decay_start + schedule.decay_steps or None
+
+
 def _constant(_step: int, _schedule: ScheduleConfig) -> float:
     return 1.0
 
