@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from resmol.cli.app import Corpus, Json, app
-from resmol.cli.terminal import print_json
+from resmol.cli.terminal import print_json, suggest
 from resmol.cli.train import Encoding, Format, IncludeHidden, Inputs, TextField
 
 tokenizer = typer.Typer(help="Make a tokenizer of your own.", no_args_is_help=True, rich_markup_mode=None)
@@ -42,3 +43,6 @@ def tokenizer_train(
     made = train_tokenizer(out, Text(tuple(input_ or ()), corpus=corpus, options=options).open(), vocab_size)
     if json_:
         print_json({"path": str(out), "sha256": made.sha256, "vocab_size": made.vocab_size})
+    else:
+        text = quote(input_[0]) if input_ else "TEXT"
+        suggest(f"train runs/{quote(out.name)} --preset nano --data {text} --tokenizer {quote(str(out))}")

@@ -96,7 +96,6 @@ def train_tokenizer(out: Path, corpus: Corpus, vocab_size: int) -> Tokenizer:
     out.parent.mkdir(parents=True, exist_ok=True)
     commit_directory(out, lambda folder: _write(folder, data), lambda _: _manifest(tokenizer, facts))
     logger.info(f"tokenizer: {vocab_size:,} entries from {facts.text_bytes:,} bytes of text, in {out}")
-    logger.info(f"tokenizer: `resmol train RUN --preset nano --data TEXT --tokenizer {out}` trains with it")
     return tokenizer
 
 
