@@ -54,6 +54,17 @@ def test_a_file_of_a_package_can_import_relatively(tmp_path: Path) -> None:
     assert import_factory(f"{package / 'net.py'}:build")() == 8
 
 
+@pytest.mark.parametrize("is_package", [False, True])
+def test_a_file_that_was_changed_is_read_again(is_package: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "changing_package"
+    folder.mkdir()
+    if is_package:
+        (folder / "__init__.py").touch()
+    for answer in (1, 22):
+        (folder / "changing.py").write_text(f"def build():\n    return {answer}\n", encoding="utf-8")
+        assert import_factory(f"{folder / 'changing.py'}:build")() == answer
+
+
 def test_a_file_named_like_a_library_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("def build():\n    return 1\n", encoding="utf-8")
     assert import_factory(f"{tmp_path / 'json.py'}:build")() == 1

@@ -75,17 +75,19 @@ def _import_module(source: str, name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file under its own name, or as part of its package, so that its neighbors can be imported too."""
+    """Import a file under its own name, or as part of its package, so that its neighbors can be imported too.
+
+    It is executed each time: it may have been changed.
+    """
     root, dotted = path.parent, path.stem
     while (root / "__init__.py").is_file():
         root, dotted = root.parent, f"{root.name}.{dotted}"
     _search_first(root)
     known = sys.modules.get(dotted)
-    if known is not None and getattr(known, "__file__", None) == str(path):
-        return known
-    if "." in dotted and known is None:
-        return importlib.import_module(dotted)
-    unique = dotted if known is None else f"{dotted}_of_{abs(hash(path))}"
+    is_same = getattr(known, "__file__", None) == str(path)
+    if "." in dotted:
+        return importlib.reload(known) if known is not None and is_same else importlib.import_module(dotted)
+    unique = dotted if known is None or is_same else f"{dotted}_of_{abs(hash(path))}"  # a library keeps its name
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} cannot be imported")
