@@ -70,14 +70,14 @@ def _findings(
         return
     explained = {"parameters", "names and shapes", "tying"} if "runs" not in failed else {"runs"}
     if diagnosis is not None:
-        explained |= {*RESULTS, "diagnosis", OWN_LOSS}
+        explained |= {*RESULTS, "diagnosis"}
         yield _from_diagnosis(failed, diagnosis)
     if model is not None:
         yield from _parameters(failed, model)
     if "tying" in failed:  # each of its two uses then has a gradient of its own
         explained.add("gradients")
     if failed.keys() & set(FORWARD):
-        explained |= {"loss", "gradients", OWN_LOSS}
+        explained |= {"loss", "gradients"}
     if "initial weights" in failed:
         explained.add("first loss")
     for name in [*RESULTS, CONTEXT, *_SURROUNDINGS, *failed]:
