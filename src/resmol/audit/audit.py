@@ -180,7 +180,7 @@ def _resumes(records: list[Record]) -> Check:
                 problems.append(f"line {record['seq']}: resumes at {record['next_step']} after step {step}")
             if saved.get(record["checkpoint"], record)["manifest_sha256"] != record["manifest_sha256"]:
                 problems.append(f"line {record['seq']}: {record['checkpoint']} is not the one that was saved")
-    measured = f"{count} resume(s), each at the step after its checkpoint"
+    measured = f"{counted(count, 'resume')}, each at the step after its checkpoint"
     return _check(
         "resumption",
         problems,
