@@ -211,7 +211,7 @@ def test_a_resume_that_led_to_no_step_is_not_marked() -> None:
             ("step", {"step": 1}), ("step", {"step": 2}), ("resume", {"next_step": 3}), ("resume", {"next_step": 3}),
             ("step", {"step": 3}), ("step", {"step": 4}), ("resume", {"next_step": 5}), ("step", {"step": 5}),
             ("rewind", {"to_step": 1}), ("resume", {"next_step": 2}), ("step", {"step": 2}),
-            ("resume", {"next_step": 3}),
+            ("step", {"step": 3}), ("step", {"step": 4}), ("step", {"step": 5}), ("resume", {"next_step": 6}),
         ])
     ]  # fmt: skip
     assert resumed_at(records[:8]) == [3, 5]
