@@ -121,6 +121,7 @@ def test_the_usual_names_are_recognized_and_said(factory: Any, words: str) -> No
 
 def test_a_model_of_transformers_with_fused_weights() -> None:
     assert distance(transformers.Phi3ForCausalLM) < 1e-5
+    assert not any("names are" in note for note in loaded(transformers.Phi3ForCausalLM)[0].notes)
 
 
 def test_gradients_and_hidden_states_have_hugging_faces_names() -> None:

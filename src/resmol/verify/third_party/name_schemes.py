@@ -133,7 +133,7 @@ def scheme_of(found: Mapping[str, str]) -> str:
     """Return in words whose naming this is; empty for Hugging Face's.
 
     Args:
-        found: Hugging Face's name for each recognized parameter, or the first of several.
+        found: Hugging Face's name for each recognized parameter that holds one tensor.
     """
     plain = {unwrapped(name): target for name, target in found.items()}
     if all(name == target for name, target in plain.items()):

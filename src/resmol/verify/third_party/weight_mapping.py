@@ -105,7 +105,7 @@ def map_weights(
     return WeightMapping(
         pieces,
         {name: kind_of(name, parameters[name].dim()) for name, known in targets.items() if not known},
-        scheme_of({name: known[0] for name, known in targets.items() if known and name not in given}),
+        scheme_of({name: known[0] for name, known in targets.items() if len(known) == 1 and name not in given}),
         tuple(name for name in expected if name not in found),
         misshapen,
         _layers(pieces),
