@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce demo bench test fuzz interop slow mistakes faults check format clean
+.PHONY: help setup quickstart reproduce demo bench test fuzz interop slow mistakes faults docs check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -48,7 +48,10 @@ mistakes: .venv/package ## the mistakes of other reproductions, each put into ou
 faults: .venv/package ## the fault campaign at its full counts; writes docs/reliability.md
 	RESMOL_FAULTS_WORKERS=$(WORKERS) $(BIN)/python tests/faults/campaign.py
 
-check: .venv/package ## format, lint, strict types for three systems, import layers
+docs: .venv/package ## the documentation as a site, build/site/index.html; a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: .venv/package docs ## format, lint, strict types for three systems, import layers, links of the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	for platform in linux darwin win32; do $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit; done

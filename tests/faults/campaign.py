@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parents[1] / "docs"
@@ -112,28 +113,55 @@ def write_report(rows: list[Row], seed: int, seconds: float) -> None:
         "seed": seed, "machine": machine, "seconds": round(seconds), "passed": passed, "rows": [asdict(r) for r in rows]
     }  # fmt: skip
     (DOCS / "reliability.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    again = ", ".join(row.id for row in rows if row.again)
+    (DOCS / "reliability.md").write_text("\n".join(_page(rows, record)), encoding="utf-8")
+
+
+CHAPTERS = {
+    "K": "The process dies, or the power goes",
+    "S": "The disk, the file system, the machine",
+    "C": "Damaged files",
+    "D": "Data",
+    "W": "Several processes",
+    "F": "Signals, clocks, neighbors",
+    "G": "Numbers",
+    "H": "A hostile visitor of the demo",
+    "M": "Mutants: the protocol with a line taken out",
+}
+
+
+def _page(rows: list[Row], record: dict[str, Any]) -> list[str]:
+    """Return the lines of the page: a total, then a table and its notes for each chapter."""
+    again = sum(row.again for row in rows)
     lines = [
         "# What happens when things go wrong",
         "",
         "Written by `make faults`; do not edit. Each row injects a fault many times and compares what is left with a",
-        "run that nothing happened to, bit for bit. A rate without failures is still only known up to its bound;",
-        "rows marked *all cases* have no chance in them: every possible point was tried.",
+        "run that nothing happened to, bit for bit. A rate without failures is still only known up to its bound",
+        "(95 %); *all cases* means that no chance is involved: every possible point was tried.",
         "",
-        f"Seed {seed}; {machine}; {seconds / 60:.0f} min."
-        + (f" Run again after a change, at the same seed and counts: {again}." if again else ""),
-        "",
-        "| row | fault | must hold | trials | failures | rate (95 %) | |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *(f"| {r.id} | {r.fault} | {r.expected} | {r.trials} | {r.failures} | {r.bound} | {r.note} |" for r in rows),
-        "",
+        f"{sum(row.trials for row in rows):,} trials, {sum(row.failures for row in rows):,} failures. "
+        f"Seed {record['seed']}; {record['machine']}; {record['seconds'] / 60:.0f} min.",
+        *(
+            ["", f"{again} of the {len(rows)} rows were run again after a change, with the same seed and counts."]
+            if again
+            else []
+        ),
     ]
-    (DOCS / "reliability.md").write_text("\n".join(lines), encoding="utf-8")
+    for letter, title in CHAPTERS.items():
+        chapter = [row for row in rows if row.id[0] == letter]
+        if chapter:
+            lines += ["", f"## {title}", "", "| row | fault | must hold | trials | failures (rate) |"]
+            lines += ["| --- | --- | --- | --- | --- |"]
+            lines += [
+                f"| {r.id} | {r.fault} | {r.expected} | {r.trials:,} | {r.failures} ({r.bound}) |" for r in chapter
+            ]
+            notes = [f"- {row.id}: {row.note}" for row in chapter if row.note]
+            lines += ["", *notes] if notes else []
+    return [*lines, ""]
 
 
 def _order(row: str) -> tuple[int, int, str]:
-    letters = "KSCDWFGHM"
-    return letters.find(row[0]), int("".join(filter(str.isdigit, row)) or 0), row
+    return list(CHAPTERS).index(row[0]), int("".join(filter(str.isdigit, row)) or 0), row
 
 
 def main() -> int:
