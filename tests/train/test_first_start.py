@@ -29,6 +29,12 @@ FAILURES: dict[str, tuple[BaseException, str]] = {
 }
 
 
+def test_a_start_that_fails_before_it_wrote_anything_leaves_no_directory(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    with pytest.raises(DataError, match="there is no file or folder"):
+        train_tiny(tmp_path / "runs" / "run", 1, data=str(tmp_path / "nothing.txt"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 @pytest.mark.parametrize("place", FAILURES)
 def test_a_failed_first_start_binds_nobody(
     tmp_path: Path, tiny_config: RunConfig, tiny_tokenizer: Tokenizer, place: str

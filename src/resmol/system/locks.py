@@ -41,12 +41,13 @@ WITHOUT_LOCKS = ".soft"  # the ending of the file that stands for a lock
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold the directory of the lock file ``path`` for this process.
 
-    The directory is made if it is missing. The kernel frees the lock when the process dies. Where the file system has
+    The directory is made if it is missing, and removed again if nothing else came into it. The kernel frees the lock when the process dies. Where the file system has
     no locks, a file beside ``path`` stands for it; one that a dead process of this host left behind is taken over.
 
     Raises:
         RunInUse: Another process holds it; the message names its process id and host.
     """
+    made = not path.parent.exists()
     make_directory(path.parent)
     lock = _locked(path)
     try:
@@ -57,7 +58,12 @@ def exclusive_lock(path: Path) -> Iterator[None]:
             file.truncate()
         yield
     finally:
+        if made and [file.name for file in path.parent.iterdir()] == [path.name]:
+            path.unlink()  # while it is held: a process that waited for it finds that the file is gone
         lock.release()
+        if made:
+            with suppress(OSError):  # ENOTEMPTY as a rule: the directory is in use
+                path.parent.rmdir()
 
 
 def _locked(path: Path) -> BaseFileLock:
