@@ -41,8 +41,9 @@ WITHOUT_LOCKS = ".soft"  # the ending of the file that stands for a lock
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold the directory of the lock file ``path`` for this process.
 
-    The directory is made if it is missing, and removed again if nothing else came into it. The kernel frees the lock when the process dies. Where the file system has
-    no locks, a file beside ``path`` stands for it; one that a dead process of this host left behind is taken over.
+    The directory is made if it is missing, and removed again if nothing else came into it. The kernel frees the lock
+    when the process dies. Where the file system has no locks, a file beside ``path`` stands for it; one that a dead
+    process of this host left behind is taken over.
 
     Raises:
         RunInUse: Another process holds it; the message names its process id and host.
