@@ -215,7 +215,7 @@ class RunDir:
         try:
             commit_directory(probe, lambda folder: (folder / "file").touch(), lambda _: b"{}")
             operation = "append to a file"
-            with (probe / "file").open("ab", buffering=0) as file:
+            with full_disk_is_an_error(probe), (probe / "file").open("ab", buffering=0) as file:
                 file.write(b"x")
                 os.ftruncate(file.fileno(), 0)
         except OSError as error:
