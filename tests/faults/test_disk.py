@@ -267,6 +267,8 @@ def unsynced_commits(operations: Sequence[shim.Operation]) -> list[str]:
             if operation.path in created:
                 problems.append(f"{operation.path} was used again")
             created.add(operation.path)
+        elif operation.kind == "rmdir" and Path(operation.path).name == "run":
+            created.discard(operation.path)  # a start that failed before it wrote anything
         elif operation.kind == "rename" and Path(operation.to).name.startswith("step-"):
             names = (*TENSOR_FILES, CONFIG, STATE, MANIFEST)
             wanted = {operation.path, *(f"{operation.path}/{name}" for name in names)}

@@ -19,6 +19,7 @@ from resmol.system.atomic_io import (
     TEMPORARY_PREFIX,
     commit_directory,
     fsync_path,
+    full_disk_is_an_error,
     remove_leftovers,
     write_durable,
 )
