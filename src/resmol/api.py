@@ -98,7 +98,7 @@ def export_model(
     model: str | Path | ModelRef,
     out: str | Path,
     *,
-    format: Literal["hf", "gguf"] = "hf",  # noqa: A002
+    format: str = "hf",  # noqa: A002
     dtype: str = "float32",
     space: bool = False,
     model_repo: str | None = None,
@@ -110,7 +110,7 @@ def export_model(
     Args:
         model: Whatever `load_model` takes.
         out: The folder to create.
-        format: A Hugging Face folder, or GGUF.
+        format: ``hf``, a Hugging Face folder, or ``gguf``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; with GGUF also ``q8_0``.
         space: Write a Space with the demo, the weights and the record.
         model_repo: With ``space``: ``OWNER/NAME`` of the model repository that holds the weights.

@@ -354,7 +354,7 @@ def test_d5_too_short_to_train(
         path.write_text(text, encoding="utf-8")
         run = tmp_path / f"run-{number}"
         code = forks.run(train_run, run, Setting(setting.config, path, setting.tokenizer))
-        if code != 3 or "at least 33 are needed" not in error_of(run):
+        if code != 3 or "a window of 32 needs 33" not in error_of(run):
             problems.append(f"{text!r}: exit code {code}: {error_of(run) if code else ''}")
     campaign.record(
         "D5b", "a text of fewer tokens than a window", "exit 3, the number needed is named", problems, len(cases),

@@ -305,7 +305,7 @@ def test_f4_many_processes_one_run(
         if len(trained) != 1:
             found.append(f"{len(trained)} trained; exit codes {[result['code'] for result in results]}")
         for result in results:
-            owner = (f'"pid": {trained[0]["pid"]}', socket.gethostname()) if trained else ()
+            owner = (f"process {trained[0]['pid']} on {socket.gethostname()}",) if trained else ()
             if result["code"] == 0:
                 continue
             if result["code"] != RunInUse.exit_code or not all(word in result["said"] for word in owner):
@@ -516,6 +516,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.hidden_size": 128, "model.num_attention_heads": 8, "model.num_key_value_heads": 4,
     "model.max_position_embeddings": 128, "tokenizer.sha256": "0" * 64, "data.seq_len": 16,
     "batch.global_batch_tokens": 128, "batch.micro_batch_size": 1, "schedule.kind": "constant",
+    "optimizer.beta2_halflife_tokens": 1_000_000,
     "runtime.device": "cuda", "runtime.compile": "on", "checkpoint.permanent": [23], "sampling.prompt": "ka lo",
     "train.steps": 26,
 }  # fmt: skip

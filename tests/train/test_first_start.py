@@ -195,7 +195,7 @@ def test_a_checkpoint_or_a_file_is_no_run(tmp_path: Path, train_tiny: TrainTiny)
     train_tiny(tmp_path / "run", 1, "sampling.every=0", "evaluation.every=0")
     with pytest.raises(UsageError, match="is a checkpoint") as caught:
         train_tiny(tmp_path / "run" / "checkpoints" / "step-00000001", 2)
-    assert caught.value.fix == f"name its run: {tmp_path / 'run'}"
+    assert "name its run" in caught.value.fix
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="is a file"):
         train_tiny(tmp_path / "notes.txt", 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -69,7 +69,7 @@ def export(
 
     named, words = model_ref(model, weights, best=best), card_words(title, license_, language or (), card)
     done = export_model(
-        named, out, format=cast(Any, format_), dtype=dtype, space=space, model_repo=model_repo, tokenizer=tokenizer,
+        named, out, format=format_, dtype=dtype, space=space, model_repo=model_repo, tokenizer=tokenizer,
         words=words,
     )  # fmt: skip
     report_checks(f"export to {out}", done.checks, json_)

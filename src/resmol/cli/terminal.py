@@ -16,7 +16,7 @@ from rich.table import Table
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed, Interrupted
 from resmol.system.installation import started_as
-from resmol.system.standard_streams import has_all_characters
+from resmol.system.standard_streams import LossyStream, has_all_characters
 from resmol.system.tables import result_console, text_table
 from resmol.system.user_paths import short_path
 
@@ -43,8 +43,10 @@ def show_messages() -> None:
 
 
 def suggest(*commands: str) -> None:
-    """Print commands that usually come next on standard error, as they are typed in this shell."""
-    say("next:" + "".join(f"\n  {started_as()} {command}" for command in commands))
+    """Print commands that usually come next on standard error, as they are typed in this shell, if it is read."""
+    text = "next:" + "".join(f"\n  {started_as()} {command}" for command in commands)
+    with suppress(OSError):
+        print(text, file=LossyStream(sys.stderr))  # a finished run does not wait for a reader that sleeps
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import time
@@ -21,10 +20,9 @@ from rich.text import Text
 
 from resmol.run.ledger import Record
 from resmol.run.log_writers import SAMPLE_INDENT, StepFormatter
-from resmol.system.standard_streams import has_room
+from resmol.system.standard_streams import LossyStream
 
 REFRESH_SECONDS = 0.2  # of the live line
-PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
 BAR_FITS = 108  # columns for a live line with a long bar
 SILENCE_SECONDS = 30.0  # where there is no live line, a step is shown at least this often
 
@@ -37,39 +35,11 @@ class _PatientConsole(Console):
         raise BrokenPipeError
 
 
-class _LossyStream(io.TextIOBase):
-    """A stream that drops what its reader does not take: a full pipe or a stopped terminal never holds training up."""
-
-    def __init__(self, stream: Any) -> None:  # whatever stands in for sys.stderr
-        self._stream = stream
-
-    def write(self, text: str, /) -> int:
-        for start in range(0, len(text), PIECE):
-            if not self._has_room():
-                break
-            self._stream.write(text[start : start + PIECE])
-            self._stream.flush()
-        return len(text)
-
-    def _has_room(self) -> bool:
-        try:
-            return has_room(self._stream.fileno())  # an error counts as room: the write then says what is wrong
-        except (OSError, ValueError):
-            return True  # not a file of the system, or closed
-
-    def isatty(self) -> bool:
-        return bool(self._stream.isatty())
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(self._stream, "encoding", None) or "utf-8"
-
-
 class ConsoleWriter:
     """Prints the lines on standard error; on a terminal, with a live progress line below them."""
 
     def __init__(self, formatter: StepFormatter, stream: IO[str] | None = None) -> None:
-        lossy: Any = _LossyStream(stream or sys.stderr)
+        lossy: Any = LossyStream(stream or sys.stderr)
         self._console = _PatientConsole(file=lossy, highlight=False, soft_wrap=True)
         self._formatter = formatter
         live = self._console.is_terminal and not os.environ.get("CI")

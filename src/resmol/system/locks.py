@@ -59,12 +59,11 @@ def exclusive_lock(path: Path) -> Iterator[None]:
             file.truncate()
         yield
     finally:
-        if made and [file.name for file in path.parent.iterdir()] == [path.name]:
-            path.unlink()  # while it is held: a process that waited for it finds that the file is gone
-        lock.release()
-        if made:
-            with suppress(OSError):  # ENOTEMPTY as a rule: the directory is in use
+        with suppress(OSError):  # the directory was moved away, or somebody else writes to it
+            if made and [file.name for file in path.parent.iterdir()] == [path.name]:
+                path.unlink()  # while it is held: a process that waited for it finds that the file is gone
                 path.parent.rmdir()
+        lock.release()
 
 
 def _locked(path: Path) -> BaseFileLock:

@@ -9,6 +9,7 @@ import select
 import sys
 from typing import Any
 
+PIECE = 1000  # characters written at once: at most 4000 bytes, which a pipe that has room takes whole
 STOPPING = ("strict", "surrogateescape")  # what Python sets by default: a character that is not there is an error
 
 
@@ -54,3 +55,34 @@ def has_room(descriptor: int) -> bool:
         poll = select.poll()
         poll.register(descriptor, select.POLLOUT)
         return bool(poll.poll(0))
+
+
+class LossyStream(io.TextIOBase):
+    """A stream that drops what its reader does not take: a full pipe or a stopped terminal holds nothing up."""
+
+    def __init__(self, stream: Any) -> None:  # whatever stands in for sys.stderr
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        """Write what there is room for; return the length of the whole text."""
+        for start in range(0, len(text), PIECE):
+            if not self._has_room():
+                break
+            self._stream.write(text[start : start + PIECE])
+            self._stream.flush()
+        return len(text)
+
+    def _has_room(self) -> bool:
+        try:
+            return has_room(self._stream.fileno())  # an error counts as room: the write then says what is wrong
+        except (OSError, ValueError):
+            return True  # not a file of the system, or closed
+
+    def isatty(self) -> bool:
+        """Return whether the stream is a terminal."""
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"

@@ -120,7 +120,7 @@ def _refuse_weights(run: RunDir) -> None:
     """Refuse the name of a file, a checkpoint or a model where a run is meant (`UsageError`)."""
     names = {run.path.name} if run.path.is_file() else {path.name for path in _entries(run.path)}
     if STATE in names:
-        raise UsageError(f"{run.path} is a checkpoint", fix=f"name its run: {run.path.parent.parent}")
+        raise UsageError(f"{run.path} is a checkpoint", fix="name its run, the folder that holds checkpoints/")
     if any(name == "config.json" or name.endswith(WEIGHTS) for name in names):
         raise UsageError(f"{run.path} holds a model, not a run", fix=f"name a new folder for a run; {FROM_SCRATCH}")
     if run.path.is_file():

@@ -152,7 +152,7 @@ def _open_session(
     stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
     state = new_state(config, runtime)
     run_log, checkpoint = RunLog(NullLedger(), ()), None
-    if runtime.is_rank_zero:
+    if this_launch().rank == 0:
         run.prepare(config, tokenizer.data)
         run_log = stack.enter_context(closing(RunLog(Ledger(run.ledger), log_writers(config))))
         checkpoint = resume_or_start(

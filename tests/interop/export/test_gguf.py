@@ -94,7 +94,7 @@ def test_the_folder_holds_what_its_readers_need(run: Path, tmp_path: Path) -> No
     assert modelfile[:2] == ["FROM ./run-Q8_0.gguf", 'TEMPLATE """{{ .Prompt }}"""']
     assert 'PARAMETER stop "<|endoftext|>"' in modelfile
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert (card.data.license, card.data.library_name, card.data.base_model) == ("apache-2.0", "gguf", None)
+    assert (card.data.license, card.data.library_name, card.data.base_model) == (None, "gguf", None)
     assert 'gguf_file="run-Q8_0.gguf"' in card.text
     plan = plan_publication(tmp_path / "out", "me/tiny-gguf", space=False)
     assert plan.repo_type == "model"
@@ -111,7 +111,7 @@ def test_metadata_is_what_llama_cpp_wants(run: Path, tmp_path: Path) -> None:
     ours = load_model(run)
     expected = {
         "general.architecture": "llama", "general.type": "model", "general.name": "run",
-        "general.license": "apache-2.0", "general.file_type": 0, "general.quantization_version": 2,
+        "general.license": None, "general.file_type": 0, "general.quantization_version": 2,
         "llama.context_length": 64, "llama.embedding_length": 96, "llama.block_count": 2,
         "llama.feed_forward_length": 32, "llama.attention.head_count": 3, "llama.attention.head_count_kv": 1,
         "llama.rope.dimension_count": 32, "llama.rope.freq_base": 100_000.0, "llama.vocab_size": 512,

@@ -43,8 +43,8 @@ def test_the_export_of_a_run_is_its_checkpoint(run: Path, tmp_path: Path) -> Non
     assert all(torch.equal(written[name], saved[name]) for name in saved)
     assert (tmp_path / "out" / "training" / "ledger.jsonl").read_bytes() == (run / "ledger.jsonl").read_bytes()
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert (card.data.license, card.data.base_model) == ("apache-2.0", None)
-    assert "It is not SmolLM2" in card.text
+    assert (card.data.license, card.data.base_model) == (None, None)
+    assert "A Llama of 20,088 parameters, trained from scratch" in card.text
     ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert f"{[r for r in ledger if r['kind'] == 'step'][-1]['tokens_seen']:,} tokens" in card.text
 
