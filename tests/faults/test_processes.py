@@ -520,7 +520,17 @@ OTHER_VALUES: dict[str, Any] = {
     "runtime.device": "cuda", "runtime.compile": "on", "checkpoint.permanent": [23], "sampling.prompt": "ka lo",
     "train.steps": 26,
 }  # fmt: skip
+SENTENCES = {  # of fields that are looked at before the configurations are compared
+    "tokenizer.sha256": "the tokenizer has sha256",
+    "averaging.fraction": "this run averages since its first step with 0.5",
+    "averaging.every": "this run averages since its first step with 0.5, every 2",
+}
 STORED = set_all("schedule.decay_start=40", "schedule.decay_steps=20", "sampling.max_new_tokens=3")
+
+
+def is_named(key: str, kind: str, error: str) -> bool:
+    """Return whether an error names a field with its class, or in the sentence that the field has of its own."""
+    return f"{key} (class {kind})" in error or SENTENCES.get(key, "no such sentence") in error
 
 
 def choices(key: str) -> tuple[Any, ...]:
@@ -563,7 +573,7 @@ def drift(
     after = (RunDir(run).ledger.read_bytes(), RunDir(run).config.read_bytes())
     if kind in "AB":
         found += [] if code == ConfigError.exit_code else [f"exit code {code}"]
-        found += [] if f"{key} (class {kind})" in error_of(run) else [f"it says {error_of(run)}"]
+        found += [] if is_named(key, kind, error_of(run)) else [f"it says {error_of(run)}"]
         found += [] if after == before else ["refused, and yet something was written"]
         found += [] if (f"--accept-drift {key}" in error_of(run)) == (kind == "B") else ["the wrong advice"]
         code = forks.run(command, run, setting, *arguments, "--accept-drift", key)
@@ -648,7 +658,7 @@ def edited(
             f"step {step} has other bits" for step, bits in step_bits(run).items() if bits != expected[step]
         ]
     found += [] if code == ConfigError.exit_code else [f"exit code {code}: {error_of(run)}"]
-    found += [] if f"{key} (class {kind})" in error_of(run) else [f"it says {error_of(run)}"]
+    found += [] if is_named(key, kind, error_of(run)) else [f"it says {error_of(run)}"]
     found += [] if RunDir(run).ledger.read_bytes() == before else ["refused, and yet the ledger was changed"]
     failed = [check.name for check in checks_of(run) if not check.passed]
     return found + ([] if failed == ["configuration"] else [f"the audit fails {failed}"])
