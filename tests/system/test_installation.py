@@ -69,9 +69,9 @@ def test_an_extra_comes_from_the_checkout_that_is_used_in_place(monkeypatch: pyt
     ("record", "requirement"),
     [
         (None, "resmol[demo]"),
-        ({"url": "file:///home/a%20b/resmol", "dir_info": {}}, "/home/a b/resmol[demo]"),
-        ({"url": "file:///tmp/resmol-0.2.0-py3-none-any.whl", "archive_info": {}},
-         "/tmp/resmol-0.2.0-py3-none-any.whl[demo]"),
+        ({"url": "file:///a%20b/resmol", "dir_info": {}}, "/a b/resmol[demo]"),
+        ({"url": "file:///wheels/resmol-0.2.0-py3-none-any.whl", "archive_info": {}},
+         "/wheels/resmol-0.2.0-py3-none-any.whl[demo]"),
         ({"url": "https://example.org/r.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
          "resmol[demo] @ git+https://example.org/r.git"),
     ],

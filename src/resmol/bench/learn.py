@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +24,10 @@ from safetensors.torch import save_file
 
 from resmol.bench.comparison import markdown_table
 from resmol.bench.learning import Curve, Point, for_learning, measure_learning
-from resmol.bench.learning_record import LearningRecord, open_record
+from resmol.bench.learning_record import LearningRecord, open_study
 from resmol.bench.machine import require_baseline
 from resmol.bench.paired_stats import Ratio, mean_interval, paired_ratio
-from resmol.bench.subprocess_runs import prepared_folder, run_worker
+from resmol.bench.subprocess_runs import run_worker
 from resmol.bench.train import shared_inputs
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
@@ -38,7 +37,6 @@ from resmol.errors import DataError, UsageError
 from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.system.tables import text_table
 from resmol.system.wording import counted
-from resmol.train.autotune import resolve_auto
 from resmol.train.build import make_loader
 
 logger = logging.getLogger(__name__)
@@ -226,24 +224,16 @@ def compare_learning(
         ConfigError, UsageError: An override does not fit, or the record is that of something else.
         DataError: The record, the text or the tokenizer is missing or unusable, or nothing is held out.
     """
-    config, choices = resolve_auto(bench.resolved())
-    for sentence in choices:
-        logger.info(sentence)
-    file = bench.record or RECORDS / f"{config.name}-{config.sha256[:12]}.json"
-    with tempfile.TemporaryDirectory(prefix="resmol-learn-") as temporary:
-        folder = Path(temporary)
-        data = prepared_folder(bench.data, config, folder / "data")
-        result = LearnResult(bench, config, open_record(file, config, open_dataset(Path(data)).fingerprint))
+    with open_study(bench.resolved(), bench.data, bench.record, RECORDS) as study:
+        result = LearnResult(bench, study.config, study.record)
         yield result
         while run := result.next_run():
             name, seed = run
-            seeded = config.replace({"train.seed": seed, "data.seed": seed})
-            result.record = result.record.with_run(
-                (name,), seed, partial(learn or learn_once, name, seeded, folder, data), file
-            )
+            seeded = study.config.replace({"train.seed": seed, "data.seed": seed})
+            train = partial(learn or learn_once, name, seeded, study.folder, study.data)
+            result.record = result.record.with_run((name,), seed, train, study.file)
             logger.info(f"{name}, seed {seed}: {result.record.cells[-1].describe()}")
             yield result
-    logger.info(f"record: {file}")
 
 
 def learn_once(name: str, config: RunConfig, folder: Path, data: str) -> Curve:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,16 @@ from pydantic import ValidationError
 
 from resmol.bench.learning import Curve, Point
 from resmol.bench.machine import machine_facts
+from resmol.bench.subprocess_runs import prepared_folder
 from resmol.bench.variants import Overrides
 from resmol.config.run_config import RunConfig
 from resmol.config.strict_model import StrictModel
+from resmol.data.shards import open_dataset
 from resmol.errors import CheckFailed, UsageError
 from resmol.system.atomic_io import write_durable
+from resmol.train.autotune import resolve_auto
+
+logger = logging.getLogger(__name__)
 
 
 class Cell(StrictModel):
@@ -69,6 +78,51 @@ class LearningRecord(StrictModel):
         record = self.model_copy(update={"cells": (*self.cells, cell)})
         write_durable(file, json.dumps(record.model_dump(mode="json"), indent=1).encode())
         return record
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where runs are compared: what they have in common, and the places of their files.
+
+    Attributes:
+        config: The configuration, without ``auto``.
+        folder: A temporary folder for the files of a run.
+        data: A prepared folder.
+        file: Where the record lies.
+        record: The runs that are done.
+    """
+
+    config: RunConfig
+    folder: Path
+    data: str
+    file: Path
+    record: LearningRecord
+
+
+@contextmanager
+def open_study(config: RunConfig, data: str | None, file: Path | None, records: Path) -> Iterator[Study]:
+    """Decide ``auto`` once, so that all runs compute alike, prepare the text, and read or begin the record.
+
+    Args:
+        config: The configuration.
+        data: A prepared folder or text; None takes the plays of Shakespeare.
+        file: The record; None takes one in ``records`` that the configuration determines.
+        records: The folder of such records.
+
+    Raises:
+        DataError: The text or the tokenizer is missing or unusable.
+        UsageError: See `open_record`.
+    """
+    resolved, choices = resolve_auto(config)
+    for sentence in choices:
+        logger.info(sentence)
+    place = file or records / f"{resolved.name}-{resolved.sha256[:12]}.json"
+    with tempfile.TemporaryDirectory(prefix="resmol-bench-") as temporary:
+        folder = Path(temporary)
+        prepared = prepared_folder(data, resolved, folder / "data")
+        record = open_record(place, resolved, open_dataset(Path(prepared)).fingerprint)
+        yield Study(resolved, folder, prepared, place, record)
+    logger.info(f"record: {place}")
 
 
 def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> LearningRecord:

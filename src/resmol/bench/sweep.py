@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,17 +21,14 @@ from rich.markup import escape
 
 from resmol.bench.comparison import markdown_table
 from resmol.bench.learning import MeasureLearning, for_learning, measure_learning
-from resmol.bench.learning_record import LearningRecord, open_record
+from resmol.bench.learning_record import LearningRecord, open_study
 from resmol.bench.paired_stats import Interval, mean_interval
-from resmol.bench.subprocess_runs import prepared_folder
 from resmol.bench.variants import Overrides, base_and_factors, check_variants, combinations, variant_name
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
-from resmol.data.shards import open_dataset
 from resmol.errors import UsageError
 from resmol.system.tables import text_table
 from resmol.system.wording import counted
-from resmol.train.autotune import resolve_auto
 
 logger = logging.getLogger(__name__)
 
@@ -182,21 +178,16 @@ def sweep_settings(sweep: Sweep, measure: MeasureLearning = measure_learning) ->
         DataError: The record, the text or the tokenizer is missing or unusable.
     """
     chosen, rows = sweep.base_and_rows()
-    base, choices = resolve_auto(for_learning(chosen, sweep.steps, POINTS))  # once, so that all runs compute alike
-    for sentence in choices:
-        logger.info(sentence)
-    file = sweep.record or RECORDS / f"{base.name}-{base.sha256[:12]}.json"
-    with tempfile.TemporaryDirectory(prefix="resmol-ablate-") as name:
-        folder = Path(name)
-        data = prepared_folder(sweep.data, base, folder / "data")
-        result = SweepResult(sweep, rows, open_record(file, base, open_dataset(Path(data)).fingerprint))
+    with open_study(for_learning(chosen, sweep.steps, POINTS), sweep.data, sweep.record, RECORDS) as study:
+        result = SweepResult(sweep, rows, study.record)
         yield result
         started, total = time.monotonic(), len(result.missing)
         for done, (row, seed) in enumerate(result.missing, 1):
-            config = with_overrides(base, row).replace({"train.seed": seed, "data.seed": seed})
-            result.record = result.record.with_run(row, seed, partial(measure, config, folder, data), file)
+            config = with_overrides(study.config, row).replace({"train.seed": seed, "data.seed": seed})
+            result.record = result.record.with_run(
+                row, seed, partial(measure, config, study.folder, study.data), study.file
+            )
             left = (time.monotonic() - started) / done * (total - done)
             end = result.record.cells[-1].describe()
             logger.info(f"run {done} of {total}, {variant_name(row)}, seed {seed}: {end}, about {left:.0f} s left")
             yield result
-    logger.info(f"record: {file}")
