@@ -27,7 +27,8 @@ from resmol.version import __version__
 
 if TYPE_CHECKING:
     from resmol import demo
-    from resmol.api import audit_run, export_model, prepare_data, verify_model
+    from resmol.api import export_model, prepare_data, verify_model
+    from resmol.audit.audit import audit_run
     from resmol.audit.report import report_run
     from resmol.checks import Checks
     from resmol.config.load import load_config, load_preset
@@ -62,7 +63,7 @@ logging.getLogger("resmol").addHandler(logging.NullHandler())  # a library is si
 
 _HOMES = {
     "Checks": "resmol.checks",
-    "audit_run": "resmol.api",
+    "audit_run": "resmol.audit.audit",
     "export_model": "resmol.api",
     "prepare_data": "resmol.api",
     "report_run": "resmol.audit.report",

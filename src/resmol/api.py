@@ -1,18 +1,15 @@
 """The commands as Python functions: same words, typed results, nothing printed.
 
-`train_model`, `evaluate_model`, `report_run` and `load_model` live beside what they call; these take the options of
-`prepare`, `verify`, `audit` and `export`. Each raises a `ResmolError` that says what to do.
+`train_model`, `audit_run`, `evaluate_model`, `report_run` and `load_model` live beside what they call; these take the
+options of `prepare`, `verify` and `export`. Each raises a `ResmolError` that says what to do.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from resmol.audit.audit import audit
-from resmol.audit.replay import ReplayOptions
 from resmol.checks import Checks
 from resmol.config.load import load_preset
 from resmol.config.run_config import RunConfig
@@ -25,7 +22,6 @@ from resmol.errors import UsageError
 from resmol.interop.export import Export, export_gguf, export_hf
 from resmol.interop.export.card_words import NO_WORDS, CardWords
 from resmol.interop.model_ref import ModelRef
-from resmol.run.directory import RunDir
 from resmol.verify import verify_model as _verify_model
 
 
@@ -75,23 +71,6 @@ def verify_model(config: RunConfig | str = "smollm2-135m", *, weights: str = "ra
     """
     chosen = load_preset(config) if isinstance(config, str) else config
     return Checks(_verify_model(chosen.model, weights))
-
-
-def audit_run(
-    run: str | Path, *, replay: int = 0, replay_steps: int = 100, seed: int | None = None, strict: bool = False
-) -> Checks:
-    """Check a run's record and checkpoints, and execute segments of it again, as `resmol audit` does.
-
-    Args:
-        run: The run directory.
-        replay: How many random segments to execute again, bit for bit.
-        replay_steps: The most steps in a segment.
-        seed: Seed of the random choice of segments; None draws one.
-        strict: What cannot be checked here is a failure.
-    """
-    drawn = secrets.randbelow(10**6) if seed is None else seed
-    options = ReplayOptions(replay, replay_steps, drawn, strict) if replay else None
-    return Checks(audit(RunDir(Path(run)), strict=strict, replay_options=options))
 
 
 def export_model(

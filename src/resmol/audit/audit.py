@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from resmol.audit.replay import ReplayOptions, replay
-from resmol.checks import Check
+from resmol.checks import Check, Checks
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import recorded_folder
 from resmol.data.shards import TokenStream, open_dataset
@@ -99,6 +100,23 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
     logger.info("reading every checkpoint back")
     checks += [_configuration(records, history, stored), *_checkpoints(run, records)]
     return [*checks, *(replay(run, stored, records, replay_options) if replay_options is not None else [])]
+
+
+def audit_run(
+    run: str | Path, *, replay: int = 0, replay_steps: int = 100, seed: int | None = None, strict: bool = False
+) -> Checks:
+    """Check a run's record and checkpoints, and execute segments of it again, as `resmol audit` does.
+
+    Args:
+        run: The run directory.
+        replay: How many random segments to execute again, bit for bit.
+        replay_steps: The most steps in a segment.
+        seed: Seed of the random choice of segments; None draws one.
+        strict: What cannot be checked here is a failure.
+    """
+    drawn = secrets.randbelow(10**6) if seed is None else seed
+    options = ReplayOptions(replay, replay_steps, drawn, strict) if replay else None
+    return Checks(audit(RunDir(Path(run)), strict=strict, replay_options=options))
 
 
 def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:

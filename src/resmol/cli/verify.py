@@ -123,7 +123,7 @@ def audit(
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
-    from resmol.api import audit_run
+    from resmol.audit.audit import audit_run
     from resmol.audit.certificate import write_certificate
 
     checks = audit_run(run, replay=replay, replay_steps=replay_steps, seed=seed, strict=strict)
