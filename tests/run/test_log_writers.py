@@ -9,7 +9,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tiny import TrainTiny, step_record
@@ -17,7 +16,7 @@ from tiny import TrainTiny, step_record
 from resmol.run.console import ConsoleWriter
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, read_ledger, select
-from resmol.run.log_writers import RunLog, StepFormatter, TensorBoardWriter, TextLogWriter, describe
+from resmol.run.log_writers import RunLog, StepFormatter, TextLogWriter, describe
 
 
 def steps_shown(lines: StepFormatter, first: int, last: int) -> list[int]:
@@ -198,36 +197,6 @@ def test_a_terminal_gets_a_live_line_and_others_do_not() -> None:
     plain = shown_on_a_terminal(CI="true")
     assert "\x1b[2K" not in plain
     assert plain.count("step ") == 3
-
-
-def test_tensorboard(tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[tuple[str, int]] = []
-    purged: list[int | None] = []
-
-    class Writer:
-        def __init__(self, _folder: str, purge_step: int | None = None) -> None:
-            purged.append(purge_step)
-
-        def add_scalar(self, tag: str, _value: float, step: int) -> None:
-            written.append((tag, step))
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
-    for steps in (20, 22):
-        train_tiny(tmp_path / "run", steps, log_writers=lambda _: [TensorBoardWriter(tmp_path / "tb")])
-    tags = {"train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bpb", "perf/tokens_per_sec"}
-    assert {tag for tag, _ in written} == tags
-    assert [step for tag, step in written if tag == "train/loss"] == list(range(1, 23))
-    assert purged == [None, 21]
-
-
-def test_real_tensorboard_events_are_written(tmp_path: Path) -> None:
-    view: Any = TensorBoardWriter(tmp_path / "tb")
-    view.show({"kind": "step", **step_record(1)})
-    view.close()
-    assert next((tmp_path / "tb").glob("events.*")).stat().st_size > 100
 
 
 def test_where_there_is_no_live_line_silence_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

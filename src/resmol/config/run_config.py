@@ -204,6 +204,9 @@ class LoggingConfig(StrictModel):
 
     every: int = param(500, "C", "steps between lines in train.log", ge=1)
     tensorboard: bool = param(False, "C", "also write TensorBoard events (needs tensorboardX)")
+    wandb: bool = param(False, "C", "also log to Weights & Biases (needs wandb); WANDB_MODE=offline sends nothing")
+    trackio: bool = param(False, "C", "also log to Trackio (needs trackio); `trackio show` draws its curves")
+    project: str = param("resmol", "C", "the project of Weights & Biases and Trackio", min_length=1)
 
 
 _SIZES = {"data.seq_len": DataConfig().seq_len, "batch.micro_batch_size": BatchConfig().micro_batch_size}

@@ -1,4 +1,4 @@
-"""Log writers: console, train.log and TensorBoard show the records of the ledger and hold nothing of their own.
+"""Log writers: console, train.log and trackers show the records of the ledger and hold nothing of their own.
 
 A log writer never stops training. If its terminal is gone, or its disk or pipe full, it is disabled, and a ``warn``
 record says so once; only the ledger itself may raise.
@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from resmol.errors import UsageError
 from resmol.run.ledger import Kind, Ledger, Record
-from resmol.system.installation import install_hint
+from resmol.run.trackers import TrackerError
 from resmol.system.wording import counted, in_words
 
 SAMPLE_INDENT = "    | "
@@ -56,7 +55,9 @@ class RunLog:
             except (OSError, ValueError) as error:  # ValueError: the stream was closed
                 self._writers.remove(writer)
                 _close_quietly(writer)
-                self.write("warn", what=f"{type(writer).__name__} disabled", reason=type(error).__name__)
+                name = getattr(writer, "name", type(writer).__name__)
+                reason = str(error) if isinstance(error, TrackerError) else type(error).__name__
+                self.write("warn", what=f"{name} disabled", reason=reason)
         return record
 
     def sync(self) -> None:
@@ -200,53 +201,3 @@ class TextLogWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-class TensorBoardWriter:
-    """Writes TensorBoard events; the x axis is the optimizer step.
-
-    Raises:
-        UsageError: tensorboardX is not installed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UsageError(
-                "logging.tensorboard needs tensorboardX, which is not installed",
-                fix=f"{install_hint('tensorboard')}, or --set logging.tensorboard=false",
-            ) from None
-        self._make: Callable[[int | None], Any] = lambda purge: SummaryWriter(str(folder), purge_step=purge)
-        self._writer: Any = None
-
-    def show(self, record: Record) -> None:
-        """Write the record's scalars; a resume or rewind first takes back what lies after it."""
-        if record["kind"] in ("resume", "rewind"):
-            self.close()
-            self._writer = self._make(record.get("next_step", record.get("to_step", 0) + 1))
-        for tag, value in _scalars(record).items():
-            self._writer = self._writer or self._make(None)
-            self._writer.add_scalar(tag, value, record["step"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-def _scalars(record: Record) -> dict[str, float]:
-    if record["kind"] == "step":
-        rate = {"perf/tokens_per_sec": record["tokens"] / record["seconds"]} if record["seconds"] else {}
-        return {
-            "train/loss": record["loss"],
-            "train/grad_norm": record["grad_norm"],
-            "train/lr": record["lr"],
-            **rate,
-        }
-    if record["kind"] == "eval":
-        names = {"val/loss": "loss", "val/bpb": "bits_per_byte", "val/averaged_loss": "averaged_loss",
-                 "val/averaged_bpb": "averaged_bits_per_byte"}  # fmt: skip
-        return {tag: record[name] for tag, name in names.items() if name in record}
-    return {}

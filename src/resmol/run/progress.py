@@ -11,8 +11,9 @@ from typing import Literal
 from resmol.config.run_config import RunConfig
 from resmol.run.console import ConsoleWriter
 from resmol.run.directory import RunDir
-from resmol.run.log_writers import LogWriter, StepFormatter, TensorBoardWriter, TextLogWriter
+from resmol.run.log_writers import LogWriter, StepFormatter, TextLogWriter
 from resmol.run.notebook import NotebookWriter, in_notebook
+from resmol.run.trackers import tracker_writers
 
 Progress = bool | Literal["auto"]
 
@@ -22,18 +23,18 @@ def run_log_writers(run: RunDir, config: RunConfig, progress: Progress) -> list[
 
     Args:
         run: The run directory.
-        config: Says how often, and whether TensorBoard is one of them.
+        config: Says how often, and which trackers are among them.
         progress: Whether steps are shown to a person; ``"auto"``: at a terminal and in a notebook.
 
     Raises:
-        UsageError: TensorBoard is wanted and not installed.
+        UsageError: A tracker is wanted and not installed.
     """
     every, last = config.logging.every, config.train.steps
     writers: list[LogWriter] = [TextLogWriter(run.log, StepFormatter(every, last))]
     if _is_shown(progress):
         make = NotebookWriter if in_notebook() else ConsoleWriter
         writers.append(make(StepFormatter(every, last)))
-    return [*writers, TensorBoardWriter(run.path / "tensorboard")] if config.logging.tensorboard else writers
+    return [*writers, *tracker_writers(run, config)]
 
 
 @contextmanager
