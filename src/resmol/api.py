@@ -45,7 +45,7 @@ def prepare_data(
         out: The folder to write.
         input: Files and folders of text or JSON lines.
         val: Files and folders to hold out, all of them and nothing else.
-        corpus: ``shakespeare`` or ``stdlib``, instead of an input.
+        corpus: One of `data.builtin_corpora.CORPORA`, e.g. ``shakespeare``, instead of an input.
         tokenizer: A ``tokenizer.json``, its folder, or a Hub id; None takes SmolLM2's.
         val_fraction: Share of the documents to hold out where the text does not say what is.
         text_field: The field of a JSON line with the text.

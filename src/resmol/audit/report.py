@@ -16,7 +16,6 @@ from resmol.audit.certificate import current_certificate
 from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves, loss_image, resumed_at
 from resmol.audit.run_data import recorded_data
-from resmol.data.builtin_corpora import licence_of
 from resmol.data.shards import Manifest
 from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
@@ -168,7 +167,7 @@ def data_facts(data: Manifest) -> dict[str, Any]:
     """Return what is known of the text: its inputs with licence and hash, and what was held out."""
     train, val, source = data.train, data.val, data.source
     return {
-        "inputs": [(item, licence_of(item.name)) for item in source.inputs],
+        "inputs": source.inputs,
         "train": train,
         "val": val,
         "share": val.tokens / max(train.tokens + val.tokens, 1),

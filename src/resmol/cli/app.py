@@ -56,7 +56,7 @@ Best = Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint wit
 TokenizerHash = Annotated[
     str | None, typer.Option(metavar="HEX", help="Refuse a tokenizer.json with another sha256, e.g. of a download.")
 ]
-Corpus = Annotated[str | None, typer.Option(metavar="NAME", help="shakespeare or stdlib.")]
+Corpus = Annotated[str | None, typer.Option(metavar="NAME", help="shakespeare, wikipedia-intros, aws-docs or stdlib.")]
 
 
 def _print_version(requested: bool) -> bool:

@@ -41,6 +41,7 @@ class InputCount:
     """What was read so far of one input."""
 
     name: str
+    licence: str | None = None
     files: int = 0
     byte_count: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
@@ -52,7 +53,13 @@ class InputCount:
 
     def facts(self) -> InputFacts:
         """Return the count as the manifest records it."""
-        return InputFacts(name=self.name, files=self.files, bytes=self.byte_count, sha256=self.digest.hexdigest())
+        return InputFacts(
+            name=self.name,
+            files=self.files,
+            bytes=self.byte_count,
+            sha256=self.digest.hexdigest(),
+            licence=self.licence,
+        )
 
 
 @dataclass

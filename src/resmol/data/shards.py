@@ -90,12 +90,16 @@ class TokenizerFacts(StrictModel):
 
 
 class InputFacts(StrictModel):
-    """One input as the user named it; bytes and hash are those of its files one after another."""
+    """One input as the user named it; bytes and hash are those of its files one after another.
+
+    The licence is known of built-in corpora only.
+    """
 
     name: str
     files: Count
     bytes: Count
     sha256: Digest
+    licence: str | None = None
 
 
 class UnusedFacts(StrictModel):

@@ -12,7 +12,7 @@ import jinja2
 import resmol
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
-from resmol.data.builtin_corpora import corpus_of, licence_of
+from resmol.data.builtin_corpora import corpus_of
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256
 from resmol.errors import DataError
 from resmol.interop.description import Description, description
@@ -183,7 +183,7 @@ def run_facts(record: RunRecord, config: ModelConfig) -> dict[str, Any]:
         "lines": len(records),
         "later": max((r["step"] for r in records if r["kind"] == "step"), default=0) > record.step,
         "data": record.data,
-        "inputs": [] if record.data is None else [(i, licence_of(i.name)) for i in record.data.source.inputs],
+        "inputs": () if record.data is None else record.data.source.inputs,
         "other_tokenizer": record.config.tokenizer.sha256 != SMOLLM2_TOKENIZER_SHA256,
         "corpus": corpus_of(names),
         "certificate": record.certificate,
