@@ -35,7 +35,7 @@ def prepare_data(
     val_fraction: float = 0.01,
     text_field: str = "text",
     encoding: str | None = None,
-    format: Literal["auto", "text", "jsonl"] = "auto",  # noqa: A002
+    format: Literal["auto", "text", "jsonl", "csv"] = "auto",  # noqa: A002
     include_hidden: bool = False,
     special_tokens: Literal["as-tokens", "as-text"] = "as-tokens",
 ) -> Dataset:
@@ -43,12 +43,12 @@ def prepare_data(
 
     Args:
         out: The folder to write.
-        input: Files and folders of text or JSON lines.
+        input: Files and folders of text, JSON lines or tables.
         val: Files and folders to hold out, all of them and nothing else.
         corpus: One of `data.builtin_corpora.CORPORA`, e.g. ``shakespeare``, instead of an input.
         tokenizer: A ``tokenizer.json``, its folder, or a Hub id; None takes SmolLM2's.
         val_fraction: Share of the documents to hold out where the text does not say what is.
-        text_field: The field of a JSON line with the text.
+        text_field: The field or column with the text; of several, separated by commas, the first that is there.
         encoding: Of text without a byte order mark; None is UTF-8.
         format: What every input is.
         include_hidden: Also read hidden files of a folder.

@@ -64,10 +64,10 @@ def test_links_are_followed_once_and_without_loops(tmp_path: Path) -> None:
 
 
 def test_other_files_are_counted_by_their_endings(tmp_path: Path) -> None:
-    root = make(tmp_path / "in", "a.txt", *(f"{n}.csv" for n in range(5)), "LICENSE", *(f"x.e{n}" for n in range(40)))
+    root = make(tmp_path / "in", "a.txt", *(f"{n}.py" for n in range(5)), "LICENSE", *(f"x.e{n}" for n in range(40)))
     _, unused = find_text_files(root)
     facts = {one.reason: one for one in unused.facts()}
-    assert shown_unused(facts["name ends in .csv"]) == "5 (name ends in .csv): in/0.csv, in/1.csv, in/2.csv, …"
+    assert shown_unused(facts["name ends in .py"]) == "5 (name ends in .py): in/0.py, in/1.py, in/2.py, …"
     assert shown_unused(facts["name without an ending"]) == "1 (name without an ending): in/LICENSE"
     assert len(facts) == folders._MAX_REASONS + 1
     assert sum(one.files for one in facts.values()) == 46

@@ -91,9 +91,7 @@ def name_of(kind: object) -> str:
         (bz2.compress(TEXT), "bzip2-compressed data"),
         (gzip.compress(TEXT), "gzip-compressed data"),
         (b"\x28\xb5\x2f\xfd" + TEXT, "Zstandard-compressed data"),
-        (b"PAR1" + bytes(range(256)), "a Parquet file"),
-        (b"ARROW1\0\0" + bytes(100), "an Arrow file"),
-        (b"\xff\xff\xff\xff\x10\x01\0\0", "an Arrow stream, as Hugging Face data sets are stored"),
+        (b"PARE" + bytes(range(256)), "an encrypted Parquet file"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF"),
         (b"\x89PNG\r\n\x1a\n" + bytes(9), "a picture (PNG)"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture (JPEG)"),
@@ -170,8 +168,6 @@ def test_a_json_line_longer_than_the_head_is_recognized() -> None:
             json.dumps({"a": 1}, indent=1).encode(),
             "one JSON object over several lines, not one on each line",
         ),
-        ("a.csv", b"id,text\n1,one\n", "a table (CSV)"),
-        ("a.TSV", b"id\ttext\n1\tone\n", "a table (TSV)"),
         ("a.txt", b"\n<!DOCTYPE html>\n<html>", "a web page (HTML)"),
         ("a.txt", b"<?xml version='1.0'?>", "an XML file"),
         ("a.txt", b"WARC/1.0\r\n", "a web archive (WARC)"),
@@ -181,6 +177,22 @@ def test_a_json_line_longer_than_the_head_is_recognized() -> None:
 def test_text_in_another_structure_is_refused_unless_it_is_wanted(name: str, content: bytes, expected: str) -> None:
     assert name_of(recognize(name, content)) == expected
     assert recognize(name, content, "text") == "text"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"PAR1" + bytes(range(256)), "parquet"),
+        ("a.txt", b"ARROW1\0\0" + bytes(100), "arrow"),
+        ("a.txt", b"\xff\xff\xff\xff\x10\x01\0\0", "arrow-stream"),
+        ("a.csv", b"id,text\n1,one\n", "csv"),
+        ("a.TSV", b"id\ttext\n1\tone\n", "csv"),
+    ],
+    ids=label,
+)
+def test_tables_are_recognized(name: str, content: bytes, expected: str) -> None:
+    assert recognize(name, content) == expected
+    assert recognize(name, content, "text") == ("text" if expected == "csv" else expected)
 
 
 @pytest.mark.parametrize(

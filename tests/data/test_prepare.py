@@ -185,23 +185,23 @@ def test_copies_are_found_in_documents_of_many_pieces(tiny_tokenizer, tmp_path, 
 def test_what_was_found_and_not_used_is_in_the_manifest_and_said(tiny_tokenizer, tmp_path, messages):
     folder = tmp_path / "in"
     (folder / ".git").mkdir(parents=True)
-    for name in ("a.txt", "b.csv", "c.csv", ".git/d.txt"):
+    for name in ("a.txt", "b.py", "c.py", ".git/d.txt"):
         (folder / name).write_text("text")
-    (folder / "e.txt").write_bytes(b"PAR1" + bytes(99))
+    (folder / "e.txt").write_bytes(b"ORC" + bytes(99))
     dataset = prepare(tmp_path / "out", read_inputs([folder]), tiny_tokenizer)
     log_summary(dataset)
     assert json.loads((tmp_path / "out" / "manifest.json").read_bytes())["source"]["unused"] == [
         {"reason": "hidden", "files": 1, "names": ["in/.git/"]},
-        {"reason": "name ends in .csv", "files": 2, "names": ["in/b.csv", "in/c.csv"]},
-        {"reason": "a Parquet file", "files": 1, "names": ["in/e.txt"]},
+        {"reason": "name ends in .py", "files": 2, "names": ["in/b.py", "in/c.py"]},
+        {"reason": "an ORC file", "files": 1, "names": ["in/e.txt"]},
     ]
-    assert "data: not used: 2 (name ends in .csv): in/b.csv, in/c.csv" in messages
+    assert "data: not used: 2 (name ends in .py): in/b.py, in/c.py" in messages
 
 
 def test_a_folder_in_which_nothing_turns_out_to_be_text(tiny_tokenizer, tmp_path):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.txt").write_bytes(b"PAR1" + bytes(99))
-    with pytest.raises(DataError, match=r"no text in .*in; not used: 1 \(a Parquet file\): in/a.txt"):
+    (tmp_path / "in" / "a.txt").write_bytes(b"ORC" + bytes(99))
+    with pytest.raises(DataError, match=r"no text in .*in; not used: 1 \(an ORC file\): in/a.txt"):
         prepare(tmp_path / "out", read_inputs([tmp_path / "in"]), tiny_tokenizer)
 
 

@@ -82,7 +82,6 @@ def test_another_field_of_jsonl(tmp_path):
         (b"{", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'["text"]', "text in 'text'"),
-        (b'{"text": null}', "text in 'text'"),
         (b'{"body": "x"}', "text in 'text'"),
         (b"1" * 10_000, "not JSON"),
         (b"\xff", "not JSON"),

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
 from resmol.cli.terminal import print_json
+from resmol.cli.train import TextField
 from resmol.system.process_setup import set_up_process
 from resmol.system.tables import result_console, text_table
 
@@ -29,6 +30,7 @@ def evaluate(
     ] = None,
     windows: Annotated[int, typer.Option(min=0, help="Windows to use; 0 takes all.")] = 0,
     seq_len: Annotated[int, typer.Option(min=0, help="Tokens in a window; 0 takes the run's, or 512.")] = 0,
+    text_field: TextField = "text",
     weights: Weights = "last",
     best: Best = False,
     tokenizer: ModelTokenizer = None,
@@ -39,7 +41,7 @@ def evaluate(
     from resmol.interop.evaluate import evaluate_model
 
     named = model_ref(model, weights, best=best)
-    result = evaluate_model(named, data, windows=windows, seq_len=seq_len, tokenizer=tokenizer)
+    result = evaluate_model(named, data, windows=windows, seq_len=seq_len, text_field=text_field, tokenizer=tokenizer)
     if json_:
         print_json(result)
     else:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from resmol.data.format_signatures import UnsupportedFormat
+from resmol.data.format_signatures import CSV_SUFFIXES, TABLE_NAMES, UnsupportedFormat
 from resmol.data.formats import HEAD_BYTES, JSON_SUFFIXES, recognize
 from resmol.errors import DataError
 from resmol.system.byte_order_mark import decode_text, marked_encoding
@@ -101,10 +101,11 @@ def prompts_from(path: str) -> list[Prompt]:
 
 def _is_json(path: str, content: bytes) -> bool:
     """Return whether prompts are JSON lines; refuse what is neither these nor text."""
-    named_so = path.lower().endswith((*JSON_SUFFIXES, ".csv", ".tsv"))
+    named_so = path.lower().endswith((*JSON_SUFFIXES, *CSV_SUFFIXES))
     kind = recognize(path, content[:HEAD_BYTES], "auto" if named_so else "text")
-    if isinstance(kind, UnsupportedFormat):
-        raise DataError(f"{path} is {kind.name}, which is not read as prompts", fix=_FIX)
+    other = kind.name if isinstance(kind, UnsupportedFormat) else TABLE_NAMES.get(kind)
+    if other is not None:
+        raise DataError(f"{path} is {other}, which is not read as prompts", fix=_FIX)
     if kind == "jsonl":
         return True
     first = next((line for line in content.split(b"\n") if line.strip()), b"")

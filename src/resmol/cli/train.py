@@ -31,7 +31,7 @@ from resmol.system.process_setup import set_up_process
 
 Inputs = Annotated[
     list[str] | None,
-    typer.Option("--input", metavar="PATH", help="Text, folder, jsonl (.gz), or - for standard input; repeatable."),
+    typer.Option("--input", metavar="PATH", help="Text, JSON lines, CSV, Parquet, Arrow, a folder, or -; repeatable."),
 ]
 HeldOut = Annotated[
     list[str] | None,
@@ -44,11 +44,14 @@ HeldOut = Annotated[
 ValFraction = Annotated[
     float | None, typer.Option(help="Share of the documents to hold out; 0.01 unless the text says what to.")
 ]
-TextField = Annotated[str, typer.Option(metavar="KEY", help="The field of a JSON line with the text, e.g. data.text.")]
+TextField = Annotated[
+    str,
+    typer.Option(metavar="KEYS", help="The field or column with the text, e.g. data.text; the first of several: a,b."),
+]
 Encoding = Annotated[
     str | None, typer.Option(metavar="NAME", help="Encoding of text without a byte order mark; UTF-8 if left out.")
 ]
-Format = Annotated[str, typer.Option("--format", metavar="auto|text|jsonl", help="What every input is.")]
+Format = Annotated[str, typer.Option("--format", metavar="auto|text|jsonl|csv", help="What every input is.")]
 IncludeHidden = Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")]
 
 Epochs = Annotated[float | None, typer.Option(help="Stop after so many passes over the data, instead of --steps.")]
@@ -76,9 +79,9 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
 @app.command(
     epilog="""
     resmol prepare data/mine --input input.txt
-    resmol prepare data/mine --input articles.jsonl.gz --text-field content
+    resmol prepare data/mine --input articles.jsonl.zst --text-field content
+    resmol prepare data/mine --input train-00000.parquet --text-field text,content
     resmol prepare data/mine --input texts/ --val held-out.jsonl
-    zstdcat dump.jsonl.zst | resmol prepare data/dump --input - --format jsonl
     """
 )
 def prepare(

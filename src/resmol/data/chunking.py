@@ -48,7 +48,15 @@ class InputCount:
 
     def add(self, data: bytes) -> None:
         """Count and hash what was read."""
-        self.byte_count += len(data)
+        self.advance(len(data))
+        self.hash(data)
+
+    def advance(self, size: int) -> None:
+        """Count bytes that were read."""
+        self.byte_count += size
+
+    def hash(self, data: bytes) -> None:
+        """Hash the next bytes of the input."""
         self.digest.update(data)
 
     def facts(self) -> InputFacts:
@@ -70,6 +78,8 @@ class ReadCounts:
         inputs: One entry for each input.
         replacements: Invalid bytes and lone surrogates, each replaced by U+FFFD.
         replaced_in: Names of the first files with invalid bytes.
+        null_texts: Rows whose text is null.
+        first_null: The first of them, as the name of its document.
         forced_cuts: Cuts inside 256 Ki characters without white space; each may change one token.
         unused: Files and folders that were found in the inputs and not used.
     """
@@ -77,6 +87,8 @@ class ReadCounts:
     inputs: list[InputCount] = field(default_factory=list)
     replacements: int = 0
     replaced_in: list[str] = field(default_factory=list)
+    null_texts: int = 0
+    first_null: str = ""
     forced_cuts: int = 0
     unused: Unused = field(default_factory=Unused)
 
@@ -84,6 +96,11 @@ class ReadCounts:
         """Keep the name of a file with invalid bytes, if it is one of the first."""
         if len(self.replaced_in) < _SHOWN_NAMES:
             self.replaced_in.append(name)
+
+    def add_null(self, name: str) -> None:
+        """Count a row whose text is null."""
+        self.null_texts += 1
+        self.first_null = self.first_null or name
 
     @property
     def bytes_read(self) -> int:

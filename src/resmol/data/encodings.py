@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
-from pathlib import Path
 
 from resmol.errors import DataError, UsageError
 
@@ -71,7 +70,7 @@ class DecodingCheck:
         invalid: Of these, the ones that were replaced.
     """
 
-    path: Path
+    path: object
     encoding: str
     certain: bool
     seen: int = 0

@@ -8,15 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from resmol.data.compression import COMPRESSED_SUFFIXES
+from resmol.data.format_signatures import CSV_SUFFIXES
 from resmol.data.formats import JSON_SUFFIXES
 from resmol.data.shards import UnusedFacts
 from resmol.errors import DataError
 
-SUFFIXES = tuple(f"{suffix}{packed}" for packed in ("", ".gz") for suffix in (".txt", ".md", ".text", *JSON_SUFFIXES))
+TEXT_SUFFIXES = (".txt", ".md", ".text", *JSON_SUFFIXES, *CSV_SUFFIXES)
+TABLE_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (
+    *(f"{suffix}{packed}" for packed in ("", *COMPRESSED_SUFFIXES) for suffix in TEXT_SUFFIXES),
+    *TABLE_SUFFIXES,
+)
 
 Split = Literal["train", "val"]
 
 _SPLIT_FOLDERS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+# What `save_to_disk` of Hugging Face's data sets writes beside the files with the rows.
+_ABOUT_DATA_SETS = ("dataset_dict.json", "dataset_info.json", "state.json")
 _SHOWN_NAMES = 3
 _MAX_REASONS = 20  # a folder may hold files with any number of endings
 
@@ -112,6 +121,8 @@ def _why_not(path: Path, include_hidden: bool) -> str | None:
     """Return why a file is not used; None if it is."""
     if _is_hidden(path.name) and not include_hidden:
         return "hidden"
+    if path.name in _ABOUT_DATA_SETS:
+        return "describes a data set"
     if not path.name.lower().endswith(SUFFIXES):
         return f"name ends in {path.suffix.lower()}" if path.suffix else "name without an ending"
     if path.is_file():

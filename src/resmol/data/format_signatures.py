@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from resmol.errors import DataError
 
@@ -13,10 +14,6 @@ _PANDAS = (
     "orient='records', lines=True)\" (needs: pip install pandas pyarrow)"
 )
 _PANDOC = "convert it to text: pandoc -t plain '{path}' -o out.txt"
-_ARROW_STREAM = (
-    "convert it to JSON lines: python -c \"import datasets; datasets.Dataset.from_file('{path}').to_json("
-    "'out.jsonl')\" (needs: pip install datasets)"
-)
 _SQLITE = "take the text out: sqlite3 '{path}' \"select json_object('text', COLUMN) from TABLE\" > out.jsonl"
 _JSON_ARRAY_FIX = (
     'write one object on each line: python -c "import json; [print(json.dumps(one)) for one in '
@@ -27,10 +24,8 @@ _BINARY_FIX = (
 )
 _AS_IT_STANDS = "train on it as it stands: resmol prepare OUT --input '{path}' --format text"
 _MARKUP_FIX = f"take its text out into a .txt or .jsonl file, or {_AS_IT_STANDS}"
-_TABLE_FIX = (
-    "convert it to JSON lines: python -c \"import pandas; pandas.read_csv('{path}', sep='SEPARATOR').to_json("
-    "'out.jsonl', orient='records', lines=True)\" (needs: pip install pandas), or " + _AS_IT_STANDS
-)
+
+TableKind = Literal["parquet", "arrow", "arrow-stream"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,9 @@ BINARY_SIGNS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x1f\x9d", "compress(1) data", _unpack("uncompress '{path}'")),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _unpack("7z x '{path}'")),
     (0, b"Rar!\x1a\x07", "a RAR archive", _unpack("unrar x '{path}'")),
-    (0, b"PAR1", "a Parquet file", _PANDAS.format(reader="parquet")),
+    (0, b"PARE", "an encrypted Parquet file", "write it without encryption, with the keys of whoever wrote it"),
     (0, b"ORC", "an ORC file", _PANDAS.format(reader="orc")),
-    (0, b"ARROW1\0\0", "an Arrow file", _PANDAS.format(reader="feather")),
     (0, b"FEA1", "a Feather file", _PANDAS.format(reader="feather")),
-    (0, b"\xff\xff\xff\xff", "an Arrow stream, as Hugging Face data sets are stored", _ARROW_STREAM),
     (0, b"Obj\x01", "an Avro file", "convert it to JSON lines: avro-tools tojson '{path}' > out.jsonl"),
     (0, b"SQLite format 3\0", "an SQLite database", _SQLITE),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Microsoft Office document", "save it as plain text, in UTF-8"),
@@ -138,11 +131,19 @@ MARKUP_SIGNS = (
     (re.compile(rb"<\?xml\s"), "an XML file", _MARKUP_FIX),
     (re.compile(rb"WARC/\d"), "a web archive (WARC)", _MARKUP_FIX),
 )
-# Suffix -> format: a table is text by its content.
-TABLES = {
-    ".csv": UnsupportedFormat("a table (CSV)", _TABLE_FIX.replace("SEPARATOR", ",")),
-    ".tsv": UnsupportedFormat("a table (TSV)", _TABLE_FIX.replace("SEPARATOR", "\\t")),
+# Tables that are read: how each begins. They are binary, so no option makes text of them.
+TABLE_SIGNS: tuple[tuple[bytes, TableKind], ...] = (
+    (b"PAR1", "parquet"),
+    (b"ARROW1\0\0", "arrow"),
+    (b"\xff\xff\xff\xff", "arrow-stream"),
+)
+TABLE_NAMES: dict[str, str] = {
+    "parquet": "a Parquet file",
+    "arrow": "an Arrow file",
+    "arrow-stream": "an Arrow stream, as Hugging Face data sets are stored",
+    "csv": "a table (CSV)",
 }
+CSV_SUFFIXES = (".csv", ".tsv")
 
 ZIP = UnsupportedFormat("a ZIP archive", _unpack("unzip '{path}' -d FOLDER"))
 TAR = UnsupportedFormat("a tar archive", _unpack("tar -xf '{path}'"))

@@ -10,16 +10,18 @@ from typing import Literal
 from resmol.data.format_signatures import (
     BINARY,
     BINARY_SIGNS,
+    CSV_SUFFIXES,
     JSON_ARRAY,
     JSON_DOCUMENT,
     MARKUP_SIGNS,
     PICKLE,
     SAFETENSORS,
     SIGNS_IN_ZIP,
-    TABLES,
+    TABLE_SIGNS,
     TAR,
     TEXT_SIGNS,
     ZIP,
+    TableKind,
     UnsupportedFormat,
     unmarked,
 )
@@ -31,8 +33,9 @@ JSON_SUFFIXES = (*JSON_LINES_SUFFIXES, ".json")
 MAX_ODD_SHARE = 0.03  # of control characters in the head; text has next to none
 _NEAR = 512
 
-Readable = Literal["text", "jsonl"]
-FORMATS = ("auto", "text", "jsonl")
+TextKind = Literal["text", "jsonl", "csv"]
+TEXT_KINDS = ("text", "jsonl", "csv")
+FORMATS = ("auto", *TEXT_KINDS)
 
 _PICKLES = (".pkl", ".pickle")  # protocol 0 is readable characters
 _PICKLE = re.compile(rb"\x80[\x01-\x05][c}\]\x95\x8a(]")
@@ -47,32 +50,44 @@ _CONTROLS = bytes([*range(7), *range(14, 27), *range(28, 32), 127])
 
 def recognize(
     name: str, head: bytes, wanted: str = "auto", *, encoding: str | None = None
-) -> Readable | UnsupportedFormat:
+) -> TextKind | TableKind | UnsupportedFormat:
     """Return how to read a file, or which unsupported format it is in.
 
     Args:
-        name: Its name, without ``.gz`` if it was unpacked.
+        name: Its name, without the ending of a compression that was unpacked.
         head: Its first `HEAD_BYTES`, or all of it; unpacked.
         wanted: One of `FORMATS`. ``auto`` looks at name and content; the others are what the user says. Binary
-            formats are refused whatever is said.
+            formats are what they are whatever is said.
         encoding: What the user says about the encoding; else a file with many control characters is binary.
     """
     name = name.lower()
-    binary = _binary(name, head)
+    binary = _table(head) or _binary(name, head)
     if binary is not None:
         return binary
     marked = marked_encoding(head)
     if marked is None and encoding is None and _is_binary(head):
         return _without_mark(head)
     if wanted != "auto":
-        return "jsonl" if wanted == "jsonl" else "text"
+        return "jsonl" if wanted == "jsonl" else "csv" if wanted == "csv" else "text"
+    if name.endswith(CSV_SUFFIXES):
+        return "csv"
     start = _start(head, marked or encoding or "utf-8")
-    return _markup(name, start) or _json(name, start) or "text"
+    return _markup(start) or _json(name, start) or "text"
+
+
+def _table(head: bytes) -> TableKind | None:
+    kinds = (kind for sign, kind in TABLE_SIGNS if head.startswith(sign) and _is_sign(sign, head))
+    return next(kinds, None)
+
+
+def _is_sign(sign: bytes, head: bytes) -> bool:
+    """Return whether bytes that begin a format, and are there, mean it: letters do only where the rest is no text."""
+    return not _is_plain(sign) or not _is_plain(head[:_NEAR])
 
 
 def _binary(name: str, head: bytes) -> UnsupportedFormat | None:
     for offset, sign, kind, fix in BINARY_SIGNS:
-        if head.startswith(sign, offset) and (not _is_plain(sign) or not _is_plain(head[:_NEAR])):
+        if head.startswith(sign, offset) and _is_sign(sign, head):
             return UnsupportedFormat(kind, fix)
     for sign, kind, fix in TEXT_SIGNS:
         if head.startswith(sign):
@@ -119,10 +134,7 @@ def _start(head: bytes, encoding: str) -> bytes:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
-def _markup(name: str, start: bytes) -> UnsupportedFormat | None:
-    for suffix, table in TABLES.items():
-        if name.endswith(suffix):
-            return table
+def _markup(start: bytes) -> UnsupportedFormat | None:
     return next((UnsupportedFormat(kind, fix) for sign, kind, fix in MARKUP_SIGNS if sign.match(start)), None)
 
 

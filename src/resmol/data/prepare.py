@@ -295,6 +295,8 @@ class _Job:
                 text_bytes=totals.text_bytes,
                 replacements=self.counts.replacements,
                 replaced_in=tuple(self.counts.replaced_in),
+                null_texts=self.counts.null_texts,
+                first_null=self.counts.first_null,
                 untokenizable_bytes=totals.untokenizable_bytes,
                 forced_cuts=self.counts.forced_cuts,
                 special_tokens={

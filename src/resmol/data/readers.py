@@ -1,4 +1,4 @@
-"""Text in: files, folders, jsonl, standard input, as documents that are read in pieces.
+"""Text in: files, folders, tables, standard input, as documents that are read in pieces.
 
 Nothing here holds a whole document: a file of 1 GB, or a line of 1 GB, passes through as pieces (see `text`).
 """
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import cast
 
 from resmol.data.chunking import InputCount, ReadCounts, cut_into_pieces, decoded, repaired, without_mark
+from resmol.data.compression import COMPRESSED_SUFFIXES
 from resmol.data.folders import (
-    SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
     Split,
     Unused,
     find_text_files,
@@ -63,10 +65,11 @@ class Corpus:
 def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None) -> Corpus:
     """Return the documents of files, of folders (see `find_text_files`) and of ``-``, standard input.
 
-    JSON lines hold one document a line; any other text is one document. gzip is unpacked on the way. A text is
-    UTF-8, or what its byte order mark says; invalid bytes are replaced and counted, line ends stay as they are.
-    Files in a folder that are in no format that is read are counted as unused. A folder with ``train`` and ``val`` (or
-    ``valid``, ``validation``, ``dev``) in it says what is held out; its ``test`` is then used for neither.
+    JSON lines and tables (CSV, Parquet, Arrow) hold one document a row; any other text is one document. Compressed
+    files are unpacked on the way. A text is UTF-8, or what its byte order mark says; invalid bytes are replaced and
+    counted, line ends stay as they are. Files in a folder that are in no format that is read are counted as unused. A
+    folder with ``train`` and ``val`` (or ``valid``, ``validation``, ``dev``) in it says what is held out; its ``test``
+    is then used for neither.
 
     Raises:
         DataError: Nothing was named, a path is missing or unreadable, or a folder holds no text; later, while
@@ -165,7 +168,8 @@ class _Input:
             found = "; ".join(f"not used: {shown_unused(facts)}" for facts in unused.facts())
             raise DataError(
                 f"{root} holds no text" + (f" ({found})" if found else ""),
-                fix=f"put files into it that end in {', '.join(SUFFIXES)}, or name other text files one by one",
+                fix=f"put files into it that end in {', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))} (also compressed: "
+                f"{', '.join(COMPRESSED_SUFFIXES)}), or name other text files one by one",
             )
         has_splits = has_split_folders([file.relative_to(root) for file in files])
         if has_splits:
@@ -197,8 +201,5 @@ class _Input:
 
 def _documents(file: TextFile, count: InputCount, counts: ReadCounts) -> Iterator[Document]:
     count.files += 1
-    if file.is_json_lines:
-        for number, text in file.lines(count, counts):
-            yield Document(f"{file.path.name}:{number}", cut_into_pieces(repaired([text], counts), counts))
-    else:
-        yield Document(file.path.name, cut_into_pieces(file.text(count, counts), counts))
+    for name, text in file.documents(count, counts):
+        yield Document(name, cut_into_pieces(text, counts))

@@ -121,6 +121,8 @@ class SourceFacts(StrictModel):
     untokenizable_bytes: Count
     forced_cuts: Count
     replaced_in: tuple[str, ...] = ()
+    null_texts: Count = 0
+    first_null: str = ""
     special_tokens: dict[str, Count] = Field(default_factory=dict)
     duplicates: Count = 0
     val_in_train: Count = 0

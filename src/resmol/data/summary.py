@@ -39,6 +39,7 @@ def _findings(source: SourceFacts) -> list[str]:
         (source.untokenizable_bytes, "byte", "without a token, dropped"),
         (source.forced_cuts, "cut", "inside text without white space"),
         (source.empty_documents, "document", "without text"),
+        (source.null_texts, "text", f"null, which counts as no text (the first: {source.first_null})"),
         (sum(source.special_tokens.values()), "spelling", f"of control tokens in the text became these tokens "
          f"({spellings}); `resmol prepare --special-tokens as-text` keeps them text"),
         (source.duplicates, "exact copy", "of other documents"),

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import gzip
 import io
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from resmol.data.chunking import InputCount, ReadCounts, repair, text_decoder, without_mark
+from resmol.data.compression import (
+    DAMAGE,
+    PACKED_HEAD_BYTES,
+    Unpacked,
+    compression_of,
+    unpacked_head,
+    unpacked_name,
+)
+from resmol.data.csv_rows import csv_rows
 from resmol.data.encodings import DecodingCheck, require_encoding
-from resmol.data.format_signatures import UnsupportedFormat
-from resmol.data.formats import FORMATS, HEAD_BYTES, recognize
-from resmol.data.json_lines import json_lines
+from resmol.data.format_signatures import TABLE_NAMES, TableKind, UnsupportedFormat
+from resmol.data.formats import FORMATS, HEAD_BYTES, TEXT_KINDS, recognize
+from resmol.data.json_lines import MAX_LINE_BYTES, Row, json_lines
+from resmol.data.tables import TableFile
 from resmol.errors import DataError, UsageError
 from resmol.system.byte_order_mark import marked_encoding
 
 _READ_BYTES = 1 << 18
-_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -29,10 +36,11 @@ class ReadOptions:
     """How to read inputs.
 
     Attributes:
-        text_field: The field of a JSON line that holds the text; a dot leads into an object.
+        text_field: The field of a JSON line, or the column of a table, that holds the text; a dot leads into an
+            object. Of several, separated by commas, the first that is there counts.
         encoding: Encoding of files without a byte order mark; bytes that it does not have are then replaced, however
             many they are. None is UTF-8, and refuses a file in which more than a few per cent would be.
-        format: ``auto`` looks at content and name; ``text`` and ``jsonl`` say what every file is.
+        format: ``auto`` looks at content and name; the others of `FORMATS` say what every file of text is.
         include_hidden: Whether hidden files and folders in a folder are read.
     """
 
@@ -64,47 +72,46 @@ class TextFile:
     Attributes:
         path: The file, for messages.
         encoding: What its byte order mark says, else the user, else UTF-8.
-        is_json_lines: Whether it holds a document on each line.
-        unsupported: The format that keeps it from being read; None for text.
+        kind: What it holds; of a format that is not read, nothing.
+        unsupported: The format that keeps it from being read; None for text and tables.
     """
 
     def __init__(self, raw: io.FileIO | io.BufferedIOBase, path: Path, options: ReadOptions) -> None:
         self.path = path
         self._raw = raw
         self._options = options
-        self._head = _checked(path, lambda: _read_head(raw))
-        name = path.name.lower()
-        self._packed = self._head.startswith(_GZIP) or (name.endswith(".gz") and self._head != b"")
-        content = _unpacked_head(self._head) if self._packed else self._head
+        self._head = _checked(path, lambda: _read_head(raw, b"", HEAD_BYTES))
+        self._compression = compression_of(path.name, self._head)
+        content = self._head
+        if self._compression is not None:
+            self._head = _checked(path, lambda: _read_head(raw, self._head, PACKED_HEAD_BYTES))
+            content = unpacked_head(self._compression, self._head, HEAD_BYTES)
         self.encoding = marked_encoding(content) or options.encoding or "utf-8"
-        kind = recognize(name.removesuffix(".gz"), content, options.format, encoding=options.encoding)
+        kind = recognize(unpacked_name(path.name), content, options.format, encoding=options.encoding)
+        if not isinstance(kind, UnsupportedFormat) and kind not in TEXT_KINDS:
+            kind = self._require_positions(cast(TableKind, kind))
         self.unsupported = kind if isinstance(kind, UnsupportedFormat) else None
-        self.is_json_lines = kind == "jsonl"
+        self.kind = None if isinstance(kind, UnsupportedFormat) else kind
         self._check = DecodingCheck(path, self.encoding, options.encoding is not None)
 
-    def text(self, count: InputCount, counts: ReadCounts) -> Iterator[str]:
-        """Yield the text in chunks, without a byte order mark; count what was read and what was replaced.
+    def documents(self, count: InputCount, counts: ReadCounts) -> Iterator[tuple[str, Iterable[str]]]:
+        """Yield the name and the text of each document, the text in chunks; a null is an empty text.
 
         Raises:
-            DataError: It is in an unsupported format, cannot be read, or hardly decodes.
+            DataError: It is in an unsupported format, damaged, hardly decodes, or has a row without a text.
         """
-        yield from without_mark(self._decoded(self._open(count), counts))
-
-    def lines(self, count: InputCount, counts: ReadCounts) -> Iterator[tuple[int, str]]:
-        """Yield the number and the text of each JSON line; raises what `text` raises, and for a bad line."""
-        stream, is_checked = self._open(count), self.encoding != "utf-8"
-        if is_checked:
-            stream = io.BufferedReader(_Utf8(self._decoded(stream, counts)))
-
-        def read_line(size: int) -> bytes:
-            return _checked(self.path, lambda: stream.readline(size))
-
-        for line in json_lines(read_line, self.path, self._options.text_field):
-            if not is_checked:
-                self._check.add(line.encoded, line.invalid)
-            yield line.number, line.text
-        if not is_checked:
-            self._finish(counts)
+        if self.unsupported is not None:
+            raise self.unsupported.refusal(self.path)
+        if self.kind == "text":
+            yield self.path.name, without_mark(self._decoded(self._open(count), counts))
+            return
+        for row in self._rows(count, counts):
+            name = f"{self.path.name}:{row.place}"
+            if row.text is None:
+                counts.add_null(name)
+            text, invalid = repair(row.text or "")
+            counts.replacements += invalid
+            yield name, [text]
 
     def read_through(self, count: InputCount) -> None:
         """Read the file to its end, only to count and hash it."""
@@ -112,11 +119,69 @@ class TextFile:
         for _ in _chunks(stream, self.path):
             pass
 
+    def _require_positions(self, kind: TableKind) -> TableKind | UnsupportedFormat:
+        """Return the kind of a table if it can be read in any order, which a table is."""
+        name = TABLE_NAMES[kind]
+        if self._compression is not None:
+            return UnsupportedFormat(f"{name}, compressed as a whole", "unpack it first; it is compressed inside")
+        if not self._raw.seekable():
+            return UnsupportedFormat(f"{name} from a pipe", "name the file: it is not read from front to back")
+        return kind
+
+    def _rows(self, count: InputCount, counts: ReadCounts) -> Iterator[Row]:
+        field = self._options.text_field
+        if self.kind == "csv":
+            yield from csv_rows(self._lines(self._open(count), counts), self.path, field)
+            return
+        is_decoded = self.kind == "jsonl" and self.encoding != "utf-8"
+        if self.kind != "jsonl":
+            rows = self._table_rows(count)
+        elif is_decoded:
+            rows = json_lines(self._as_utf8(self._open(count), counts).readline, self.path, field)
+        else:
+            stream = self._open(count)
+            rows = json_lines(lambda size: _checked(self.path, lambda: stream.readline(size)), self.path, field)
+        for row in rows:
+            if not is_decoded:
+                self._check.add(row.encoded, row.invalid)
+            yield row
+        if not is_decoded:
+            self._finish(counts)
+
+    def _table_rows(self, count: InputCount) -> Iterator[Row]:
+        """Yield the rows of a table; all of its bytes are hashed, and counted as the rows come."""
+        size = self._raw.seek(0, io.SEEK_END)
+        self._raw.seek(0)
+        for chunk in _chunks(self._raw, self.path):
+            count.hash(chunk)
+        self._raw.seek(0)
+        file, kind = cast(BinaryIO, self._raw), cast(TableKind, self.kind)
+        table, done = TableFile(file, self.path, kind, self._options.text_field, size), 0
+        for row, position in table.rows():
+            count.advance(position - done)
+            done = position
+            yield row
+        count.advance(size - done)
+
     def _open(self, count: InputCount) -> io.BufferedIOBase:
-        if self.unsupported is not None:
-            raise self.unsupported.refusal(self.path)
-        stream = io.BufferedReader(_Counted(self._raw, self._head, count), _READ_BYTES)
-        return gzip.GzipFile(fileobj=stream) if self._packed else stream
+        counted = _Counted(self._raw, self._head, count)
+        stream = io.BufferedReader(counted, _READ_BYTES)
+        if self._compression is None:
+            return stream
+        unpacked = Unpacked(self._compression, stream, lambda: counted.bytes_read, self.path)
+        return io.BufferedReader(unpacked, _READ_BYTES)
+
+    def _as_utf8(self, stream: io.BufferedIOBase, counts: ReadCounts) -> io.BufferedIOBase:
+        return io.BufferedReader(_Utf8(without_mark(self._decoded(stream, counts))), _READ_BYTES)
+
+    def _lines(self, stream: io.BufferedIOBase, counts: ReadCounts) -> Iterator[str]:
+        text = io.TextIOWrapper(cast(BinaryIO, self._as_utf8(stream, counts)), "utf-8", newline="")
+        number = 0
+        while line := text.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(f"{self.path}, line {number}: it is longer than 64 MB", fix="cut it into several rows")
+            yield line
 
     def _decoded(self, stream: io.BufferedIOBase, counts: ReadCounts) -> Iterator[str]:
         decoder = text_decoder(self.encoding)
@@ -140,6 +205,7 @@ class _Counted(io.RawIOBase):
         self._file = file
         self._head = head
         self._count = count
+        self.bytes_read = 0
 
     def readable(self) -> bool:
         """Return True, as `io.BufferedReader` asks."""
@@ -151,6 +217,7 @@ class _Counted(io.RawIOBase):
         self._head = self._head[len(data) :]
         buffer[: len(data)] = data
         self._count.add(data)
+        self.bytes_read += len(data)
         return len(data)
 
 
@@ -177,21 +244,14 @@ class _Utf8(io.RawIOBase):
         return len(data)
 
 
-def _read_head(raw: io.FileIO | io.BufferedIOBase) -> bytes:
-    head = b""
-    while len(head) < HEAD_BYTES and (more := raw.read(HEAD_BYTES - len(head))):  # a pipe gives less than it is asked
+def _read_head(raw: io.FileIO | io.BufferedIOBase, head: bytes, size: int) -> bytes:
+    """Return the beginning of a file, ``size`` bytes if it has them, of which ``head`` was read before."""
+    while len(head) < size and (more := raw.read(size - len(head))):  # a pipe gives less than it is asked
         head += more
     return head
 
 
-def _unpacked_head(head: bytes) -> bytes:
-    try:
-        return zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES)
-    except zlib.error:
-        return b""  # reading it says what is wrong
-
-
-def _chunks(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+def _chunks(stream: io.FileIO | io.BufferedIOBase, path: Path) -> Iterator[bytes]:
     while chunk := _checked(path, lambda: stream.read(_READ_BYTES)):
         yield chunk
 
@@ -199,10 +259,14 @@ def _chunks(stream: io.BufferedIOBase, path: Path) -> Iterator[bytes]:
 def _checked(path: Path, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
-    except (OSError, EOFError, zlib.error) as error:  # gzip reports damage as any of the three
+    except DAMAGE as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: BaseException) -> DataError:
-    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DataError(f"{path} cannot be read: {why}", fix="check the file and its permissions")
+    if isinstance(error, OSError) and error.strerror:
+        return DataError(f"{path} cannot be read: {error.strerror}", fix="check the file and its permissions")
+    return DataError(
+        f"{path} cannot be read: {error}",
+        fix="it is damaged or was cut off: fetch or write it again; nothing was made of it",
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from resmol.data.loader import Batch, Loader
 from resmol.data.resolve import Text, is_prepared, prepare_text, recorded_folder
 from resmol.data.shards import Dataset, open_dataset
+from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.interop.load import LoadedModel, load_model
@@ -36,6 +37,7 @@ def evaluate_model(
     *,
     windows: int = 0,
     seq_len: int = 0,
+    text_field: str = "text",
     tokenizer: Tokenizer | str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure the loss of a model on held-out text.
@@ -48,6 +50,7 @@ def evaluate_model(
         data: A prepared folder (its held-out part, or all where it has none) or text; None takes the run's own.
         windows: How many windows to use; 0 takes all.
         seq_len: Tokens in a window; 0 takes the run's, or 512.
+        text_field: The field or column of ``data`` with the text, as `ReadOptions` has it.
         tokenizer: What `load_model` takes.
 
     Returns:
@@ -62,7 +65,7 @@ def evaluate_model(
     loaded = load_model(model, tokenizer=tokenizer)
     settings = loaded.source.settings
     with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
-        dataset = _evaluation_data(data, loaded, Path(scratch))
+        dataset = _evaluation_data(data, text_field, loaded, Path(scratch))
         stream = dataset.val if len(dataset.val) > 1 else dataset.train
         length = seq_len or (settings.data.seq_len if settings else DEFAULT_EVALUATION_LENGTH)
         length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
@@ -70,13 +73,11 @@ def evaluate_model(
             stream, seq_len=length, micro_batch_size=1, grad_accum_steps=1, seed=0,
             eos_id=dataset.eos_id, document_mask=settings.data.document_mask if settings else True, allow_short=True,
         )  # fmt: skip
-        runtime = Runtime.single(loaded.model.lm_head.weight.device)
         batches = loader.sequential(max(1, 2048 // length), windows or None)
-        if dataset.vocab_size > loaded.config.vocab_size:
-            _require_rows(batches, loaded.config.vocab_size)
+        _require_rows(batches if dataset.vocab_size > loaded.config.vocab_size else (), loaded.config.vocab_size)
         starts = _DocumentStarts(batches, loaded, dataset.eos_id)
         result = evaluate(
-            loaded.model, starts, loaded.tokenizer.byte_lengths(), runtime,
+            loaded.model, starts, loaded.tokenizer.byte_lengths(), Runtime.single(loaded.model.lm_head.weight.device),
             spelled_bytes=loaded.tokenizer.spelled_end_bytes(loader.spelled_ends(windows or None) - starts.ends()),
         )  # fmt: skip
     return {
@@ -92,9 +93,10 @@ def evaluate_model(
     }
 
 
-def _evaluation_data(data: str | None, loaded: LoadedModel, scratch: Path) -> Dataset:
+def _evaluation_data(data: str | None, text_field: str, loaded: LoadedModel, scratch: Path) -> Dataset:
     if data is not None and not is_prepared(user_path(data)):
-        return prepare_text(scratch / "data", Text(inputs=(data,), val_fraction=0.0), loaded.tokenizer)
+        text = Text(inputs=(data,), val_fraction=0.0, options=ReadOptions(text_field=text_field))
+        return prepare_text(scratch / "data", text, loaded.tokenizer)
     if data is not None:
         return _prepared(user_path(data), loaded.tokenizer)
     run, settings = loaded.source.run, loaded.source.settings
