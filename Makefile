@@ -43,7 +43,7 @@ slow: .venv/package ## the tests that take over a minute or download real weight
 	$(BIN)/python -m pytest -m slow
 
 mistakes: .venv/package ## the mistakes of other reproductions, each put into ours, and what catches it
-	$(BIN)/python tests/test_mistakes.py
+	$(BIN)/python tests/mistakes/table.py
 
 faults: .venv/package ## the fault campaign at its full counts; writes docs/reliability.md
 	RESMOL_FAULTS_WORKERS=$(WORKERS) $(BIN)/python tests/faults/campaign.py

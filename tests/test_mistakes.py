@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,30 +74,11 @@ def test_every_row_has_its_mistake() -> None:
     assert {mistake.row for mistake in ALL} == set(range(1, 26))
 
 
-class _Table:
-    """Collects what the tests found, for the table."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, str, list[str], bool]] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            self.rows += [(*value, report.passed) for name, value in report.user_properties if name == "mistake"]
-
-
-def main() -> int:
-    """Run the tests and print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    collected = _Table()
-    code = pytest.main([__file__, "-q", "--no-header"], plugins=[collected])
-    table = Table("row", "mistake", "caught by", "", title="mistakes of other reproductions, put into ours")
-    for row, words, found, passed in collected.rows:
-        table.add_row(str(row), words, "; ".join(found), "[green]caught[/]" if passed else "[bold red]MISSED[/]")
-    Console().print(table)
-    return int(code)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def test_the_table_can_be_made() -> None:
+    """pytest refuses to start in a process that has imported the package."""
+    script = Path(__file__).parent / "mistakes" / "table.py"
+    only = ["--collect-only", "-k", "every_row"]
+    done = subprocess.run([sys.executable, str(script), *only], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_every_row_has_its_mistake" in done.stdout
+    assert "caught by" in done.stdout
