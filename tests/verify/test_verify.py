@@ -59,7 +59,6 @@ def assert_passes_with_either_library(config: ModelConfig, seeds: int) -> None:
         for backend in BACKENDS:
             set_matmul_backend(model, backend)
             assert all_passed(checks := parity(model)), (seed, backend, failed(checks))
-    return True
 
 
 def test_the_verdict_does_not_depend_on_the_library_or_the_seed(config: ModelConfig) -> None:

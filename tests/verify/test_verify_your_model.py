@@ -58,6 +58,7 @@ def outputs(folder: Path) -> list[list[str]]:
     return [right, *([COMMAND, *without_passes(printed(with_mistake(diff), folder))] for diff in diffs)]
 
 
+@pytest.mark.usefixtures("computed_once")
 def test_the_page_shows_what_the_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     shown = [block.splitlines() for block in CONSOLE.findall(PAGE.read_text(encoding="utf-8"))]

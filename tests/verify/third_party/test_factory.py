@@ -215,6 +215,7 @@ def test_every_published_field_and_the_defaults_of_llama_config_are_there() -> N
         "output_attentions": False, "use_return_dict": True, "rope_scaling": None, "head_dim": 16, "mlp_bias": False,
         "model_type": "llama", "tie_word_embeddings": True, "is_llama_config": True, "dtype": torch.float32,
         "n_embd": 48, "block_size": SMALL.max_position_embeddings, "bias": False, "dropout": 0.0,
+        "rope_freq": None,
     }  # fmt: skip
     assert {name: getattr(view, name) for name in expected} == expected
     view.note = 1

@@ -25,6 +25,8 @@ from resmol.verify.third_party.localize import localized_diagnosis
 from resmol.verify.third_party.third_party_model import build_third_party
 from resmol.verify.tiny_models import fill
 
+pytestmark = pytest.mark.usefixtures("computed_once")
+
 
 @pytest.fixture(scope="module")
 def config() -> ModelConfig:
@@ -38,6 +40,13 @@ def in_transformers(model: type, kind: type, **options: Any) -> Factory:
         return model(kind(**{**config.to_hf(), "head_dim": config.head_dim, **options}))
 
     return build
+
+
+def full_attention(config: ModelConfig) -> nn.Module:
+    """Return a model with a key/value head for each query head, and without its final norm."""
+    model = PlainModel(config.model_copy(update={"num_key_value_heads": config.num_attention_heads}))
+    del model.norm
+    return model
 
 
 def judged(factory: Factory, config: ModelConfig) -> tuple[set[str], Check]:
@@ -84,6 +93,7 @@ def test_a_norm_that_loses_a_bit_in_bfloat16_is_a_note(config: ModelConfig) -> N
         (in_transformers(Qwen2ForCausalLM, Qwen2Config), "parameters", "it has 12 biases", "bias=False"),
         (in_transformers(Qwen3ForCausalLM, Qwen3Config), "logits", "in each head, as in Qwen3", "norms of q"),
         (partial(PlainModel, mask=False), "causality", "there is no causal mask", "lower triangular"),
+        (full_attention, "names and shapes", "is not SmolLM2's: layers.0.self_attn.k_proj.weight has shape", "--names"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )  # fmt: skip

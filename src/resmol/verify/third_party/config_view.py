@@ -38,6 +38,7 @@ _FIELD_OF = {alias: field for field, aliases in ALIASES.items() for alias in ali
 # Switches, as SmolLM2 has them. A configuration class of the student's keeps its own.
 _SWITCHES: dict[str, Any] = {
     "use_return_dict": True,
+    "rope_freq": None,  # a course's name of rope_scaling
     **dict.fromkeys(("bias", "qkv_bias", "use_bias", "attn_bias"), False),
     **dict.fromkeys(
         ("dropout", "attn_dropout", "resid_dropout", "embd_dropout", "hidden_dropout", "dropout_rate"), 0.0

@@ -13,6 +13,7 @@ from resmol.verify.third_party.third_party_model import ThirdPartyModel
 from resmol.verify.third_party.weight_mapping import map_weights, names_in_words
 
 PUBLISHED = "smollm2-135m"
+IGNORES = "the factory ignores its argument"
 
 
 def mapping_checks(model: ThirdPartyModel) -> list[Check]:
@@ -52,7 +53,7 @@ def _names(model: ThirdPartyModel, published: ModelConfig) -> Check:
     listing = ""
     expected = f"{len(tensor_shapes(model.config))} tensors, by names that are recognized or in --names"
     if mapping.misshapen and map_weights(parameters, published).complete:
-        problems = [f"the factory ignores its argument: {problems[0]}"]
+        problems = [f"{IGNORES}: {problems[0]}"]
         expected = f"sizes from the configuration; or use --preset {PUBLISHED}, whose sizes these are"
     elif mapping.missing:
         listing = names_in_words(parameters, mapping)

@@ -196,10 +196,16 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; the nearest is {near[0]}" if near else ""
 
 
+def how_many_are_missing(mapping: WeightMapping) -> str:
+    """Return the number of missing names in words."""
+    count = len(mapping.missing)
+    return f"{count} of Hugging Face's names {'is' if count == 1 else 'are'} missing"
+
+
 def names_in_words(parameters: Mapping[str, Tensor], mapping: WeightMapping) -> str:
     """Return both lists of names in lines: what is missing, and what the module has that is not known."""
     missing = dict.fromkeys(map(pattern, mapping.missing))
     own = dict.fromkeys(f"{pattern(name)} {list(parameters[name].shape)}" for name in mapping.extra)
-    lines = [f"{len(mapping.missing)} of Hugging Face's names are missing:", *(f"  {name}" for name in missing)]
+    lines = [f"{how_many_are_missing(mapping)}:", *(f"  {name}" for name in missing)]
     lines += ["not recognized in the module:", *(f"  {name}" for name in list(own)[:MOST_NAMES])] if own else []
     return "\n".join(lines + ([f"  and {len(own) - MOST_NAMES} more"] if len(own) > MOST_NAMES else []))
