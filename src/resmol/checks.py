@@ -57,6 +57,14 @@ class Checks(list[Check]):
         return f"<table><tr><th></th><th>check</th><th>measured</th><th>expected</th></tr>{rows}</table>"
 
 
+def check_problems(
+    name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = ""
+) -> Check:
+    """Return a check that passes when there are no problems and shows the first ones when there are."""
+    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    return Check(name, not problems, shown or measured, expected, guards, evidence)
+
+
 def largest(values: Iterable[float]) -> float:
     """Return the largest of some numbers, or NaN if one of them is NaN: `max` drops those, and a check would pass."""
     listed = list(values)

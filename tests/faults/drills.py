@@ -56,8 +56,9 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
-from resmol.train.loop import Session, StepResult, TrainState, record_step, save
+from resmol.train.loop import Session, TrainState, record_step, save
 from resmol.train.start import train_model
+from resmol.train.step_result import StepResult
 
 Script = Callable[[TrainState, Session], None]
 SMALL = (

@@ -30,8 +30,8 @@ from resmol.run import log_writers  # noqa: F401 - the same
 from resmol.run.checkpoint_manifest import AVERAGED, OPTIMIZER, WEIGHTS, list_checkpoints, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_steps, read_ledger
-from resmol.train.loop import REPRODUCIBLE_FIELDS
 from resmol.train.start import train_model
+from resmol.train.step_result import REPRODUCIBLE_FIELDS
 
 STEPS, INTERVAL = 60, 5
 TENSOR_FILES = (WEIGHTS, OPTIMIZER, AVERAGED)

@@ -21,7 +21,7 @@ from resmol.run.ledger import effective_steps, read_ledger, select
 from resmol.system import atomic_io as atomic
 from resmol.system.safetensors_header import read_header
 from resmol.train import resume, start
-from resmol.train.loop import REPRODUCIBLE_FIELDS
+from resmol.train.step_result import REPRODUCIBLE_FIELDS
 
 # --- going on ------------------------------------------------------------------------------------------------
 

@@ -172,7 +172,7 @@ def test_the_estimate_knows_precision_and_attention(bfloat16: bool, attention: A
     config = TINY.model_copy(update={"num_hidden_layers": 8, "vocab_size": 64})
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         measured = kept_for_backward(config, batch=4, seq_len=64, attention=attention)
-    estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, bfloat16=bfloat16, eager=attention == "eager")
+    estimate = training_memory(config, 4, 64, loss_chunk_tokens=8, low_precision=bfloat16, eager=attention == "eager")
     assert estimate["activations"] == pytest.approx(measured, rel=0.15)
 
 

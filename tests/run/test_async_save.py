@@ -36,8 +36,9 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import RunLog
 from resmol.train.build import new_state
-from resmol.train.loop import REPRODUCIBLE_FIELDS, TrainState
+from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
+from resmol.train.step_result import REPRODUCIBLE_FIELDS
 
 NAMES = ("stage_checkpoint", "commit_checkpoint")
 PATIENCE = 300.0  # seconds after which a test that hangs gives up

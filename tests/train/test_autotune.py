@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,14 +64,34 @@ def test_precision_is_a_rule_of_processor_and_size(
         assert "`--set runtime.precision=...` pins it" in reasons[0]
 
 
-@pytest.mark.parametrize(("has_unit", "expected"), [(True, "bfloat16"), (False, "float32")])
-def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, has_unit: bool, expected: str
-) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_unit
+@pytest.mark.parametrize(
+    ("kind", "capability", "expected", "reason"),
+    [
+        ("cuda", (8, 0), "bfloat16", "`--set"),
+        ("cuda", (7, 5), "float16", "with a loss scale (a card has a unit for it and none for bfloat16; "),
+        ("cuda", (6, 0), "float16", "with a loss scale (a card has a unit for it and none for bfloat16; "),
+        ("cuda", (6, 1), "float32", "(a card has no unit for bfloat16 or float16; "),
+        ("mps", (8, 0), "float32", "(a card has no unit for bfloat16 or float16; "),
+    ],
+    ids=["A100", "T4", "P100", "GTX 1080", "a Mac"],
+)
+def test_precision_on_an_accelerator(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch,
+    kind: str, capability: tuple[int, int], expected: str, reason: str,
+) -> None:  # fmt: skip
+    answers = SimpleNamespace(
+        get_device_capability=lambda _: capability,
+        get_device_name=lambda _: "a card",
+        is_bf16_supported=lambda including_emulation: including_emulation or capability >= (8, 0),
     )
-    assert auto._choose_precision(tiny_config, torch.device("cuda"))[0] == expected
+    if kind == "mps":
+        del answers.is_bf16_supported
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: answers)
+    chosen, sentence = auto._choose_precision(tiny_config, torch.device(kind))
+    assert chosen == expected
+    assert sentence.startswith(f"precision: {expected} ")
+    assert reason in sentence
+    assert "`--set runtime.precision=...` pins it" in sentence
 
 
 def test_a_version_of_pytorch_that_cannot_tell_takes_float32(

@@ -26,15 +26,14 @@ from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.train import loop as module
 from resmol.train.build import make_loader, new_state
 from resmol.train.loop import (
-    REPRODUCIBLE_FIELDS,
     TrainState,
     accumulate_gradients,
-    first_difference,
     is_due,
     train_step,
 )
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
 
 RUNTIME = Runtime.single()
 GOLDEN = Path(__file__).with_name("three_steps.json")

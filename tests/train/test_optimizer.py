@@ -57,14 +57,14 @@ def test_equals_the_plain_sequence_of_operations(
         for mine, other, given in zip(ours.parameters(), theirs.parameters(), source.parameters(), strict=True):
             assert given.grad is not None
             mine.grad, other.grad = given.grad.clone(), given.grad / tokens
-        norm = gradient_norm(ours, tokens)
+        norm = gradient_norm(ours, float(tokens))
         total = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm or float("inf"))
         torch.testing.assert_close(norm, total, rtol=1e-5, atol=0)
         for reference, scale in references:
             for group in reference.param_groups:
                 group["lr"] = lr * scale
             reference.step()
-        apply_update(optimizer, lr=lr, tokens=tokens, norm=norm, clip_norm=clip_norm)
+        apply_update(optimizer, lr=lr, divisor=float(tokens), norm=norm, clip_norm=clip_norm)
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             # Muon computes in bfloat16, where a last bit of the gradient can be a step of 2^-8 in an update of 1e-3.
             torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-7 if name == "adamw" else 3e-5)
@@ -93,4 +93,4 @@ def test_the_norm_of_a_large_matrix_is_that_in_float64(tiny_config: RunConfig) -
     matrix = torch.randn(49152, 576, generator=generator)
     model.model.norm.weight = torch.nn.Parameter(matrix)
     model.model.norm.weight.grad = matrix
-    assert float(gradient_norm(model, 7)) == pytest.approx(float(matrix.double().norm()) / 7, rel=1e-4)
+    assert float(gradient_norm(model, 7.0)) == pytest.approx(float(matrix.double().norm()) / 7, rel=1e-4)

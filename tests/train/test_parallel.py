@@ -20,6 +20,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import ConfigError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Kind, Record, effective_steps, read_ledger, select
+from resmol.train import loss_scale
 from resmol.train.parallel import Runtime, open_runtime
 
 OFTEN = ["evaluation.every=5", "evaluation.windows=7", "sampling.every=5"]  # 4 batches, the last one of one window
@@ -62,22 +63,31 @@ def outputs(run: Path, kind: Kind) -> list[Record]:
     return [{key: record[key] for key in record.keys() - {"seconds", "seq", "prev", "time"}} for record in records]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "float32"), ("muon", "float16")])
 def test_one_process_two_and_one_again(
     tmp_path: Path,
     train_tiny: TrainTiny,
     tiny_config: RunConfig,
     tiny_dataset: Dataset,
     tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
     optimizer: str,
+    precision: str,
 ) -> None:
+    """In float16 the loss scale has grown when the second rank comes, and the gradient of step 6 overflows on both."""
     overrides = [*OFTEN, f"optimizer.name={optimizer}", "averaging.fraction=0.5", "averaging.every=2"]
+    overrides.append(f"runtime.precision={precision}")
     config = with_overrides(tiny_config, overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+        train_tiny(tmp_path / "straight", 5, *overrides)
+        train_tiny(tmp_path / "run", 5, *overrides)
     train_tiny(tmp_path / "straight", 15, *overrides)
-    train_tiny(tmp_path / "run", 5, *overrides)
     torchrun(2, config, tmp_path / "run", tiny_dataset.root, tiny_tokenizer.path, 10)
     train_tiny(tmp_path / "run", 15, *overrides)
     assert_equal_runs(tmp_path / "run", tmp_path / "straight", 15)
+    steps = effective_steps(read_ledger(tmp_path / "run" / "ledger.jsonl").records)
+    assert [step for step in steps if steps[step].get("skipped")] == ([6] if precision == "float16" else [])
     evaluations = outputs(tmp_path / "run", "eval")
     assert [record["step"] for record in evaluations] == [5, 10, 15]
     assert evaluations == outputs(tmp_path / "straight", "eval"), "the last bit of the loss included"

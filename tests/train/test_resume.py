@@ -31,7 +31,7 @@ from resmol.run.log_writers import describe
 from resmol.system import host
 from resmol.train import loop as module
 from resmol.train import resume
-from resmol.train.loop import REPRODUCIBLE_FIELDS
+from resmol.train.step_result import REPRODUCIBLE_FIELDS
 
 
 def bits(run: Path, step: int) -> dict[str, dict[str, str]]:

@@ -23,7 +23,8 @@ from resmol.train.compiler import has_compiler
 from resmol.verify import training as module
 from resmol.verify.training import VARIANTS, training_parity
 
-ROWS = ["training, mkl", "training, onednn", "training, bfloat16", "training, checkpointing", "training, compiled"]
+ROWS = ["training, mkl", "training, onednn", "training, bfloat16", "training, float16", "training, checkpointing",
+        "training, compiled"]  # fmt: skip
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this PyTorch has no oneDNN")
 
 

@@ -6,14 +6,14 @@ An audit reads; it never repairs, and nothing that it finds is a reason to delet
 from __future__ import annotations
 
 import logging
-import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 from resmol.audit.replay import ReplayOptions, replay
-from resmol.checks import Check, Checks
+from resmol.audit.step_numbers import finite_numbers, learning_rate, loss_scale
+from resmol.checks import Check, Checks, check_problems
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import recorded_folder
 from resmol.data.shards import TokenStream, open_dataset
@@ -33,8 +33,7 @@ from resmol.run.ledger import (
 from resmol.system.locks import kept_while_read
 from resmol.system.wording import counted
 from resmol.train.build import make_loader
-from resmol.train.loop import REPRODUCIBLE_FIELDS, first_difference
-from resmol.train.lr_schedule import lr_at
+from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +68,17 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
     records = content.records
     if problems := list(_incomplete(records)):
         return [
-            _check("record fields", problems, "", "every record has its fields", "a ledger that resmol did not write")
+            check_problems(
+                "record fields", problems, "", "every record has its fields", "a ledger that resmol did not write"
+            )
         ]
     stored = run.load_config()
     try:
         history = ConfigHistory(records, stored)
     except ConfigError as error:
-        return [_check("configuration", [error.what], "", "fields that make a configuration", "a made-up ledger")]
+        return [
+            check_problems("configuration", [error.what], "", "fields that make a configuration", "a made-up ledger")
+        ]
     lines = f"{counted(len(records), 'line')}, head {content.head[:16]}"
     torn = (
         f", and a torn end of {counted(len(content.torn), 'byte')} (repaired at the next start)" if content.torn else ""
@@ -93,8 +96,9 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         _executions(records),
         _resumes(records),
         _tokens(records, history),
-        _finite(records),
-        _learning_rate(records, history),
+        finite_numbers(records),
+        *loss_scale(records, history),
+        learning_rate(records, history),
         _data_order(records, history, stored, run, strict),
     ]  # fmt: skip
     logger.info("reading every checkpoint back")
@@ -119,12 +123,6 @@ def audit_run(
     return Checks(audit(RunDir(Path(run)), strict=strict, replay_options=options))
 
 
-def _check(name: str, problems: Sequence[str], measured: str, expected: str, guards: str, evidence: str = "") -> Check:
-    """Return a check that passes when there are no problems and shows the first ones when there are."""
-    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-    return Check(name, not problems, shown or measured, expected, guards, evidence)
-
-
 def _incomplete(records: list[Record]) -> Iterator[str]:
     """Yield the records without a field that an audit reads: a chain can be forged whole."""
     for record in records:
@@ -136,7 +134,7 @@ def _incomplete(records: list[Record]) -> Iterator[str]:
 def _beginning(records: list[Record]) -> Check:
     starts = [record["seq"] for record in select(records, "start")]
     problems = [] if starts == [1] else [f"start records at lines {starts}"]
-    return _check(
+    return check_problems(
         "beginning", problems, "one start record, the first line", "exactly that", "two runs spliced together"
     )
 
@@ -147,7 +145,7 @@ def _continuity(records: list[Record]) -> Check:
     executed = sum(1 for _ in select(records, "step"))
     again = f"; {executed - len(steps)} executed again after a crash" if executed > len(steps) else ""
     measured = f"steps 1 to {max(steps, default=0)}, each once{again}"
-    return _check("continuity", problems, measured, "no step missing or doubled", "a step skipped or repeated")
+    return check_problems("continuity", problems, measured, "no step missing or doubled", "a step skipped or repeated")
 
 
 def _jumps(records: list[Record]) -> Iterator[str]:
@@ -177,7 +175,7 @@ def _executions(records: list[Record]) -> Check:
                 problems.append(f"line {record['seq']}: step {record['step']} was executed again with another {name}")
     measured = f"{again} executions compared with the first ones"
     guards = "a machine or code that gives other bits each time"
-    return _check("executions", problems, measured, "the same bits each time", guards)
+    return check_problems("executions", problems, measured, "the same bits each time", guards)
 
 
 def _resumes(records: list[Record]) -> Check:
@@ -199,7 +197,7 @@ def _resumes(records: list[Record]) -> Check:
             if saved.get(record["checkpoint"], record)["manifest_sha256"] != record["manifest_sha256"]:
                 problems.append(f"line {record['seq']}: {record['checkpoint']} is not the one that was saved")
     measured = f"{counted(count, 'resume')}, each at the step after its checkpoint"
-    return _check(
+    return check_problems(
         "resumption",
         problems,
         measured,
@@ -217,31 +215,13 @@ def _tokens(records: list[Record], history: ConfigHistory) -> Check:
             problems.append(f"step {step}: {record['tokens_seen']} tokens seen, the sum is {tokens}")
         if record["windows_seen"] != windows:
             problems.append(f"step {step}: {record['windows_seen']} windows seen, the sum is {windows}")
-    return _check(
+    return check_problems(
         "tokens",
         problems,
         f"{counted(tokens, 'token')} in {counted(windows, 'window')}",
         "tokens_seen and windows_seen are the sums over the steps",
         "a counter that was reset",
     )
-
-
-def _finite(records: list[Record]) -> Check:
-    steps = effective_steps(records).values()
-    problems = [f"step {r['step']}" for r in steps if not (math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]))]
-    return _check("finite numbers", problems, "every loss and gradient norm", "no NaN or infinity", "a diverged run")
-
-
-def _learning_rate(records: list[Record], history: ConfigHistory) -> Check:
-    """Compare with the closed form, under the configuration in force at each step."""
-    problems, steps = [], effective_steps(records)
-    for step, record in steps.items():
-        config = history.at(record)
-        wanted = lr_at(step, config.schedule, config.optimizer.lr)
-        if record["lr"] != wanted:
-            problems.append(f"step {step}: {record['lr']} instead of {wanted}")
-    measured = f"equal to the closed form in {counted(len(steps), 'step')}"
-    return _check("learning rate", problems, measured, "exactly lr_at(step)", "a schedule that jumps at the resume")
 
 
 def _data_order(records: list[Record], history: ConfigHistory, stored: RunConfig, run: RunDir, strict: bool) -> Check:
@@ -255,7 +235,9 @@ def _data_order(records: list[Record], history: ConfigHistory, stored: RunConfig
     if dataset.fingerprint != start.get("data_fingerprint"):
         return Check(name, False, "the data here is not the data of the run", expected, "exchanged data")
     problems = list(_wrong_windows(records, history, dataset.train))
-    return _check(name, problems, "recomputed for every step", expected, "a loader that starts over at a resume")
+    return check_problems(
+        name, problems, "recomputed for every step", expected, "a loader that starts over at a resume"
+    )
 
 
 def _wrong_windows(records: list[Record], history: ConfigHistory, stream: TokenStream) -> Iterator[str]:
@@ -277,9 +259,9 @@ def _configuration(records: list[Record], history: ConfigHistory, stored: RunCon
         f"config.toml: {key} is {found[key]}, not {recorded[key]}" for key in found if found[key] != recorded[key]
     ]
     runtime = stored.runtime
-    library = "" if runtime.precision == "bfloat16" else f" by {runtime.matmul_backend}"
+    library = "" if runtime.is_low_precision else f" by {runtime.matmul_backend}"
     arithmetic = f"{runtime.precision}{library}, compile {runtime.compile}, on {runtime.device}"
-    return _check(
+    return check_problems(
         "configuration", problems, f"{stored.sha256[:16]}; {arithmetic}",
         "config.toml as recorded, each change with a drift record",
         "a configuration edited later",
@@ -296,7 +278,7 @@ def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
     kept = {checkpoint_name(step) for step in newest.get("best", {}).values()}
     lost = [name for name, record in recorded.items() if (record["permanent"] or name in kept) and name not in names]
     checks.append(
-        _check(
+        check_problems(
             "checkpoints kept", lost, f"{len(present)} present, {len(recorded.keys() - names)} pruned",
             "every permanent checkpoint is there, and the best one",
             "the checkpoint of step 5000 pruned away", str(run.checkpoints),

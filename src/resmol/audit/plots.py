@@ -227,7 +227,7 @@ def _line(axes: Any, steps: list[Record], name: str, label: str) -> None:
 
 
 def _gradient_norm(axes: Any, steps: list[Record], _records: Sequence[Record]) -> None:
-    kept = thin(steps)
+    kept = thin([r for r in steps if r["grad_norm"] is not None])  # a step that was skipped has none
     axes.plot([r["step"] for r in kept], [r["grad_norm"] for r in kept], color=BLUE, linewidth=0.7)
     axes.set_yscale("log")
     axes.set_ylabel("before clipping")

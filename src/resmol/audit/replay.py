@@ -38,9 +38,10 @@ from resmol.system.wording import counted
 from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.compiler import require_compiler
 from resmol.train.devices import find_device
-from resmol.train.loop import TrainState, first_difference, train_step
+from resmol.train.loop import TrainState, train_step
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.resume import bitwise_facts, restore
+from resmol.train.step_result import first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _execute(state: TrainState, record: Record, config: RunConfig, loader: Loade
     """Execute the step after ``state`` and return the first field that is not as recorded."""
     found = train_step(state, loader.step_after(state.windows_seen), config, runtime).to_record()
     name = first_difference(record, found)
-    return None if name is None else f"{name} is {found[name]}, recorded is {record[name]}"
+    return None if name is None else f"{name} is {found.get(name)}, recorded is {record.get(name)}"
 
 
 def _compare_state(name: str, state: TrainState, run: RunDir, segment: Segment) -> Check:

@@ -67,7 +67,7 @@ FIELD_OPTIONS = {
         FieldOption(("--weight-decay",), ("optimizer.weight_decay",), "RATE"),
         FieldOption(("--seed",), ("train.seed", "data.seed"), "N", "seed of the initial weights and the data order"),
         FieldOption(("--device",), ("runtime.device",), "|".join(("auto", *get_args(DeviceKind)))),
-        FieldOption(("--precision",), ("runtime.precision",), "auto|float32|bfloat16"),
+        FieldOption(("--precision",), ("runtime.precision",), "auto|float32|bfloat16|float16"),
         FieldOption(("--compile",), ("runtime.compile",), "auto|on|off"),
         FieldOption(("--threads",), ("runtime.threads",)),
         FieldOption(("--save-every",), ("checkpoint.every",)),

@@ -30,7 +30,7 @@ USUAL_OPTIONS = {
     "--gradient-accumulation-steps": "--batch-size 32 --micro-batch-size 8; the steps between them follow",
     "--dtype": "--precision bfloat16",
     "--bf16": "--precision bfloat16",
-    "--fp16": "--precision bfloat16; float16 is not one of them",
+    "--fp16": "--precision float16",
     "--train-file": "--data input.txt",
     "--validation-file": "--val val.txt",
     "--input": "--data input.txt",

@@ -156,7 +156,9 @@ class RuntimeConfig(StrictModel):
     """Where and in which arithmetic. ``auto`` is decided once, at the start, and then stored in the run."""
 
     device: Literal["auto", DeviceKind] = param("auto", "B", "where to compute")
-    precision: Literal["auto", "float32", "bfloat16"] = param("auto", "B", "arithmetic of the matmuls")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = param(
+        "auto", "B", "arithmetic of the matmuls; float16 with a dynamic loss scale"
+    )
     matmul_backend: Literal["auto", "mkl", "onednn"] = param(
         "auto", "B", "library of the float32 matmuls on a CPU: MKL (PyTorch's BLAS) or oneDNN"
     )
@@ -170,6 +172,11 @@ class RuntimeConfig(StrictModel):
     collective_timeout: int = param(
         600, "C", "seconds that the ranks of a run wait for one of them in a collective before they end", ge=1
     )
+
+    @property
+    def is_low_precision(self) -> bool:
+        """Whether the matmuls have factors of two bytes."""
+        return self.precision in ("bfloat16", "float16")
 
 
 class EvaluationConfig(StrictModel):

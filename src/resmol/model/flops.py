@@ -50,7 +50,7 @@ def training_memory(
     loss_chunk_tokens: int,
     *,
     activation_checkpointing: bool = False,
-    bfloat16: bool = False,
+    low_precision: bool = False,
     eager: bool = False,
     averaging: bool = False,
 ) -> dict[str, int]:
@@ -60,21 +60,22 @@ def training_memory(
     eight of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
     SwiGLU, and a row of the document mask, which the CPU's fused attention saves as numbers in each block. With
     ``activation_checkpointing`` they exist for one block at a time, and the other blocks save their input only.
-    Under ``bfloat16`` autocast the inputs of products have two bytes, and the weights a copy of two bytes; the
-    residual stream and the norms (five of the eight tensors) stay in float32. ``eager`` attention saves its weights,
-    one for each head and pair of positions, in float32 and rounded. ``averaging`` keeps a second set of weights.
+    Under autocast to bfloat16 or float16 (``low_precision``) the inputs of products have two bytes, and the weights a
+    copy of two bytes; the residual stream and the norms (five of the eight tensors) stay in float32. ``eager``
+    attention saves its weights, one for each head and pair of positions, in float32 and rounded. ``averaging`` keeps a
+    second set of weights.
     """
     parameters = 4 * total_parameters(config)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
-    half = 2 if bfloat16 else 4
+    half = 2 if low_precision else 4
     kept = 5 * width * 4 + (3 * width + 2 * key_value + 4 * config.intermediate_size) * half + 4 * seq_len
     if eager:
-        kept += config.num_attention_heads * seq_len * (4 + 2 * bfloat16)
+        kept += config.num_attention_heads * seq_len * (4 + 2 * low_precision)
     tokens = micro_batch_size * seq_len
     layers = config.num_hidden_layers
     activations = kept + layers * width * 4 if activation_checkpointing else layers * kept
     return {
-        "weights": parameters + (parameters // 2 if bfloat16 else 0),
+        "weights": parameters + (parameters // 2 if low_precision else 0),
         "gradients": parameters,
         "adamw moments": 2 * parameters,
         **({"averaged weights": parameters} if averaging else {}),

@@ -123,7 +123,7 @@ def stage_checkpoint(
             (temporary / CONFIG).write_text(
                 json.dumps(tensors.config.to_hf(), indent=2) + "\n", encoding="utf-8", newline="\n"
             )
-            (temporary / STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8", newline="\n")
+            (temporary / STATE).write_bytes(state.to_bytes())
             found = pool.map(lambda name: file_entry(temporary / name, digests.get(name, {})), names)
             entries.update(zip(names, found, strict=True))
 
@@ -169,11 +169,11 @@ def moment_tensors(model: CausalLM, optimizer: torch.optim.Optimizer) -> dict[st
     }
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Give an optimizer the state that it has after ``step`` steps, with moments of zeros, which are to be filled."""
+def allocate_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Give an optimizer the state that it has after so many updates, with moments of zeros, which are to be filled."""
     for parameter, moments in _moments_of_parameters(optimizer).items():
         state = {moment: torch.zeros_like(parameter) for moment in moments}
-        count = {"step": torch.tensor(float(step), device=parameter.device)} if moments == ADAMW_MOMENTS else {}
+        count = {"step": torch.tensor(float(updates), device=parameter.device)} if moments == ADAMW_MOMENTS else {}
         optimizer.state[parameter] = {**count, **state}
 
 
@@ -239,7 +239,7 @@ def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Op
     load_tensors(checkpoint, WEIGHTS, weight_tensors(model))
     if optimizer is None:
         return
-    allocate_moments(optimizer, checkpoint.manifest.step)
+    allocate_moments(optimizer, checkpoint.state.loss_scale.updates(checkpoint.state.step))
     load_tensors(checkpoint, OPTIMIZER, moment_tensors(model, optimizer))
 
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckpointError
@@ -40,11 +40,30 @@ SHOWN_FILES = 3  # of those that do not belong to a checkpoint
 _NAME = re.compile(r"^step-([0-9]{8})$")
 
 
+class LossScale(StrictModel):
+    """The loss scale of float16 after a step; train/loss_scale.py has the rule by which it changes.
+
+    Attributes:
+        scale: What the mean loss of a micro-batch is multiplied by.
+        good_steps: Steps without an overflow since it last changed.
+        skipped_steps: Steps of the run whose gradient overflowed: they changed no weight and no moment.
+    """
+
+    scale: float = Field(2.0**16, gt=0)  # torch.amp.GradScaler's first
+    good_steps: int = Field(0, ge=0)
+    skipped_steps: int = Field(0, ge=0)
+
+    def updates(self, step: int) -> int:
+        """Return how many of the steps up to ``step`` updated the weights."""
+        return step - self.skipped_steps
+
+
 class SavedState(StrictModel):
     """What the next step depends on, besides weights and moments.
 
     ``windows_seen`` is the place in the data: the order of the windows is a function of the seed. ``config_sha256`` and
-    ``data_fingerprint`` bind the checkpoint to a configuration and to data; a resume compares them.
+    ``data_fingerprint`` bind the checkpoint to a configuration and to data; a resume compares them. ``loss_scale`` is
+    there where the run has computed in float16.
     """
 
     step: int
@@ -56,6 +75,12 @@ class SavedState(StrictModel):
     random_state: str
     permanent: bool
     recent_losses: tuple[float, ...] = ()
+    loss_scale: LossScale = LossScale()
+
+    def to_bytes(self) -> bytes:
+        """Return the content of ``state.json``."""
+        untouched = {"loss_scale"} if self.loss_scale == LossScale() else None
+        return self.model_dump_json(indent=1, exclude=untouched).encode()
 
 
 class FileEntry(StrictModel):

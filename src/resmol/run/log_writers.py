@@ -102,7 +102,8 @@ class StepFormatter:
             return describe(record)
         self._tokens += record["tokens"]
         self._seconds += record["seconds"]
-        if not (force or self._first or record["step"] % self.every == 0 or record["step"] == self.last):
+        due = force or self._first or record["step"] % self.every == 0 or record["step"] == self.last
+        if not (due or record.get("skipped")):
             return None
         rate = self._tokens / self._seconds if self._seconds else 0.0
         self._first, self._tokens, self._seconds = False, 0, 0.0
@@ -110,16 +111,22 @@ class StepFormatter:
         parts = [
             f"step {record['step']:>{digits}}/{self.last}",
             f"loss {record['loss']:7.4f}",
-            f"grad {record['grad_norm']:6.3f}",
+            f"grad {_grad_norm(record)}",
             f"lr {record['lr']:.2e}",
             f"{rate:7,.0f} tok/s",
             f"{record['tokens_seen']:>11,} tokens",
             f"epoch {record['epoch']:.2f}",
         ]
+        if record.get("skipped"):
+            parts.append(f"skipped: overflow at loss scale {record['loss_scale']:g}")
         for dispensable in (parts[2], parts[5], parts[6]):  # gradient, tokens, epoch
             if width is not None and len(" | ".join(parts)) > width:
                 parts.remove(dispensable)
         return " | ".join(parts)
+
+
+def _grad_norm(record: Record) -> str:
+    return "  none" if record["grad_norm"] is None else f"{record['grad_norm']:6.3f}"
 
 
 def describe(record: Record) -> str | None:

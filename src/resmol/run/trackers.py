@@ -217,12 +217,8 @@ def scalars_of(record: Record) -> dict[str, float]:
     """Return the numbers of a step or an evaluation by the tags that curves have; nothing for another record."""
     if record["kind"] == "step":
         rate = {"perf/tokens_per_sec": record["tokens"] / record["seconds"]} if record["seconds"] else {}
-        return {
-            "train/loss": record["loss"],
-            "train/grad_norm": record["grad_norm"],
-            "train/lr": record["lr"],
-            **rate,
-        }
+        shown = ("loss", "grad_norm", "lr", "loss_scale")  # no norm in a step that was skipped
+        return {f"train/{name}": record[name] for name in shown if record.get(name) is not None} | rate
     if record["kind"] == "eval":
         names = {"val/loss": "loss", "val/bpb": "bits_per_byte", "val/averaged_loss": "averaged_loss",
                  "val/averaged_bpb": "averaged_bits_per_byte"}  # fmt: skip

@@ -18,7 +18,15 @@ from resmol.model.flops import training_flops_per_token, training_memory
 from resmol.model.linear import default_matmul_backend
 from resmol.system.launcher import this_launch
 from resmol.train.compiler import compiler_problem
-from resmol.train.devices import choose_device, find_device, free_memory, has_bfloat16, is_compiled
+from resmol.train.devices import (
+    choose_device,
+    device_name,
+    find_device,
+    free_memory,
+    has_bfloat16,
+    has_float16,
+    is_compiled,
+)
 
 # Regional compilation of SmolLM2-135M on two cores: 10 to 35 s for the first step, 1 to 3 % of every later one.
 COMPILE_SECONDS = 30.0
@@ -67,7 +75,7 @@ def needed_memory(config: RunConfig, *, recompute: bool) -> int:
         config.data.seq_len,
         config.runtime.loss_chunk_tokens,
         activation_checkpointing=recompute,
-        bfloat16=config.runtime.precision == "bfloat16",
+        low_precision=config.runtime.is_low_precision,
         eager=config.runtime.attention == "eager",
         averaging=config.averaging.fraction > 0,
     )
@@ -109,8 +117,12 @@ def _choose_activation_checkpointing(config: RunConfig, device: torch.device) ->
 def _choose_precision(config: RunConfig, device: torch.device) -> tuple[str, str]:
     pin = "`--set runtime.precision=...` pins it"
     if device.type != "cpu":
-        chosen = "bfloat16" if has_bfloat16(device) else "float32"
-        return chosen, f"precision: {chosen} ({pin})"
+        if has_bfloat16(device):
+            return "bfloat16", f"precision: bfloat16 ({pin})"
+        if has_float16(device):
+            lacks = f"{device_name(device)} has a unit for it and none for bfloat16"
+            return "float16", f"precision: float16 with a loss scale ({lacks}; {pin})"
+        return "float32", f"precision: float32 ({device_name(device)} has no unit for bfloat16 or float16; {pin})"
     unit, flops = bfloat16_unit(), _micro_batch_flops(config)
     if not unit:
         return "float32", f"precision: float32 (this processor has no unit for bfloat16; {pin})"
@@ -135,7 +147,7 @@ def _micro_batch_flops(config: RunConfig) -> int:
 
 def _choose_matmul_backend(config: RunConfig, device: torch.device) -> tuple[str, str]:
     chosen = default_matmul_backend() if device.type == "cpu" else "mkl"
-    if device.type != "cpu" or config.runtime.precision == "bfloat16":
+    if device.type != "cpu" or config.runtime.is_low_precision:
         return chosen, ""  # it multiplies nothing then
     return chosen, f"matmul_backend: {chosen} (a rule by the processor; `--set runtime.matmul_backend=...` pins it)"
 

@@ -113,6 +113,19 @@ def has_bfloat16(device: torch.device) -> bool:
     return ask is not None and bool(ask(including_emulation=False))
 
 
+def has_float16(device: torch.device) -> bool:
+    """Return whether an accelerator computes faster in float16 than in float32, and training in it is known to work.
+
+    Among CUDA devices these are the P100 (compute capability 6.0; the other cards of its generation are slower) and all
+    from 7.0 on, such as the V100 and the T4.
+    """
+    ask = getattr(torch.get_device_module(device), "get_device_capability", None) if device.type == "cuda" else None
+    if ask is None:
+        return False
+    major, minor = ask(device)
+    return major >= 7 or (major, minor) == (6, 0)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Return the free bytes for each process of a run on this machine, or None where they are unknown.
 

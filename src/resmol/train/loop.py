@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,21 +26,22 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import CheckpointTensors
-from resmol.run.checkpoint_manifest import SavedState
+from resmol.run.checkpoint_manifest import LossScale, SavedState
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Record, float_bits, is_finished
+from resmol.run.ledger import Record, is_finished
 from resmol.run.log_writers import RunLog
 from resmol.system.signals import StopSignal
 from resmol.train.averaging import WeightAverage
 from resmol.train.evaluate import evaluate
+from resmol.train.loss_scale import SMALLEST, after_step, factor_of_sum
 from resmol.train.loss_spikes import append_loss, is_spike
 from resmol.train.lr_schedule import lr_at
-from resmol.train.optimizer import apply_update, gradient_norm
+from resmol.train.optimizer import apply_update, gradient_norm, skip_update
 from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
+from resmol.train.step_result import StepResult, first_difference
 
-# A step that is executed again must give these again, bit for bit; what comes first decides what comes after it.
-REPRODUCIBLE_FIELDS = ("windows", "tokens", "lr", "loss_bits", "grad_norm_bits")
+WIDER = "runtime.precision=float32 --accept-drift runtime.precision"
 STRAGGLER_STEPS = 10  # the work of the ranks is compared every so many steps
 
 
@@ -55,6 +56,7 @@ class TrainState:
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
     recent_losses: tuple[float, ...] = field(default=(), repr=False)  # the next loss is compared with; loss_spikes.py
+    loss_scale: LossScale = field(default=LossScale(), repr=False)  # of the next step, in float16
 
     def tensors(self) -> CheckpointTensors:
         """Return the tensors of a checkpoint, themselves; there are moments from the first step on."""
@@ -79,48 +81,13 @@ class Session:
     recorded: dict[int, Record] = field(default_factory=dict)  # steps that a crash took back, to be compared with
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step did, under the names of the ledger's ``step`` record.
-
-    Attributes:
-        step: Its number, from 1.
-        loss: Nats, a mean over all tokens of the step.
-        grad_norm: The norm of the mean gradient, before clipping.
-        lr: The learning rate of the update.
-        tokens: Targets of the step over all ranks.
-        tokens_seen: Targets of this step and all before it.
-        windows_seen: Windows of this step and all before it.
-        windows: The digest of the step's window ids.
-        epoch: Passes over the data that are done after this step.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    tokens_seen: int
-    windows_seen: int
-    windows: str
-    epoch: float
-
-    def to_record(self) -> Record:
-        """Return the fields of the ledger's record, without the time that the step took."""
-        return {**asdict(self), "loss_bits": float_bits(self.loss), "grad_norm_bits": float_bits(self.grad_norm)}
-
-
-def first_difference(one: Record, other: Record) -> str | None:
-    """Return the first of REPRODUCIBLE_FIELDS in which two executions of a step differ, or None if they are equal."""
-    return next((name for name in REPRODUCIBLE_FIELDS if one[name] != other[name]), None)
-
-
 def train(state: TrainState, session: Session) -> None:
     """Train from ``state.step`` to ``config.train.steps``; evaluate, sample and save on the way.
 
     Raises:
         Interrupted: A signal arrived; the step was finished and saved.
-        NonFiniteError: A loss or gradient is not finite twice in a row; the weights were not updated with it.
+        NonFiniteError: A loss or gradient is not finite twice in a row; the weights were not updated with it. A
+            gradient that a smaller loss scale may make finite is none of these: the step is skipped.
         CheckFailed: A step that is executed again after a crash gives other bits than the ledger recorded, or the
             loss jumped and ``train.on_spike`` is stop.
         DataError: A shard is damaged.
@@ -178,48 +145,83 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
         NonFiniteError: The loss or the gradient is not finite, twice.
         DataError: A shard is damaged.
     """
-    for _attempt in range(2):  # a flipped bit does not happen twice; bad data or a diverged model does
-        total = accumulate_gradients(state.model, batch.batches, config, runtime)
-        norm = gradient_norm(state.model, batch.tokens)
-        loss, grad_norm = float(total) / batch.tokens, float(norm)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            break
-        state.optimizer.zero_grad(set_to_none=True)
-    else:
-        windows = [window for micro_batch in batch.batches for window in micro_batch.window_ids]
-        raise NonFiniteError(
-            f"step {state.step + 1} has loss {loss} and gradient norm {grad_norm}, twice (windows {windows[:16]})",
-            fix="the weights are those of the step before; look at these windows, or start with a lower optimizer.lr",
-        )
+    factor = factor_of_sum(state.loss_scale, config) if runtime.scales_loss else None
+    divisor = batch.tokens * (1.0 if factor is None else factor)
+    loss, norm = _loss_and_gradient(state, batch, config, runtime, factor, divisor)
     lr = lr_at(state.step + 1, config.schedule, config.optimizer.lr)
-    apply_update(state.optimizer, lr=lr, tokens=batch.tokens, norm=norm, clip_norm=config.optimizer.clip_norm)
     state.step += 1
-    if state.average is not None:
-        state.average.update(state.step)
+    if norm is None:
+        skip_update(state.optimizer)
+    else:
+        apply_update(state.optimizer, lr=lr, divisor=divisor, norm=norm, clip_norm=config.optimizer.clip_norm)
+        if state.average is not None:
+            state.average.update(state.step)
+    scale = state.loss_scale.scale
+    if runtime.scales_loss:
+        state.loss_scale = after_step(state.loss_scale, skipped=norm is None)
     state.tokens_seen += batch.tokens
     state.windows_seen = batch.windows_seen
     return StepResult(
         step=state.step,
         loss=loss,
-        grad_norm=grad_norm,
+        grad_norm=None if norm is None else float(norm),
         lr=lr,
         tokens=batch.tokens,
         tokens_seen=state.tokens_seen,
         windows_seen=state.windows_seen,
         windows=batch.window_digest,
         epoch=batch.epoch,
+        loss_scale=scale if runtime.scales_loss else None,
     )
 
 
-def accumulate_gradients(model: CausalLM, batches: Iterable[Batch], config: RunConfig, runtime: Runtime) -> Tensor:
-    """Add up the gradients of the *summed* loss over micro-batches and ranks; return the summed loss."""
+def _loss_and_gradient(
+    state: TrainState, batch: StepBatch, config: RunConfig, runtime: Runtime, factor: float | None, divisor: float
+) -> tuple[float, Tensor | None]:
+    """Compute the gradient of the step; return the mean loss and the norm of the mean gradient.
+
+    The norm is None where the gradient overflowed at a loss scale that can still be lowered. The loss does not depend
+    on the scale, so one that is not finite is never an overflow of that kind.
+    """
+    for _attempt in range(2):  # a flipped bit does not happen twice; bad data or a diverged model does
+        total = accumulate_gradients(state.model, batch.batches, config, runtime, factor)
+        norm = gradient_norm(state.model, divisor)
+        loss, grad_norm = float(total) / batch.tokens, float(norm)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return loss, norm
+        if math.isfinite(loss) and factor is not None and state.loss_scale.scale > SMALLEST:
+            return loss, None
+        state.optimizer.zero_grad(set_to_none=True)
+    windows = [window for micro_batch in batch.batches for window in micro_batch.window_ids]
+    precision = config.runtime.precision
+    other = f"; or train on with --set {WIDER}" if precision == "float16" else ""
+    raise NonFiniteError(
+        f"step {state.step + 1} has loss {loss} and gradient norm {grad_norm}, twice (windows {windows[:16]})",
+        fix="the weights are those of the step before; look at these windows, or start with a lower optimizer.lr"
+        + other,
+    )
+
+
+def accumulate_gradients(
+    model: CausalLM, batches: Iterable[Batch], config: RunConfig, runtime: Runtime, factor: float | None = None
+) -> Tensor:
+    """Add up the gradients of the *summed* loss over micro-batches and ranks; return the summed loss.
+
+    Args:
+        model: Its gradients are added to.
+        batches: The micro-batches of this rank.
+        config: Chunking of the loss.
+        runtime: Device, arithmetic and the other ranks.
+        factor: What the gradients, but not the loss, are multiplied by (`loss_scale.factor_of_sum`); None is 1.
+    """
+    seed = None if factor is None else torch.tensor(factor, device=runtime.device)
     total = torch.zeros((), device=runtime.device)
     for batch in batches:
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
         with runtime.autocast():
             input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
             loss = model.loss(input_ids, targets, documents, config.runtime.loss_chunk_tokens)
-        loss.backward()
+        loss.backward(seed)
         total += loss.detach()
     runtime.all_reduce_sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     return total
@@ -238,8 +240,8 @@ def record_step(session: Session, result: StepResult, seconds: float) -> None:
         session.run_log.write("warn", what="re-executed step differs", step=result.step, field=name)
         session.run_log.sync()
         raise CheckFailed(
-            f"step {result.step} was executed again after a crash and its {name} is {record[name]}; the ledger has "
-            f"{before[name]} from the first time",
+            f"step {result.step} was executed again after a crash and its {name} is {record.get(name)}; the ledger "
+            f"has {before.get(name)} from the first time",
             fix="check the machine's memory and whether code, libraries or data changed since",
         )
 
@@ -335,5 +337,6 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
         random_state=torch.get_rng_state().numpy().tobytes().hex(),
         permanent=state.step in session.config.checkpoint.permanent,
         recent_losses=state.recent_losses,
+        loss_scale=state.loss_scale,
     )
     session.checkpointer.save(saved, state.tensors(), wait=wait)

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from resmol.config.run_config import OptimizerConfig
 from resmol.model.llama import CausalLM
+from resmol.run.checkpoint import allocate_moments
 
 CHUNK = 1 << 18  # elements of one dot product: 1 MiB in float32
 # Muon's update gets the root mean square of AdamW's, so that it takes AdamW's learning rate and weight decay
@@ -88,8 +89,10 @@ def _groups(parameters: Iterable[Parameter], embedding: Tensor, config: Optimize
     ]
 
 
-def gradient_norm(model: CausalLM, tokens: int) -> Float[Tensor, ""]:
+def gradient_norm(model: CausalLM, divisor: float) -> Float[Tensor, ""]:
     """Return the L2 norm of the mean gradient: that of the summed gradients, divided by the token count.
+
+    In float16 the gradients have a factor, and ``divisor`` has it as well.
 
     The squares of each parameter are added up first, then the sums in the model's order: the same additions in the
     same order on any number of ranks. A dot product reads the gradients at the speed of the memory, but the library
@@ -97,7 +100,7 @@ def gradient_norm(model: CausalLM, tokens: int) -> Float[Tensor, ""]:
     own norm by 1e-3. So each dot product is over a chunk.
     """
     flat = [p.grad.view(-1) for p in model.parameters() if p.grad is not None]
-    return torch.stack([_sum_of_squares(gradient) for gradient in flat]).sum().sqrt() / tokens
+    return torch.stack([_sum_of_squares(gradient) for gradient in flat]).sum().sqrt() / divisor
 
 
 def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -105,20 +108,27 @@ def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
 
 
 def apply_update(
-    optimizer: torch.optim.Optimizer, *, lr: float, tokens: int, norm: Float[Tensor, ""], clip_norm: float
+    optimizer: torch.optim.Optimizer, *, lr: float, divisor: float, norm: Float[Tensor, ""], clip_norm: float
 ) -> None:
     """Update the weights with the mean gradient, clipped to ``clip_norm`` (Pascanu et al. 2013); clear the gradients.
 
     Args:
         optimizer: Its parameters hold the summed gradients.
         lr: The learning rate of this step, before the scale of a group.
-        tokens: Targets in this step, over all micro-batches and ranks.
+        divisor: Targets in this step, over all micro-batches and ranks; times the factor of the gradients in float16.
         norm: The norm of the mean gradient.
         clip_norm: The largest norm to allow; 0 allows any.
     """
     clip = torch.clamp(clip_norm / (norm + 1e-6), max=1.0) if clip_norm else torch.ones_like(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    optimizer.grad_scale = tokens / clip  # type: ignore[attr-defined] # the update divides by it
+    optimizer.grad_scale = divisor / clip  # type: ignore[attr-defined] # the update divides by it
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def skip_update(optimizer: torch.optim.Optimizer) -> None:
+    """Clear the gradients and update nothing; from now on there are moments, as after any step."""
+    if not optimizer.state:
+        allocate_moments(optimizer, 0)
     optimizer.zero_grad(set_to_none=True)

@@ -29,6 +29,7 @@ from resmol.train.heartbeat import RankMonitor, Store
 
 logger = logging.getLogger(__name__)
 
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SILENT_SECONDS = 10  # of waiting for the other ranks before that is logged
 RANK_0_READY = "resmol/rank 0 is ready"  # a key of torchrun's store
 LONGEST_PREPARATION = timedelta(days=2)  # of a text, by rank 0 alone; if it dies, torchrun ends the others
@@ -56,6 +57,11 @@ class Runtime:
     def single(cls, device: torch.device | str = "cpu", autocast_dtype: torch.dtype | None = None) -> Runtime:
         """Return the runtime of a process that has no other ranks."""
         return cls(0, 1, torch.device(device), autocast_dtype)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients need a loss scale: float16 alone would round the small ones to zero."""
+        return self.autocast_dtype is torch.float16
 
     @property
     def is_rank_zero(self) -> bool:
@@ -128,7 +134,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     device = find_device(config.runtime.device)
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
-    precision = torch.bfloat16 if config.runtime.precision == "bfloat16" else None
+    precision = AUTOCAST.get(config.runtime.precision)
     with deterministic_kernels(device):
         if launch.world_size == 1:
             yield Runtime.single(device, precision)

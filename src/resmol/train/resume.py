@@ -16,7 +16,15 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
 from resmol.run.checkpoint import allocate_moments, load_into, load_tensors, moment_tensors, quarantine
-from resmol.run.checkpoint_manifest import AVERAGED, STATE, Checkpoint, corrupt, list_checkpoints, newest_valid
+from resmol.run.checkpoint_manifest import (
+    AVERAGED,
+    STATE,
+    Checkpoint,
+    LossScale,
+    corrupt,
+    list_checkpoints,
+    newest_valid,
+)
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
     FORMAT,
@@ -126,7 +134,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     except (ValueError, RuntimeError):
         raise corrupt(checkpoint.path / STATE, "holds no state of PyTorch's random generator") from None
     state.step, state.tokens_seen, state.windows_seen = saved.step, saved.tokens_seen, saved.windows_seen
-    state.recent_losses = saved.recent_losses
+    state.recent_losses, state.loss_scale = saved.recent_losses, saved.loss_scale
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
@@ -138,15 +146,18 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     state.step, state.tokens_seen, state.windows_seen = (int(number) for number in counters)
     losses = torch.full((HISTORY,), math.nan, dtype=torch.float64, device=runtime.device)
     losses[: len(state.recent_losses)] = torch.tensor(state.recent_losses, dtype=torch.float64)
-    runtime.broadcast([losses])
+    scale = torch.tensor([*state.loss_scale.model_dump().values()], dtype=torch.float64, device=runtime.device)
+    runtime.broadcast([losses, scale])
     state.recent_losses = tuple(loss for loss in losses.tolist() if not math.isnan(loss))
+    factor, good_steps, skipped_steps = scale.tolist()
+    state.loss_scale = LossScale(scale=factor, good_steps=int(good_steps), skipped_steps=int(skipped_steps))
     runtime.broadcast(parameter.data for parameter in state.model.parameters())
     if state.average is not None:
         runtime.broadcast(state.average.tensors.values())
     if state.step == 0:
         return  # the optimizer has no moments yet
     if not state.optimizer.state:
-        allocate_moments(state.optimizer, state.step)
+        allocate_moments(state.optimizer, state.loss_scale.updates(state.step))
     runtime.broadcast(moment_tensors(state.model, state.optimizer).values())
 
 

@@ -24,7 +24,12 @@ CACHE_PARTS = (9, 1, 3, 1, 1)
 
 
 def capture(
-    model: nn.Module, ids: Int[Tensor, "B T"], forward: Forward, layers: Mapping[str, str] | None = None
+    model: nn.Module,
+    ids: Int[Tensor, "B T"],
+    forward: Forward,
+    layers: Mapping[str, str] | None = None,
+    *,
+    loss_scale: float = 1.0,
 ) -> Captured:
     """Run a model forward and backward; its ``.grad`` fields and settings stay as they are.
 
@@ -33,6 +38,7 @@ def capture(
         ids: Its input.
         forward: Returns its logits and its loss.
         layers: Hugging Face's name for each block and the final norm, by the model's own, where they differ.
+        loss_scale: What the loss is multiplied by before the gradients are computed, and these are divided by.
 
     Returns:
         ``logits``, ``loss``, ``hidden states <module>`` for every block and the final norm, and
@@ -45,7 +51,7 @@ def capture(
     try:
         with hidden_states(model, values, layers), torch.enable_grad():
             logits, loss = forward(ids)
-            gradients = _gradients(loss, list(parameters.values()))
+            gradients = _gradients(loss, list(parameters.values()), loss_scale)
     finally:
         for name, p in parameters.items():
             p.requires_grad_(before[name])
@@ -54,10 +60,11 @@ def capture(
     return values | {f"gradients {name}": gradient for name, gradient in pairs if gradient is not None}
 
 
-def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+def _gradients(loss: Tensor, parameters: list[nn.Parameter], scale: float) -> tuple[Tensor | None, ...]:
     if not loss.requires_grad:  # a third-party model that detaches everything
         return (None,) * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+    return gradients if scale == 1.0 else tuple(g if g is None else g / scale for g in gradients)
 
 
 @contextmanager

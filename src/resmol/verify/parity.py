@@ -45,11 +45,12 @@ from resmol.verify.reference import (
     reference_model,
 )
 
-Precision: TypeAlias = Literal["float32", "bfloat16", "bfloat16 autocast"]
+Precision: TypeAlias = Literal["float32", "bfloat16", "bfloat16 autocast", "float16 autocast"]
 
 # Our error against float64 may be this many times the reference's own, plus this many units in the last place. Over 20
 # seeds at nano and on the published weights, right computations with either matmul library used 0.2 to 0.4 of that.
 FACTOR, ULPS = 4.0, 4.0
+LOSS_SCALE = 2.0**12  # of float16, for the reference and for ours
 GREEDY_TOKENS = 12
 PROMPT_TOKENS = 8
 SEQUENCE = 24
@@ -145,11 +146,12 @@ def baseline(
 
     def run(model: Any, attention: Attention, forward: Callable[[Callable[..., Any]], Forward]) -> Captured:
         mask = None if document_ids is None else reference_mask(document_ids, attention)
-        return capture(model, ids, forward(partial(model, use_cache=False, attention_mask=mask)))
+        scale = LOSS_SCALE if precision == "float16 autocast" else 1.0
+        return capture(model, ids, forward(partial(model, use_cache=False, attention_mask=mask)), loss_scale=scale)
 
     exact = run(in_float64, "sdpa", logits_forward)
     del in_float64  # twice the size of the model
-    if precision != "bfloat16 autocast" and document_ids is None:  # under autocast a cache would mix two types
+    if not precision.endswith("autocast") and document_ids is None:  # under autocast a cache would mix two types
         exact["key/value cache"] = exact["logits"]  # with or without a cache, the right answer is the same
 
     def arranged_run(arrangement: Arrangement) -> Captured:
@@ -212,12 +214,12 @@ def parity(model: CausalLM, precision: Precision = "float32", *, sequence: int =
 
 def arithmetic(precision: Precision) -> Any:
     """Return the context manager in which a model computes in this precision."""
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16 autocast" else nullcontext()
+    return torch.autocast("cpu", element_type(precision)) if precision.endswith("autocast") else nullcontext()
 
 
 def element_type(precision: Precision) -> torch.dtype:
     """Return the type in which products are computed."""
-    return torch.float32 if precision == "float32" else torch.bfloat16
+    return {"float32": torch.float32, "float16 autocast": torch.float16}.get(precision, torch.bfloat16)
 
 
 def unit(precision: Precision) -> float:

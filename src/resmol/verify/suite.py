@@ -79,7 +79,9 @@ def verify(config: ModelConfig, *, weights: CausalLM | None = None, depth: Depth
     reduced = "" if layers == config.num_hidden_layers else f" at {layers} of {config.num_hidden_layers} layers"
     logger.info(f"parity with transformers{reduced}: logits, hidden states, loss, gradients, cache, generated tokens")
     checks += parity(model, sequence=SEQUENCE if depth == "standard" else 16 * SEQUENCE)
-    logger.info("parity of a training step: matmul backends, bfloat16, activation checkpointing, compiled block")
+    logger.info(
+        "parity of a training step: matmul backends, bfloat16, float16, activation checkpointing, compiled block"
+    )
     checks += training_parity(config)
     logger.info("parity of tiny models of many shapes, in float32 and bfloat16, and at the last positions")
     checks.append(norm_precision(config))

@@ -20,17 +20,24 @@ from resmol.config.run_config import BatchConfig, DataConfig, RunConfig, Runtime
 from resmol.data.loader import Batch
 from resmol.model.linear import has_onednn
 from resmol.model.llama import CausalLM
+from resmol.run.checkpoint_manifest import LossScale
 from resmol.train.build import compile_blocks, new_state
 from resmol.train.compiler import compiler_problem
 from resmol.train.loop import accumulate_gradients
+from resmol.train.loss_scale import factor_of_sum
 from resmol.train.parallel import open_runtime
 from resmol.verify.capture import Captured
-from resmol.verify.parity import Baseline, Precision, baseline, ids_for, rms_errors
+from resmol.verify.parity import LOSS_SCALE, Baseline, Precision, baseline, ids_for, rms_errors
 from resmol.verify.tiny_models import fill, two_tiny_blocks
 
 WINDOW = 144  # tokens: two blocks of the blockwise attention backward pass
 DOCUMENT_STARTS = (61, 133)  # where the second document of each window begins
 LOSS_CHUNK = 100  # two chunks of each window, of different lengths
+
+
+BASELINES: dict[str, Precision] = {
+    "float32": "float32", "bfloat16": "bfloat16 autocast", "float16": "float16 autocast",
+}  # fmt: skip
 
 
 class Variant(NamedTuple):
@@ -59,6 +66,11 @@ VARIANTS = (
         "Sums, norms or a softmax that lose their float32 under autocast.",
     ),
     Variant(
+        "training, float16",
+        {"precision": "float16"},
+        "Gradients that underflow, or keep the factor that keeps them from it.",
+    ),
+    Variant(
         "training, checkpointing",
         {"activation_checkpointing": "on"},
         "Activation checkpointing: blocks that are computed again from another input, or whose gradient is lost.",
@@ -82,7 +94,7 @@ def training_parity(config: ModelConfig) -> list[Check]:
     document_ids = (torch.arange(WINDOW + 1) >= torch.tensor(DOCUMENT_STARTS)[:, None]).long()
     baselines: dict[Precision, Baseline] = {
         precision: baseline(tiny, weights, precision, ids=ids, document_ids=document_ids)
-        for precision in ("float32", "bfloat16 autocast")
+        for precision in BASELINES.values()
     }
     return [_check(variant, _run_config(tiny, variant), weights, baselines) for variant in VARIANTS]
 
@@ -107,7 +119,7 @@ def _run_config(model: ModelConfig, variant: Variant) -> RunConfig:
 def _check(
     variant: Variant, config: RunConfig, weights: Mapping[str, Tensor], baselines: Mapping[Precision, Baseline]
 ) -> Check:
-    base = baselines["bfloat16 autocast" if config.runtime.precision == "bfloat16" else "float32"]
+    base = baselines[BASELINES[config.runtime.precision]]
     compared = [name for name in base.exact if name.startswith(("loss", "gradients"))]
 
     def without_numbers(measured: str, *, passed: bool) -> Check:
@@ -139,9 +151,11 @@ def _step(config: RunConfig, weights: Mapping[str, Tensor], base: Baseline) -> C
             model = new_state(config, runtime).model
             model.load_state_dict(weights)
             compile_blocks(model, config)
-            total = accumulate_gradients(model, batches, config, runtime)
+            factor = factor_of_sum(LossScale(scale=LOSS_SCALE), config) if runtime.scales_loss else None
+            total = accumulate_gradients(model, batches, config, runtime, factor)
     finally:
         torch._functorch.config.activation_memory_budget = budget  # `compile_blocks` sets it for the whole process
     tokens = len(batches) * WINDOW
+    divisor = tokens * (factor or 1)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": total / tokens} | {f"gradients {name}": grad / tokens for name, grad in gradients.items()}
+    return {"loss": total / tokens} | {f"gradients {name}": grad / divisor for name, grad in gradients.items()}
