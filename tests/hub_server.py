@@ -24,7 +24,7 @@ import yaml
 from huggingface_hub import constants
 
 Files = dict[str, bytes]
-BINARY = re.compile(r"\.(safetensors|png|gguf|bin)$")
+BINARY = re.compile(r"\.(safetensors|png|gguf|bin|parquet|gz|zst)$")
 GIT_LIMIT = 10_000_000
 
 
@@ -66,16 +66,19 @@ class Hub:
 
     Attributes:
         tokens: Token -> user.
-        repos: ``models/owner/name`` or ``spaces/owner/name`` -> repository.
+        repos: ``models/owner/name``, or with ``spaces`` or ``datasets`` -> repository.
+        gated: Those of them whose files are refused until terms are accepted.
         requests: ``METHOD path`` of everything that came in.
         bytes_sent: Of files that are kept outside of git.
         breaks: Asked at each request: "before" closes the connection instead of doing it, "after" does it and closes
-            the connection instead of answering, a number answers with that status; None does it.
+            the connection instead of answering, "half" closes it in the middle of the answer, a number answers with
+            that status; None does it.
     """
 
     tokens: dict[str, str] = field(default_factory=lambda: {"hf_good": "alice", "hf_other": "bob"})
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
     bytes_sent: int = 0
     breaks: Callable[[str], str | int | None] = lambda _request: None
@@ -108,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self.answer(fault, {"error": "as the test wants it"})
             return
-        self.mute = fault == "after"
+        self.mute, self.is_cut = fault == "after", fault == "half"
         self.route(request)
 
     def read_body(self) -> bytes:
@@ -144,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         if "Content_Length" not in headers:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if getattr(self, "is_cut", False):
+            data, self.close_connection = data[: len(data) // 2], True
         if self.command != "HEAD":
             self.wfile.write(data)
 
@@ -216,13 +221,27 @@ class Handler(BaseHTTPRequestHandler):
             facts = {"sdk": repo.sdk} if kind == "spaces" else {}
             self.answer(200, {"id": name, "sha": oid, "private": repo.private, "siblings": siblings, **facts})
 
-    def list_tree(self, key: str, revision: str) -> None:
+    def list_tree(self, key: str, revision: str, folder: str | None = None) -> None:
         if found := self.found(key, revision):
-            self.answer(200, tree(found[0].commits[found[1]]))
+            files = found[0].commits[found[1]]
+            below = {path: data for path, data in files.items() if not folder or path.startswith(f"{folder}/")}
+            if folder and not below:
+                self.answer(404, {"error": "no such folder"}, X_Error_Code="EntryNotFound")
+            else:
+                is_deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() == "true"
+                self.answer(200, tree(below) if is_deep else children(tree(below), folder))
 
-    def resolve(self, name: str, revision: str, path: str, spaces: str | None = None) -> None:
-        found = self.found(f"{'spaces' if spaces else 'models'}/{name}", revision)
+    def paths_info(self, key: str, revision: str) -> None:
+        wanted = parse_qs(self.body.decode()).get("paths", []) or json.loads(self.body or b"{}").get("paths", [])
+        if found := self.found(key, revision):
+            self.answer(200, [row for row in tree(found[0].commits[found[1]]) if row["path"] in wanted])
+
+    def resolve(self, name: str, revision: str, path: str, kind: str | None = None) -> None:
+        found = self.found(f"{kind or 'models/'}{name}", revision)
         if found is None:
+            return
+        if f"{kind or 'models/'}{name}" in self.hub.gated:
+            self.answer(403, {"error": "Access to this repository is restricted"}, X_Error_Code="GatedRepo")
             return
         repo, oid = found
         content = repo.commits[oid].get(path)
@@ -266,8 +285,8 @@ class Handler(BaseHTTPRequestHandler):
             rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer(200, {"files": rows})
 
-    def lfs_batch(self, name: str, spaces: str | None = None) -> None:
-        if self.writable(f"{'spaces' if spaces else 'models'}/{name}") is None:
+    def lfs_batch(self, name: str, kind: str | None = None) -> None:
+        if self.writable(f"{kind or 'models/'}{name}") is None:
             return
         rows = []
         for wanted in json.loads(self.body)["objects"]:
@@ -322,14 +341,22 @@ def tree(files: Files) -> list[dict[str, Any]]:
     return rows
 
 
+def children(rows: list[dict[str, Any]], folder: str | None) -> list[dict[str, Any]]:
+    """Return the files in a folder and the folders in it, of the files below it."""
+    start = len(folder) + 1 if folder else 0
+    inner = {row["path"][: start + row["path"][start:].index("/")] for row in rows if "/" in row["path"][start:]}
+    files = [row for row in rows if "/" not in row["path"][start:]]
+    return files + [{"type": "directory", "path": path, "oid": git_blob(path.encode())} for path in sorted(inner)]
+
+
 def facts_of_blob(entry: dict[str, Any]) -> dict[str, Any]:
     lfs = entry.get("lfs")
     more = {"lfs": {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
     return {"size": entry["size"], "blobId": entry["oid"], **more}
 
 
-KEY = r"(?P<key>(?:models|spaces)/[\w.-]+/[\w.-]+)"
-NAME = r"(?P<spaces>spaces/)?(?P<name>[\w.-]+/[\w.-]+)"
+KEY = r"(?P<key>(?:models|spaces|datasets)/[\w.-]+/[\w.-]+)"
+NAME = r"(?P<kind>(?:spaces|datasets)/)?(?P<name>[\w.-]+/[\w.-]+)"
 ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"HEAD /?", Handler.root),
     (r"GET /api/whoami-v2", Handler.whoami),
@@ -337,7 +364,8 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"POST /api/validate-yaml", Handler.validate_yaml),
     (rf"GET /api/{KEY}", Handler.info),
     (rf"GET /api/{KEY}/revision/(?P<revision>\w+)", Handler.info),
-    (rf"GET /api/{KEY}/tree/(?P<revision>\w+)/?", Handler.list_tree),
+    (rf"GET /api/{KEY}/tree/(?P<revision>\w+)/?(?P<folder>.+)?", Handler.list_tree),
+    (rf"POST /api/{KEY}/paths-info/(?P<revision>\w+)", Handler.paths_info),
     (rf"POST /api/{KEY}/preupload/main", Handler.preupload),
     (rf"POST /api/{KEY}/commit/main", Handler.commit),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),

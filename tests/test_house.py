@@ -366,7 +366,8 @@ def test_the_locks_pin_every_direct_dependency() -> None:
     build = {distribution(item) for item in PROJECT["build-system"]["requires"]}
     interop = declared(INTEROP) - {"resmol"}
     assert interop <= set(locked("requirements-interop.lock"))
-    assert (declared() | build) - interop - {"resmol"} <= set(locked("requirements.lock"))
+    stores = declared(("s3", "gcs", "https"))  # whoever needs one takes the newest, which fits no other pin
+    assert (declared() | build) - interop - stores - {"resmol"} <= set(locked("requirements.lock"))
 
 
 def test_the_license_is_the_standard_text() -> None:

@@ -31,7 +31,11 @@ from resmol.system.process_setup import set_up_process
 
 Inputs = Annotated[
     list[str] | None,
-    typer.Option("--input", metavar="PATH", help="Text, JSON lines, CSV, Parquet, Arrow, a folder, or -; repeatable."),
+    typer.Option(
+        "--input",
+        metavar="PATH",
+        help="Text, JSON lines, CSV, Parquet, Arrow, folder, hf://datasets/..., or -; repeatable.",
+    ),
 ]
 HeldOut = Annotated[
     list[str] | None,
@@ -80,7 +84,7 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     epilog="""
     resmol prepare data/mine --input input.txt
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
-    resmol prepare data/mine --input train-00000.parquet --text-field text,content
+    resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
     resmol prepare data/mine --input texts/ --val held-out.jsonl
     """
 )
@@ -186,11 +190,10 @@ def train(
 
 def _evidence(run: RunDir) -> dict[str, Any]:
     """Return what a script may want to keep of a training: the digest of the newest checkpoint, and the memory."""
-    from resmol.system.peak_memory import peak_device_memory_bytes, peak_memory_bytes
+    from resmol.system.peak_memory import peak_memory_bytes
 
     sha256 = last_fact(read_ledger(run.ledger).records, "manifest_sha256")
-    device = {"peak_device_memory_bytes": peak_device} if (peak_device := peak_device_memory_bytes()) else {}
-    return {"checkpoint_sha256": sha256, "peak_memory_bytes": peak_memory_bytes(), **device}
+    return {"checkpoint_sha256": sha256, "peak_memory_bytes": peak_memory_bytes()}
 
 
 @app.command(

@@ -5,6 +5,7 @@ Nothing here holds a whole document: a file of 1 GB, or a line of 1 GB, passes t
 
 from __future__ import annotations
 
+import glob
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import cast
 from resmol.data.chunking import InputCount, ReadCounts, cut_into_pieces, decoded, repaired, without_mark
 from resmol.data.compression import COMPRESSED_SUFFIXES
 from resmol.data.folders import (
+    SUFFIXES,
     TABLE_SUFFIXES,
     TEXT_SUFFIXES,
     Split,
@@ -26,6 +28,7 @@ from resmol.data.folders import (
     split_of_path,
     without_test,
 )
+from resmol.data.remote_files import RemoteFile, find_remote_files, is_address
 from resmol.data.shards import InputFacts
 from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
@@ -63,7 +66,7 @@ class Corpus:
 
 
 def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None) -> Corpus:
-    """Return the documents of files, of folders (see `find_text_files`) and of ``-``, standard input.
+    """Return the documents of files, patterns, folders (see `find_text_files`), addresses and ``-``, standard input.
 
     JSON lines and tables (CSV, Parquet, Arrow) hold one document a row; any other text is one document. Compressed
     files are unpacked on the way. A text is UTF-8, or what its byte order mark says; invalid bytes are replaced and
@@ -80,7 +83,7 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
     options = options or ReadOptions()
     inputs = [_Input.find(path, options) for path in paths]
     files = [file for one in inputs for file in one.files]
-    from_pipe = any(one.name == "-" for one in inputs) or not all(file.is_file() for file in files)
+    sizes = [_size(file) for file in files] + [None for one in inputs if one.name == "-"]
 
     def read(counts: ReadCounts) -> Iterator[Document]:
         for one in inputs:
@@ -88,9 +91,16 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
 
     return Corpus(
         ", ".join(one.name for one in inputs),
-        None if from_pipe else sum(file.stat().st_size for file in files),
+        None if None in sizes else sum(cast(list[int], sizes)),
         read,
     )
+
+
+def _size(file: Path | RemoteFile) -> int | None:
+    """Return the bytes of a file; None for a pipe."""
+    if isinstance(file, RemoteFile):
+        return file.size
+    return file.stat().st_size if file.is_file() else None
 
 
 def with_held_out(train: Corpus, val: Corpus) -> Corpus:
@@ -105,7 +115,7 @@ def with_held_out(train: Corpus, val: Corpus) -> Corpus:
     return Corpus(f"{train.name}, {val.name}", None if None in sizes else sum(cast(list[int], sizes)), read)
 
 
-def input_facts(source: Path) -> InputFacts:
+def input_facts(source: str | Path) -> InputFacts:
     """Return what the manifest records of an input that `read_inputs` reads with its default options, as it is now.
 
     Raises:
@@ -146,19 +156,27 @@ def document_of_bytes(name: str, data: bytes, counts: ReadCounts, *, split: Spli
 
 @dataclass(frozen=True)
 class _Input:
-    """One path that the user named, and the files that it stands for."""
+    """One path that the user named, and the files that it stands for; ``address`` is that of remote ones."""
 
     name: str
-    files: tuple[Path, ...]
+    files: tuple[Path | RemoteFile, ...]
     is_folder: bool
     unused: Unused
     has_splits: bool = False
+    address: str = ""
 
     @classmethod
     def find(cls, path: str | Path, options: ReadOptions) -> _Input:
         if str(path) == "-":
             return cls("-", (), False, Unused())
+        if is_address(path):
+            remote = find_remote_files(str(path), SUFFIXES)
+            return cls(str(path), remote.files, False, Unused(), address=remote.label)
         root = user_path(path)
+        # Not pathlib's: the pattern may begin at the root.
+        matches = sorted(glob.glob(str(root), recursive=True)) if "*" in root.name and not root.exists() else []  # noqa: PTH207
+        if matches:
+            return cls(str(path), tuple(Path(one) for one in matches if Path(one).is_file()), False, Unused())
         if root.exists() and not root.is_dir():  # also a pipe, as a shell's <(command) makes it
             return cls(str(path), (root,), False, Unused())
         if not root.is_dir():
@@ -179,6 +197,8 @@ class _Input:
     @property
     def label(self) -> str:
         """The input's name without its path."""
+        if self.address:
+            return self.address
         return "standard input" if self.name == "-" else user_path(self.name).resolve().name
 
     def read(self, options: ReadOptions, counts: ReadCounts) -> Iterator[Document]:
@@ -191,10 +211,12 @@ class _Input:
         for path in self.files:
             with open_file(path) as raw:
                 file = TextFile(raw, path, options)
-                if self.is_folder and file.unsupported:
+                if self.is_folder and isinstance(path, Path) and file.unsupported:
                     counts.unused.add(file.unsupported.name, shown_name(path, user_path(self.name)))
                 else:
-                    split = split_of_path(path.relative_to(user_path(self.name))) if self.has_splits else None
+                    split = None
+                    if self.has_splits and isinstance(path, Path):
+                        split = split_of_path(path.relative_to(user_path(self.name)))
                     for document in _documents(file, count, counts):
                         yield replace(document, split=split)
 

@@ -11,6 +11,7 @@ from resmol.data.builtin_corpora import named_corpus
 from resmol.data.datatrove import import_datatrove, is_token_folder
 from resmol.data.prepare import Progress, prepare
 from resmol.data.readers import Corpus, input_facts, read_inputs, with_held_out
+from resmol.data.remote_files import is_address
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
 from resmol.data.summary import log_summary
 from resmol.data.text_file import ReadOptions
@@ -188,29 +189,33 @@ def open_or_prepare(folder: Path, text: Text | None, tokenizer: Tokenizer, *, re
         dataset = open_dataset(folder)
         for source in sources:
             if not is_prepared(user_path(source)):
-                check_same_inputs(dataset, user_path(source))
+                check_same_inputs(dataset, source if is_address(source) else user_path(source))
             elif text is not None and text.val:
                 raise UsageError(f"{source} is prepared already, with its held-out text", fix="leave --val out")
         made_of_these = len(sources) == len(dataset.manifest.source.inputs)
         if text is None or not replace or (made_of_these and dataset.tokenizer_sha256 == tokenizer.sha256):
             return dataset
     except DataError:
-        if text is None or not replace or not all(user_path(source).exists() for source in sources):
+        if (
+            text is None
+            or not replace
+            or not all(is_address(source) or user_path(source).exists() for source in sources)
+        ):
             raise
     logger.info(f"{folder} was prepared for a start that failed, from something else: preparing it anew")
     remove_directory(folder)
     return prepare_text(folder, text, tokenizer)
 
 
-def check_same_inputs(dataset: Dataset, source: Path) -> None:
+def check_same_inputs(dataset: Dataset, source: str | Path) -> None:
     """Refuse a text file or a folder that does not hold what was prepared; a pipe cannot be compared.
 
     Raises:
         DataError: It does not exist, or holds other files or other text than the manifest records.
     """
-    if not source.exists():
+    if isinstance(source, Path) and not source.exists():
         raise DataError(f"{source} does not exist", fix="check --data, or leave it out to resume")
-    if not (source.is_file() or source.is_dir()):
+    if isinstance(source, Path) and not (source.is_file() or source.is_dir()):
         return
     now, known = input_facts(source), dataset.manifest.source.inputs
     if any((now.files, now.bytes, now.sha256) == (then.files, then.bytes, then.sha256) for then in known):

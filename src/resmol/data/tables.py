@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 from resmol.data.compression import BombCheck
 from resmol.data.json_lines import Row, decode_escaped
@@ -29,7 +30,9 @@ class TableFile:
         size: Bytes of the file.
     """
 
-    def __init__(self, file: BinaryIO, path: object, kind: str, text_field: str, size: int) -> None:
+    def __init__(
+        self, file: io.RawIOBase | io.BufferedIOBase, path: object, kind: str, text_field: str, size: int
+    ) -> None:
         self._file = file
         self._path = path
         self._kind = kind

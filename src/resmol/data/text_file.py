@@ -24,11 +24,14 @@ from resmol.data.encodings import DecodingCheck, require_encoding
 from resmol.data.format_signatures import TABLE_NAMES, TableKind, UnsupportedFormat
 from resmol.data.formats import FORMATS, HEAD_BYTES, TEXT_KINDS, recognize
 from resmol.data.json_lines import MAX_LINE_BYTES, Row, json_lines
+from resmol.data.remote_files import RemoteFile
 from resmol.data.tables import TableFile
 from resmol.errors import DataError, UsageError
 from resmol.system.byte_order_mark import marked_encoding
 
 _READ_BYTES = 1 << 18
+
+Stream = io.RawIOBase | io.BufferedIOBase
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ class ReadOptions:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[io.FileIO]:
+def open_file(path: Path | RemoteFile) -> Iterator[io.RawIOBase]:
     """Open a file for `TextFile` (`DataError` where that fails)."""
     try:
-        file = io.FileIO(path)
+        file = path.open() if isinstance(path, RemoteFile) else io.FileIO(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     with file:
@@ -76,7 +79,7 @@ class TextFile:
         unsupported: The format that keeps it from being read; None for text and tables.
     """
 
-    def __init__(self, raw: io.FileIO | io.BufferedIOBase, path: Path, options: ReadOptions) -> None:
+    def __init__(self, raw: Stream, path: Path | RemoteFile, options: ReadOptions) -> None:
         self.path = path
         self._raw = raw
         self._options = options
@@ -102,6 +105,8 @@ class TextFile:
         """
         if self.unsupported is not None:
             raise self.unsupported.refusal(self.path)
+        if isinstance(self.path, RemoteFile):
+            count.hash(self.path.identity.encode())
         if self.kind == "text":
             yield self.path.name, without_mark(self._decoded(self._open(count), counts))
             return
@@ -114,7 +119,11 @@ class TextFile:
             yield name, [text]
 
     def read_through(self, count: InputCount) -> None:
-        """Read the file to its end, only to count and hash it."""
+        """Read the file to its end, only to count and hash it; a remote one is known without."""
+        if isinstance(self.path, RemoteFile):
+            count.hash(self.path.identity.encode())
+            count.advance(self.path.size)
+            return
         stream = io.BufferedReader(_Counted(self._raw, self._head, count), _READ_BYTES)
         for _ in _chunks(stream, self.path):
             pass
@@ -152,11 +161,11 @@ class TextFile:
         """Yield the rows of a table; all of its bytes are hashed, and counted as the rows come."""
         size = self._raw.seek(0, io.SEEK_END)
         self._raw.seek(0)
-        for chunk in _chunks(self._raw, self.path):
+        for chunk in () if isinstance(self.path, RemoteFile) else _chunks(self._raw, self.path):
             count.hash(chunk)
         self._raw.seek(0)
-        file, kind = cast(BinaryIO, self._raw), cast(TableKind, self.kind)
-        table, done = TableFile(file, self.path, kind, self._options.text_field, size), 0
+        kind, field = cast(TableKind, self.kind), self._options.text_field
+        table, done = TableFile(self._raw, self.path, kind, field, size), 0
         for row, position in table.rows():
             count.advance(position - done)
             done = position
@@ -164,7 +173,7 @@ class TextFile:
         count.advance(size - done)
 
     def _open(self, count: InputCount) -> io.BufferedIOBase:
-        counted = _Counted(self._raw, self._head, count)
+        counted = _Counted(self._raw, self._head, count, is_hashed=not isinstance(self.path, RemoteFile))
         stream = io.BufferedReader(counted, _READ_BYTES)
         if self._compression is None:
             return stream
@@ -201,10 +210,11 @@ class TextFile:
 class _Counted(io.RawIOBase):
     """A file that counts and hashes what is read through it, from its beginning."""
 
-    def __init__(self, file: io.FileIO | io.BufferedIOBase, head: bytes, count: InputCount) -> None:
+    def __init__(self, file: Stream, head: bytes, count: InputCount, *, is_hashed: bool = True) -> None:
         self._file = file
         self._head = head
         self._count = count
+        self._is_hashed = is_hashed
         self.bytes_read = 0
 
     def readable(self) -> bool:
@@ -213,10 +223,12 @@ class _Counted(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill ``buffer`` from the file and count the bytes."""
-        data = self._head[: len(buffer)] or self._file.read(len(buffer))
+        data = self._head[: len(buffer)] or self._file.read(len(buffer)) or b""
         self._head = self._head[len(data) :]
         buffer[: len(data)] = data
-        self._count.add(data)
+        self._count.advance(len(data))
+        if self._is_hashed:
+            self._count.hash(data)
         self.bytes_read += len(data)
         return len(data)
 
@@ -244,26 +256,26 @@ class _Utf8(io.RawIOBase):
         return len(data)
 
 
-def _read_head(raw: io.FileIO | io.BufferedIOBase, head: bytes, size: int) -> bytes:
+def _read_head(raw: Stream, head: bytes, size: int) -> bytes:
     """Return the beginning of a file, ``size`` bytes if it has them, of which ``head`` was read before."""
     while len(head) < size and (more := raw.read(size - len(head))):  # a pipe gives less than it is asked
         head += more
     return head
 
 
-def _chunks(stream: io.FileIO | io.BufferedIOBase, path: Path) -> Iterator[bytes]:
+def _chunks(stream: Stream, path: Path | RemoteFile) -> Iterator[bytes]:
     while chunk := _checked(path, lambda: stream.read(_READ_BYTES)):
         yield chunk
 
 
-def _checked(path: Path, read: Callable[[], bytes]) -> bytes:
+def _checked(path: Path | RemoteFile, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except DAMAGE as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: BaseException) -> DataError:
+def _unreadable(path: Path | RemoteFile, error: BaseException) -> DataError:
     if isinstance(error, OSError) and error.strerror:
         return DataError(f"{path} cannot be read: {error.strerror}", fix="check the file and its permissions")
     return DataError(

@@ -65,7 +65,7 @@ def hub_file(hub_id: str, name: str, *, revision: str | None = None, fix: str) -
             _with_lines(f"downloading {hub_id}/{name}", lambda: hf_hub_download(hub_id, name, revision=revision))
         )
     except Exception as error:  # the client's errors come from several libraries, and differ between its versions
-        raise NetworkError(f"the Hub did not give {hub_id}/{name} ({_reason(error)})", fix=fix) from error
+        raise NetworkError(f"the Hub did not give {hub_id}/{name} ({reason(error)})", fix=fix) from error
 
 
 def hub_names(hub_id: str, *, revision: str | None = None, fix: str) -> list[str]:
@@ -93,7 +93,7 @@ def hub_names(hub_id: str, *, revision: str | None = None, fix: str) -> list[str
     try:
         return sorted(HfApi().list_repo_files(hub_id, revision=revision))
     except Exception as error:  # as in `hub_file`
-        raise NetworkError(f"the Hub did not list the files of {hub_id} ({_reason(error)})", fix=fix) from error
+        raise NetworkError(f"the Hub did not list the files of {hub_id} ({reason(error)})", fix=fix) from error
 
 
 def hub_tensors(hub_id: str, *, revision: str | None = None, fix: str) -> dict[str, TensorInfo]:
@@ -120,7 +120,7 @@ def hub_tensors(hub_id: str, *, revision: str | None = None, fix: str) -> dict[s
     except SafetensorsParsingError as error:
         raise _malformed(hub_id, error) from error
     except Exception as error:  # as in `hub_file`
-        raise NetworkError(f"the Hub did not give the headers of {hub_id} ({_reason(error)})", fix=fix) from error
+        raise NetworkError(f"the Hub did not give the headers of {hub_id} ({reason(error)})", fix=fix) from error
     try:
         return {
             name: tensor_info(
@@ -135,7 +135,7 @@ def hub_tensors(hub_id: str, *, revision: str | None = None, fix: str) -> dict[s
 
 def _malformed(hub_id: str, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{hub_id} holds no sound safetensors file: {_reason(error)}", fix="choose another model or revision"
+        f"{hub_id} holds no sound safetensors file: {reason(error)}", fix="choose another model or revision"
     )
 
 
@@ -191,6 +191,7 @@ def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
     return answers[0]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return the first line of what an error of the client says, without passwords."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return without_password(lines[0])[:200]
