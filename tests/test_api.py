@@ -93,7 +93,7 @@ def test_what_cannot_be_exported(options: dict[str, Any], tmp_path: Path) -> Non
 
 def test_a_configuration_is_shown_in_a_line() -> None:
     shown = repr(resmol.load_preset("nano"))
-    assert shown == "RunConfig(nano: 4 layers of width 48, 64 tokens a step, 5,000 steps)"
+    assert shown == "RunConfig(nano: 4 layers of width 48, 128 tokens a step, 5,000 steps)"
     assert shown == str(resmol.load_preset("nano"))
 
 

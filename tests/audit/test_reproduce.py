@@ -26,6 +26,7 @@ from resmol.errors import CheckFailed, Interrupted, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger
 from resmol.train import autotune as auto
+from resmol.train.lr_schedule import end_of_decay
 
 
 @pytest.fixture
@@ -88,6 +89,28 @@ def test_the_sequence_and_the_claims(
     calls.clear()
     reproduce(spec)
     assert "train" not in [call[0] for call in calls], "what is done is not done again"
+
+
+def test_what_has_begun_goes_on_with_its_own_configuration(
+    spec: ReproduceSpec, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preset may have changed since: with another version it would be another run."""
+    calls: list[list[str]] = []
+    train_tiny(spec.run.path, 10, "optimizer.lr=0.005")
+    monkeypatch.setattr(module, "_part", lambda _spec, _name, arguments: calls.append(list(arguments)))
+    reproduce(spec)
+    assert spec.config().optimizer.lr == 0.005
+    first = next(call for call in calls if call[0] == "train")
+    assert first == ["train", str(spec.run.path), "--steps", "20", "--json"]
+
+
+def test_the_decay_ends_with_the_reproduction(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    schedule = ReproduceSpec(run, "nano", (), "shakespeare", 1950, 50, ()).config().schedule
+    assert end_of_decay(schedule) == 2000
+    of_the_user = ("schedule.decay_start=1000", "schedule.decay_steps=500")
+    schedule = ReproduceSpec(run, "nano", (), "shakespeare", 1950, 50, of_the_user).config().schedule
+    assert (schedule.decay_start, end_of_decay(schedule)) == (1000, 1500)
 
 
 def test_claims_fail_when_the_evidence_does(

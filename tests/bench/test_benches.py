@@ -56,7 +56,11 @@ def test_trainer_comes_to_our_loss(
 ) -> None:
     """The same weights, windows, order, targets and optimizer: a peer that does other work has another mean loss."""
     wanted = TrainBench(
-        tiny_config, ("data.document_mask=false", "optimizer.lr=0.01"), ((3, 16),), baseline="transformers", steps=4
+        tiny_config.replace({"optimizer.embedding_lr_scale": 4.0}),
+        ("data.document_mask=false", "optimizer.lr=0.01"),
+        ((3, 16),),
+        baseline="transformers",
+        steps=4,
     )
     held = without_roofline(training_comparisons(wanted, tmp_path, str(tiny_dataset.root))[0])
     held.variants = held.variants[:2]  # the tuned one compiles, which takes a minute

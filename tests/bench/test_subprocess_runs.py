@@ -12,6 +12,7 @@ import pytest
 
 from resmol.bench.subprocess_runs import run_process, run_worker
 from resmol.errors import CheckFailed
+from resmol.system.processes import is_running
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 
@@ -75,6 +76,19 @@ def test_a_process_is_ended_with_its_time(tmp_path: Path) -> None:
             return
         time.sleep(0.01)
     pytest.fail("the measured process outlived its measurement")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_is_ended_with_the_one_that_waits_for_it(number: int, tmp_path: Path) -> None:
+    own = tmp_path / "pid"
+    tell = f"import os, time; open({str(own)!r}, 'w').write(str(os.getpid())); os.kill(os.getppid(), {int(number)})"
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_process([*PYTHON, f"{tell}; time.sleep(600)"], seconds=100.0)
+        assert not is_running(int(own.read_text()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_memory_beyond_the_limit_is_refused_inside_the_process() -> None:

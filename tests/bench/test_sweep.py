@@ -132,6 +132,9 @@ def test_a_run_that_fails_is_a_row_with_its_reason(sweep: Sweep) -> None:
         return 2.0
 
     assert "failed: the loss is not finite" in finished(sweep, diverges).markdown()
+    again = finished(sweep)
+    assert "failed" not in again.markdown(), "the same command tries it again"
+    assert len(again.record.cells) == 6
 
 
 @pytest.mark.parametrize("changes", [{"seeds": 0}, {"steps": 0}, {"factors": ()}])
@@ -144,9 +147,12 @@ def test_what_is_no_sweep_is_refused(sweep: Sweep, changes: dict[str, object]) -
 def test_a_real_run_has_a_curve(
     tiny_config: RunConfig, tiny_dataset: Dataset, tokenizer_in_cache: Tokenizer, tmp_path: Path
 ) -> None:
-    curve = measure_learning(for_learning(tiny_config, 20, 10), tmp_path, str(tiny_dataset.root))
+    averaging = for_learning(tiny_config, 20, 10).replace({"averaging.fraction": 0.5, "averaging.every": 1})
+    curve = measure_learning(averaging, tmp_path, str(tiny_dataset.root))
     assert [point.step for point in curve] == list(range(2, 21, 2))
     assert curve[-1].loss < curve[0].loss
     assert curve[-1].tokens > 9 * curve[0].tokens > 0
-    steps = select(read_ledger(tmp_path / "run" / "ledger.jsonl").records, "step")
+    records = read_ledger(tmp_path / "run" / "ledger.jsonl").records
+    assert [point.loss for point in curve] == [record["averaged_loss"] for record in select(records, "eval")]
+    steps = select(records, "step")
     assert curve[-1].seconds == pytest.approx(sum(record["seconds"] for record in steps), abs=1e-3)

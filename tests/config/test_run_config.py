@@ -21,6 +21,7 @@ from resmol.config.load import FROM_SCRATCH, load_config, load_preset, parse_ove
 from resmol.config.run_config import RunConfig, drift_classes, flatten
 from resmol.errors import ConfigError, DataError
 from resmol.model.flops import total_parameters
+from resmol.train.lr_schedule import end_of_decay
 
 # As the model cards of HuggingFaceTB state them; the pretraining and CPU presets train the 135M model.
 PUBLISHED = {
@@ -318,6 +319,14 @@ def test_the_job_is_in_every_preset(name: str) -> None:
         config = load_preset(name)
         assert config.train.steps == 5000
         assert 5000 in config.checkpoint.permanent
+        assert end_of_decay(config.schedule) == 5050, "the learning rate reaches 0 with the last step of the job"
+
+
+def test_the_memory_of_the_published_recipe_is_kept_in_tokens() -> None:
+    published, job = load_preset("smollm2-135m-pretraining"), load_preset("smollm2-135m")
+    assert published.optimizer.beta2 == 0.95
+    at_once = job.optimizer.beta2_at(published.batch.global_batch_tokens)
+    assert at_once == pytest.approx(0.95, abs=2e-4)
 
 
 def test_an_unknown_preset_is_named_with_its_neighbour() -> None:
@@ -371,8 +380,8 @@ def test_a_preset_is_not_a_path() -> None:
         ("model.hidden_size=45", "the head size (15) is odd"),
         ("model.eos_token_id=49152", "eos_token_id"),
         ("schedule.kind=cosine", "horizon (0) must lie after warmup_steps (100)"),
-        ("schedule.decay_start=1000", "decay_start and decay_steps belong together"),
-        ("schedule.decay_steps=1000", "decay_start and decay_steps belong together"),
+        ("schedule.decay_start=0", "decay_start and decay_steps belong together"),
+        ("schedule.decay_steps=0", "decay_start and decay_steps belong together"),
         ("optimizer.lr.x=1", "optimizer.lr"),
     ],
 )

@@ -74,9 +74,8 @@ def test_constant(step: int, expected: float) -> None:
 
 
 def test_without_a_planned_decay_the_stable_phase_goes_on() -> None:
-    schedule = load_preset("nano").schedule
-    rates = {lr_at(step, schedule, PEAK) for step in range(schedule.warmup_steps, 5051)}
-    assert rates == {PEAK}
+    schedule = ScheduleConfig(warmup_steps=100)
+    assert {lr_at(step, schedule, PEAK) for step in range(100, 5051)} == {PEAK}
 
 
 def test_without_a_warm_up_the_first_step_has_the_peak() -> None:

@@ -536,6 +536,15 @@ def test_an_edited_configuration_is_refused_field_by_field(
     assert failed[0].startswith("config.toml: ")
 
 
+def test_a_preset_that_changed_since_is_left_out(tmp_path: Path, train_tiny: TrainTiny) -> None:
+    run = tmp_path / "run"
+    train_tiny(run, 5, "optimizer.beta2=0.5")
+    with pytest.raises(ConfigError, match=r"optimizer\.beta2 \(class A\): 0\.5 -> 0\.95") as refused:
+        train_tiny(run, 10)
+    assert refused.value.fix.startswith("leave --preset and --config out: the run has a configuration of its own")
+    assert train_tiny(run, 10, config=None).step == 10
+
+
 def test_an_edit_of_class_b_is_recorded_when_it_is_accepted(tmp_path: Path, train_tiny: TrainTiny) -> None:
     run, lr = tmp_path / "run", "optimizer.lr"
     train_tiny(run, 5)
@@ -624,6 +633,7 @@ def test_steps_after_the_decay_are_warned_of(
     assert "change nothing" not in caplog.text
     train_tiny(tmp_path / "run", 14, *decay)
     assert "the learning rate is 0 from step 12 on" in caplog.text
+    assert "takes --set schedule.decay_start=12 --set schedule.decay_steps=2" in caplog.text
 
 
 # --- the place in the data -----------------------------------------------------------------------------------

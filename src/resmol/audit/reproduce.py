@@ -42,6 +42,7 @@ from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import new_state
 from resmol.train.devices import find_device
 from resmol.train.loop import train_step
+from resmol.train.lr_schedule import decay_over
 from resmol.train.parallel import open_runtime
 
 logger = logging.getLogger(__name__)
@@ -128,13 +129,23 @@ class ReproduceSpec:
         return self.steps + self.then
 
     def config(self) -> RunConfig:
-        """Return the configuration of the first process."""
+        """Return the configuration of the first process; once the run has begun, its own: presets change."""
+        if self.run.has_begun() and self.run.exists():
+            return self.run.load_config()
         return load_preset(self.preset, [*self.all_overrides, f"train.steps={self.steps}"])
 
     @property
     def all_overrides(self) -> tuple[str, ...]:
-        """Those of the user, and the permanent checkpoint between the two processes."""
-        return (f"checkpoint.permanent=[{self.steps}]", *self.overrides)
+        """Those of the user, the permanent checkpoint between the two processes, and a decay that ends with them."""
+        return (f"checkpoint.permanent=[{self.steps}]", *self._decay(), *self.overrides)
+
+    def _decay(self) -> tuple[str, ...]:
+        """Return the decay of the preset for this length, unless the user planned one."""
+        schedule = load_preset(self.preset).schedule
+        if not schedule.decay_steps or any("schedule." in override for override in self.overrides):
+            return ()
+        start, length = decay_over(schedule, self.last_step)
+        return (f"schedule.decay_start={start}", f"schedule.decay_steps={length}") if length > 0 else ()
 
 
 def reproduce(spec: ReproduceSpec) -> list[Check]:
@@ -154,8 +165,8 @@ def reproduce(spec: ReproduceSpec) -> list[Check]:
         source = [part for path in spec.inputs for part in ("--input", path)] or ["--corpus", spec.corpus]
         _part(spec, "prepare", ["prepare", str(run.data), *source, "--json"])
     if _reached(run) < spec.steps:
-        first = ["train", str(run.path), *preset, *options, "--steps", str(spec.steps)]
-        _part(spec, "train", [*first, "--json"])
+        begin = [] if run.has_begun() else [*preset, *options]
+        _part(spec, "train", ["train", str(run.path), *begin, "--steps", str(spec.steps), "--json"])
     if _reached(run) < spec.last_step:
         second = ["train", str(run.path), "--steps", str(spec.last_step)]
         _part(spec, "resume", [*second, "--json"])

@@ -38,6 +38,7 @@ from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.system.tables import text_table
 from resmol.system.wording import counted
 from resmol.train.build import make_loader
+from resmol.train.lr_schedule import decay_over
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +83,10 @@ class LearnBench:
         planned = config.schedule.decay_start + config.schedule.decay_steps
         steps = self.steps or planned or config.train.steps
         if planned and planned != steps:
-            start = max(config.schedule.warmup_steps, round(config.schedule.decay_start * steps / planned))
-            if start >= steps:
+            start, length = decay_over(config.schedule, steps)
+            if length <= 0:
                 raise UsageError(f"--steps {steps} ends within the warm-up ({start} steps)", fix="give more")
-            config = config.replace({"schedule.decay_start": start, "schedule.decay_steps": steps - start})
+            config = config.replace({"schedule.decay_start": start, "schedule.decay_steps": length})
         return for_learning(config, steps, POINTS)
 
 

@@ -16,7 +16,8 @@ HELD_OUT_TOKENS = 16_384  # as many as `resmol reproduce` evaluates on
 class Point(StrictModel):
     """A held-out loss in nats per token and bits per byte, and what was spent until then.
 
-    The seconds are those of the steps, without evaluation, samples and saves.
+    Of a run that averages its weights it is the loss of the average, for which it is kept. The seconds are those of the
+    steps, without evaluation, samples and saves.
     """
 
     step: int
@@ -72,13 +73,17 @@ def curve_of(run: TrainingRun) -> Curve:
     for step, record in effective_steps(run.records).items():
         seconds += record["seconds"]
         spent[step] = (record["tokens_seen"], seconds)
-    return tuple(
-        Point(
-            step=record["step"],
-            tokens=spent[record["step"]][0],
-            seconds=round(spent[record["step"]][1], 3),
-            loss=record["loss"],
-            bits_per_byte=record["bits_per_byte"],
+    points = []
+    for record in select(run.records, "eval"):
+        tokens, taken = spent[record["step"]]
+        measured = "averaged_" if "averaged_loss" in record else ""
+        points.append(
+            Point(
+                step=record["step"],
+                tokens=tokens,
+                seconds=round(taken, 3),
+                loss=record[f"{measured}loss"],
+                bits_per_byte=record[f"{measured}bits_per_byte"],
+            )
         )
-        for record in select(run.records, "eval")
-    )
+    return tuple(points)

@@ -27,7 +27,8 @@ def learning_svg(result: LearnResult) -> str:
             axes.set_xlabel("seconds of training" if quantity == "seconds" else "tokens")
             axes.set_xlim(left=0)
         panels[0].set_ylabel("held-out bits per byte")
-        panels[0].legend(frameon=False)
+        if panels[0].lines:  # there are none before the first run is done
+            panels[0].legend(frameon=False)
         return svg(figure, transparent=False)
 
 

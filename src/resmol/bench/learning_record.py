@@ -63,7 +63,7 @@ class LearningRecord(StrictModel):
         return {cell.seed: cell.last for cell in cells if cell is not None and cell.last is not None}
 
     def with_run(self, settings: Overrides, seed: int, learn: Callable[[], Curve], file: Path) -> LearningRecord:
-        """Do a run, and keep it in the file; one that fails is a result as well.
+        """Do a run, and keep it in the file; one that fails has a row as well, until `open_record` drops it.
 
         Args:
             settings: Those of the run.
@@ -126,7 +126,7 @@ def open_study(config: RunConfig, data: str | None, file: Path | None, records: 
 
 
 def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> LearningRecord:
-    """Read a record, or begin one.
+    """Read a record, or begin one. Of a run that failed it keeps nothing, so that the same command tries it again.
 
     Raises:
         UsageError: It is that of another configuration or text, or no record at all.
@@ -150,4 +150,4 @@ def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> LearningR
             f"{known[changed]!r} is asked for now",
             fix="name another file with --record",
         )
-    return record
+    return record.model_copy(update={"cells": tuple(cell for cell in record.cells if not cell.failure)})

@@ -25,6 +25,7 @@ from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger
 from resmol.system.processes import kill_group, limit_private_memory, start_apart
+from resmol.system.signals import stop_signals_interrupt
 from resmol.system.user_paths import user_path
 
 QUIET = {"evaluation.every": 0, "sampling.every": 0, "checkpoint.every": 0}
@@ -96,7 +97,7 @@ def run_process(
     seconds: float | None = None,
     memory_bytes: int | None = None,
 ) -> Finished:
-    """Run a process to its end.
+    """Run a process to its end, or to that of this one: a signal that ends the wait ends the process first.
 
     Args:
         command: The program and its arguments.
@@ -105,7 +106,7 @@ def run_process(
         memory_bytes: The most private memory that the process may hold (``RLIMIT_DATA``, Linux only). An allocation
             beyond it fails inside the process, so the kernel does not have to kill one.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, stop_signals_interrupt():
         started, timed_out = time.perf_counter(), False
         process = start_apart(command, stdout=out, stderr=err, env={**os.environ, **(environment or {})})
         try:
@@ -114,7 +115,7 @@ def run_process(
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
-        finally:  # also after Ctrl-C: no measured process outlives its measurement
+        finally:  # also after Ctrl-C or SIGTERM: no measured process outlives its measurement
             if process.poll() is None:
                 kill_group(process)
         took = time.perf_counter() - started

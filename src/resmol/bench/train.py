@@ -29,9 +29,10 @@ from resmol.train.parallel import Runtime
 
 logger = logging.getLogger(__name__)
 
-# What the Trainer computes: a constant learning rate from the first step, and weight decay that spares the norms.
+# What the Trainer computes: one constant learning rate from the first step, and weight decay that spares the norms.
 COMPARABLE = {
-    "schedule.kind": "constant", "schedule.warmup_steps": 0, "optimizer.lr": 1e-4, "optimizer.decay": "matrices",
+    "schedule.kind": "constant", "schedule.warmup_steps": 0, "optimizer.lr": 1e-4,
+    "optimizer.embedding_lr_scale": 1.0, "optimizer.decay": "matrices",
 }  # fmt: skip
 BASELINES = ("transformers",)
 LOSS = Quantity("mean_loss", "mean loss", ".4f")

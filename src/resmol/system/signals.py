@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -67,3 +68,25 @@ class StopSignal:
         with suppress(OSError, ValueError):
             if self._announcement and has_room(2):
                 os.write(2, f"\n{self.name}: {self._announcement}\n".encode())
+
+
+@contextmanager
+def stop_signals_interrupt() -> Iterator[None]:
+    """While this context is open, the other `STOP_SIGNALS` raise `KeyboardInterrupt`, as Ctrl-C does by itself.
+
+    For work that has nothing to save, but something to end: its ``finally`` clauses run. Like `StopSignal` it does
+    nothing outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, _interrupt) for number in STOP_SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

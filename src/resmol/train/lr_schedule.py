@@ -44,6 +44,13 @@ def end_of_decay(schedule: ScheduleConfig) -> int | None:
     return schedule.horizon if schedule.kind == "cosine" else schedule.decay_start + schedule.decay_steps or None
 
 
+def decay_over(schedule: ScheduleConfig, steps: int) -> tuple[int, int]:
+    """Return start and length of the planned decay in a run of ``steps`` steps: the same share of them, and its end."""
+    start = round(schedule.decay_start * steps / (schedule.decay_start + schedule.decay_steps))
+    start = max(schedule.warmup_steps, start)
+    return start, steps - start
+
+
 def _constant(_step: int, _schedule: ScheduleConfig) -> float:
     return 1.0
 

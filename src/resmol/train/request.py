@@ -98,7 +98,13 @@ def resolve_config(
     if not requested.data.path:  # a preset does not say where the data lies; the run does
         requested = requested.replace({"data.path": before.data.path})
     _refuse_late_averaging(before, requested)
-    resolved, drifts = reconcile(before, requested, accept_drift)
+    try:
+        resolved, drifts = reconcile(before, requested, accept_drift)
+    except ConfigError as error:
+        if config is None:
+            raise
+        own = "leave --preset and --config out: the run has a configuration of its own, and a preset may change"
+        raise ConfigError(error.what, fix=f"{own}; else {error.fix}") from None
     _refuse_another_past(run, before, resolved)
     return resolved, drifts
 

@@ -40,7 +40,7 @@ from resmol.train.build import choose_prompt, compile_blocks, make_loader, make_
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.devices import find_device
 from resmol.train.loop import Session, TrainState, train
-from resmol.train.lr_schedule import end_of_decay
+from resmol.train.lr_schedule import decay_over, end_of_decay
 from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
@@ -119,12 +119,17 @@ def _check_here(config: RunConfig, run: RunDir | None) -> None:
 
 def _warn_of_idle_steps(config: RunConfig) -> None:
     """Warn where steps are asked for that change nothing, since the learning rate has decayed to 0 before."""
-    end = end_of_decay(config.schedule)
-    if end is not None and config.train.steps > end:
-        logger.warning(
-            f"the learning rate is 0 from step {end:,} on, where its decay ends: of {config.train.steps:,} steps those "
-            "after it change nothing; a new run can plan its decay for its length (schedule.decay_start, decay_steps)"
-        )
+    end, steps = end_of_decay(config.schedule), config.train.steps
+    if end is None or steps <= end:
+        return
+    changes = {"horizon": steps}
+    if config.schedule.kind == "wsd":
+        changes = dict(zip(("decay_start", "decay_steps"), decay_over(config.schedule, steps), strict=True))
+    options = " ".join(f"--set schedule.{key}={value}" for key, value in changes.items())
+    logger.warning(
+        f"the learning rate is 0 from step {end:,} on, where its decay ends: of {steps:,} steps those after it change "
+        f"nothing; a new run of that length takes {options}"
+    )
 
 
 def with_epochs(config: RunConfig, epochs: float, dataset: Dataset) -> RunConfig:
