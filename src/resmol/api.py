@@ -38,6 +38,7 @@ def prepare_data(
     format: Literal["auto", "text", "jsonl", "csv"] = "auto",  # noqa: A002
     include_hidden: bool = False,
     special_tokens: Literal["as-tokens", "as-text"] = "as-tokens",
+    dedup: bool = False,
 ) -> Dataset:
     """Turn text into token shards and a manifest, as `resmol prepare` does.
 
@@ -53,12 +54,13 @@ def prepare_data(
         format: What every input is.
         include_hidden: Also read hidden files of a folder.
         special_tokens: What the spelling of a control token in the text becomes.
+        dedup: Leave out exact copies of documents.
 
     Returns:
         The prepared data; its ``root`` is what `train_model` takes as ``data``.
     """
     options = ReadOptions(text_field, encoding, format, include_hidden)
-    text = Text(_paths(input), _paths(val), corpus, val_fraction, options, special_tokens)
+    text = Text(_paths(input), _paths(val), corpus, val_fraction, options, special_tokens, dedup)
     return prepare_text(Path(out), text, load_tokenizer(tokenizer))
 
 

@@ -33,6 +33,8 @@ def test_a_tokenizer_of_ones_own_goes_through_every_command(
     assert made["vocab_size"] == 300
     prepared = printed(capsys, "prepare", "data", *text, "--tokenizer", "tok")
     assert prepared["tokenizer"] == {"sha256": made["sha256"], "vocab_size": 300, "eos_id": 0}
+    assert run(["prepare", "data", "--stats"], debug=True) == 0
+    assert "characters a token" in capsys.readouterr().out
     arguments = ["--config", "tiny.toml", "--data", "data", "--tokenizer", "tok"]
     assert printed(capsys, "train", "run", *arguments, "--steps", "2")["step"] == 2
     assert printed(capsys, "train", "run", *arguments, "--steps", "3")["step"] == 3

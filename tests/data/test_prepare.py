@@ -18,7 +18,7 @@ from resmol.data import prepare as module
 from resmol.data.prepare import Progress, is_held_out, prepare
 from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.shard_writer import SplitWriter
-from resmol.data.summary import log_summary
+from resmol.data.summary import log_summary, statistics_rows
 from resmol.data.text_file import ReadOptions
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.system.atomic_io import TEMPORARY_PREFIX
@@ -180,6 +180,39 @@ def test_copies_are_found_in_documents_of_many_pieces(tiny_tokenizer, tmp_path, 
     monkeypatch.setattr("resmol.data.chunking.PIECE_CHARACTERS", 40)
     texts = [" ".join(synthetic_texts(5)), "x", " ".join(synthetic_texts(5)), "x y"]
     assert prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer).manifest.source.duplicates == 1
+
+
+def test_left_out_copies_leave_what_the_distinct_texts_give(tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("resmol.data.chunking.PIECE_CHARACTERS", 40)
+    monkeypatch.setattr("resmol.data.duplicates.RECENT", 4)
+    long = [" ".join(synthetic_texts(5, seed=seed)) for seed in (1, 2)]
+    texts = [*synthetic_texts(30), *long]
+    copied = [*texts[:9], texts[3], texts[0], *texts[9:], long[1], long[0], texts[3]]
+    whole = prepare(tmp_path / "whole", from_texts(texts), tiny_tokenizer, val_fraction=0.1, shard_tokens=50)
+    options = {"val_fraction": 0.1, "shard_tokens": 50, "dedup": True}
+    one = prepare(tmp_path / "one", from_texts(copied), tiny_tokenizer, **options)
+    assert one.fingerprint == whole.fingerprint
+    source, known = one.manifest.source, whole.manifest.source
+    assert (source.duplicates, source.val_in_train, source.documents) == (5, 0, len(texts))
+    assert source.statistics.document_tokens == known.statistics.document_tokens
+    most = source.statistics.most_frequent[0]
+    assert most.times == 3
+    assert texts[3].startswith(most.beginning)
+
+
+def test_statistics_count_letters_lengths_and_characters(tiny_tokenizer, tmp_path):
+    texts = ["Hello", "Привет мир", "漢字かな 한글 λ", "a" * 40, "7 + 7 = 14 😀"]
+    dataset = prepare(tmp_path / "out", from_texts(texts), tiny_tokenizer, val_fraction=0.0)
+    found = dataset.manifest.source.statistics
+    assert found.letters == {
+        "Latin": 45, "Cyrillic": 9, "Han": 2, "Hiragana": 2, "Hangul": 2, "Greek": 1,
+    }  # fmt: skip
+    assert found.characters == sum(map(len, texts))
+    lengths = sorted(len(expected([text], tiny_tokenizer)) for text in texts)
+    shares = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+    assert found.document_tokens == tuple(np.quantile(lengths, shares, method="lower"))
+    rows = dict(statistics_rows(dataset.manifest))
+    assert rows["letters"].startswith("Latin 73.77%, Cyrillic 14.75%")
 
 
 def test_what_was_found_and_not_used_is_in_the_manifest_and_said(tiny_tokenizer, tmp_path, messages):

@@ -17,6 +17,7 @@ from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves, loss_image, resumed_at
 from resmol.audit.run_data import recorded_data
 from resmol.data.shards import Manifest
+from resmol.data.summary import statistics_rows
 from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
@@ -174,6 +175,7 @@ def data_facts(data: Manifest) -> dict[str, Any]:
         "held_out": HELD_OUT[source.held_out],
         "duplicates": source.duplicates,
         "val_in_train": source.val_in_train,
+        "statistics": statistics_rows(data),
     }
 
 

@@ -9,6 +9,7 @@ from shlex import quote
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from resmol.cli.app import (
     ConfigFile,
@@ -28,6 +29,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.launcher import this_launch
 from resmol.system.process_setup import set_up_process
+from resmol.system.tables import result_console, text_table
 
 Inputs = Annotated[
     list[str] | None,
@@ -86,6 +88,7 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
     resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
     resmol prepare data/mine --input texts/ --val held-out.jsonl
+    resmol prepare data/mine --input texts/ --dedup --stats
     """
 )
 def prepare(
@@ -106,6 +109,10 @@ def prepare(
             metavar="as-tokens|as-text", help="What the spelling of a control token, such as <|im_end|>, becomes."
         ),
     ] = "as-tokens",
+    dedup: Annotated[bool, typer.Option("--dedup", help="Leave out exact copies of documents.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show lengths, scripts, copies; without input: of the prepared OUT.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -113,17 +120,35 @@ def prepare(
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
     from resmol.data.resolve import prepare_text
+    from resmol.data.shards import open_dataset
     from resmol.data.text_file import ReadOptions
     from resmol.data.tokenizer import load_tokenizer
 
     options = ReadOptions(text_field, encoding, format_, include_hidden)
-    text = _text(input_, val, val_fraction, corpus=corpus, options=options, special_tokens=special_tokens)
-    found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
-    dataset = prepare_text(out, text, found)
+    if stats and not input_ and corpus is None:
+        dataset = open_dataset(out)
+    else:
+        more = {"corpus": corpus, "options": options, "special_tokens": special_tokens, "dedup": dedup}
+        text = _text(input_, val, val_fraction, **more)
+        dataset = prepare_text(out, text, load_tokenizer(tokenizer, sha256=tokenizer_sha256))
+    if stats and not json_:
+        _show_statistics(dataset.manifest)
     if json_:
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})
     else:
         suggest(f"train runs/{quote(out.name)} --preset nano --data {quote(str(out))}")
+
+
+def _show_statistics(manifest: Any) -> None:
+    """Print the statistics of prepared data as a table."""
+    from resmol.data.summary import statistics_rows
+
+    table = text_table("Text")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in statistics_rows(manifest):
+        table.add_row(escape(name), escape(value))
+    result_console().print(table)
 
 
 @app.command(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resmol.data.folders import Unused
-from resmol.data.shards import InputFacts
+from resmol.data.source_facts import InputFacts
 
 PIECE_CHARACTERS = 1 << 16
 HARD_CUT_CHARACTERS = 1 << 18

@@ -14,16 +14,15 @@ from resmol.data.shards import (
     MANIFEST,
     SPLITS,
     Dataset,
-    InputFacts,
     Manifest,
     Shard,
-    SourceFacts,
     Split,
     TokenizerFacts,
     open_dataset,
     token_dtype,
     token_width,
 )
+from resmol.data.source_facts import InputFacts, SourceFacts
 from resmol.data.token_file import TokenFile
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError

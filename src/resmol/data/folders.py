@@ -11,7 +11,7 @@ from typing import Literal
 from resmol.data.compression import COMPRESSED_SUFFIXES
 from resmol.data.format_signatures import CSV_SUFFIXES
 from resmol.data.formats import JSON_SUFFIXES
-from resmol.data.shards import UnusedFacts
+from resmol.data.source_facts import UnusedFacts
 from resmol.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", *JSON_SUFFIXES, *CSV_SUFFIXES)

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from resmol.data.chunking import ReadCounts
-from resmol.data.duplicates import Duplicates
+from resmol.data.duplicates import BEGINNING_CHARACTERS, Duplicates
 from resmol.data.folders import shown_unused
 from resmol.data.readers import Corpus, Document
 from resmol.data.shard_writer import SplitWriter, tokenizer_name
@@ -28,12 +28,13 @@ from resmol.data.shards import (
     Dataset,
     Manifest,
     Shard,
-    SourceFacts,
     Split,
     TokenizerFacts,
     open_dataset,
     token_width,
 )
+from resmol.data.source_facts import SourceFacts
+from resmol.data.text_statistics import StatisticsCounter
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.system.atomic_io import commit_directory
@@ -69,6 +70,7 @@ def prepare(
     *,
     val_fraction: float = 0.01,
     seed: int = 0,
+    dedup: bool = False,
     shard_tokens: int = 100_000_000,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Dataset:
@@ -86,6 +88,8 @@ def prepare(
             that a model from elsewhere is evaluated on (`Tokenizer.document_start`).
         val_fraction: Share of the documents to hold out, in [0, 1); 0 holds out nothing.
         seed: Seed of that choice.
+        dedup: Leave out each document that is an exact copy of an earlier one. What remains is what preparing the
+            corpus without the copies gives.
         shard_tokens: A new shard begins at the first document end after this many tokens.
         on_progress: Called at the beginning, after each MB and at the end.
 
@@ -101,7 +105,7 @@ def prepare(
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1")
     out.parent.mkdir(parents=True, exist_ok=True)
-    job = _Job(corpus, tokenizer, val_fraction, seed, shard_tokens, on_progress)
+    job = _Job(corpus, tokenizer, val_fraction, seed, dedup, shard_tokens, on_progress)
     commit_directory(out, job.write_files, lambda _folder: job.manifest().to_json())
     return open_dataset(out)
 
@@ -117,12 +121,13 @@ def is_held_out(number: int, seed: int, val_fraction: float) -> bool:
 
 @dataclass
 class _Item:
-    """A piece of text on its way to a writer; ``begins`` and ``ends`` say where its document does."""
+    """A piece of text on its way to a writer; with its end a document ``ends``, or turns out to be ``left_out``."""
 
     text: str
     split: str
     begins: bool = False
     ends: bool = False
+    is_left_out: bool = False
 
 
 @dataclass
@@ -144,6 +149,7 @@ class _Job:
         tokenizer: Tokenizer,
         val_fraction: float,
         seed: int,
+        dedup: bool,
         shard_tokens: int,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
@@ -151,11 +157,13 @@ class _Job:
         self.tokenizer = tokenizer
         self.val_fraction = val_fraction
         self.seed = seed
+        self.dedup = dedup
         self.shard_tokens = shard_tokens
         self.on_progress = on_progress
         self.counts = ReadCounts()
         self.totals = _Totals()
         self.duplicates = Duplicates()
+        self.statistics = StatisticsCounter()
         self.token_bytes = token_width(tokenizer.vocab_size)
         self.splits: dict[str, tuple[Shard, ...]] = {}
 
@@ -189,13 +197,17 @@ class _Job:
         for batch in self._batches():
             for item, ids in zip(batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True):
                 tokens = np.array(ids, dtype=np.int64)
+                writer = writers[item.split]
                 if item.begins and len(start):
-                    writers[item.split].append(start)
-                writers[item.split].append(tokens)
+                    writer.append(start)
+                writer.append(tokens)
                 self.totals.special_tokens.update(tokens[is_special[tokens]].tolist())
-                if item.ends:
-                    writers[item.split].append(end)
-                    writers[item.split].end_document()
+                if item.is_left_out:
+                    writer.discard_document()
+                elif item.ends:
+                    writer.append(end)
+                    writer.end_document()
+                    self.statistics.add_length(writer.last_document_tokens())
             self._report_progress(writers)
         if self.totals.documents == 0:
             unused = "".join(f"; not used: {shown_unused(facts)}" for facts in self.counts.unused.facts())
@@ -204,20 +216,32 @@ class _Job:
     def _batches(self) -> Iterator[list[_Item]]:
         batch: list[_Item] = []
         size = 0
-        for item in self._items():
-            encoded = item.text.encode("utf-8")
+        for item, encoded in self._distinct(self._items()):
             if batch and size + len(encoded) > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append(item)
             size += len(encoded)
-            self.duplicates.add(encoded)
-            if item.ends:
-                self.duplicates.end_document(item.split)
+            self.statistics.add(item.text, encoded)
             self.totals.text_bytes += len(encoded)
             self.totals.untokenizable_bytes += self.tokenizer.count_untokenizable(item.text)
         if batch:
             yield batch
+
+    def _distinct(self, items: Iterator[_Item]) -> Iterator[tuple[_Item, bytes]]:
+        """Yield the pieces with their UTF-8, without copies to leave out; of a long one the last piece says so."""
+        beginning = ""
+        for item in items:
+            encoded = item.text.encode("utf-8")
+            self.duplicates.add(encoded)
+            if item.begins:
+                beginning = item.text[:BEGINNING_CHARACTERS]
+            if item.ends:
+                is_copy = self.duplicates.end_document(item.split, beginning, keep_copies=not self.dedup)
+                item.is_left_out = is_copy and self.dedup
+                self.totals.documents -= item.is_left_out
+            if not (item.begins and item.is_left_out):
+                yield item, encoded
 
     def _items(self) -> Iterator[_Item]:
         """Yield the pieces of all documents that are not empty; the last piece of each says so."""
@@ -281,7 +305,6 @@ class _Job:
     def manifest(self) -> Manifest:
         """Return the manifest; only after `write_files`."""
         tokenizer, totals = self.tokenizer, self.totals
-        duplicates, val_in_train = self.duplicates.count()
         return Manifest(
             created_with=f"resmol {__version__}",
             tokenizer=TokenizerFacts(sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id),
@@ -302,8 +325,10 @@ class _Job:
                 special_tokens={
                     tokenizer.special_tokens[token]: count for token, count in sorted(totals.special_tokens.items())
                 },
-                duplicates=duplicates,
-                val_in_train=val_in_train,
+                duplicates=self.duplicates.count,
+                dedup="exact" if self.dedup else "none",
+                val_in_train=self.duplicates.val_in_train(),
+                statistics=self.statistics.facts(self.duplicates.most_frequent()),
                 unused=self.counts.unused.facts(),
                 held_out=totals.held_out,
                 val_fraction=self.val_fraction,

@@ -29,7 +29,7 @@ from resmol.data.folders import (
     without_test,
 )
 from resmol.data.remote_files import RemoteFile, find_remote_files, is_address
-from resmol.data.shards import InputFacts
+from resmol.data.source_facts import InputFacts
 from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
 from resmol.system.user_paths import user_path

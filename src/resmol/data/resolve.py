@@ -40,6 +40,7 @@ class Text:
         val_fraction: Share of the documents that is held out where the text does not say what is.
         options: How to read the inputs.
         special_tokens: ``as-tokens``: the spelling of a control token becomes that token; ``as-text``: it is text.
+        dedup: Leave out exact copies of documents.
     """
 
     inputs: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class Text:
     val_fraction: float = 0.01
     options: ReadOptions = field(default_factory=ReadOptions)
     special_tokens: str = "as-tokens"
+    dedup: bool = False
 
     def __post_init__(self) -> None:
         if self.special_tokens not in SPECIAL_TOKENS:
@@ -83,7 +85,7 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
         def show(progress: Progress) -> None:
             advance(progress.bytes_done, progress.bytes_total, counted(progress.tokens, "token"))
 
-        dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, on_progress=show)
+        dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, dedup=text.dedup, on_progress=show)
     log_summary(dataset)  # after the bar is gone, so that the two do not write over each other
     return dataset
 

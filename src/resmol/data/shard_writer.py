@@ -55,6 +55,13 @@ class SplitWriter:
         """Return the length of the last document in tokens, its end token included."""
         return self._ends[-1] - (self._ends[-2] if len(self._ends) > 1 else 0)
 
+    def discard_document(self) -> None:
+        """Remove the tokens of the current document, which has not ended."""
+        if self._file is not None:
+            left = self._ends[-1] if self._ends else 0
+            self._truncate(left)
+            self.tokens = self._shard_start + left
+
     def take_back(self, count: int) -> Int64[np.ndarray, " n"]:
         """Remove the last ``count`` tokens, at most the last document, and return them."""
         assert self._file is not None
@@ -62,8 +69,7 @@ class SplitWriter:
         left = self.tokens - self._shard_start - count
         self._file.seek(left * self._token_bytes)
         taken = np.frombuffer(self._file.read(), dtype=self._dtype).astype(np.int64)
-        self._file.seek(left * self._token_bytes)
-        self._file.truncate()
+        self._truncate(left)
         whole = count == self.last_document_tokens()
         self._ends.pop()
         if whole:
@@ -72,6 +78,12 @@ class SplitWriter:
             self._ends.append(left)
         self.tokens -= count
         return taken
+
+    def _truncate(self, tokens: int) -> None:
+        """Leave only the first tokens of the open shard."""
+        assert self._file is not None
+        self._file.seek(tokens * self._token_bytes)
+        self._file.truncate()
 
     def finish(self) -> tuple[Shard, ...]:
         """Complete the last shard; return all of them. Every file is on disk afterwards."""
@@ -102,6 +114,9 @@ class SplitWriter:
         if self._file is None:
             return
         self.close()
+        if not self._ends:  # begun by a document that was discarded
+            (self._root / self._name()).unlink()
+            return
         write_index(self._root / self._name(), self._ends)
         self._write_metadata(self._root / self._name())
         fsync_path(self._root / self._name())

@@ -29,6 +29,7 @@ from jaxtyping import Int64, Integer
 from pydantic import Field, ValidationError, model_validator
 
 from resmol.config.strict_model import StrictModel
+from resmol.data.source_facts import Count, Digest, SourceFacts
 from resmol.data.token_file import TokenFile
 from resmol.errors import DataError
 from resmol.system.atomic_io import file_sha256
@@ -42,9 +43,6 @@ SPLITS = ("train", "val")
 
 _MAX_MANIFEST_BYTES = 64 << 20
 _NAME = re.compile(r"(?:(?:train|val)/)?[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.ds", re.ASCII)
-
-Count = Annotated[int, Field(ge=0)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Shard(StrictModel):
@@ -87,49 +85,6 @@ class TokenizerFacts(StrictModel):
     sha256: Digest
     vocab_size: Annotated[int, Field(ge=1, le=1 << 31)]
     eos_id: Count
-
-
-class InputFacts(StrictModel):
-    """One input as the user named it; bytes and hash are those of its files one after another.
-
-    The licence is known of built-in corpora only.
-    """
-
-    name: str
-    files: Count
-    bytes: Count
-    sha256: Digest
-    licence: str | None = None
-
-
-class UnusedFacts(StrictModel):
-    """Files and folders that were found and not used, for one reason; the first few are named."""
-
-    reason: str
-    files: Count
-    names: tuple[str, ...]
-
-
-class SourceFacts(StrictModel):
-    """What was read, and what was dropped or replaced in it."""
-
-    inputs: tuple[InputFacts, ...]
-    documents: Count
-    empty_documents: Count
-    text_bytes: Count
-    replacements: Count
-    untokenizable_bytes: Count
-    forced_cuts: Count
-    replaced_in: tuple[str, ...] = ()
-    null_texts: Count = 0
-    first_null: str = ""
-    special_tokens: dict[str, Count] = Field(default_factory=dict)
-    duplicates: Count = 0
-    val_in_train: Count = 0
-    unused: tuple[UnusedFacts, ...] = ()
-    held_out: Literal["named", "documents", "position", "none"]
-    val_fraction: Annotated[float, Field(ge=0, lt=1)]
-    seed: int
 
 
 class Manifest(StrictModel):

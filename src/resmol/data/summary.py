@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 
 from resmol.data.folders import shown_unused
-from resmol.data.shards import Dataset, SourceFacts
+from resmol.data.shards import Dataset, Manifest
+from resmol.data.source_facts import SourceFacts, TextStatistics
+from resmol.data.text_statistics import QUANTILES
 from resmol.system.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -30,9 +32,39 @@ def log_summary(dataset: Dataset) -> None:
         logger.info(f"data: {sentence}")
 
 
+def statistics_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return names and values that show at a look whether prepared text is sane."""
+    source, train, val = manifest.source, manifest.train, manifest.val
+    documents, tokens = train.documents + val.documents, train.tokens + val.tokens
+    held_out = _HELD_OUT[source.held_out].format(documents=counted(val.documents, "document"))
+    rows = [
+        ("documents", f"{documents:,}, held out: {held_out}"),
+        ("tokens", f"{tokens:,}, held out: {val.tokens:,}"),
+        ("exact copies", f"{source.duplicates:,}{', left out' if source.dedup == 'exact' else ''}"),
+        ("held out and in train", f"{source.val_in_train:,}"),
+        ("replaced bytes", f"{source.replacements:,} of {source.text_bytes:,}"),
+        ("bytes without a token", f"{source.untokenizable_bytes:,}"),
+        ("control tokens spelled", f"{sum(source.special_tokens.values()):,}"),
+    ]
+    return rows if source.statistics is None else [*rows[:2], *_text_rows(source.statistics, tokens), *rows[2:]]
+
+
+def _text_rows(text: TextStatistics, tokens: int) -> list[tuple[str, str]]:
+    total = sum(text.letters.values())
+    scripts = sorted(text.letters.items(), key=lambda letters: -letters[1])
+    lengths = zip(QUANTILES, text.document_tokens, strict=False)  # a text without documents has no lengths
+    return [
+        ("characters a token", f"{text.characters / max(tokens, 1):.2f}"),
+        ("tokens of a document", ", ".join(f"{share:.0%} {length:,}" for share, length in lengths)),
+        ("letters", ", ".join(f"{script} {count / total:.2%}" for script, count in scripts if count > 5e-5 * total)),
+        *((f"{one.times:,} times", one.beginning) for one in text.most_frequent),
+    ]
+
+
 def _findings(source: SourceFacts) -> list[str]:
     where = f" (in {', '.join(source.replaced_in)})" if source.replaced_in else ""
     spellings = ", ".join(f"{token} {count}" for token, count in source.special_tokens.items())
+    left_out = ", left out" if source.dedup == "exact" else ""
     findings = (
         (source.replacements, "byte or surrogate", f"outside Unicode, replaced by U+FFFD{where}; `resmol prepare "
          "--encoding NAME` reads text in another encoding"),
@@ -42,7 +74,7 @@ def _findings(source: SourceFacts) -> list[str]:
         (source.null_texts, "text", f"null, which counts as no text (the first: {source.first_null})"),
         (sum(source.special_tokens.values()), "spelling", f"of control tokens in the text became these tokens "
          f"({spellings}); `resmol prepare --special-tokens as-text` keeps them text"),
-        (source.duplicates, "exact copy", "of other documents"),
+        (source.duplicates, "exact copy", f"of other documents{left_out}"),
         (source.val_in_train, "held-out document", "also in the training text, word for word: the held-out loss is "
          "lower than it should be; remove the copies"),
     )  # fmt: skip
