@@ -15,6 +15,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/package ## create .venv from requirements.lock (the other targets do it by themselves)
+	@echo "next: source .venv/bin/activate"
 
 quickstart: .venv/package ## SmolLM2's architecture at a size for minutes: 5000 steps, resume at 5001, 5050, audit, report
 	$(BIN)/resmol quickstart

@@ -14,11 +14,12 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "resmol"
@@ -368,6 +369,20 @@ def test_the_locks_pin_every_direct_dependency() -> None:
     assert interop <= set(locked("requirements-interop.lock"))
     stores = declared(("s3", "gcs", "https"))  # whoever needs one takes the newest, which fits no other pin
     assert (declared() | build) - interop - stores - {"resmol"} <= set(locked("requirements.lock"))
+
+
+def test_the_locks_install_on_the_oldest_python_that_we_name() -> None:
+    """A pin that asks for a later release of Python breaks the set-up of a system that has the first one."""
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=") + ".0"
+    installed = {name: package for name in locked("requirements.lock") for package in distributions(name=name)}
+    pinned = dict(line.split("==") for line in LOCKS["requirements.lock"])
+    too_new = [
+        f"{name} {package.version}: {package.metadata['Requires-Python']}"
+        for name, package in installed.items()
+        if package.version == pinned[name]
+        and not SpecifierSet(package.metadata.get("Requires-Python", "")).contains(oldest)
+    ]
+    assert too_new == []
 
 
 def test_the_license_is_the_standard_text() -> None:

@@ -48,6 +48,21 @@ def test_they_are_found() -> None:
     assert sum("--" in text for _, text in FIXES) > 40
 
 
+def test_every_next_step_is_a_command_that_exists() -> None:
+    calls = [
+        node
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "suggest"
+    ]
+    lines = [text_of(node) for call in calls for node in ast.walk(call) if isinstance(node, ast.JoinedStr)]
+    assert len(lines) > 10
+    for line in lines:
+        command = command_of(line.split(), COMMANDS)
+        assert command, line
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", line)) <= COMMANDS[command], line
+
+
 @pytest.mark.parametrize(("place", "text"), [fix for fix in FIXES if "resmol " in fix[1] or "--" in fix[1]])
 def test_every_command_and_option_of_a_fix_exists(place: str, text: str) -> None:
     for line in re.findall(r"(?:`|: )resmol ([^`;]*)", text):

@@ -15,7 +15,8 @@ from resmol.cli.fixes import command_of, options_of_commands
 
 ROOT: Any = typer.main.get_command(app)
 COMMANDS = options_of_commands(app)
-NAMES = ["", *COMMANDS]
+GROUPS = [name for name, command in ROOT.commands.items() if hasattr(command, "commands")]
+NAMES = ["", *GROUPS, *COMMANDS]
 
 
 def command_object(name: str) -> Any:

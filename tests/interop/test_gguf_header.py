@@ -116,7 +116,7 @@ ENDLESS = field("a", 9, struct.pack("<IQ", 0, 2**60))  # an array of 2^60 bytes;
     ("content", "rule"),
     [
         (b"", "does not begin with GGUF"),
-        (b"GGUF", "4 bytes are claimed"),
+        (b"GGUF", "it claims 4 bytes"),
         (file_bytes([], [], version=1), "version is 1"),
         (file_bytes([], [], version=3 << 24), "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63), "claimed"),

@@ -19,6 +19,7 @@ from resmol.data.tokenizer import Tokenizer
 from resmol.errors import ConfigError, DataError, DiskFull, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger
+from resmol.train.request import requested_changes
 from resmol.train.start import train_model
 
 FAILURES: dict[str, tuple[BaseException, str]] = {
@@ -199,3 +200,15 @@ def test_a_checkpoint_or_a_file_is_no_run(tmp_path: Path, train_tiny: TrainTiny)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="is a file"):
         train_tiny(tmp_path / "notes.txt", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("alice/nano", True), ("runs/nano", False), ("here/nano", False), ("nano", False)]
+)
+def test_a_folder_that_is_called_like_a_model_on_the_hub_is_said_to_be_a_folder(
+    name: str, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    requested_changes(RunDir(Path(name)), None, [], None)
+    assert ("nothing is read from the Hub" in caplog.text) is said

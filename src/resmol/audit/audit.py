@@ -212,9 +212,9 @@ def _tokens(records: list[Record], history: ConfigHistory) -> Check:
         tokens += record["tokens"]
         windows += history.at(record).windows_per_step
         if record["tokens_seen"] != tokens:
-            problems.append(f"step {step}: {record['tokens_seen']} tokens seen, the sum is {tokens}")
+            problems.append(f"step {step}: {counted(record['tokens_seen'], 'token')} seen, the sum is {tokens}")
         if record["windows_seen"] != windows:
-            problems.append(f"step {step}: {record['windows_seen']} windows seen, the sum is {windows}")
+            problems.append(f"step {step}: {counted(record['windows_seen'], 'window')} seen, the sum is {windows}")
     return check_problems(
         "tokens",
         problems,

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from resmol.run.ledger import Record, effective_steps, select
 
@@ -230,6 +231,9 @@ def _gradient_norm(axes: Any, steps: list[Record], _records: Sequence[Record]) -
     kept = thin([r for r in steps if r["grad_norm"] is not None])  # a step that was skipped has none
     axes.plot([r["step"] for r in kept], [r["grad_norm"] for r in kept], color=BLUE, linewidth=0.7)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("before clipping")
 
 

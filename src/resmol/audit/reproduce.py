@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 import torch
@@ -260,7 +261,7 @@ def _reached(run: RunDir) -> int:
 
 def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str]) -> None:
     """Run one command in a process of its own and write its standard output to ``evidence/NAME.json``."""
-    logger.info(f"--- resmol {' '.join(arguments)}")
+    logger.info(f"--- resmol {join(arguments)}")
     evidence = spec.run.evidence / f"{name}.json"
     evidence.unlink(missing_ok=True)  # evidence of an earlier attempt proves nothing
     with StopSignal() as stop:

@@ -73,7 +73,7 @@ def bench_train(
     json_: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure training steps: of resmol, of the peer as it is and tuned, and at the roofline."""
+    """Measure training steps beside a peer's, and at the roofline."""
     chosen = chosen_config(preset, config) or load_preset("smollm2-135m-cpu")
     if trace is not None:
         if len(batch or ()) > 1:
@@ -170,7 +170,10 @@ def bench_checkpoint(
     json_: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure saving and loading against torch.save, safetensors and the disk below TMPDIR."""
+    """Measure saving and loading beside torch.save and safetensors.
+
+    Files are written below TMPDIR; the bare disk is measured as well.
+    """
     chosen = chosen_config(preset, config) or load_preset("smollm2-135m-cpu")
     from resmol.bench.checkpoint import CheckpointBench, checkpoint_comparison
     from resmol.bench.subprocess_runs import prepared_folder
@@ -207,7 +210,7 @@ def bench_learn(
     json_: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure time to quality: when resmol is where the Trainer ends.
+    """Measure time to quality beside the Trainer of transformers.
 
     Same model, weights, windows and held-out text as transformers.Trainer, each with its own recipe: its defaults, and
     the best learning rate of a small sweep. Stopped, the same command goes on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -9,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
-from resmol.cli.terminal import print_json
+from resmol.cli.terminal import print_json, suggest
 from resmol.cli.train import TextField
+from resmol.run.directory import RunDir
 from resmol.system.process_setup import set_up_process
 from resmol.system.tables import result_console, text_table
 
@@ -46,6 +49,9 @@ def evaluate(
         print_json(result)
     else:
         result_console().print(_evaluation_table(model, data, result))
+        name = quote(model)
+        exported = f"export {name} out/{quote(Path(model).resolve().name)}"
+        suggest(*([f"report {name}", exported] if RunDir(Path(model)).exists() else [f"demo {name}"]))
 
 
 _TITLES = {

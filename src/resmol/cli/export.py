@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,8 @@ from resmol.cli.app import Best, Json, ModelTokenizer, Weights, app, model_ref
 from resmol.cli.terminal import print_json, report_checks, say, suggest
 from resmol.system.process_setup import set_up_process
 from resmol.system.wording import counted
+
+SOURCE = "resmol/"  # in a Space: this package, in hundreds of files
 
 Title = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Heading of card and Space; the run's name if left out.")
@@ -105,9 +108,18 @@ def publish(
     plan = plan_publication(folder, repo, space=space, words=words)
     if not yes:
         print_plan(plan.to_dict(), json_)
+        if not json_:
+            own = {"--title": title, "--license": license_, "--language": language, "--card": card}
+            flags = {"--space": space, "--private": private, "--overwrite": overwrite, "--yes": True}
+            suggest(_typed(["publish", str(folder)], {"--repo": repo, **own, **flags}))
         return
     done = publish_export(plan, private=private, overwrite=overwrite).to_dict()
-    print_json(done) if json_ else print_published(done)
+    if json_:
+        print_json(done)
+        return
+    print_published(done)
+    if not space:
+        suggest(f"generate {repo} --interactive", f"demo {repo}")
 
 
 @app.command(
@@ -136,15 +148,29 @@ def demo(
     serve(model_ref(model, weights, best=best), host, port, tokenizer)
 
 
+def _typed(words: Iterable[str], options: Mapping[str, object]) -> str:
+    """Return a command as it is typed: an option with True is a flag, one with a list is repeated."""
+    parts = list(words)
+    for name, given in options.items():
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value is not False:
+                parts += [name] if value is True else [name, str(value)]
+    return join(parts)
+
+
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    """Print a plan: the card, and the files with their sizes and sha256."""
+    """Print a plan: the card, and the files with size and sha256; the source of resmol in a Space is one line."""
     if as_json:
         print_json({"dry_run": True, **plan})
         return
     if plan["card"]:
         typer.echo(f"{plan['card'].rstrip()}\n\n{'-' * 40}")
+    source = [file["bytes"] for name, file in plan["files"].items() if name.startswith(SOURCE)]
     for name, file in plan["files"].items():
-        typer.echo(f"{file['bytes']:>15,}  {file['sha256'][:16]}  {name}")
+        if not name.startswith(SOURCE):
+            typer.echo(f"{file['bytes']:>15,}  {file['sha256'][:16]}  {name}")
+    if source:
+        typer.echo(f"{sum(source):>15,}  {counted(len(source), 'file'):<16}  {SOURCE}: the source of resmol")
     typer.echo(f"{plan['bytes']:>15,}  bytes in {counted(len(plan['files']), 'file')}; verified: "
                + ", ".join(check["name"] for check in plan["checks"]))  # fmt: skip
     say(f"dry run: nothing was sent. With --yes this becomes the {plan['type']} {plan['url']}")

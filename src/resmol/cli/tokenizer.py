@@ -45,4 +45,5 @@ def tokenizer_train(
         print_json({"path": str(out), "sha256": made.sha256, "vocab_size": made.vocab_size})
     else:
         text = quote(input_[0]) if input_ else "TEXT"
+        text += f" --text-field {quote(text_field)}" if text_field != "text" else ""
         suggest(f"train runs/{quote(out.name)} --preset nano --data {text} --tokenizer {quote(str(out))}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
 from resmol.cli.app import Best, ConfigFile, Json, Preset, Weights, app, chosen_config, model_ref
-from resmol.cli.terminal import print_json, report_checks, say
+from resmol.cli.terminal import print_json, report_checks, say, suggest
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
 from resmol.run.directory import RunDir
@@ -130,6 +131,9 @@ def audit(
     report_checks(f"audit of {run}", checks, json_)
     if certify:
         say(f"certificate: {write_certificate(RunDir(run), checks)}")
+    if not json_:
+        name = quote(str(run))
+        suggest(*([] if replay else [f"audit {name} --replay 3"]), f"report {name}")
 
 
 @app.command(
@@ -149,3 +153,4 @@ def report(
     from resmol.audit.report import report_run
 
     typer.echo(str(report_run(run, out, plot=plot)))
+    suggest(f"demo {quote(str(run))}", f"export {quote(str(run))} out/{quote(run.resolve().name)}")

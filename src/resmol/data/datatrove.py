@@ -117,7 +117,7 @@ def _tokens_of(path: Path, width: int) -> TokenFile:
     size = path.stat().st_size
     if path.is_symlink() or size == 0 or size % width:
         raise DataError(
-            f"{path} is not a file of {width}-byte tokens ({size} bytes)",
+            f"{path} is not a file of {width}-byte tokens ({counted(size, 'byte')})",
             fix="links and empty files are refused; leave out the file, or tokenize again",
         )
     return TokenFile(path, token_dtype(width))
@@ -148,7 +148,9 @@ def _index_of(path: Path, tokens: int, ends_by_token: Int64[np.ndarray, " _"]) -
         raise DataError(f"{index} is not a list of 8-byte numbers", fix="remove it; it is then made from the tokens")
     ends = np.fromfile(index, dtype="<u8").astype(np.int64)
     if len(ends) == 0 or ends[-1] != tokens or ends[0] < 0 or (np.diff(ends) < 0).any():
-        raise DataError(f"{index} does not match {tokens} tokens", fix="remove it; it is then made from the tokens")
+        raise DataError(
+            f"{index} does not match {counted(tokens, 'token')}", fix="remove it; it is then made from the tokens"
+        )
     return ends
 
 

@@ -294,7 +294,7 @@ def _require_files(root: Path, shard: Shard) -> None:
         if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
             raise _damaged(file, "it is missing, or a link")
     if path.stat().st_size != shard.bytes:
-        raise _damaged(path, f"it has {path.stat().st_size} bytes, the manifest says {shard.bytes}")
+        raise _damaged(path, f"it has {counted(path.stat().st_size, 'byte')}, the manifest says {shard.bytes:,}")
     if index.stat().st_size % 8:
         raise _damaged(index, "it is not a list of 8-byte numbers")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from resmol.errors import CheckpointError, DataError
+from resmol.system.wording import counted
 
 MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 16_000_000  # SmolLM2's, with its vocabulary and merges, has 1.8 MB
@@ -118,7 +119,7 @@ class _Cursor:
     def bytes(self, count: int) -> bytes:
         """Return the next ``count`` bytes."""
         if count > len(self.data) - self.at:
-            raise _BrokenRuleError(f"{count} bytes are claimed at byte {self.at}, where the header ends")
+            raise _BrokenRuleError(f"it claims {counted(count, 'byte')} at byte {self.at}, where the header ends")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -130,7 +131,7 @@ class _Cursor:
         """Return the next string: its length as 64 bits, then UTF-8."""
         length = self.scalar("<Q")
         if length > limit:
-            raise _BrokenRuleError(f"a string claims {length} bytes at byte {self.at}")
+            raise _BrokenRuleError(f"a string claims {counted(length, 'byte')} at byte {self.at}")
         return self.bytes(length).decode("utf-8")
 
     def value(self) -> Any:
@@ -154,7 +155,7 @@ class _Cursor:
 
     def _require_items(self, count: int, item_bytes: int) -> None:
         if count > (len(self.data) - self.at) // item_bytes:
-            raise _BrokenRuleError(f"an array claims {count} items at byte {self.at}, where the header ends")
+            raise _BrokenRuleError(f"an array claims {counted(count, 'item')} at byte {self.at}, where the header ends")
 
 
 def _scalar_form(kind: int) -> str:
@@ -191,7 +192,7 @@ def _table_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     """Return name, type number, shape (rows first) and offset into the data."""
     name, dimensions = cursor.text(MAX_NAME_BYTES), cursor.scalar("<I")
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise _BrokenRuleError(f"tensor {name!r} has {dimensions} dimensions")
+        raise _BrokenRuleError(f"tensor {name!r} has {counted(dimensions, 'dimension')}")
     shape = tuple(cursor.scalar("<Q") for _ in range(dimensions))[::-1]
     return name, cursor.scalar("<I"), shape, cursor.scalar("<Q")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from resmol.errors import CheckpointError, DataError
 from resmol.interop.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from resmol.system.untrusted_text import listed
+from resmol.system.wording import counted
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 SHOWN = 5  # names in a message
@@ -99,7 +100,9 @@ def _joined(path: Path, parts: list[GGUFHeader]) -> GGUFHeader:
         tensors |= {name: replace(tensor, part=number) for name, tensor in part.tensors.items()}
     total = parts[0].metadata.get("split.tensors.count")
     if isinstance(total, int) and total != len(tensors):
-        raise _mixed(path, f"the parts hold {len(tensors)} tensors, and the first says that there are {total}")
+        raise _mixed(
+            path, f"the parts hold {counted(len(tensors), 'tensor')}, and the first says that there are {total}"
+        )
     return GGUFHeader(parts[0].metadata, tensors, tuple(file for part in parts for file in part.files))
 
 

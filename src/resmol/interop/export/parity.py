@@ -28,6 +28,7 @@ from resmol.interop.export.card_check import NEW_TOKENS, CardExpectation
 from resmol.interop.export.exported_tokenizer import ExportedTokenizer
 from resmol.model.llama import CausalLM
 from resmol.system.installation import install_hint
+from resmol.system.wording import counted
 
 VOCABULARY_TEXTS = 100
 # Relative to the largest logit. Two float32 implementations differ by some 1e-6; the smallest mistake, by over 1e-2.
@@ -221,7 +222,7 @@ def greedy_check(name: str, model: CausalLM, inputs: list[list[int]], theirs: Re
         name,
         ours == theirs.greedy,
         "equal" if ours == theirs.greedy else f"{ours} here, {theirs.greedy} there",
-        f"the same {NEW_TOKENS} tokens after each of {len(inputs)} prompts",
+        f"the same {NEW_TOKENS} tokens after each of {counted(len(inputs), 'prompt')}",
         "A cache, position or configuration that generation uses and a single forward pass does not.",
     )
 
