@@ -98,6 +98,7 @@ def test_what_needs_no_decision_is_refused_before_any(
 
     with pytest.raises(DataError, match="a window of 16 needs 17"):
         start()
+    assert list(tmp_path.iterdir()) == [text], "nothing is left of it"
     monkeypatch.setattr("resmol.train.compiler.compiler_problem", lambda _: "it is broken")
     with pytest.raises(ConfigError, match=r"torch\.compile does not work here: it is broken"):
         start(**{"runtime.compile": "on"})

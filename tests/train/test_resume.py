@@ -22,7 +22,7 @@ from resmol.data.loader import StepBatch
 from resmol.data.shards import Dataset
 from resmol.data.shuffle import WindowShuffle
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import CheckFailed, CheckpointError, ConfigError, Interrupted, UsageError
+from resmol.errors import CheckFailed, CheckpointError, ConfigError, DataError, Interrupted, UsageError
 from resmol.run import checkpoint, checkpoint_manifest
 from resmol.run.checkpoint_manifest import Manifest, file_entry, open_checkpoint, read_manifest
 from resmol.run.directory import RunDir
@@ -31,6 +31,7 @@ from resmol.run.log_writers import describe
 from resmol.system import host
 from resmol.train import loop as module
 from resmol.train import resume
+from resmol.train.start import train_model
 from resmol.train.step_result import REPRODUCIBLE_FIELDS
 
 
@@ -570,6 +571,8 @@ def test_a_lost_configuration_is_restored_from_the_ledger(tmp_path: Path, train_
     (run / "config.toml").unlink()
     with pytest.raises(ConfigError, match=r"optimizer\.beta2 \(class A\)"):
         train_tiny(run, 10, "optimizer.lr=0.02", "optimizer.beta2=0.5")
+    with pytest.raises(DataError, match=r"config\.toml is missing, which says where"):
+        train_model(None, run)
     assert not (run / "config.toml").exists()
     assert train_tiny(run, 10, config=None).step == 10
     assert RunDir(run).load_config().bound_fields() == bound

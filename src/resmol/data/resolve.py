@@ -139,8 +139,9 @@ def recorded_folder(run: RunDir, path: str) -> Path:
             logger.info(f"data: {folder} does not hold the data of the run; {other} does")
             return other
     if not is_prepared(folder):
+        gone = f"the data of {run.path} is not in {folder} any more, and nowhere beside the run"
         raise DataError(
-            f"the data of {run.path} is not in {folder} any more, and nowhere beside the run",
+            gone if path else f"{run.config} is missing, which says where the data of {run.path} is",
             fix="name the folder where it is now, or the text that it was made from: --data PATH (its fingerprint is "
             "compared)",
         )

@@ -12,11 +12,11 @@ from resmol.data.loader import Loader
 from resmol.data.resolve import Text, open_or_prepare, recorded_folder, stored_folder
 from resmol.data.shards import Dataset, TokenStream, verify_shards
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
-from resmol.errors import ConfigError
+from resmol.errors import ConfigError, DataError
 from resmol.model.linear import set_matmul_backend
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
-from resmol.system.atomic_io import file_sha256
+from resmol.system.atomic_io import file_sha256, remove_directory
 from resmol.system.wording import counted
 from resmol.train.averaging import WeightAverage
 from resmol.train.compiler import require_compiler
@@ -53,10 +53,16 @@ def open_run_data(
         log_vocabulary(config, found)
     path = config.data.path
     folder = recorded_folder(run, path) if text is None else stored_folder(run, path)
-    dataset = open_or_prepare(folder, text, found, replace=folder == run.data and not begun)
+    first = folder == run.data and not begun
+    dataset = open_or_prepare(folder, text, found, replace=first)
     verify_shards(dataset)
     _check_fit(dataset, config)
-    make_loader(config, dataset.train)  # refuses text that fills no window
+    try:
+        make_loader(config, dataset.train)
+    except DataError:  # the text fills no window: too little to keep
+        if first and text is not None:
+            remove_directory(folder)
+        raise
     return dataset, found
 
 
