@@ -30,17 +30,21 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except ResmolError as error:
         if debug:
             raise
-        _print_error(error.what, _fix_for(arguments, error.fix))
+        fix = _fix_for(arguments, error.fix)
+        if isinstance(error, Interrupted):  # what was asked for is no error
+            _print(f"{error.what}; {fix}")
+        else:
+            _print_error(error.what, fix)
         return exit_code(error)
     except typer.exceptions.TyperException as error:
         message = error.format_message()
         if message.startswith("Usage:"):  # a command that needs words got none: its help is no error
-            print(message, file=sys.stderr)  # noqa: T201
+            _print(message)
         else:
             _print_error(message, _fix_for_usage(arguments))
         return 2
     except (typer.Abort, KeyboardInterrupt):
-        _print_error("interrupted", "run the same command again")
+        _print("interrupted; run the same command again")
         return 130
     except OSError as error:
         if debug:
@@ -86,8 +90,12 @@ def _fix_for_usage(arguments: Sequence[str]) -> str:
 
 
 def _print_error(what: str, fix: str) -> None:
+    _print(f"error: {what}\n  fix: {fix}")
+
+
+def _print(text: str) -> None:
     try:
-        print(f"error: {what}\n  fix: {fix}", file=sys.stderr)  # noqa: T201
+        print(text, file=sys.stderr)  # noqa: T201
     except OSError:
         return  # nobody is listening any more; the exit code says it
 

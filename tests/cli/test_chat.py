@@ -135,7 +135,7 @@ def test_a_conversation_at_a_terminal(terminal: Terminal) -> None:
     terminal.type("\n")  # an empty line is no prompt
     terminal.wait_for("> ")
     terminal.type("9" * 1030 + "\n")
-    terminal.wait_for(r"error: the prompt has 1030 tokens.*> ")
+    terminal.wait_for(r"error: the prompt has 1,030 tokens.*> ")
     terminal.type("mi\n")
     terminal.wait_for(r"mi\r\n.*\S")
     terminal.type("\x03\x03\x03")

@@ -196,7 +196,7 @@ def test_a_bad_number_is_named_beside_its_field(visit: Visit, value: str) -> Non
 def test_a_prompt_beyond_the_context_is_a_message(visit: Visit) -> None:
     visit.generate("9" * 2000)
     message = visit.page.get_by_text(
-        "the prompt has 2000 tokens; the model's context is 1024. Please shorten the prompt."
+        "the prompt has 2,000 tokens; the model's context is 1,024. Please shorten the prompt."
     )
     expect(message).to_be_visible()
     assert "Traceback" not in visit.page.content()

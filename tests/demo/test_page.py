@@ -73,7 +73,7 @@ def test_it_stops_after_its_time(demo_model: LoadedModel) -> None:
 
 
 def test_a_prompt_beyond_the_context_is_refused(demo_model: LoadedModel) -> None:
-    with pytest.raises(UsageError, match="context is 1024"):
+    with pytest.raises(UsageError, match="context is 1,024"):
         list(answer(demo_model, parse(["9" * 2000, *VALUES[1:]], Limits()), Limits(), lambda: True))
 
 

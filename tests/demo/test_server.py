@@ -94,7 +94,8 @@ def test_a_prompt_beyond_the_context_is_a_sentence(served: Served) -> None:
     last = ask(served.url, ["9" * 2000, *DEFAULTS[1:]], "long1")[-1]
     assert not last["success"]
     assert (
-        last["output"]["error"] == "the prompt has 2000 tokens; the model's context is 1024. Please shorten the prompt."
+        last["output"]["error"]
+        == "the prompt has 2,000 tokens; the model's context is 1,024. Please shorten the prompt."
     )
 
 

@@ -209,7 +209,7 @@ def test_added_tokens_without_a_row_are_said_and_refused_in_a_text(
     rust.add_special_tokens(["[PAD]"])
     rust.save(str(folder / "tokenizer.json"))
     assert ours(folder) == theirs(folder)
-    assert any("none for 1 added tokens ([PAD])" in line for line in messages)
+    assert any("none for 1 added token ([PAD])" in line for line in messages)
     with pytest.raises(UsageError, match="token id 512 is outside the vocabulary of 512"):
         load_model(folder).generate("ka[PAD]")
 

@@ -91,7 +91,7 @@ def check_prompt(config: ModelConfig, ids: Sequence[int]) -> None:
     """Raise `UsageError` when the ids of a prompt fill the model's context, or one is outside the vocabulary."""
     if len(ids) >= config.max_position_embeddings:
         raise UsageError(
-            f"the prompt has {counted(len(ids), 'token')}; the model's context is {config.max_position_embeddings}",
+            f"the prompt has {counted(len(ids), 'token')}; the model's context is {config.max_position_embeddings:,}",
             fix="shorten the prompt",
         )
     outside = [token for token in ids if not 0 <= token < config.vocab_size]

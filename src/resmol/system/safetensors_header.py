@@ -126,7 +126,7 @@ def header_length(head: bytes, file_size: int, origin: str = "the file") -> int:
             origin, f"it claims a header of {counted(length, 'byte')}, and has {counted(file_size, 'byte')} in all"
         )
     if length > MAX_HEADER_BYTES:
-        raise _damaged(origin, f"its header has {counted(length, 'byte')}; at most {MAX_HEADER_BYTES} are accepted")
+        raise _damaged(origin, f"its header has {counted(length, 'byte')}; at most {MAX_HEADER_BYTES:,} are accepted")
     raise _damaged(origin, "its header does not begin with '{'")
 
 

@@ -340,7 +340,7 @@ def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes((2**63).to_bytes(8, "little") + b"{}")
     (tmp_path / "x.bin").write_bytes(b"\x80\x04\x95" + bytes(40))
     cases = {
-        "x.safetensors": (CheckpointError, "claims a header of 9223372036854775808"),
+        "x.safetensors": (CheckpointError, "claims a header of 9,223,372,036,854,775,808"),
         "x.bin": (CheckpointError, "never unpickles"),
         "missing.json": (DataError, "there is no model"),
     }
