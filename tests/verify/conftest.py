@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from resmol.model.llama import CausalLM
 from resmol.verify.parity import Baseline, baseline
 from resmol.verify.third_party.diagnose import Setting
 from resmol.verify.third_party.parts import Parts
+from resmol.verify.tiny_models import LateReference, late_reference
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,16 @@ def computed_once() -> Iterator[None]:
             memory[key] = computed(setting, parts)
         return memory[key]
 
+    def of_late_reference(model: CausalLM, length: int, precision: Any) -> LateReference:
+        key = (model.config, length, precision)
+        if key not in memory:
+            memory[key] = late_reference(model, length, precision)
+        return memory[key]
+
     memory: dict[Any, Any] = {}
     computed = Setting.computed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("resmol.verify.third_party.check.baseline", of_baseline)
+        patch.setattr("resmol.verify.tiny_models.late_reference", of_late_reference)
         patch.setattr(Setting, "computed", of_parts)
         yield
