@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import resuming
 import text
 import training
 from bench import Bench, Guard, Mistake
-from references import baselines_once
 from tiny import TrainTiny
 
 from resmol.config.run_config import RunConfig
@@ -33,13 +31,6 @@ ALL: list[Mistake] = sorted(
     key=lambda m: m.row,
 )
 GUARDS: list[Guard] = list(dict.fromkeys(mistake.guard for mistake in ALL))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def references_are_computed_once() -> Iterator[None]:
-    """A mistake in our code changes nothing about transformers' results."""
-    with baselines_once():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,8 @@ def prepare_data(
     include_hidden: bool = False,
     special_tokens: Literal["as-tokens", "as-text"] = "as-tokens",
     dedup: bool = False,
+    max_tokens: int | None = None,
+    sample_seed: int | None = None,
 ) -> Dataset:
     """Turn text into token shards and a manifest, as `resmol prepare` does.
 
@@ -55,12 +57,14 @@ def prepare_data(
         include_hidden: Also read hidden files of a folder.
         special_tokens: What the spelling of a control token in the text becomes.
         dedup: Leave out exact copies of documents.
+        max_tokens: How many tokens to take of the text, about; None takes all.
+        sample_seed: Draws the order of files and of the row groups of Parquet files, for ``max_tokens``.
 
     Returns:
         The prepared data; its ``root`` is what `train_model` takes as ``data``.
     """
-    options = ReadOptions(text_field, encoding, format, include_hidden)
-    text = Text(_paths(input), _paths(val), corpus, val_fraction, options, special_tokens, dedup)
+    options = ReadOptions(text_field, encoding, format, include_hidden, sample_seed)
+    text = Text(_paths(input), _paths(val), corpus, val_fraction, options, special_tokens, dedup, max_tokens)
     return prepare_text(Path(out), text, load_tokenizer(tokenizer))
 
 

@@ -25,9 +25,11 @@ from resmol.data import compression
 from resmol.data.chunking import ReadCounts
 from resmol.data.prepare import prepare
 from resmol.data.readers import read_inputs
+from resmol.data.sample import parse_tokens
+from resmol.data.shards import Dataset
 from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import DataError
+from resmol.errors import DataError, UsageError
 
 TEXTS = [*synthetic_texts(80), 'Ünïcode 漢字 😀, "quotes"; a\ttab\nand a\r\nline', "", "word " * 9000]
 
@@ -256,6 +258,35 @@ def test_an_encrypted_column_is_said_to_be_one(tmp_path: Path) -> None:
         writer.write_table(made)
     with pytest.raises(DataError, match="is an encrypted Parquet file"):
         texts_of(path)
+
+
+def test_a_part_is_drawn_by_its_seed_and_ends_at_a_document(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resmol.data.prepare.BATCH_BYTES", 1000)
+    for number in range(3):
+        written(tmp_path, f"in/{number}.parquet", parquet_of(table(synthetic_texts(120)[40 * number :][:40])))
+
+    def part(name: str, seed: int | None, most: int | None = 2000) -> Dataset:
+        corpus = read_inputs([tmp_path / "in"], ReadOptions(sample_seed=seed))
+        return prepare(tmp_path / name, corpus, tiny_tokenizer, val_fraction=0.0, max_tokens=most)
+
+    whole, beginning, drawn = part("whole", None, None), part("beginning", None), part("drawn", 7)
+    assert part("again", 7).fingerprint == drawn.fingerprint
+    assert part("other", 8).fingerprint != drawn.fingerprint != beginning.fingerprint
+    assert 2000 <= len(drawn.train) < 3000 < len(whole.train)
+    ids = beginning.train.read(0, len(beginning.train))
+    assert ids.tolist() == whole.train.read(0, len(ids)).tolist()
+    assert ids[-1] == beginning.eos_id
+    assert (drawn.manifest.source.max_tokens, drawn.manifest.source.sample_seed) == (2000, 7)
+    assert drawn.manifest.source.documents == drawn.manifest.train.documents
+
+
+@pytest.mark.parametrize(("text", "count"), [("100M", 100_000_000), ("2.5B", 2_500_000_000), ("7", 7)])
+def test_a_number_of_tokens(text: str, count: int) -> None:
+    assert parse_tokens(text) == count
+    with pytest.raises(UsageError, match="--max-tokens is"):
+        parse_tokens(f"{text} or so")
 
 
 def test_a_set_without_rows_is_an_error(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -87,8 +87,7 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     resmol prepare data/mine --input input.txt
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
     resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
-    resmol prepare data/mine --input texts/ --val held-out.jsonl
-    resmol prepare data/mine --input texts/ --dedup --stats
+    resmol prepare data/mine --input texts/ --val held-out.jsonl --dedup --stats
     """
 )
 def prepare(
@@ -113,6 +112,12 @@ def prepare(
     stats: Annotated[
         bool, typer.Option("--stats", help="Show lengths, scripts, copies; without input: of the prepared OUT.")
     ] = False,
+    max_tokens: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Take about so many tokens of the text, e.g. 100M.")
+    ] = None,
+    sample_seed: Annotated[
+        int | None, typer.Option(help="Draw the order of files and Parquet row groups, for --max-tokens.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
     json_: Json = False,
 ) -> None:
@@ -120,16 +125,18 @@ def prepare(
     if workers:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
     from resmol.data.resolve import prepare_text
+    from resmol.data.sample import parse_tokens
     from resmol.data.shards import open_dataset
     from resmol.data.text_file import ReadOptions
     from resmol.data.tokenizer import load_tokenizer
 
-    options = ReadOptions(text_field, encoding, format_, include_hidden)
+    options = ReadOptions(text_field, encoding, format_, include_hidden, sample_seed)
+    most = None if max_tokens is None else parse_tokens(max_tokens)
     if stats and not input_ and corpus is None:
         dataset = open_dataset(out)
     else:
-        more = {"corpus": corpus, "options": options, "special_tokens": special_tokens, "dedup": dedup}
-        text = _text(input_, val, val_fraction, **more)
+        how = {"options": options, "special_tokens": special_tokens, "dedup": dedup, "max_tokens": most}
+        text = _text(input_, val, val_fraction, corpus=corpus, **how)
         dataset = prepare_text(out, text, load_tokenizer(tokenizer, sha256=tokenizer_sha256))
     if stats and not json_:
         _show_statistics(dataset.manifest)

@@ -72,6 +72,7 @@ def prepare(
     seed: int = 0,
     dedup: bool = False,
     shard_tokens: int = 100_000_000,
+    max_tokens: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Dataset:
     """Tokenise a corpus into the folder ``out``: every token once, in the order of the documents.
@@ -91,6 +92,7 @@ def prepare(
         dedup: Leave out each document that is an exact copy of an earlier one. What remains is what preparing the
             corpus without the copies gives.
         shard_tokens: A new shard begins at the first document end after this many tokens.
+        max_tokens: No document begins once so many tokens are written; about 1 MB of text may be on its way then.
         on_progress: Called at the beginning, after each MB and at the end.
 
     Returns:
@@ -105,7 +107,7 @@ def prepare(
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction is {val_fraction}", fix="give a share from 0 up to, but not including, 1")
     out.parent.mkdir(parents=True, exist_ok=True)
-    job = _Job(corpus, tokenizer, val_fraction, seed, dedup, shard_tokens, on_progress)
+    job = _Job(corpus, tokenizer, val_fraction, seed, dedup, shard_tokens, max_tokens, on_progress)
     commit_directory(out, job.write_files, lambda _folder: job.manifest().to_json())
     return open_dataset(out)
 
@@ -140,32 +142,27 @@ class _Totals:
     held_out: HeldOut = "none"
 
 
+@dataclass
 class _Job:
     """One run of `prepare`: what it was asked for, and what it has counted so far."""
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        val_fraction: float,
-        seed: int,
-        dedup: bool,
-        shard_tokens: int,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self.corpus = corpus
-        self.tokenizer = tokenizer
-        self.val_fraction = val_fraction
-        self.seed = seed
-        self.dedup = dedup
-        self.shard_tokens = shard_tokens
-        self.on_progress = on_progress
-        self.counts = ReadCounts()
-        self.totals = _Totals()
-        self.duplicates = Duplicates()
-        self.statistics = StatisticsCounter()
-        self.token_bytes = token_width(tokenizer.vocab_size)
-        self.splits: dict[str, tuple[Shard, ...]] = {}
+    corpus: Corpus
+    tokenizer: Tokenizer
+    val_fraction: float
+    seed: int
+    dedup: bool
+    shard_tokens: int
+    max_tokens: int | None
+    on_progress: Callable[[Progress], None] | None
+    tokens: int = 0
+    counts: ReadCounts = field(default_factory=ReadCounts)
+    totals: _Totals = field(default_factory=_Totals)
+    duplicates: Duplicates = field(default_factory=Duplicates)
+    statistics: StatisticsCounter = field(default_factory=StatisticsCounter)
+    splits: dict[str, tuple[Shard, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.token_bytes = token_width(self.tokenizer.vocab_size)
 
     def write_files(self, folder: Path) -> None:
         """Write all shards below ``folder``."""
@@ -193,7 +190,7 @@ class _Job:
         end = np.array([self.tokenizer.eos_id], dtype=np.int64)
         is_special = np.zeros(self.tokenizer.vocab_size, dtype=np.bool_)
         is_special[list(self.tokenizer.special_tokens)] = True
-        self._report_progress(writers)
+        self._report_progress()
         for batch in self._batches():
             for item, ids in zip(batch, self.tokenizer.encode_batch([item.text for item in batch]), strict=True):
                 tokens = np.array(ids, dtype=np.int64)
@@ -208,7 +205,8 @@ class _Job:
                     writer.append(end)
                     writer.end_document()
                     self.statistics.add_length(writer.last_document_tokens())
-            self._report_progress(writers)
+            self.tokens = sum(writer.tokens for writer in writers.values())
+            self._report_progress()
         if self.totals.documents == 0:
             unused = "".join(f"; not used: {shown_unused(facts)}" for facts in self.counts.unused.facts())
             raise DataError(f"there is no text in {self.corpus.name}{unused}", fix="check that the input is not empty")
@@ -246,6 +244,8 @@ class _Job:
     def _items(self) -> Iterator[_Item]:
         """Yield the pieces of all documents that are not empty; the last piece of each says so."""
         for document in self.corpus.read(self.counts):
+            if self.max_tokens is not None and self.tokens >= self.max_tokens:
+                return
             piece = next(document.pieces, None)
             if piece is None:
                 self.totals.empty_documents += 1
@@ -296,11 +296,10 @@ class _Job:
                     fix="check its files; where the text does not say what to hold out, a share of it is",
                 )
 
-    def _report_progress(self, writers: dict[str, SplitWriter]) -> None:
+    def _report_progress(self) -> None:
         if self.on_progress is not None:
-            tokens = sum(writer.tokens for writer in writers.values())
             done, total = self.counts.bytes_read, self.corpus.bytes_total
-            self.on_progress(Progress(done, total, self.totals.documents, tokens))
+            self.on_progress(Progress(done, total, self.totals.documents, self.tokens))
 
     def manifest(self) -> Manifest:
         """Return the manifest; only after `write_files`."""
@@ -333,6 +332,8 @@ class _Job:
                 held_out=totals.held_out,
                 val_fraction=self.val_fraction,
                 seed=self.seed,
+                max_tokens=self.max_tokens,
+                sample_seed=self.corpus.sample_seed,
             ),
         )
 

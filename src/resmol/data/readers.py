@@ -29,6 +29,7 @@ from resmol.data.folders import (
     without_test,
 )
 from resmol.data.remote_files import RemoteFile, find_remote_files, is_address
+from resmol.data.sample import sample_order
 from resmol.data.source_facts import InputFacts
 from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
@@ -58,11 +59,13 @@ class Corpus:
         name: For messages.
         bytes_total: Bytes on the disk, None where nobody knows (standard input).
         read: Yields the documents and fills the counts as it goes.
+        sample_seed: What drew the order of its files; None where they come in their own.
     """
 
     name: str
     bytes_total: int | None
     read: Callable[[ReadCounts], Iterator[Document]]
+    sample_seed: int | None = None
 
 
 def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None) -> Corpus:
@@ -93,6 +96,7 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
         ", ".join(one.name for one in inputs),
         None if None in sizes else sum(cast(list[int], sizes)),
         read,
+        options.sample_seed,
     )
 
 
@@ -112,7 +116,9 @@ def with_held_out(train: Corpus, val: Corpus) -> Corpus:
                 yield replace(document, split=cast(Split, split))
 
     sizes = [corpus.bytes_total for corpus in (train, val)]
-    return Corpus(f"{train.name}, {val.name}", None if None in sizes else sum(cast(list[int], sizes)), read)
+    return Corpus(
+        f"{train.name}, {val.name}", None if None in sizes else sum(cast(list[int], sizes)), read, train.sample_seed
+    )
 
 
 def input_facts(source: str | Path) -> InputFacts:
@@ -201,6 +207,10 @@ class _Input:
             return self.address
         return "standard input" if self.name == "-" else user_path(self.name).resolve().name
 
+    def _in_order(self, sample_seed: int | None) -> list[Path | RemoteFile]:
+        """Return the files in the order that a seed draws, which depends on their number and not on where they lie."""
+        return [self.files[number] for number in sample_order(range(len(self.files)), sample_seed)]
+
     def read(self, options: ReadOptions, counts: ReadCounts) -> Iterator[Document]:
         count = InputCount(self.label)
         counts.inputs.append(count)
@@ -208,7 +218,7 @@ class _Input:
         if self.name == "-":
             pipe = cast(io.BufferedIOBase, sys.stdin.buffer)
             yield from _documents(TextFile(pipe, Path("-"), options), count, counts)
-        for path in self.files:
+        for path in self._in_order(options.sample_seed):
             with open_file(path) as raw:
                 file = TextFile(raw, path, options)
                 if self.is_folder and isinstance(path, Path) and file.unsupported:

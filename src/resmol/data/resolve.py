@@ -41,6 +41,7 @@ class Text:
         options: How to read the inputs.
         special_tokens: ``as-tokens``: the spelling of a control token becomes that token; ``as-text``: it is text.
         dedup: Leave out exact copies of documents.
+        max_tokens: How many tokens to take of it, about; None takes all.
     """
 
     inputs: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Text:
     options: ReadOptions = field(default_factory=ReadOptions)
     special_tokens: str = "as-tokens"
     dedup: bool = False
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.special_tokens not in SPECIAL_TOKENS:
@@ -85,7 +87,10 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
         def show(progress: Progress) -> None:
             advance(progress.bytes_done, progress.bytes_total, counted(progress.tokens, "token"))
 
-        dataset = prepare(out, corpus, tokenizer, val_fraction=text.val_fraction, dedup=text.dedup, on_progress=show)
+        dataset = prepare(
+            out, corpus, tokenizer, val_fraction=text.val_fraction, dedup=text.dedup, max_tokens=text.max_tokens,
+            on_progress=show,
+        )  # fmt: skip
     log_summary(dataset)  # after the bar is gone, so that the two do not write over each other
     return dataset
 

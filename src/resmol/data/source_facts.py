@@ -78,3 +78,5 @@ class SourceFacts(StrictModel):
     held_out: Literal["named", "documents", "position", "none"]
     val_fraction: Annotated[float, Field(ge=0, lt=1)]
     seed: int
+    max_tokens: Count | None = None
+    sample_seed: int | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 from resmol.data.compression import BombCheck
 from resmol.data.json_lines import Row, decode_escaped
+from resmol.data.sample import sample_order
 from resmol.data.text_field import candidates, name_the_field, shown_fields
 from resmol.errors import DataError
 
@@ -28,16 +29,24 @@ class TableFile:
             Hugging Face's data sets writes it).
         text_field: The column with the text, or several of which the first that is there counts.
         size: Bytes of the file.
+        sample_seed: Draws the order of the row groups of a Parquet file; None leaves it.
     """
 
     def __init__(
-        self, file: io.RawIOBase | io.BufferedIOBase, path: object, kind: str, text_field: str, size: int
+        self,
+        file: io.RawIOBase | io.BufferedIOBase,
+        path: object,
+        kind: str,
+        text_field: str,
+        size: int,
+        sample_seed: int | None = None,
     ) -> None:
         self._file = file
         self._path = path
         self._kind = kind
         self._text_field = text_field
         self._size = size
+        self._sample_seed = sample_seed
         self._bomb_check = BombCheck(path)
 
     def rows(self) -> Iterator[tuple[Row, int]]:
@@ -64,7 +73,7 @@ class TableFile:
             parquet = pyarrow.parquet.ParquetFile(self._file, buffer_size=READ_BYTES, page_checksum_verification=True)
             names = self._column_path(parquet.schema_arrow)
         facts, done = parquet.metadata, 0
-        for group in range(facts.num_row_groups):
+        for group in sample_order(range(facts.num_row_groups), self._sample_seed):
             with self._damage_is_an_error(f"row group {group}"):
                 size, rows = facts.row_group(group).total_byte_size, facts.row_group(group).num_rows
                 batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))

@@ -45,12 +45,14 @@ class ReadOptions:
             many they are. None is UTF-8, and refuses a file in which more than a few per cent would be.
         format: ``auto`` looks at content and name; the others of `FORMATS` say what every file of text is.
         include_hidden: Whether hidden files and folders in a folder are read.
+        sample_seed: Draws the order of the files of an input, and of the row groups of a Parquet file; None leaves it.
     """
 
     text_field: str = "text"
     encoding: str | None = None
     format: str = "auto"
     include_hidden: bool = False
+    sample_seed: int | None = None
 
     def __post_init__(self) -> None:
         require_encoding(self.encoding)
@@ -164,8 +166,8 @@ class TextFile:
         for chunk in () if isinstance(self.path, RemoteFile) else _chunks(self._raw, self.path):
             count.hash(chunk)
         self._raw.seek(0)
-        kind, field = cast(TableKind, self.kind), self._options.text_field
-        table, done = TableFile(self._raw, self.path, kind, field, size), 0
+        kind, options = cast(TableKind, self.kind), self._options
+        table, done = TableFile(self._raw, self.path, kind, options.text_field, size, options.sample_seed), 0
         for row, position in table.rows():
             count.advance(position - done)
             done = position
