@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import resuming
 import text
 import training
 from bench import Bench, Guard, Mistake
+from references import baselines_once
 from tiny import TrainTiny
 
 from resmol.config.run_config import RunConfig
@@ -31,6 +33,13 @@ ALL: list[Mistake] = sorted(
     key=lambda m: m.row,
 )
 GUARDS: list[Guard] = list(dict.fromkeys(mistake.guard for mistake in ALL))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def references_are_computed_once() -> Iterator[None]:
+    """A mistake in our code changes nothing about transformers' results."""
+    with baselines_once():
+        yield
 
 
 @pytest.fixture(scope="module")

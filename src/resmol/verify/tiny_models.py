@@ -134,7 +134,6 @@ def late_positions(config: ModelConfig, precision: Precision) -> Check:
     return compare_late(model, model, min(config.max_position_embeddings, LATE_LENGTH), precision)
 
 
-@torch.no_grad()
 def compare_late(
     run: Callable[[Int[Tensor, "1 T"]], Float[Tensor, "1 T V"]], model: CausalLM, length: int, precision: Precision
 ) -> Check:
@@ -142,29 +141,49 @@ def compare_late(
 
     Args:
         run: The implementation; it has the weights of ``model``.
-        model: Our model, which also shows the error of another theta.
+        model: Our model.
         length: T.
         precision: The arithmetic of both.
     """
-    ids = ids_for(model.config.vocab_size, 1, length, seed=6)
+    right = late_reference(model, length, precision)
+    with torch.no_grad():
+        error = rms_errors({"logits": _last(run(_late_ids(model, length)))}, {"logits": right.logits})["logits"]
+    return Check(
+        f"late positions, {precision}",
+        error <= right.allowed < right.with_other_theta,
+        f"error {error:.1e}; with another theta it would be {right.with_other_theta:.1e}",
+        f"at most {right.allowed:.1e} (from the reference's own) at positions {max(0, length - LATE_POSITIONS)} to "
+        f"{length - 1}",
+        "Theta left at the library's default of 10000, or positions rounded to bfloat16 (from 256 on, neighbors become "
+        "the same position): both look right on short texts.",
+    )
+
+
+class LateReference(NamedTuple):
+    """What is right at the end of a long sequence, and the errors that go with it.
+
+    Attributes:
+        logits: The last ones, in float64.
+        allowed: The largest error, from the reference's own.
+        with_other_theta: The error of the same weights with another theta, which the comparison must tell apart.
+    """
+
+    logits: Float[Tensor, "1 last V"]
+    allowed: float
+    with_other_theta: float
+
+
+@torch.no_grad()
+def late_reference(model: CausalLM, length: int, precision: Precision) -> LateReference:
+    """Compute the end of a long sequence with transformers, and with our model's weights and another theta."""
+    ids = _late_ids(model, length)
     exact = {"logits": _last(float64_reference(model.config, model.state_dict())(ids).logits)}
     reference = reference_model(model.config, model.state_dict())
     fused = [way for way in arrangements(element_type(precision)) if way.attention == "sdpa"]  # eager holds T x T
     theirs = reference_errors(reference, lambda _: {"logits": _last(reference(ids).logits)}, exact, fused)
     allowed = tolerance(theirs["logits"], rms(exact["logits"]), precision)
-    first = max(0, length - LATE_POSITIONS)
-    # This comparison must tell the same weights with another theta apart.
-    error, wrong = (
-        rms_errors({"logits": logits}, exact)["logits"] for logits in (_last(run(ids)), _with_other_theta(model, ids))
-    )
-    return Check(
-        f"late positions, {precision}",
-        error <= allowed < wrong,
-        f"error {error:.1e}; with another theta it would be {wrong:.1e}",
-        f"at most {allowed:.1e} (from the reference's own) at positions {first} to {length - 1}",
-        "Theta left at the library's default of 10000, or positions rounded to bfloat16 (from 256 on, neighbors become "
-        "the same position): both look right on short texts.",
-    )
+    wrong = rms_errors({"logits": _with_other_theta(model, ids)}, exact)["logits"]
+    return LateReference(exact["logits"], allowed, wrong)
 
 
 def shallow(config: ModelConfig) -> ModelConfig:
@@ -202,6 +221,10 @@ def _with_other_theta(model: CausalLM, ids: Int[Tensor, "1 T"]) -> Float[Tensor,
     other = CausalLM(model.config.model_copy(update={"rope_theta": theta}))
     other.load_state_dict(model.state_dict())
     return _last(other.to(model.lm_head.weight.dtype)(ids))
+
+
+def _late_ids(model: CausalLM, length: int) -> Int[Tensor, "1 T"]:
+    return ids_for(model.config.vocab_size, 1, length, seed=6)
 
 
 def _last(logits: Float[Tensor, "1 T V"]) -> Float[Tensor, "1 last V"]:
