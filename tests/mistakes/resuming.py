@@ -127,8 +127,8 @@ def random_tokens(patch: pytest.MonkeyPatch) -> None:
 def reseeded(patch: pytest.MonkeyPatch) -> None:
     genuine, seeds = start.make_loader, iter(range(100))
 
-    def make(config: Any, stream: Any) -> Loader:
-        return genuine(config.replace({"data.seed": next(seeds)}), stream)
+    def make(config: Any, stream: Any, order: Any) -> Loader:
+        return genuine(config.replace({"data.seed": next(seeds)}), stream, order)
 
     patch.setattr(start, "make_loader", make)
 

@@ -15,8 +15,8 @@ from resmol.audit.replay import ReplayOptions, replay
 from resmol.audit.step_numbers import finite_numbers, learning_rate, loss_scale
 from resmol.checks import Check, Checks, check_problems
 from resmol.config.run_config import RunConfig
-from resmol.data.resolve import recorded_folder
-from resmol.data.shards import TokenStream, open_dataset
+from resmol.data.loader import StepBatch
+from resmol.data.sources import RunData, open_recorded
 from resmol.errors import CheckpointError, ConfigError, ResmolError
 from resmol.run.checkpoint_manifest import MANIFEST, checkpoint_name, list_checkpoints, open_checkpoint
 from resmol.run.config_history import ConfigHistory
@@ -27,12 +27,13 @@ from resmol.run.ledger import (
     effective_saves,
     effective_steps,
     ends_comparison,
+    last_fact,
     read_ledger,
     select,
 )
 from resmol.system.locks import kept_while_read
 from resmol.system.wording import counted
-from resmol.train.build import make_loader
+from resmol.train.build import make_loader, mixture_order
 from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
 
 logger = logging.getLogger(__name__)
@@ -228,27 +229,41 @@ def _data_order(records: list[Record], history: ConfigHistory, stored: RunConfig
     """Recompute the windows that each step had to read; needs the data's manifest, not its tokens."""
     name, expected = "data order", "window ids are the keyed permutation, with nothing repeated or skipped"
     try:
-        dataset = open_dataset(recorded_folder(run, stored.data.path))
+        data = open_recorded(run, stored.data)
     except ResmolError as error:
         return Check(name, not strict, f"not recomputed: {error.what}", expected, "a loader that starts over")
-    start = next(select(records, "start"), {})
-    if dataset.fingerprint != start.get("data_fingerprint"):
+    if data.fingerprint != last_fact(records, "data_fingerprint"):
         return Check(name, False, "the data here is not the data of the run", expected, "exchanged data")
-    problems = list(_wrong_windows(records, history, dataset.train))
+    problems = list(_wrong_windows(records, history, data))
     return check_problems(
         name, problems, "recomputed for every step", expected, "a loader that starts over at a resume"
     )
 
 
-def _wrong_windows(records: list[Record], history: ConfigHistory, stream: TokenStream) -> Iterator[str]:
+def _wrong_windows(records: list[Record], history: ConfigHistory, data: RunData) -> Iterator[str]:
     """Yield the steps that did not read the windows after those of the step before."""
-    windows_seen = 0
+    windows_seen, place = 0, None
     for config, stretch in groupby(sorted(effective_steps(records).items()), lambda item: history.at(item[1])):
-        loader = make_loader(config, stream)
+        loader = None
         for step, record in stretch:
-            if record["windows"] != loader.step_after(windows_seen).window_digest:
+            loader = loader or make_loader(config, data.train, mixture_order(config, data, step - 1, place))
+            wanted = loader.step_after(windows_seen)
+            windows_seen = record["windows_seen"] if wanted.mixture is None else wanted.windows_seen
+            place = wanted.mixture
+            if record["windows"] != wanted.window_digest:
                 yield f"step {step} read other windows"
-            windows_seen = record["windows_seen"]
+            elif wanted.mixture is not None and _other_counts(record, wanted):
+                yield f"step {step} states other windows or tokens of its sources"
+
+
+def _other_counts(record: Record, wanted: StepBatch) -> bool:
+    """Return whether a record has other counts by source; sources that were added later are not in it."""
+    counts = ((wanted.mixture.seen if wanted.mixture else ()), wanted.source_tokens)
+    stated = record.get("sources_seen"), record.get("sources_tokens")
+    return any(
+        not isinstance(found, list) or [*found, *[0] * (len(right) - len(found))] != list(right)
+        for found, right in zip(stated, counts, strict=True)
+    )
 
 
 def _configuration(records: list[Record], history: ConfigHistory, stored: RunConfig) -> Check:

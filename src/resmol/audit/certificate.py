@@ -10,7 +10,7 @@ from typing import Any
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
-from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.run.ledger import effective_steps, last_fact, read_ledger, select
 from resmol.system.atomic_io import write_durable
 from resmol.version import __version__
 
@@ -53,7 +53,7 @@ def certificate(run: RunDir, checks: Sequence[Check]) -> dict[str, Any]:
         "run": run.path.resolve().name,
         "ledger": {"head": content.head, "lines": len(records)},
         "config_sha256": start["config_sha256"],
-        "data_fingerprint": start["data_fingerprint"],
+        "data_fingerprint": last_fact(records, "data_fingerprint"),
         "steps": max(steps, default=0),
         "tokens": max((record["tokens_seen"] for record in steps.values()), default=0),
         "survived": {

@@ -18,8 +18,8 @@ from typing import Any
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Loader
-from resmol.data.resolve import recorded_folder
-from resmol.data.shards import Dataset, open_dataset, verify_shards
+from resmol.data.shards import verify_shards
+from resmol.data.sources import RunData, datasets_of, open_recorded
 from resmol.errors import ConfigError, ResmolError
 from resmol.run.checkpoint import digest_all
 from resmol.run.checkpoint_manifest import (
@@ -35,7 +35,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, last_fact, select
 from resmol.system.locks import kept_while_read
 from resmol.system.wording import counted
-from resmol.train.build import compile_blocks, make_loader, new_state
+from resmol.train.build import compile_blocks, new_state, train_loader
 from resmol.train.compiler import require_compiler
 from resmol.train.devices import find_device
 from resmol.train.loop import TrainState, train_step
@@ -94,16 +94,17 @@ def replay(run: RunDir, config: RunConfig, records: list[Record], options: Repla
     Returns:
         A check for each segment, whose measured text begins with PASS, FAIL or UNSUPPORTED, and one about them all.
     """
-    start, possible = next(select(records, "start"), None), segments(run, records, options.limit)
-    if start is None or not possible:
+    possible = segments(run, records, options.limit)
+    if not any(select(records, "start")) or not possible:
         return [_unsupported("replay", "there is no step to execute again", options)]
     draw = random.Random(options.seed)  # noqa: S311
     drawn = sorted(draw.sample(possible, min(options.count, len(possible))), key=lambda s: s.start)
     try:
-        dataset = open_dataset(recorded_folder(run, config.data.path))
-        if dataset.fingerprint != start["data_fingerprint"]:
+        data = open_recorded(run, config.data)
+        if data.fingerprint != last_fact(records, "data_fingerprint"):
             return [Check("replay", False, "FAIL: the data here is not the data of the run", EXPECTED, GUARDS)]
-        verify_shards(dataset)
+        for dataset in datasets_of(data).values():
+            verify_shards(dataset)
     except ResmolError as error:
         return [_unsupported("replay", f"the tokens are not here ({error.what})", options)]
     checks, started = [], time.perf_counter()
@@ -113,12 +114,12 @@ def replay(run: RunDir, config: RunConfig, records: list[Record], options: Repla
                 hold.enter_context(kept_while_read(run.checkpoints / checkpoint_name(step) / MANIFEST))
         for segment in drawn:
             logger.info(f"replay: steps {segment.start + 1} to {segment.end}")
-            checks.append(_replay_segment(run, config, records, segment, dataset, options))
+            checks.append(_replay_segment(run, config, records, segment, data, options))
     return [*checks, _summary(records, possible, drawn, checks, time.perf_counter() - started, options)]
 
 
 def _replay_segment(
-    run: RunDir, stored: RunConfig, records: list[Record], segment: Segment, dataset: Dataset, options: ReplayOptions
+    run: RunDir, stored: RunConfig, records: list[Record], segment: Segment, data: RunData, options: ReplayOptions
 ) -> Check:
     name = f"replay of steps {segment.start + 1} to {segment.end}"
     steps = effective_steps(records)
@@ -145,7 +146,7 @@ def _replay_segment(
         except ResmolError as error:
             return Check(name, False, f"FAIL: {error.what}", EXPECTED, GUARDS)
         compile_blocks(state.model, config)
-        loader = make_loader(config, dataset.train)
+        loader = train_loader(config, data, state)
         for step in range(segment.start + 1, segment.end + 1):
             in_force = history.at(steps[step])  # a decay may have been planned meanwhile
             if wrong := _execute(state, steps[step], in_force, loader, runtime):

@@ -16,11 +16,12 @@ from resmol.audit.certificate import current_certificate
 from resmol.audit.claims import read_claims
 from resmol.audit.plots import curves, loss_image, resumed_at
 from resmol.audit.run_data import recorded_data
+from resmol.audit.sources_read import sources_read
 from resmol.data.shards import Manifest
 from resmol.data.summary import statistics_rows
 from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.run.ledger import Record, effective_steps, last_fact, read_ledger, select
 from resmol.run.log_writers import describe
 from resmol.system.atomic_io import write_durable
 from resmol.system.templates import template_environment
@@ -112,7 +113,8 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
             timeline=timeline(content.records),
             environment=last_environment(content.records),
             data=None if dataset is None else data_facts(dataset.manifest),
-            fingerprint=next((record["data_fingerprint"] for record in select(content.records, "start")), None),
+            sources=sources_read(content.records, effective_steps(content.records).values()),
+            fingerprint=last_fact(content.records, "data_fingerprint"),
             epochs=epochs_seen(content.records),
             many_epochs=MANY_EPOCHS,
             claims=[{**claim, "link": _link(run, claim["evidence"], target.parent)} for claim in read_claims(run)],

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from resmol.config.run_config import RunConfig
 from resmol.data.beginnings import first_words
-from resmol.data.resolve import recorded_folder
-from resmol.data.shards import Dataset, open_dataset
+from resmol.data.sources import RunData, datasets_of, open_recorded
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError
 from resmol.run.directory import RunDir
-from resmol.run.ledger import first_record
+from resmol.run.ledger import last_fact, scan
 
 MOST_PROMPTS = 4
 
 
-def recorded_data(run: RunDir, config: RunConfig) -> Dataset | None:
+def recorded_data(run: RunDir, config: RunConfig) -> RunData | None:
     """Return the prepared data of a run; None where it is missing or was changed since.
 
     Args:
-        run: The run directory; its ledger begins with the fingerprint of the data.
-        config: Its configuration, which names the folder.
+        run: The run directory; its ledger records the fingerprint of the data.
+        config: Its configuration, which names the folder, or those of a mixture.
     """
     try:
-        dataset = open_dataset(recorded_folder(run, config.data.path))
+        data = open_recorded(run, config.data)
     except (DataError, OSError):
         return None
-    start = first_record(run.ledger) or {}
-    return dataset if start.get("data_fingerprint") == dataset.fingerprint else None
+    recorded = last_fact(list(scan(run.ledger, "start", "drift")), "data_fingerprint")
+    return data if recorded == data.fingerprint else None
 
 
 def example_prompts(run: RunDir, tokenizer: Tokenizer) -> list[str]:
@@ -37,7 +36,8 @@ def example_prompts(run: RunDir, tokenizer: Tokenizer) -> list[str]:
 
 
 def _words_of_data(run: RunDir, config: RunConfig, tokenizer: Tokenizer) -> list[str]:
-    dataset = recorded_data(run, config)
+    data = recorded_data(run, config)
+    dataset = None if data is None else next(iter(datasets_of(data).values()))
     if dataset is None or dataset.tokenizer_sha256 != tokenizer.sha256:
         return []
     try:

@@ -35,6 +35,8 @@ base = "nano"
 lr = 1e-3
 ```
 
+`[[data.source]]` and `[[data.stage]]` describe a mixture of several prepared folders ([Training](training.md)).
+
 The drift class decides what happens when a run is resumed with another value. **A**: refused. **B**: refused, unless
 `--accept-drift section.key` is given; the change is recorded in the ledger. **C**: free.
 

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from resmol.config.data_config import with_absolute_paths
 from resmol.config.derived import laid_over
 from resmol.config.model_config import read_model_config
 from resmol.config.run_config import RunConfig
@@ -79,7 +80,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for override in overrides:
         _apply_override(table, override)
-    return dotted(_with_architecture(table))
+    return dotted(_with_architecture(with_absolute_paths(table, Path())))
 
 
 def _build(table: dict[str, Any], origin: str, overrides: Sequence[str]) -> RunConfig:
@@ -158,7 +159,7 @@ def _table_with_base(path: Path) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(decode_text(path.read_bytes()))
+        return with_absolute_paths(tomllib.loads(decode_text(path.read_bytes())), path.parent)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", fix="check the path of --config") from None
     except ValueError as error:  # TOML's error, UTF-8's, and numbers of thousands of digits

@@ -15,19 +15,14 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from resmol.config.data_config import DataConfig
 from resmol.config.derived import WINDOWS_PER_STEP, with_changes
 from resmol.config.model_config import ModelConfig
-from resmol.config.strict_model import StrictModel
+from resmol.config.strict_model import DriftClass, StrictModel, param
 from resmol.config.tables import dotted, invalid
 from resmol.system.wording import counted
 
-DriftClass = Literal["A", "B", "C"]
 DeviceKind = Literal["cpu", "cuda", "mps", "xpu"]  # as PyTorch calls them; train/devices.py knows what each can do
-
-
-def param(default: Any, drift: DriftClass, description: str, **constraints: Any) -> Any:
-    """Declare a configuration field; the drift class is not optional, so no field can forget it."""
-    return Field(default, description=description, json_schema_extra={"drift": drift}, **constraints)
 
 
 class TokenizerConfig(StrictModel):
@@ -39,15 +34,6 @@ class TokenizerConfig(StrictModel):
         "sha256 of tokenizer.json; `train --tokenizer` states it; prepared data with another one is refused",
         pattern=r"^[0-9a-f]{64}$",
     )
-
-
-class DataConfig(StrictModel):
-    """How the token stream is cut into windows and shuffled (its content is bound by a fingerprint)."""
-
-    path: str = param("", "C", "folder of the prepared data, relative to the run; empty: as before, or RUN/data")
-    seq_len: int = param(2048, "A", "tokens in a training window", ge=2)
-    document_mask: bool = param(True, "A", "attention stays inside a document")
-    seed: int = param(8, "A", "key of the permutation of the windows", ge=0)
 
 
 class BatchConfig(StrictModel):
@@ -311,7 +297,10 @@ class RunConfig(StrictModel):
     def bound_fields(self) -> dict[str, Any]:
         """Return ``section.key`` -> value of what the numbers depend on: the fields of drift class A and B."""
         classes = drift_classes()
-        return {key: value for key, value in flatten(self).items() if classes[key] != "C"}
+        fields = {key: value for key, value in flatten(self).items() if classes[key] != "C"}
+        if self.data.stage is None:  # a run of one source is what it was before there were mixtures
+            del fields["data.stage"]
+        return fields
 
 
 def field_declarations() -> dict[str, FieldInfo]:

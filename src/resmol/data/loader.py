@@ -5,13 +5,18 @@ windows share one token and every token but the stream's first is a target exact
 window may be short; it is padded, and the padding is no target. What a run has seen is one number: how many windows,
 over all epochs. A step takes the next ones of the order, as many as the batch has today, so a batch size that changes
 on the way skips nothing and repeats nothing.
+
+The windows of several streams, the sources of a mixture, are numbered through in the order of the streams; which of
+them come next is then the business of `resmol.data.mixture`.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import overload
 
 import numpy as np
@@ -20,10 +25,12 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resmol.data.document_ends import count_spelled_ends
+from resmol.data.mixture import MixtureOrder
 from resmol.data.shards import TokenStream
 from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
 from resmol.model.cross_entropy import IGNORE_INDEX
+from resmol.run.mixture_place import MixturePlace
 from resmol.system.wording import counted
 
 
@@ -82,7 +89,9 @@ class StepBatch:
         window_digest: The first 16 hex digits of the SHA-256 of the step's window ids (little-endian int64), over all
             ranks.
         windows_seen: Windows that the run has seen after this step, over all epochs.
-        epoch: Passes over the stream that are done after this step.
+        epoch: Passes over the stream that are done after this step; in a mixture, over as many windows as all have.
+        mixture: Where the run stands in a mixture after this step; None without one.
+        source_tokens: Targets of the step in each source of a mixture.
     """
 
     batches: Sequence[Batch]
@@ -90,19 +99,21 @@ class StepBatch:
     window_digest: str
     windows_seen: int
     epoch: float
+    mixture: MixturePlace | None = None
+    source_tokens: tuple[int, ...] = ()
 
 
 class Loader:
-    """The batches of a token stream.
+    """The batches of a token stream, or of several.
 
     Attributes:
-        n_windows: Windows per epoch, ceil((N - 1) / T) for N tokens.
+        n_windows: Windows per epoch, ceil((N - 1) / T) for each stream of N tokens.
         windows_per_step: Windows of one optimizer step, over all ranks.
     """
 
     def __init__(
         self,
-        stream: TokenStream,
+        stream: TokenStream | Sequence[TokenStream],
         *,
         seq_len: int,
         micro_batch_size: int,
@@ -111,11 +122,12 @@ class Loader:
         eos_id: int,
         document_mask: bool = True,
         allow_short: bool = False,
+        order: MixtureOrder | None = None,
     ) -> None:
         """Check the sizes; read nothing.
 
         Args:
-            stream: The tokens.
+            stream: The tokens; several streams have an ``order``, or are read by `sequential` alone.
             seq_len: T.
             micro_batch_size: B.
             grad_accum_steps: Micro-batches of one optimizer step, over all ranks.
@@ -123,6 +135,7 @@ class Loader:
             eos_id: The token that ends a document; also the padding of the last window's inputs.
             document_mask: Whether batches carry document ids.
             allow_short: Accept a stream of less than one full window (two tokens at least), for evaluation.
+            order: The order of the windows of a mixture.
 
         Raises:
             ConfigError: A size below 1.
@@ -136,21 +149,25 @@ class Loader:
         for name, value in sizes.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}", fix="give a number of at least 1")
+        self._streams = (stream,) if isinstance(stream, TokenStream) else tuple(stream)
         needed = 2 if allow_short else seq_len + 1
-        if len(stream) < needed:
-            raise DataError(
-                f"the text has {counted(len(stream), 'token')}; a window of {seq_len} needs {needed}",
-                fix="give more text, or a smaller seq_len, or (for held-out data) a larger --val-fraction",
-            )
-        self.n_windows = -(-(len(stream) - 1) // seq_len)
+        for one in self._streams:
+            if len(one) < needed:
+                raise DataError(
+                    f"the text has {counted(len(one), 'token')}; a window of {seq_len} needs {needed}",
+                    fix="give more text, or a smaller seq_len, or (for held-out data) a larger --val-fraction",
+                )
+        self._sizes = [count_windows(one, seq_len) for one in self._streams]
+        self._offsets = [sum(self._sizes[:number]) for number in range(len(self._sizes))]
+        self.n_windows = sum(self._sizes)
         self.windows_per_step = micro_batch_size * grad_accum_steps
-        self._stream = stream
         self._seq_len = seq_len
         self._micro_batch_size = micro_batch_size
         self._grad_accum_steps = grad_accum_steps
         self._eos_id = eos_id
         self._document_mask = document_mask
-        self._order = WindowShuffle(self.n_windows, seed)
+        self._mixture = order
+        self._order = order or WindowShuffle(self.n_windows, seed)
 
     def windows_after(self, windows_seen: int) -> Int64[np.ndarray, " G"]:
         """Return the windows of the step that follows ``windows_seen`` windows: the next G positions of the order."""
@@ -173,43 +190,61 @@ class Loader:
             )
         windows = self.windows_after(windows_seen)
         share = self.windows_per_step // world_size
-        short = int(np.count_nonzero(windows == self.n_windows - 1))
+        tokens, after = self._targets(windows), windows_seen + self.windows_per_step
         return StepBatch(
             batches=self._batches(windows[rank * share : (rank + 1) * share].tolist(), self._micro_batch_size),
-            tokens=self.windows_per_step * self._seq_len - short * (self._seq_len - self._last_targets()),
+            tokens=sum(tokens),
             window_digest=hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()[:16],
-            windows_seen=windows_seen + self.windows_per_step,
-            epoch=(windows_seen + self.windows_per_step) / self.n_windows,
+            windows_seen=after,
+            epoch=after / self.n_windows,
+            mixture=None if self._mixture is None else self._mixture.place_at(after),
+            source_tokens=() if self._mixture is None else tuple(tokens),
         )
 
     def sequential(self, batch_size: int, limit: int | None = None) -> Batches:
         """Return the windows in the order of the text, for evaluation; the last batch may have fewer rows.
 
+        Several streams take turns, so that a limit leaves as much of each.
+
         Args:
             batch_size: Rows of a batch.
             limit: Windows to read at most.
         """
-        count = self.n_windows if limit is None else min(limit, self.n_windows)
-        return self._batches(range(count), batch_size)
+        return self._batches(list(islice(self._in_turn(), limit)), batch_size)
 
     def spelled_ends(self, limit: int | None = None) -> int:
         """Return how many targets of `sequential` are end tokens that the text spells, and no end of a document."""
-        count = self.n_windows if limit is None else min(limit, self.n_windows)
-        return count_spelled_ends(self._stream, self._eos_id, 1, min(count * self._seq_len + 1, len(self._stream)))
+        windows = list(islice(self._in_turn(), limit))
+        ends = 0
+        for stream, offset, size in zip(self._streams, self._offsets, self._sizes, strict=True):
+            count = sum(offset <= window < offset + size for window in windows)
+            ends += count_spelled_ends(stream, self._eos_id, 1, min(count * self._seq_len + 1, len(stream)))
+        return ends
+
+    def _in_turn(self) -> Iterator[int]:
+        for number in range(max(self._sizes)):
+            yield from (o + number for o, size in zip(self._offsets, self._sizes, strict=True) if number < size)
 
     def _batches(self, windows: Sequence[int], size: int) -> Batches:
         return Batches(self._batch, [windows[first : first + size] for first in range(0, len(windows), size)])
 
-    def _last_targets(self) -> int:
-        return len(self._stream) - 1 - (self.n_windows - 1) * self._seq_len
+    def _targets(self, windows: Int64[np.ndarray, " G"]) -> list[int]:
+        """Return the targets of these windows in each stream: as many as tokens, but in the last window of a stream."""
+        targets = []
+        for stream, offset, size in zip(self._streams, self._offsets, self._sizes, strict=True):
+            count = int(np.count_nonzero((windows >= offset) & (windows < offset + size)))
+            last = int(np.count_nonzero(windows == offset + size - 1))
+            targets.append(count * self._seq_len - last * (size * self._seq_len - (len(stream) - 1)))
+        return targets
 
     def _batch(self, windows: Sequence[int]) -> Batch:
         shape = (len(windows), self._seq_len)
         inputs = np.full(shape, self._eos_id, dtype=np.int64)
         targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         for row, window in enumerate(windows):
-            start = window * self._seq_len
-            tokens = self._stream.read(start, min(start + self._seq_len + 1, len(self._stream)))
+            number = bisect.bisect_right(self._offsets, window) - 1
+            stream, start = self._streams[number], (window - self._offsets[number]) * self._seq_len
+            tokens = stream.read(start, min(start + self._seq_len + 1, len(stream)))
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, : len(tokens) - 1] = tokens[1:]
         ends = inputs == self._eos_id
@@ -220,6 +255,11 @@ class Loader:
             window_ids=tuple(windows),
             tokens=int(np.count_nonzero(targets != IGNORE_INDEX)),
         )
+
+
+def count_windows(stream: TokenStream, seq_len: int) -> int:
+    """Return the windows of a stream; the last one may be short."""
+    return -(-(len(stream) - 1) // seq_len)
 
 
 def _document_ids(ends: Bool[np.ndarray, "B T"]) -> Int64[Tensor, "B T"] | None:

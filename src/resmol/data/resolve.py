@@ -18,7 +18,7 @@ from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
 from resmol.run.directory import RunDir
-from resmol.run.ledger import first_record
+from resmol.run.ledger import first_record, scan
 from resmol.system.atomic_io import remove_directory
 from resmol.system.progress import byte_progress
 from resmol.system.user_paths import user_path
@@ -116,12 +116,18 @@ def named_folder(data: str, run: RunDir) -> Path:
     return folder if is_prepared(folder) else run.data
 
 
-def stored_folder(run: RunDir, path: str) -> Path:
-    """Return the folder that ``data.path`` of a run's configuration names, relative to the run; empty: its own."""
-    return run.path / user_path(path) if path else run.data
+def stored_folder(run: RunDir, path: str, source: str = "") -> Path:
+    """Return the folder that a path of a run's configuration names, relative to the run.
+
+    Args:
+        run: The run directory.
+        path: ``data.path``, or that of a source; empty is the run's own folder for it.
+        source: The name of a source of a mixture.
+    """
+    return run.path / user_path(path) if path else run.data / source
 
 
-def recorded_folder(run: RunDir, path: str) -> Path:
+def recorded_folder(run: RunDir, path: str, source: str = "") -> Path:
     """Return the prepared folder that a run was trained on: where it was, or where it moved to with the run.
 
     Another folder must hold the same tokens, by the fingerprint in the run's ledger. It is looked for in the run, and
@@ -130,13 +136,14 @@ def recorded_folder(run: RunDir, path: str) -> Path:
 
     Args:
         run: The run directory.
-        path: ``data.path`` of its configuration.
+        path: ``data.path`` of its configuration, or the path of a source.
+        source: The name of a source of a mixture.
 
     Raises:
         DataError: The run has begun, and its data is not there.
     """
-    folder = stored_folder(run, path)
-    fingerprint = (first_record(run.ledger) or {}).get("data_fingerprint")
+    folder = stored_folder(run, path, source)
+    fingerprint = _recorded_fingerprint(run, source)
     if not isinstance(fingerprint, str) or _holds(folder, fingerprint) or not run.has_begun():
         return folder
     for other in _places(run, path):
@@ -144,13 +151,24 @@ def recorded_folder(run: RunDir, path: str) -> Path:
             logger.info(f"data: {folder} does not hold the data of the run; {other} does")
             return other
     if not is_prepared(folder):
-        gone = f"the data of {run.path} is not in {folder} any more, and nowhere beside the run"
+        called = f" called {source}" if source else ""
+        gone = f"the data of {run.path}{called} is not in {folder} any more, and nowhere beside the run"
         raise DataError(
-            gone if path else f"{run.config} is missing, which says where the data of {run.path} is",
-            fix="name the folder where it is now, or the text that it was made from: --data PATH (its fingerprint is "
+            gone if path or source else f"{run.config} is missing, which says where the data of {run.path} is",
+            fix="write the path of the folder where it is now into config.toml of the run (its fingerprint is compared)"
+            if source
+            else "name the folder where it is now, or the text that it was made from: --data PATH (its fingerprint is "
             "compared)",
         )
     return folder
+
+
+def _recorded_fingerprint(run: RunDir, source: str) -> object:
+    """Return the fingerprint of a run's data, or of a source, as the ledger states it last; None where it does not."""
+    if not source:
+        return (first_record(run.ledger) or {}).get("data_fingerprint")
+    recorded = [one for record in scan(run.ledger, "start", "drift") for one in record.get("sources", ())]
+    return next((one["fingerprint"] for one in reversed(recorded) if one["name"] == source), None)
 
 
 def _places(run: RunDir, path: str) -> Iterator[Path]:

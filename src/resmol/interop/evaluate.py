@@ -14,8 +14,9 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from resmol.data.loader import Batch, Loader
-from resmol.data.resolve import Text, is_prepared, prepare_text, recorded_folder
-from resmol.data.shards import Dataset, open_dataset
+from resmol.data.resolve import Text, is_prepared, prepare_text
+from resmol.data.shards import Dataset, TokenStream, open_dataset
+from resmol.data.sources import RunData, datasets_of, open_recorded
 from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
@@ -63,16 +64,10 @@ def evaluate_model(
     if windows < 0 or seq_len < 0:
         raise UsageError(f"windows {windows} and seq_len {seq_len} must not be negative", fix="0 takes the default")
     loaded = load_model(model, tokenizer=tokenizer)
-    settings = loaded.source.settings
     with tempfile.TemporaryDirectory(prefix="resmol-evaluate-") as scratch:
-        dataset = _evaluation_data(data, text_field, loaded, Path(scratch))
-        stream = dataset.val if len(dataset.val) > 1 else dataset.train
-        length = seq_len or (settings.data.seq_len if settings else DEFAULT_EVALUATION_LENGTH)
-        length = min(length, loaded.config.max_position_embeddings, len(stream) - 1)
-        loader = Loader(
-            stream, seq_len=length, micro_batch_size=1, grad_accum_steps=1, seed=0,
-            eos_id=dataset.eos_id, document_mask=settings.data.document_mask if settings else True, allow_short=True,
-        )  # fmt: skip
+        opened = _evaluation_data(data, text_field, loaded, Path(scratch))
+        dataset, held_out = next(iter(datasets_of(opened).values())), _held_out(opened)
+        loader, length = _loader(held_out or [dataset.train], seq_len, loaded, dataset.eos_id)
         batches = loader.sequential(max(1, 2048 // length), windows or None)
         _require_rows(batches if dataset.vocab_size > loaded.config.vocab_size else (), loaded.config.vocab_size)
         starts = _DocumentStarts(batches, loaded, dataset.eos_id)
@@ -87,13 +82,30 @@ def evaluate_model(
         "tokens": result.tokens,
         "bytes": result.bytes,
         "seq_len": length,
-        "split": "val" if stream is dataset.val else "train" if _was_trained_on(dataset, loaded) else "all",
-        "data_fingerprint": dataset.fingerprint,
+        "split": "val" if held_out else "train" if _was_trained_on(dataset, loaded) else "all",
+        "data_fingerprint": opened.fingerprint,
         "model": loaded.source.to_dict(),
     }
 
 
-def _evaluation_data(data: str | None, text_field: str, loaded: LoadedModel, scratch: Path) -> Dataset:
+def _held_out(data: RunData) -> list[TokenStream]:
+    """Return the held-out text of each source that has some."""
+    return [dataset.val for dataset in datasets_of(data).values() if len(dataset.val) > 1]
+
+
+def _loader(texts: Sequence[TokenStream], seq_len: int, loaded: LoadedModel, eos_id: int) -> tuple[Loader, int]:
+    """Return the windows of texts that fill one, and their length: the one asked for (0: the run's), or the longest."""
+    settings = loaded.source.settings
+    wanted = seq_len or (settings.data.seq_len if settings else DEFAULT_EVALUATION_LENGTH)
+    length = min(wanted, loaded.config.max_position_embeddings, max(len(text) - 1 for text in texts))
+    loader = Loader(
+        [text for text in texts if len(text) > length], seq_len=length, micro_batch_size=1, grad_accum_steps=1, seed=0,
+        eos_id=eos_id, document_mask=settings.data.document_mask if settings else True, allow_short=True,
+    )  # fmt: skip
+    return loader, length
+
+
+def _evaluation_data(data: str | None, text_field: str, loaded: LoadedModel, scratch: Path) -> RunData:
     if data is not None and not is_prepared(user_path(data)):
         text = Text(inputs=(data,), val_fraction=0.0, options=ReadOptions(text_field=text_field))
         return prepare_text(scratch / "data", text, loaded.tokenizer)
@@ -105,14 +117,14 @@ def _evaluation_data(data: str | None, text_field: str, loaded: LoadedModel, scr
             f"{loaded.source.path} belongs to no run, so it has no held-out text of its own",
             fix="name some: --data input.txt, or a folder that `resmol prepare` wrote",
         )
-    folder = recorded_folder(run, settings.data.path)
-    dataset = open_dataset(folder)
-    if len(dataset.val) < 2:
+    own = open_recorded(run, settings.data)
+    if not _held_out(own):
+        folder = next(dataset.root for dataset in datasets_of(own).values())
         raise DataError(
             f"the data of {run.path} has no held-out text: all of it was trained on",
             fix=f"name another text: --data input.txt; or, for the loss on the training text, --data {folder}",
         )
-    return dataset
+    return own
 
 
 def _was_trained_on(dataset: Dataset, loaded: LoadedModel) -> bool:
@@ -121,11 +133,13 @@ def _was_trained_on(dataset: Dataset, loaded: LoadedModel) -> bool:
     if run is None or settings is None:
         return False
     try:
-        own = open_dataset(recorded_folder(run, settings.data.path))
+        own = datasets_of(open_recorded(run, settings.data)).values()
     except DataError:  # the run's data is not here any more
         return False
-    inputs = {one.sha256 for one in own.manifest.source.inputs}
-    return dataset.fingerprint == own.fingerprint or any(one.sha256 in inputs for one in dataset.manifest.source.inputs)
+    inputs = {one.sha256 for mine in own for one in mine.manifest.source.inputs}
+    if dataset.fingerprint in {mine.fingerprint for mine in own}:
+        return True
+    return any(one.sha256 in inputs for one in dataset.manifest.source.inputs)
 
 
 def _prepared(folder: Path, tokenizer: Tokenizer) -> Dataset:

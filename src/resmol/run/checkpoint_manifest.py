@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 
 from resmol.config.strict_model import StrictModel
 from resmol.errors import CheckpointError
+from resmol.run.mixture_place import MixturePlace
 from resmol.system.atomic_io import file_sha256
 from resmol.system.locks import kept_while_read
 from resmol.system.untrusted_text import listed
@@ -62,9 +63,9 @@ class LossScale(StrictModel):
 class SavedState(StrictModel):
     """What the next step depends on, besides weights and moments.
 
-    ``windows_seen`` is the place in the data: the order of the windows is a function of the seed. ``config_sha256`` and
-    ``data_fingerprint`` bind the checkpoint to a configuration and to data; a resume compares them. ``loss_scale`` is
-    there where the run has computed in float16.
+    ``windows_seen`` is the place in the data: the order of the windows is a function of the seed. ``mixture`` tells how
+    many windows of each source they were. ``config_sha256`` and ``data_fingerprint`` bind the checkpoint to a
+    configuration and to data; a resume compares them. ``loss_scale`` is there where the run has computed in float16.
     """
 
     step: int
@@ -76,12 +77,13 @@ class SavedState(StrictModel):
     random_state: str
     permanent: bool
     recent_losses: tuple[float, ...] = ()
+    mixture: MixturePlace | None = None
     loss_scale: LossScale = LossScale()
 
     def to_bytes(self) -> bytes:
-        """Return the content of ``state.json``."""
+        """Return the content of ``state.json``, without what the run does not have: a mixture, a loss scale."""
         untouched = {"loss_scale"} if self.loss_scale == LossScale() else None
-        return self.model_dump_json(indent=1, exclude=untouched).encode()
+        return self.model_dump_json(indent=1, exclude=untouched, exclude_none=True).encode()
 
 
 class FileEntry(StrictModel):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from resmol.config.run_config import RunConfig
 from resmol.config.tables import nested
@@ -56,12 +57,19 @@ class ConfigHistory:
 def _stretches(records: Sequence[Record], stored: RunConfig | None) -> Iterator[tuple[int, RunConfig]]:
     """Yield the line where each configuration begins to be in force."""
     start = records[0]["config"]
-    config = stored.replace(start) if stored else RunConfig.parse(nested(start), "recorded in the ledger")
+    sources = _sources(records) if stored is None else {}
+    config = stored.replace(start) if stored else RunConfig.parse(nested(start | sources), "recorded in the ledger")
     yield 0, config
     for record in records:
         if record["kind"] == "drift":
             config = config.replace({key: change["to"] for key, change in record["changes"].items()})
             yield record["seq"], config
+
+
+def _sources(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the names of the sources of a mixture, for a configuration whose paths are lost; nothing without one."""
+    newest = next((record["sources"] for record in reversed(records) if "sources" in record), None)
+    return {} if newest is None else {"data.source": [{"name": source["name"]} for source in newest]}
 
 
 def recorded_config(ledger: Path, stored: RunConfig | None) -> RunConfig | None:

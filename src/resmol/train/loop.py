@@ -30,6 +30,7 @@ from resmol.run.checkpoint_manifest import LossScale, SavedState
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, is_finished
 from resmol.run.log_writers import RunLog
+from resmol.run.mixture_place import MixturePlace
 from resmol.system.signals import StopSignal
 from resmol.train.averaging import WeightAverage
 from resmol.train.evaluate import evaluate
@@ -55,6 +56,7 @@ class TrainState:
     step: int = 0
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
+    mixture: MixturePlace | None = field(default=None, repr=False)  # and of which sources they were
     recent_losses: tuple[float, ...] = field(default=(), repr=False)  # the next loss is compared with; loss_spikes.py
     loss_scale: LossScale = field(default=LossScale(), repr=False)  # of the next step, in float16
 
@@ -160,7 +162,7 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
     if runtime.scales_loss:
         state.loss_scale = after_step(state.loss_scale, skipped=norm is None)
     state.tokens_seen += batch.tokens
-    state.windows_seen = batch.windows_seen
+    state.windows_seen, state.mixture = batch.windows_seen, batch.mixture
     return StepResult(
         step=state.step,
         loss=loss,
@@ -172,6 +174,8 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
         windows=batch.window_digest,
         epoch=batch.epoch,
         loss_scale=scale if runtime.scales_loss else None,
+        sources_seen=() if batch.mixture is None else batch.mixture.seen,
+        sources_tokens=batch.source_tokens,
     )
 
 
@@ -338,5 +342,6 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
         permanent=state.step in session.config.checkpoint.permanent,
         recent_losses=state.recent_losses,
         loss_scale=state.loss_scale,
+        mixture=state.mixture,
     )
     session.checkpointer.save(saved, state.tensors(), wait=wait)

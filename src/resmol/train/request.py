@@ -98,11 +98,12 @@ def resolve_config(
         )
     if config is not None and stored is not None:
         _refuse_edits(stored, before)
-    requested = (config or stored or before).replace(changes)
+    requested = _laid_over(config or stored or before, changes)
     if config is not None and config.tokenizer == TokenizerConfig():  # a preset does not know the run's tokenizer
         requested = with_vocabulary(requested, Vocabulary.stated_by(before), changes)
-    if not requested.data.path:  # a preset does not say where the data lies; the run does
-        requested = requested.replace({"data.path": before.data.path})
+    if not requested.data.path and requested.data.source is None:  # a preset does not say where it lies; the run does
+        requested = requested.replace(_data_of(before))
+    _refuse_mixing(run, before, requested)
     _refuse_late_averaging(before, requested)
     try:
         resolved, drifts = reconcile(before, requested, accept_drift)
@@ -124,8 +125,45 @@ def first_request(
             f"{run.path} is a new run, and neither a preset nor a configuration was given",
             fix="add --preset nano (or another preset, or --config FILE)",
         )
-    requested = (config or run.load_config()).replace(changes)
+    requested = _laid_over(config or run.load_config(), changes)
     return requested if tokenizer is None else with_vocabulary(requested, Vocabulary.of(tokenizer), changes)
+
+
+def _laid_over(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return a configuration with changes.
+
+    Raises:
+        ConfigError: They do not fit.
+        UsageError: They name a text, and the configuration a mixture.
+    """
+    if config.data.source is not None and changes.get("data.path"):
+        names = ", ".join(source.name for source in config.data.source)
+        raise UsageError(
+            f"--data names a text, and the configuration a mixture: {names}",
+            fix="leave --data out; or give a configuration without [[data.source]]",
+        )
+    return config.replace(changes)
+
+
+def _data_of(config: RunConfig) -> dict[str, Any]:
+    """Return the changes that let another configuration read what this one reads."""
+    if config.data.source is None:
+        return {"data.path": config.data.path}
+    data = config.data.model_dump(mode="json")
+    return {"data.source": data["source"], "data.stage": data["stage"]}
+
+
+def _refuse_mixing(run: RunDir, before: RunConfig, requested: RunConfig) -> None:
+    """Refuse to make a mixture of a run's only text, or the other way round (`ConfigError`)."""
+    was, wanted = (
+        "one text" if config.data.source is None else f"a mixture of {len(config.data.source)}"
+        for config in (before, requested)
+    )
+    if (before.data.source is None) != (requested.data.source is None):
+        raise ConfigError(
+            f"{run.path} reads {was}, and the configuration asks for {wanted}",
+            fix="start a new run directory; a mixture may get other weights and more sources, but begins with a run",
+        )
 
 
 def _refuse_weights(run: RunDir) -> None:
@@ -146,6 +184,8 @@ def _entries(folder: Path) -> Iterator[Path]:
 def tokenizer_of_data(run: RunDir, config: RunConfig | None, changes: Mapping[str, Any]) -> Tokenizer | None:
     """Return the tokenizer that prepared data was made with, where a new run asks for none (`DataError`: not here)."""
     folder = stored_folder(run, changes.get("data.path", ""))
+    if config is not None and config.data.source is not None:
+        folder = stored_folder(run, config.data.source[0].path, config.data.source[0].name)
     asked = TokenizerConfig() if config is None else config.tokenizer
     if run.has_begun() or folder == run.data or asked != TokenizerConfig() or "tokenizer.sha256" in changes:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from resmol.run.ledger import (
     select,
 )
 from resmol.run.log_writers import RunLog
+from resmol.run.mixture_place import MixturePlace
 from resmol.system.wording import in_words
 from resmol.train.loop import TrainState
 from resmol.train.loss_spikes import HISTORY
@@ -62,7 +64,7 @@ def resume_or_start(
     run: RunDir,
     config: RunConfig,
     drifts: dict[str, Any],
-    data_fingerprint: str,
+    data: Record,
     environment: dict[str, str | int],
     *,
     allow_fresh: bool = False,
@@ -76,7 +78,7 @@ def resume_or_start(
         run: The run directory.
         config: The configuration to go on with, without ``auto``.
         drifts: Its accepted changes from the recorded one, ``key -> {"from": ..., "to": ...}``.
-        data_fingerprint: That of the data at hand.
+        data: What the ledger records of the data at hand: its fingerprint, and the sources of a mixture.
         environment: Facts about machine and libraries.
         allow_fresh: Begin again when every checkpoint is corrupt.
         strict: Refuse an environment in which bitwise equality is not promised.
@@ -92,9 +94,9 @@ def resume_or_start(
     """
     facts = {"environment": environment, "config_sha256": config.sha256}
     if not run_log.records:
-        _record_start(run_log, run, config, data_fingerprint=data_fingerprint, **facts)
+        _record_start(run_log, run, config, **data, **facts)
         return None
-    _check_fingerprint(run_log.records, data_fingerprint)
+    added = _check_data(run_log.records, data)
     _compare_environment(run_log, config, environment, strict=strict)
     checkpoint = _find_checkpoint(run_log, run, allow_fresh=allow_fresh)
     if checkpoint is not None:
@@ -108,10 +110,10 @@ def resume_or_start(
     if checkpoint is not None:
         restore(state, checkpoint)
     run.write_config(config)
-    if step == config.train.steps and not drifts and is_finished(run_log.records, step):
+    if step == config.train.steps and not (drifts or added) and is_finished(run_log.records, step):
         logger.info(f"nothing to do: the run is at step {step}; --steps with a larger number goes on")
     else:
-        _record_resume(run_log, checkpoint, drifts, facts)
+        _record_resume(run_log, checkpoint, drifts, facts, added)
     return checkpoint
 
 
@@ -134,7 +136,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     except (ValueError, RuntimeError):
         raise corrupt(checkpoint.path / STATE, "holds no state of PyTorch's random generator") from None
     state.step, state.tokens_seen, state.windows_seen = saved.step, saved.tokens_seen, saved.windows_seen
-    state.recent_losses, state.loss_scale = saved.recent_losses, saved.loss_scale
+    state.recent_losses, state.loss_scale, state.mixture = saved.recent_losses, saved.loss_scale, saved.mixture
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
@@ -144,6 +146,7 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     counters = torch.tensor([state.step, state.tokens_seen, state.windows_seen], device=runtime.device)
     runtime.broadcast([counters])
     state.step, state.tokens_seen, state.windows_seen = (int(number) for number in counters)
+    _share_mixture(state, runtime)
     losses = torch.full((HISTORY,), math.nan, dtype=torch.float64, device=runtime.device)
     losses[: len(state.recent_losses)] = torch.tensor(state.recent_losses, dtype=torch.float64)
     scale = torch.tensor([*state.loss_scale.model_dump().values()], dtype=torch.float64, device=runtime.device)
@@ -159,6 +162,20 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     if not state.optimizer.state:
         allocate_moments(state.optimizer, state.loss_scale.updates(state.step))
     runtime.broadcast(moment_tensors(state.model, state.optimizer).values())
+
+
+def _share_mixture(state: TrainState, runtime: Runtime) -> None:
+    """Bring the other ranks to where rank 0 stands in a mixture."""
+    text = b"" if state.mixture is None else state.mixture.model_dump_json().encode()
+    length = torch.tensor([len(text)], device=runtime.device)
+    runtime.broadcast([length])
+    if int(length) == 0:
+        return
+    content = torch.zeros(int(length), dtype=torch.uint8, device=runtime.device)
+    if runtime.is_rank_zero:
+        content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    runtime.broadcast([content])
+    state.mixture = MixturePlace.model_validate_json(bytes(content.tolist()))
 
 
 def _record_start(run_log: RunLog, run: RunDir, config: RunConfig, **facts: Any) -> None:
@@ -180,13 +197,40 @@ def _record_start(run_log: RunLog, run: RunDir, config: RunConfig, **facts: Any)
     run_log.sync()
 
 
-def _check_fingerprint(records: list[Record], fingerprint: str) -> None:
-    recorded = next(select(records, "start"))["data_fingerprint"]
+def _check_data(records: list[Record], data: Record) -> Record:
+    """Return what to record of the data: nothing unless sources were added (`ConfigError`: it is other data)."""
+    if "sources" in data:
+        return data if _check_sources(records, data["sources"]) else {}
+    recorded, fingerprint = next(select(records, "start"))["data_fingerprint"], data["data_fingerprint"]
     if recorded != fingerprint:
         raise ConfigError(
             f"the data has fingerprint {fingerprint[:12]}; the run was started on {recorded[:12]}",
             fix="name the data that the run was started with, or start a new run directory",
         )
+    return {}
+
+
+def _check_sources(records: list[Record], sources: Sequence[Record]) -> bool:
+    """Return whether sources were added to those that the ledger recorded last (`ConfigError`: others are not those).
+
+    The windows of all sources are numbered through, so a source that was read keeps its place.
+    """
+    known = last_fact(records, "sources")
+    for number, before in enumerate(known):
+        now = sources[number] if number < len(sources) else {"name": "missing"}
+        if now["name"] != before["name"]:
+            raise ConfigError(
+                f"source {number + 1} of this run is {before['name']}; now it is {now['name']}",
+                fix="keep the sources of a run in their order and add new ones at the end; one that is to be read no "
+                "more gets no weight in a [[data.stage]]",
+            )
+        if now["fingerprint"] != before["fingerprint"]:
+            raise ConfigError(
+                f"the source {now['name']} has fingerprint {now['fingerprint'][:12]}; the run has read "
+                f"{before['fingerprint'][:12]}",
+                fix="name the folder that the run was started with, or start a new run directory",
+            )
+    return len(sources) > len(known)
 
 
 def _compare_environment(
@@ -255,15 +299,19 @@ def _check_bindings(run_log: RunLog, checkpoint: Checkpoint) -> None:
 
 
 def _record_resume(
-    run_log: RunLog, checkpoint: Checkpoint | None, drifts: dict[str, Any], facts: dict[str, Any]
+    run_log: RunLog,
+    checkpoint: Checkpoint | None,
+    drifts: dict[str, Any],
+    facts: dict[str, Any],
+    added: dict[str, Any],
 ) -> None:
-    """Take back the steps that are not in the checkpoint; record accepted drifts, and from where the run goes on."""
+    """Take back the steps that are not in the checkpoint; record what changed, and from where the run goes on."""
     step = 0 if checkpoint is None else checkpoint.state.step
     last = max(effective_steps(run_log.records), default=0)
     if last > step:
         run_log.write("rewind", from_step=last, to_step=step)
-    if drifts:
-        run_log.write("drift", changes=drifts, config_sha256=facts["config_sha256"])
+    if drifts or added:
+        run_log.write("drift", changes=drifts, config_sha256=facts["config_sha256"], **added)
     if checkpoint is not None:
         name, sha256 = checkpoint.path.name, checkpoint.manifest.sha256
         run_log.write("resume", step=step, next_step=step + 1, checkpoint=name, manifest_sha256=sha256, **facts)

@@ -21,13 +21,13 @@ from torch._dynamo.exc import TorchDynamoException
 
 from resmol.config.run_config import RunConfig
 from resmol.data.resolve import Text
-from resmol.data.shards import Dataset
+from resmol.data.sources import Mixture, RunData
 from resmol.data.tokenizer import Tokenizer, load_tokenizer
-from resmol.errors import ProcessLost
+from resmol.errors import ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
 from resmol.run.directory import RunDir
-from resmol.run.ledger import Ledger, NullLedger
+from resmol.run.ledger import Ledger, NullLedger, Record
 from resmol.run.log_writers import LogWriter, RunLog
 from resmol.run.progress import Progress, run_log_writers, shown_messages
 from resmol.system.host import return_freed_memory
@@ -36,7 +36,15 @@ from resmol.system.locks import exclusive_lock
 from resmol.system.signals import StopSignal
 from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, check_memory_before_deciding, resolve_auto
-from resmol.train.build import choose_prompt, compile_blocks, make_loader, make_val_loader, new_state, open_run_data
+from resmol.train.build import (
+    choose_prompt,
+    compile_blocks,
+    make_loader,
+    make_val_loader,
+    mixture_order,
+    new_state,
+    open_run_data,
+)
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.devices import find_device
 from resmol.train.loop import Session, TrainState, train
@@ -45,6 +53,7 @@ from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
+from resmol.train.supply import announce_mixture, check_supply
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -88,7 +97,9 @@ def train_model(
     changes = requested_changes(directory, text, overrides, epochs)
     named = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of_data(directory, config, changes)
     resolve = partial(resolve_config, directory, config, changes, accept_drift, named)
-    check_memory_before_deciding(resolve()[0])  # what cannot be leaves nothing behind, not even a directory
+    asked = resolve()[0]
+    _check_epochs(asked, epochs)
+    check_memory_before_deciding(asked)  # what cannot be leaves nothing behind, not even a directory
     with ExitStack() as stack:
         stack.enter_context(shown_messages(progress))
         stack.enter_context(exclusive_lock(directory.lock) if is_rank_zero else nullcontext())
@@ -98,10 +109,10 @@ def train_model(
         opened = open_data() if is_rank_zero or epochs else None  # text is prepared once, not by every rank
         resolved = decide_auto(with_epochs(requested, epochs, opened[0]) if opened and epochs else requested)
         runtime = stack.enter_context(open_runtime(resolved))
-        dataset, own_tokenizer = opened or open_data()
-        resolved = choose_prompt(resolved, dataset, own_tokenizer)
+        run_data, own_tokenizer = opened or open_data()
+        resolved = choose_prompt(resolved, run_data, own_tokenizer)
         state, session = _open_session(
-            stack, directory, resolved, drifts, dataset, own_tokenizer, runtime,
+            stack, directory, resolved, drifts, run_data, own_tokenizer, runtime,
             lambda config: [*run_log_writers(directory, config, progress), *log_writers(config)],
             allow_fresh=allow_fresh, strict=strict,
         )  # fmt: skip
@@ -132,9 +143,17 @@ def _warn_of_idle_steps(config: RunConfig) -> None:
     )
 
 
-def with_epochs(config: RunConfig, epochs: float, dataset: Dataset) -> RunConfig:
+def _check_epochs(config: RunConfig, epochs: float | None) -> None:
+    """Refuse to count passes over a mixture, whose sources end after different numbers of steps (`UsageError`)."""
+    if epochs is not None and config.data.source is not None:
+        raise UsageError(
+            "--epochs counts passes over one text, and a mixture is of several", fix="say when to stop with --steps"
+        )
+
+
+def with_epochs(config: RunConfig, epochs: float, data: RunData) -> RunConfig:
     """Return the configuration that stops after so many passes over the training part, at the batch that it states."""
-    loader = make_loader(config, dataset.train)
+    loader = make_loader(config, data.train)
     steps = math.ceil(epochs * loader.n_windows / loader.windows_per_step)
     logger.info(f"epochs: {epochs:g} of {counted(loader.n_windows, 'window')} are {counted(steps, 'step')}")
     return config.replace({"train.steps": steps})
@@ -145,7 +164,7 @@ def _open_session(
     run: RunDir,
     config: RunConfig,
     drifts: dict[str, Any],
-    dataset: Dataset,
+    data: RunData,
     tokenizer: Tokenizer,
     runtime: Runtime,
     log_writers: Callable[[RunConfig], Sequence[LogWriter]],
@@ -157,19 +176,25 @@ def _open_session(
     stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
     state = new_state(config, runtime)
     run_log, checkpoint = RunLog(NullLedger(), ()), None
+    facts: Record = {"data_fingerprint": data.fingerprint}
+    if isinstance(data, Mixture):
+        facts["sources"] = data.facts(config.data.seq_len)
     if this_launch().rank == 0:
         run.prepare(config, tokenizer.data)
         run_log = stack.enter_context(closing(RunLog(Ledger(run.ledger), log_writers(config))))
         checkpoint = resume_or_start(
-            state, run_log, run, config, drifts, dataset.fingerprint, runtime.environment(),
+            state, run_log, run, config, drifts, facts, runtime.environment(),
             allow_fresh=allow_fresh, strict=strict,
         )  # fmt: skip
     share_state(state, runtime)
-    check_ranks_agree(state, config, dataset.fingerprint, runtime)
+    check_ranks_agree(state, config, data.fingerprint, runtime)
+    order = mixture_order(config, data, state.step, state.mixture)
+    check_supply(config, order, state.step)
+    announce_mixture(config, order)
     checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint))
     return state, Session(
-        run, config, runtime, make_loader(config, dataset.train), make_val_loader(config, dataset.val),
-        dataset.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, state.step),
+        run, config, runtime, make_loader(config, data.train, order), make_val_loader(config, data.val),
+        data.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, state.step),
     )  # fmt: skip
 
 

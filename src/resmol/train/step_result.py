@@ -26,6 +26,8 @@ class StepResult:
         windows: The digest of the step's window ids.
         epoch: Passes over the data that are done after this step.
         loss_scale: That of float16; None in another arithmetic.
+        sources_seen: In a mixture, windows of each source in this step and all before it.
+        sources_tokens: In a mixture, targets of the step in each source.
     """
 
     step: int
@@ -38,6 +40,8 @@ class StepResult:
     windows: str
     epoch: float
     loss_scale: float | None = None
+    sources_seen: tuple[int, ...] = ()
+    sources_tokens: tuple[int, ...] = ()
 
     @property
     def skipped(self) -> bool:
@@ -47,7 +51,8 @@ class StepResult:
     def to_record(self) -> Record:
         """Return the fields of the ledger's record, without the time that the step took."""
         norm_bits = None if self.grad_norm is None else float_bits(self.grad_norm)
-        record = {**asdict(self), "loss_bits": float_bits(self.loss), "grad_norm_bits": norm_bits}
+        fields = {name: value for name, value in asdict(self).items() if value != ()}
+        record = {**fields, "loss_bits": float_bits(self.loss), "grad_norm_bits": norm_bits}
         if self.loss_scale is None:
             del record["loss_scale"]
             return record

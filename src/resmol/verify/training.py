@@ -15,8 +15,9 @@ import torch._functorch.config
 from torch import Tensor
 
 from resmol.checks import Check
+from resmol.config.data_config import DataConfig
 from resmol.config.model_config import ModelConfig
-from resmol.config.run_config import BatchConfig, DataConfig, RunConfig, RuntimeConfig
+from resmol.config.run_config import BatchConfig, RunConfig, RuntimeConfig
 from resmol.data.loader import Batch
 from resmol.model.linear import has_onednn
 from resmol.model.llama import CausalLM

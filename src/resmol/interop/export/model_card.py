@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 import resmol
+from resmol.audit.sources_read import sources_read
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
 from resmol.data.builtin_corpora import corpus_of
@@ -23,7 +24,7 @@ from resmol.interop.export.markdown import code_block, code_span, plain
 from resmol.interop.export.training_record import RunRecord
 from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
-from resmol.run.ledger import select
+from resmol.run.ledger import last_fact, select
 from resmol.system.templates import template_environment
 from resmol.system.untrusted_text import listed
 from resmol.version import __version__
@@ -183,6 +184,9 @@ def run_facts(record: RunRecord, config: ModelConfig) -> dict[str, Any]:
         "lines": len(records),
         "later": max((r["step"] for r in records if r["kind"] == "step"), default=0) > record.step,
         "data": record.data,
+        "sources": sources_read(records, steps),
+        "places": [f"data/{source.name}" for source in record.config.data.source or ()] or ["data"],
+        "fingerprint": last_fact(records, "data_fingerprint"),
         "inputs": () if record.data is None else record.data.source.inputs,
         "other_tokenizer": record.config.tokenizer.sha256 != SMOLLM2_TOKENIZER_SHA256,
         "corpus": (corpus := corpus_of(names)),

@@ -76,9 +76,9 @@ def recorded(run: RunDir | None) -> RunDir | None:
 def write_record(source: Source, folder: Path) -> RunRecord:
     """Copy the record of a checkpoint's run into an existing, empty folder, and return it.
 
-    The configuration loses ``data.path``, a path of this machine; its digest in the ledger does not cover it. The
-    ledger is copied once, whole lines only, and everything that the export says about the run comes from the copy: the
-    run may go on meanwhile.
+    The configuration loses the paths of this machine, ``data.path`` and those of sources; its digest in the ledger does
+    not cover them. The ledger is copied once, whole lines only, and everything that the export says about the run comes
+    from the copy: the run may go on meanwhile.
 
     Args:
         source: The checkpoint whose weights are exported; its run is `recorded`.
@@ -91,7 +91,7 @@ def write_record(source: Source, folder: Path) -> RunRecord:
     run, stored = source.run, source.settings
     assert run is not None, "a checkpoint without a run has no record"
     assert stored is not None, "a run has a configuration"
-    config = stored.replace({"data.path": ""})
+    config = stored.replace(_paths_beside_the_record(stored))
     copy = RunDir(folder)
     copy.config.write_text(config.to_toml(), encoding="utf-8", newline="\n")
     copy.ledger.write_bytes(run.ledger.read_bytes())
@@ -120,6 +120,13 @@ def write_record(source: Source, folder: Path) -> RunRecord:
     dataset = recorded_data(run, stored)
     data = None if dataset is None else dataset.manifest
     return RunRecord(run.path.resolve().name, config, content, step, data, certificate, pictures)
+
+
+def _paths_beside_the_record(config: RunConfig) -> dict[str, Any]:
+    """Return the changes after which a configuration names no path of this machine: ``data/NAME`` for a source."""
+    if config.data.source is None:
+        return {"data.path": ""}
+    return {"data.source": [{**source.model_dump(), "path": f"../data/{source.name}"} for source in config.data.source]}
 
 
 def describe_run(name: str, data: Manifest | None) -> Description:
