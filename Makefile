@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart reproduce demo bench test fuzz interop slow mistakes faults docs check format clean
+.PHONY: help setup quickstart reproduce demo bench gpu test fuzz interop slow mistakes faults docs check format clean
 
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
@@ -30,6 +30,11 @@ demo: .venv/package ## a page to try the model of `make quickstart` in, at http:
 
 bench: .venv/package ## speed and memory of training side by side with transformers, at the size of SmolLM2-135M
 	$(BIN)/resmol bench train --peer transformers
+
+# The one target without .venv: such a machine often has its own PyTorch and no network. WHEELS is a folder with what it lacks.
+gpu: ## what only a GPU can show, in 8 minutes: docs/performance-gpu.md; make gpu PYTHON=python3 WHEELS=folder
+	$(if $(WHEELS),$(or $(PYTHON),python3) -m pip install --quiet --no-index --no-deps $(WHEELS)/*.whl)
+	PYTHONPATH=src $(or $(PYTHON),python3) benchmarks/gpu.py
 
 test: .venv/package ## the test suite
 	$(BIN)/python -m pytest -m "not slow and not interop" -n $(WORKERS) --dist worksteal

@@ -86,7 +86,8 @@ def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> 
 
     def roofline() -> Metrics:
         sizes = {"of": "generation", "batch": batch, "prompt": bench.prompt, "new": bench.new}
-        own = {**sizes, "model": config.model.model_dump(), "precision": "float32", "threads": config.runtime.threads}
+        own = {**sizes, "model": config.model.model_dump(), "precision": "float32"}
+        own |= {"threads": config.runtime.threads, "device": task["device"]}
         return run_worker("resmol.bench.workers.roofline", {**own, "keep_freed_memory": True}, folder)
 
     baselines: dict[str, Callable[[], Metrics]] = {

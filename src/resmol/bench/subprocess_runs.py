@@ -86,8 +86,9 @@ class TrainingRun:
 
     @property
     def peak_bytes(self) -> int:
-        """The peak memory that the process reported."""
-        return int(json.loads(self.process.stdout)["peak_memory_bytes"])
+        """The peak memory that the process reported; that of its accelerator, if it used one."""
+        said = json.loads(self.process.stdout)
+        return int(said.get("peak_device_memory_bytes") or said["peak_memory_bytes"])
 
 
 def run_process(

@@ -210,6 +210,7 @@ def roofline_task(config: RunConfig) -> dict[str, Any]:
         "seq_len": config.data.seq_len,
         "precision": config.runtime.precision,
         "threads": config.runtime.threads,
+        "device": config.runtime.device,
     }
 
 

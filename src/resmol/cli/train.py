@@ -222,10 +222,11 @@ def train(
 
 def _evidence(run: RunDir) -> dict[str, Any]:
     """Return what a script may want to keep of a training: the digest of the newest checkpoint, and the memory."""
-    from resmol.system.peak_memory import peak_memory_bytes
+    from resmol.system.peak_memory import peak_device_memory_bytes, peak_memory_bytes
 
     sha256 = last_fact(read_ledger(run.ledger).records, "manifest_sha256")
-    return {"checkpoint_sha256": sha256, "peak_memory_bytes": peak_memory_bytes()}
+    device = {"peak_device_memory_bytes": peak_device} if (peak_device := peak_device_memory_bytes()) else {}
+    return {"checkpoint_sha256": sha256, "peak_memory_bytes": peak_memory_bytes(), **device}
 
 
 @app.command(

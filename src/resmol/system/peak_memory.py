@@ -1,4 +1,4 @@
-"""The peak memory of this process."""
+"""The peak memory of this process, and of its accelerator."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def peak_memory_bytes(status: Path = STATUS) -> int:
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_device_memory_bytes() -> int:
+    """Return the most bytes that tensors of this process had on its accelerator; 0 where PyTorch used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.accelerator.is_available():
+        return 0
+    count = getattr(torch.accelerator, "max_memory_allocated", None)  # PyTorch 2.9
+    return 0 if count is None else int(count())
