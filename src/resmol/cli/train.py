@@ -71,6 +71,16 @@ AcceptDrift = Annotated[
     typer.Option(metavar="KEY", help="A class B field that may change in a run, e.g. optimizer.lr; repeatable."),
 ]
 
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse to resume where bitwise equality is not promised.")]
+Mirror = Annotated[
+    str | None,
+    typer.Option(
+        "--mirror",
+        metavar="PATH|hf://OWNER/NAME",
+        help="Copy each checkpoint there; a run that is not here is copied back.",
+    ),
+]
+
 
 def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float | None, **more: Any) -> Any:
     """Return the `Text` to prepare (`UsageError` when it is said twice what to hold out)."""
@@ -184,9 +194,8 @@ def train(
     tokenizer: TokenizerSource = None,
     accept_drift: AcceptDrift = None,
     allow_fresh: AllowFresh = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse to resume where bitwise equality is not promised.")
-    ] = False,
+    strict: Strict = False,
+    mirror: Mirror = None,
     json_: Json = False,
 ) -> None:
     """Start a run, or resume it bit for bit."""
@@ -211,6 +220,7 @@ def train(
         epochs=epochs,
         allow_fresh=allow_fresh,
         strict=strict,
+        mirror=mirror,
         progress=True,
     )
     if json_:

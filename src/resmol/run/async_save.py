@@ -25,6 +25,7 @@ from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, commit_ch
 from resmol.run.checkpoint_manifest import Checkpoint, Manifest, SavedState, checkpoint_name, list_checkpoints, step_of
 from resmol.run.held_out import WeightsKind, best_steps
 from resmol.run.log_writers import RunLog
+from resmol.run.mirror import Mirror
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,14 @@ class AsyncCheckpointer:
     At most one save is under way; leaving the context waits for it. Only the process that holds the run's lock saves.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, run_log: RunLog, resumed: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        run_log: RunLog,
+        resumed: Checkpoint | None,
+        mirror: Mirror | None = None,
+    ) -> None:
         """Prepare to save.
 
         Args:
@@ -56,7 +64,9 @@ class AsyncCheckpointer:
             config: When to save, and what to keep.
             run_log: Records every checkpoint that is durable.
             resumed: The checkpoint that training goes on from, parent of the first one to be saved.
+            mirror: Copies each checkpoint that is durable and recorded to a second place.
         """
+        self._mirror = mirror
         self.folder, self.config, self.run_log = folder, config, run_log
         self._parent = resumed.manifest.sha256 if resumed is not None else None
         self._pending: _PendingSave | None = None
@@ -103,6 +113,8 @@ class AsyncCheckpointer:
             self._finish_save()
         if self._pruning is not None and self._pruning.done():
             self._finish_pruning()
+        if self._mirror is not None:
+            self._mirror.poll()
 
     def wait_until_finished(self) -> None:
         """Wait until nothing is under way any more, and record it; raises what `save` does."""
@@ -188,6 +200,8 @@ class AsyncCheckpointer:
             best=self._best(),
         )
         self.run_log.sync()
+        if self._mirror is not None:
+            self._mirror.request()
 
     def __enter__(self) -> AsyncCheckpointer:
         return self

@@ -219,7 +219,11 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: It is missing, not a manifest, or that of another step or format.
     """
-    content = _read_json(path / MANIFEST)
+    return parse_manifest(_read_json(path / MANIFEST), path)
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """Return the manifest that a file of the checkpoint ``path`` holds; raises what `read_manifest` does."""
     try:
         fields = json.loads(content)
         fields.pop("sha256")

@@ -79,6 +79,11 @@ def read_ledger(path: Path) -> LedgerContent:
         content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"there is no ledger at {path}", fix="name a run directory") from None
+    return parse_ledger(content, path)
+
+
+def parse_ledger(content: bytes, path: Path) -> LedgerContent:
+    """Verify the content of a ledger file (`LedgerTampered`); ``path`` is named in errors."""
     # No line holds a zero byte. Where one begins, a power cut left a page unwritten, perhaps with later ones behind it.
     whole, newline, _ = content.partition(b"\0")[0].rpartition(b"\n")
     torn = content[len(whole) + len(newline) :]

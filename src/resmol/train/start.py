@@ -29,6 +29,8 @@ from resmol.run.checkpoint import digest_all, weight_tensors
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger, Record
 from resmol.run.log_writers import LogWriter, RunLog
+from resmol.run.mirror import Mirror, find_mirror
+from resmol.run.mirror_places import MirrorPlace, mirror_place
 from resmol.run.progress import Progress, run_log_writers, shown_messages
 from resmol.system.host import return_freed_memory
 from resmol.system.launcher import this_launch
@@ -70,6 +72,7 @@ def train_model(
     accept_drift: Sequence[str] = (),
     allow_fresh: bool = False,
     strict: bool = False,
+    mirror: str | None = None,
     progress: Progress = "auto",
     log_writers: Callable[[RunConfig], Sequence[LogWriter]] = lambda _: (),
 ) -> TrainState:
@@ -86,6 +89,7 @@ def train_model(
         accept_drift: Class B fields that may differ from the stored configuration.
         allow_fresh: Begin again when every checkpoint is corrupt.
         strict: Refuse an environment in which bitwise equality is not promised.
+        mirror: A folder or ``hf://OWNER/NAME`` to copy each checkpoint to, and a run that is not here back from.
         progress: Whether to show steps and messages; ``"auto"`` does at a terminal and in a notebook.
         log_writers: Makes further views of the ledger, beside ``train.log``, given the resolved configuration.
 
@@ -93,6 +97,7 @@ def train_model(
         ResmolError: Every failure is one of these, with a sentence on what to do.
     """
     directory, is_rank_zero = RunDir(Path(run)), this_launch().rank == 0
+    place = _find_mirror(mirror, directory) if mirror is not None and is_rank_zero else None
     text = Text(inputs=(data,)) if isinstance(data, str) else data
     changes = requested_changes(directory, text, overrides, epochs)
     named = load_tokenizer(tokenizer) if tokenizer is not None else tokenizer_of_data(directory, config, changes)
@@ -114,10 +119,17 @@ def train_model(
         state, session = _open_session(
             stack, directory, resolved, drifts, run_data, own_tokenizer, runtime,
             lambda config: [*run_log_writers(directory, config, progress), *log_writers(config)],
-            allow_fresh=allow_fresh, strict=strict,
+            place, allow_fresh=allow_fresh, strict=strict,
         )  # fmt: skip
         _train(state, session)
     return state
+
+
+def _find_mirror(mirror: str, run: RunDir) -> MirrorPlace:
+    place = mirror_place(mirror)
+    with exclusive_lock(run.lock):
+        find_mirror(place, run)
+    return place
 
 
 def _check_here(config: RunConfig, run: RunDir | None) -> None:
@@ -168,6 +180,7 @@ def _open_session(
     tokenizer: Tokenizer,
     runtime: Runtime,
     log_writers: Callable[[RunConfig], Sequence[LogWriter]],
+    place: MirrorPlace | None,
     *,
     allow_fresh: bool,
     strict: bool,
@@ -191,7 +204,10 @@ def _open_session(
     order = mixture_order(config, data, state.step, state.mixture)
     check_supply(config, order, state.step)
     announce_mixture(config, order)
-    checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint))
+    mirror = None if place is None else stack.enter_context(closing(Mirror(place, run, run_log)))
+    if mirror is not None and checkpoint is not None:
+        mirror.request()
+    checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint, mirror))
     return state, Session(
         run, config, runtime, make_loader(config, data.train, order), make_val_loader(config, data.val),
         data.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, state.step),
