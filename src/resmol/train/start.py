@@ -105,8 +105,7 @@ def train_model(
     asked = resolve()[0]
     _check_epochs(asked, epochs)
     check_memory_before_deciding(asked)  # what cannot be leaves nothing behind, not even a directory
-    with ExitStack() as stack:
-        stack.enter_context(shown_messages(progress))
+    with shown_messages(progress), ExitStack() as stack:
         stack.enter_context(exclusive_lock(directory.lock) if is_rank_zero else nullcontext())
         requested, drifts = resolve()  # again: from here on no other process changes the run
         _check_here(requested, directory if is_rank_zero else None)
@@ -116,12 +115,11 @@ def train_model(
         runtime = stack.enter_context(open_runtime(resolved))
         run_data, own_tokenizer = opened or open_data()
         resolved = choose_prompt(resolved, run_data, own_tokenizer)
-        state, session = _open_session(
+        state = _train(*_open_session(
             stack, directory, resolved, drifts, run_data, own_tokenizer, runtime,
             lambda config: [*run_log_writers(directory, config, progress), *log_writers(config)],
             place, allow_fresh=allow_fresh, strict=strict,
-        )  # fmt: skip
-        _train(state, session)
+        ))  # fmt: skip
     return state
 
 
@@ -241,7 +239,7 @@ def check_ranks_agree(state: TrainState, config: RunConfig, data_fingerprint: st
     runtime.monitor.check_consistent(facts)
 
 
-def _train(state: TrainState, session: Session) -> None:
+def _train(state: TrainState, session: Session) -> TrainState:
     announce_repetition(session.config, session.loader, state.step, state.windows_seen)
     compile_blocks(state.model, session.config)
     try:
@@ -251,3 +249,4 @@ def _train(state: TrainState, session: Session) -> None:
     except ProcessLost as error:
         session.run_log.write("warn", what="a collective failed", step=state.step, reason=error.what)
         raise
+    return state
