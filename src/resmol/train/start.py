@@ -115,12 +115,11 @@ def train_model(
         runtime = stack.enter_context(open_runtime(resolved))
         run_data, own_tokenizer = opened or open_data()
         resolved = choose_prompt(resolved, run_data, own_tokenizer)
-        state = _train(*_open_session(
+        return _train(*_open_session(
             stack, directory, resolved, drifts, run_data, own_tokenizer, runtime,
             lambda config: [*run_log_writers(directory, config, progress), *log_writers(config)],
             place, allow_fresh=allow_fresh, strict=strict,
         ))  # fmt: skip
-    return state
 
 
 def _find_mirror(mirror: str, run: RunDir) -> MirrorPlace:
