@@ -70,7 +70,9 @@ class TableFile:
         import pyarrow.parquet
 
         with self._damage_is_an_error("the end of the file, which lists its row groups"):
-            parquet = pyarrow.parquet.ParquetFile(self._file, buffer_size=READ_BYTES, page_checksum_verification=True)
+            parquet = pyarrow.parquet.ParquetFile(
+                self._file, buffer_size=READ_BYTES, pre_buffer=False, page_checksum_verification=True
+            )  # with pre_buffer, its default, a column of a row group is read whole
             names = self._column_path(parquet.schema_arrow)
         facts, done = parquet.metadata, 0
         for group in sample_order(range(facts.num_row_groups), self._sample_seed):
