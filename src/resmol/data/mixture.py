@@ -7,7 +7,7 @@ is read, the first in the list if several are: earliest deadline first. Each win
 a release and such a deadline, for which that rule meets every deadline (Baruah, Cohen, Plaxton and Varvel,
 "Proportionate progress", Algorithmica 15, 1996; Steiner and Yeomans, "Level schedules for mixed-model, just-in-time
 processes", Management Science 39, 1993). So floor(w_i n) <= x_i(n) <= ceil(w_i n) after any number n of windows, which
-reading the source with the largest deficit does not guarantee for three sources or more. Weights are taken as the exact
+reading the source with the largest deficit does not guarantee for many sources. Weights are taken as the exact
 fractions that their decimals state, and the arithmetic is that of integers: there is no rounding that could add up.
 
 **Which of its windows.** The n-th window that is read of a source is the n-th of its own `WindowShuffle`, whatever is
