@@ -345,7 +345,7 @@ LOCKS = {
     name: (ROOT / name).read_text(encoding="utf-8").splitlines()
     for name in ("requirements.lock", "requirements-interop.lock")
 }
-INTEROP = ("interop", "eval", "notebook", "wandb", "trackio")  # extras that only `make interop` installs
+INTEROP = ("interop", "eval", "notebook", "wandb", "trackio", "cluster")  # extras that only `make interop` installs
 
 
 def locked(name: str) -> list[str]:

@@ -58,6 +58,18 @@ Encoding = Annotated[
     str | None, typer.Option(metavar="NAME", help="Encoding of text without a byte order mark; UTF-8 if left out.")
 ]
 Format = Annotated[str, typer.Option("--format", metavar="auto|text|jsonl|csv", help="What every input is.")]
+SpecialTokens = Annotated[
+    str,
+    typer.Option(
+        metavar="as-tokens|as-text", help="What the spelling of a control token, such as <|im_end|>, becomes."
+    ),
+]
+Executor = Annotated[
+    str | None, typer.Option(metavar="local|slurm|ray", help="Let datatrove run it, also on a cluster.")
+]
+Tasks = Annotated[int, typer.Option(min=1, help="With --executor: parts of the work.")]
+Partition = Annotated[str | None, typer.Option(metavar="NAME", help="With --executor slurm.")]
+Workers = Annotated[int, typer.Option(help="Threads, with --executor tasks at a time; 0 takes all cores.")]
 IncludeHidden = Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")]
 
 Epochs = Annotated[float | None, typer.Option(help="Stop after so many passes over the data, instead of --steps.")]
@@ -98,6 +110,7 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
     resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
     resmol prepare data/mine --input texts/ --val held-out.jsonl --dedup --stats
+    resmol prepare data/big --input texts/ --executor ray --tasks 1000
     """
 )
 def prepare(
@@ -112,12 +125,7 @@ def prepare(
     encoding: Encoding = None,
     format_: Format = "auto",
     include_hidden: IncludeHidden = False,
-    special_tokens: Annotated[
-        str,
-        typer.Option(
-            metavar="as-tokens|as-text", help="What the spelling of a control token, such as <|im_end|>, becomes."
-        ),
-    ] = "as-tokens",
+    special_tokens: SpecialTokens = "as-tokens",
     dedup: Annotated[bool, typer.Option("--dedup", help="Leave out exact copies of documents.")] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show lengths, scripts, copies; without input: of the prepared OUT.")
@@ -128,12 +136,16 @@ def prepare(
     sample_seed: Annotated[
         int | None, typer.Option(help="Draw the order of files and Parquet row groups, for --max-tokens.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
+    executor: Executor = None,
+    tasks: Tasks = 100,
+    partition: Partition = None,
+    workers: Workers = 0,
     json_: Json = False,
 ) -> None:
     """Turn text into token shards and a manifest."""
-    if workers:
+    if workers and executor is None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
+    from resmol.data.cluster import ClusterOptions, prepare_on_cluster
     from resmol.data.resolve import prepare_text
     from resmol.data.sample import parse_tokens
     from resmol.data.shards import open_dataset
@@ -147,7 +159,13 @@ def prepare(
     else:
         how = {"options": options, "special_tokens": special_tokens, "dedup": dedup, "max_tokens": most}
         text = _text(input_, val, val_fraction, corpus=corpus, **how)
-        dataset = prepare_text(out, text, load_tokenizer(tokenizer, sha256=tokenizer_sha256))
+        found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
+        if executor is None:
+            dataset = prepare_text(out, text, found)
+        elif made := prepare_on_cluster(out, text, found, ClusterOptions(executor, tasks, workers or -1, partition)):
+            dataset = made
+        else:
+            return  # Slurm makes it later
     if stats and not json_:
         _show_statistics(dataset.manifest)
     if json_:

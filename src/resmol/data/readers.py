@@ -100,6 +100,11 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
     )
 
 
+def input_files(paths: Sequence[str | Path], options: ReadOptions) -> list[Path | RemoteFile]:
+    """Return the files that `read_inputs` reads, in its order (`DataError` as there)."""
+    return [file for path in paths for file in _Input.find(path, options).files]
+
+
 def _size(file: Path | RemoteFile) -> int | None:
     """Return the bytes of a file; None for a pipe."""
     if isinstance(file, RemoteFile):
