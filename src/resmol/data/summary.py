@@ -46,7 +46,9 @@ def statistics_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("bytes without a token", f"{source.untokenizable_bytes:,}"),
         ("control tokens spelled", f"{sum(source.special_tokens.values()):,}"),
     ]
-    return rows if source.statistics is None else [*rows[:2], *_text_rows(source.statistics, tokens), *rows[2:]]
+    if source.statistics is None:
+        return rows[:2]  # tokens that were taken over: nobody saw their text
+    return [*rows[:2], *_text_rows(source.statistics, tokens), *rows[2:]]
 
 
 def _text_rows(text: TextStatistics, tokens: int) -> list[tuple[str, str]]:
