@@ -279,8 +279,8 @@ def since_the_last_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(train, "record_step", record)
 
 
-def loss_of_the_last_micro_batch(model: CausalLM, batches: Any, config: Any, runtime: Runtime) -> Tensor:
-    totals = [GENUINE_ACCUMULATE(model, [batch], config, runtime) for batch in batches]
+def loss_of_the_last_micro_batch(model: CausalLM, batches: Any, *arithmetic: Any) -> Tensor:
+    totals = [GENUINE_ACCUMULATE(model, [batch], *arithmetic) for batch in batches]
     return totals[-1] * len(totals)
 
 
