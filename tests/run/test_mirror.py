@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny import TrainTiny
 from resmol.audit.audit import audit
 from resmol.checks import all_passed
 from resmol.errors import CheckpointError, DataError, ResmolError, RunInUse, UsageError
+from resmol.run import mirror as mirror_module
 from resmol.run import mirror_places
 from resmol.run.checkpoint_manifest import list_checkpoints
 from resmol.run.directory import RunDir
@@ -75,7 +77,7 @@ def test_another_machine_that_copies_first(tmp_path: Path, train_tiny: TrainTiny
         train_tiny(tmp_path / "c", 4, *SAVE, mirror=mirror)
 
 
-@pytest.mark.parametrize("fault", ["full", "gone", "damaged"])
+@pytest.mark.parametrize("fault", ["full", "gone", "hangs", "damaged"])
 def test_a_mirror_that_fails_does_not_stop_training(
     fault: str, tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,14 +85,19 @@ def test_a_mirror_that_fails_does_not_stop_training(
     drive.mkdir()
     mirror = drive / "mirror"
     train_tiny(run, 4, *SAVE, mirror=str(mirror))
+    answers = threading.Event()
     with monkeypatch.context() as patch:
         if fault == "full":
             patch.setattr(mirror_places.shutil, "copyfile", out_of_space)
+        elif fault == "hangs":
+            patch.setattr(mirror_module, "PATIENCE_SECONDS", 0.2)
+            patch.setattr(mirror_places.shutil, "copyfile", lambda *_: answers.wait(60))
         elif fault == "gone":
             shutil.rmtree(drive)
         else:
             (mirror / "ledger.jsonl").write_bytes(b"rubbish\n")
         assert train_tiny(run, 8, *SAVE, mirror=str(mirror)).step == 8
+    answers.set()
     assert warned(run)
     if fault == "damaged":
         shutil.rmtree(mirror)
