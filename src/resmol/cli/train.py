@@ -106,7 +106,6 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
 
 @app.command(
     epilog="""
-    resmol prepare data/mine --input input.txt
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
     resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
     resmol prepare data/mine --input texts/ --val held-out.jsonl --dedup --stats

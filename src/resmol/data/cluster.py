@@ -23,6 +23,7 @@ from resmol.data.shards import Dataset
 from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import DataError, UsageError
+from resmol.system.installation import install_hint
 from resmol.system.wording import counted
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def pipeline(out: Path, files: Sequence[str], options: ReadOptions, tokenizer: T
     try:
         from datatrove.pipeline.tokens.tokenizer import DocumentTokenizer
     except ImportError as error:
-        raise UsageError("--executor needs datatrove", fix="pip install 'resmol[cluster]'") from error
+        raise UsageError("--executor needs datatrove", fix=install_hint("cluster")) from error
     write = DocumentTokenizer(
         str(out),
         str(tokenizer.path),

@@ -88,8 +88,7 @@ class FolderPlace:
 
     def fetch(self, checkpoint: str, manifest: Manifest, folder: Path) -> None:
         """Copy the files of a checkpoint that its manifest lists into a folder."""
-        for name in manifest.files:
-            shutil.copyfile(self._checkpoints / checkpoint / name, folder / name)
+        copy_files(self._checkpoints / checkpoint, manifest, folder)
 
     def write(self, checkpoints: Sequence[Path], files: Mapping[str, bytes], expired: Sequence[str]) -> None:
         """Commit each checkpoint as a run does, replace each file atomically, and remove what is expired last."""
@@ -108,13 +107,19 @@ class FolderPlace:
             remove_directory(self._checkpoints / name)
 
 
+def copy_files(source: Path, manifest: Manifest, folder: Path) -> None:
+    """Copy the files that a checkpoint's manifest lists into a folder."""
+    for name in manifest.files:
+        shutil.copyfile(source / name, folder / name)
+
+
 def copy_checkpoint(source: Path, final: Path) -> None:
     """Copy a checkpoint by the commit protocol, compared with its manifest before it has its name."""
     content = (source / MANIFEST).read_bytes()
     manifest = parse_manifest(content, source)
 
     def write_files(temporary: Path) -> None:
-        FolderPlace(source.parent.parent).fetch(source.name, manifest, temporary)
+        copy_files(source, manifest, temporary)
         verified_copy(temporary, manifest)
 
     commit_directory(final, write_files, lambda _: content)
