@@ -1,6 +1,6 @@
 # Everything a clone needs: Python 3.11 or newer, make and a package index. All set-up stays in .venv.
 # Another interpreter: make PYTHON=/path/to/python3.12 ...
-# Tests wait for other processes half of the time, so three share two cores; each takes up to 1.5 GB: make test WORKERS=8
+# More processes for the tests, each of which takes a core and up to 1.5 GB: make test WORKERS=8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -9,7 +9,7 @@
 PYTHON ?=
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
 BIN := .venv/bin
-WORKERS ?= 3
+WORKERS ?= 2
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
