@@ -115,6 +115,7 @@ def test_wandb_finds_the_run_again(tmp_path: Path, tiny_config: RunConfig, monke
     assert one == two
     assert (one["id"], one["name"], one["resume"], one["project"]) == (run_id(run.ledger), "mine", "allow", "resmol")
     assert one["config"]["optimizer.lr"] == tiny_config.optimizer.lr
+    assert not {"data.path", "data.source", "sampling.prompt"} & set(one["config"]), "what stays on this machine"
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -2,7 +2,8 @@
 
 Each is an extra, each is asked for by its field under ``logging``, and a run keeps one curve however often it is
 resumed: TensorBoard is told which steps are taken back, the others know the run again by the sha256 of the first line
-of its ledger. What a tracker raises is a `TrackerError`, with which `RunLog` disables it.
+of its ledger. Of the configuration they get what the numbers depend on: no path of this machine, and no prompt, which
+may be words of a private text. What a tracker raises is a `TrackerError`, with which `RunLog` disables it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from resmol.config.run_config import RunConfig
-from resmol.config.tables import dotted
 from resmol.errors import UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
@@ -85,7 +85,7 @@ class WandB:
             name=self._directory.path.resolve().name,
             resume="allow",
             dir=self._directory.path,
-            config=dotted(self._config.model_dump(mode="json")),
+            config=self._config.bound_fields(),
             settings=wandb.Settings(silent=True, console="off", init_timeout=LOGIN_SECONDS),
         )
         # An own axis: W&B would drop the steps that a crash took back and that are executed again.
@@ -116,7 +116,7 @@ class Trackio:
                 project=self._config.logging.project,
                 name=f"{self._directory.path.resolve().name}-{run_id(self._directory.ledger)[:6]}",
                 resume="allow",
-                config=dotted(self._config.model_dump(mode="json")),
+                config=self._config.bound_fields(),
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
