@@ -1,4 +1,4 @@
-"""Commands: bench train, bench generate, bench prepare, bench checkpoint, bench learn."""
+"""Commands: bench train, bench generate, bench prepare, bench checkpoint, bench learn, bench predict."""
 
 from __future__ import annotations
 
@@ -226,6 +226,30 @@ def bench_learn(
     show_result(result, json_, markdown)
     if result.next_run() is not None:
         raise Interrupted("interrupted", fix="run the same command again to go on", signal_number=2)
+
+
+@bench.command(
+    "predict",
+    epilog="""
+    resmol bench predict
+    resmol bench predict --preset smollm2-1.7b --markdown
+    """,
+)
+def bench_predict(
+    preset: Preset = None,
+    config: ConfigFile = None,
+    set_: Set = None,
+    json_: Json = False,
+    markdown: Markdown = False,
+) -> None:
+    """Predict speed and memory on GPUs that are not here.
+
+    Nothing is measured: a step's operations and bytes are counted, and divided by a share of what data sheets say.
+    """
+    chosen = with_overrides(chosen_config(preset, config) or load_preset("smollm2-135m"), set_ or ())
+    from resmol.bench.predict import predict
+
+    show_result(predict(chosen), json_, markdown)
 
 
 def _trace(config: RunConfig, data: str | None, file: Path, steps: int, warmup: int) -> None:

@@ -53,8 +53,9 @@ def training_memory(
     low_precision: bool = False,
     eager: bool = False,
     averaging: bool = False,
+    shards: int = 1,
 ) -> dict[str, int]:
-    """Estimate the bytes that training needs, by part.
+    """Estimate the bytes that training needs on each device, by part.
 
     Activations are the tensors saved for the backward pass, counted for each token and block of the uncompiled model:
     eight of the width (the norms' inputs and results, the queries, the mixed values), key and value, four of
@@ -63,9 +64,11 @@ def training_memory(
     Under autocast to bfloat16 or float16 (``low_precision``) the inputs of products have two bytes, and the weights a
     copy of two bytes; the residual stream and the norms (five of the eight tensors) stay in float32. ``eager``
     attention saves its weights, one for each head and pair of positions, in float32 and rounded. ``averaging`` keeps a
-    second set of weights.
+    second set of weights. With several ``shards`` (FSDP) a device keeps one of them of weights, gradients and moments,
+    and gathers what it computes with: embedding, output layer and two blocks, with their gradients.
     """
     parameters = 4 * total_parameters(config)
+    kept_parameters = -(-parameters // shards)
     width, key_value = config.hidden_size, config.num_key_value_heads * config.head_dim
     half = 2 if low_precision else 4
     kept = 5 * width * 4 + (3 * width + 2 * key_value + 4 * config.intermediate_size) * half + 4 * seq_len
@@ -75,13 +78,21 @@ def training_memory(
     layers = config.num_hidden_layers
     activations = kept + layers * width * 4 if activation_checkpointing else layers * kept
     return {
-        "weights": parameters + (parameters // 2 if low_precision else 0),
-        "gradients": parameters,
-        "adamw moments": 2 * parameters,
-        **({"averaged weights": parameters} if averaging else {}),
+        "weights": kept_parameters + (parameters // 2 if low_precision else 0),
+        "gradients": kept_parameters,
+        "adamw moments": 2 * kept_parameters,
+        **({"averaged weights": kept_parameters} if averaging else {}),
+        **({"gathered": 2 * _gathered_parameters(config)} if shards > 1 else {}),
         "activations": tokens * activations,
         "logits chunk": 4 * min(tokens, loss_chunk_tokens) * config.vocab_size,
     }
+
+
+def _gathered_parameters(config: ModelConfig) -> int:
+    """Return the bytes of the weights that FSDP holds whole at a time: those outside the blocks, and two blocks."""
+    counts = parameter_counts(config)
+    outside = counts["embedding"] + counts["lm_head"]
+    return 4 * (outside + 2 * (counts["attention"] + counts["mlp"]) // config.num_hidden_layers)
 
 
 def inference_memory(config: ModelConfig, batch_size: int, context: int) -> dict[str, int]:
