@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from tiny import TrainTiny, rewrite
 
-from resmol.audit import replay as module
+from resmol.audit import segment as module
 from resmol.audit.audit import audit
 from resmol.audit.certificate import current_certificate, write_certificate
-from resmol.audit.replay import ReplayOptions, Segment, segments
+from resmol.audit.replay import ReplayOptions
 from resmol.audit.report import write_report
+from resmol.audit.segment import Segment, segments
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir

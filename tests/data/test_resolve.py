@@ -165,3 +165,18 @@ def test_the_held_out_text_is_compared_on_resume_too(tiny_tokenizer: Tokenizer, 
         open_or_prepare(
             tmp_path / "data", Text((str(tmp_path / "data"),), (str(folder / "train.txt"),)), tiny_tokenizer
         )
+
+
+def test_the_manifest_says_how_to_prepare_the_same_tokens_again(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Each option changes the tokens; forgetting one would give others."""
+    rows = ["text one <|endoftext|>", "text two é", "text one <|endoftext|>"]
+    lines = [f'{{"body": "{row}", "text": "no"}}\n' for row in rows]
+    (tmp_path / "a.dat").write_text("".join(lines), encoding="latin-1")
+    (tmp_path / "b.dat").write_text(lines[1].replace("two", "four"), encoding="latin-1")
+    options = ReadOptions(text_field="body", encoding="latin-1", format="jsonl")
+    inputs = (str(tmp_path / "a.dat"), str(tmp_path / "b.dat"))
+    asked = Text(inputs[:1], inputs[1:], None, 0.5, options, "as-text", dedup=True, max_tokens=1000)
+    first = prepare_text(tmp_path / "one", asked, tiny_tokenizer)
+    again = Text.recorded(first.manifest.source, inputs)
+    assert again == asked
+    assert prepare_text(tmp_path / "two", again, tiny_tokenizer).manifest == first.manifest

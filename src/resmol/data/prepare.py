@@ -1,8 +1,7 @@
 """From text to token shards, streaming: `resmol prepare`.
 
-The path of the text is documents -> pieces -> batches of pieces -> ids -> one of two writers. A batch is
-encoded on all cores at once (threads in Rust); memory holds one batch, whatever the size of the input. The
-folder appears whole or not at all, by the commit protocol of `atomic`.
+The path of the text is documents -> pieces -> batches of pieces -> ids -> one of two writers. A batch is encoded on all
+cores at once (threads in Rust), and memory holds one. The folder appears whole or not at all (system/atomic_io.py).
 """
 
 from __future__ import annotations
@@ -334,6 +333,7 @@ class _Job:
                 seed=self.seed,
                 max_tokens=self.max_tokens,
                 sample_seed=self.corpus.sample_seed,
+                reading=self.corpus.reading,
             ),
         )
 

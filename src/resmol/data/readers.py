@@ -30,7 +30,7 @@ from resmol.data.folders import (
 )
 from resmol.data.remote_files import RemoteFile, find_remote_files, is_address
 from resmol.data.sample import sample_order
-from resmol.data.source_facts import InputFacts
+from resmol.data.source_facts import InputFacts, Reading
 from resmol.data.text_file import ReadOptions, TextFile, open_file
 from resmol.errors import DataError
 from resmol.system.user_paths import user_path
@@ -60,12 +60,14 @@ class Corpus:
         bytes_total: Bytes on the disk, None where nobody knows (standard input).
         read: Yields the documents and fills the counts as it goes.
         sample_seed: What drew the order of its files; None where they come in their own.
+        reading: How its inputs are read, for the manifest; None where a program has the text in memory.
     """
 
     name: str
     bytes_total: int | None
     read: Callable[[ReadCounts], Iterator[Document]]
     sample_seed: int | None = None
+    reading: Reading | None = None
 
 
 def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None) -> Corpus:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 from resmol.data.builtin_corpora import named_corpus
@@ -13,6 +13,7 @@ from resmol.data.prepare import Progress, prepare
 from resmol.data.readers import Corpus, input_facts, read_inputs, with_held_out
 from resmol.data.remote_files import is_address
 from resmol.data.shards import MANIFEST, Dataset, open_dataset
+from resmol.data.source_facts import Reading, SourceFacts
 from resmol.data.summary import log_summary
 from resmol.data.text_file import ReadOptions
 from resmol.data.tokenizer import Tokenizer
@@ -59,6 +60,35 @@ class Text:
                 f"--special-tokens is {self.special_tokens!r}", fix=f"choose one of: {', '.join(SPECIAL_TOKENS)}"
             )
 
+    @property
+    def reading(self) -> Reading:
+        """How it is read, for the manifest."""
+        options = self.options
+        return Reading(
+            text_field=options.text_field, encoding=options.encoding, format=options.format,
+            include_hidden=options.include_hidden, special_tokens=self.special_tokens, val_inputs=len(self.val),
+        )  # fmt: skip
+
+    @classmethod
+    def recorded(cls, facts: SourceFacts, inputs: Sequence[str] = (), corpus: str | None = None) -> Text:
+        """Return the text that a manifest was made from, to prepare it again.
+
+        Args:
+            facts: What the manifest records; it has a ``reading``.
+            inputs: Where its inputs lie now, in their order; none for a corpus.
+            corpus: The name of the corpus that it was.
+        """
+        reading = facts.reading
+        assert reading is not None, "how the text was read was recorded"
+        options = ReadOptions(
+            reading.text_field, reading.encoding, reading.format, reading.include_hidden, facts.sample_seed
+        )
+        first = len(inputs) - reading.val_inputs
+        return cls(
+            tuple(inputs[:first]), tuple(inputs[first:]), corpus, facts.val_fraction, options, reading.special_tokens,
+            facts.dedup == "exact", facts.max_tokens,
+        )  # fmt: skip
+
     def open(self) -> Corpus:
         """Return the documents (`UsageError` unless exactly one of inputs and corpus is given)."""
         if bool(self.inputs) == (self.corpus is not None):
@@ -81,7 +111,7 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
         return _adopt(out, text, tokenizer)
     if text.special_tokens == "as-text":
         tokenizer = tokenizer.with_special_tokens_as_text()
-    corpus = text.open()
+    corpus = replace(text.open(), reading=text.reading)
     with byte_progress("preparing") as advance:
 
         def show(progress: Progress) -> None:

@@ -56,8 +56,28 @@ class TextStatistics(StrictModel):
     most_frequent: tuple[RepeatedDocument, ...]
 
 
+class Reading(StrictModel):
+    """What was asked for besides the inputs themselves: with it and the same inputs, the same tokens come out again.
+
+    Attributes:
+        text_field: See `ReadOptions`, as for the next three.
+        encoding: As there.
+        format: As there.
+        include_hidden: As there.
+        special_tokens: What the spelling of a control token became.
+        val_inputs: How many of the inputs, the last ones, were named to be held out.
+    """
+
+    text_field: str
+    encoding: str | None
+    format: str
+    include_hidden: bool
+    special_tokens: str
+    val_inputs: Count
+
+
 class SourceFacts(StrictModel):
-    """What was read, and what was dropped or replaced in it."""
+    """What was read, and what was dropped or replaced in it; no ``reading`` where that was not recorded."""
 
     inputs: tuple[InputFacts, ...]
     documents: Count
@@ -80,3 +100,4 @@ class SourceFacts(StrictModel):
     seed: int
     max_tokens: Count | None = None
     sample_seed: int | None = None
+    reading: Reading | None = None
