@@ -11,27 +11,27 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+from resmol.audit.anchor import Trust, check_anchors, read_anchors
+from resmol.audit.checkpoint_files import checkpoint_files
 from resmol.audit.replay import ReplayOptions, replay
 from resmol.audit.step_numbers import finite_numbers, learning_rate, loss_scale
 from resmol.checks import Check, Checks, check_problems
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import StepBatch
 from resmol.data.sources import RunData, open_recorded
-from resmol.errors import CheckpointError, ConfigError, ResmolError
-from resmol.run.checkpoint_manifest import MANIFEST, checkpoint_name, list_checkpoints, open_checkpoint
+from resmol.errors import ConfigError, ResmolError
 from resmol.run.config_history import ConfigHistory
 from resmol.run.directory import RunDir
 from resmol.run.ledger import (
+    LedgerContent,
     LedgerTampered,
     Record,
-    effective_saves,
     effective_steps,
     ends_comparison,
     last_fact,
     read_ledger,
     select,
 )
-from resmol.system.locks import kept_while_read
 from resmol.system.wording import counted
 from resmol.train.build import make_loader, mixture_order
 from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
@@ -47,13 +47,16 @@ FIELDS = {  # the fields of each kind of record that an audit reads
 }
 
 
-def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | None = None) -> list[Check]:
+def audit(
+    run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | None = None, trust: Trust | None = None
+) -> list[Check]:
     """Check a run directory.
 
     Args:
         run: The run directory.
         strict: For a third party: a check that cannot be made here, and a ledger with a torn end, is a failure.
         replay_options: How much to execute again; None replays nothing.
+        trust: Authorities and keys whose anchors count as verified; None knows nobody.
 
     Returns:
         The checks, failed ones included; with an unreadable ledger, that check alone.
@@ -80,18 +83,8 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         return [
             check_problems("configuration", [error.what], "", "fields that make a configuration", "a made-up ledger")
         ]
-    lines = f"{counted(len(records), 'line')}, head {content.head[:16]}"
-    torn = (
-        f", and a torn end of {counted(len(content.torn), 'byte')} (repaired at the next start)" if content.torn else ""
-    )
-    whole = (
-        not content.torn if strict else b"\n" not in content.torn
-    )  # lines behind the zeros of a power cut are no torn line, and may be evidence
     checks = [
-        Check(
-            "hash chain", whole, lines + torn, "every line carries the hash of the line before",
-            guards="a record edited after the fact", evidence=str(run.ledger),
-        ),
+        _hash_chain(content, run, strict),
         _beginning(records),
         _continuity(records),
         _executions(records),
@@ -101,14 +94,22 @@ def audit(run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | 
         *loss_scale(records, history),
         learning_rate(records, history),
         _data_order(records, history, stored, run, strict),
-    ]  # fmt: skip
+    ]
     logger.info("reading every checkpoint back")
-    checks += [_configuration(records, history, stored), *_checkpoints(run, records)]
+    checks += [_configuration(records, history, stored), *checkpoint_files(run, records)]
+    trust = trust or Trust()
+    checks += check_anchors(read_anchors(run, content, trust), content, trust, strict=strict)
     return [*checks, *(replay(run, stored, records, replay_options) if replay_options is not None else [])]
 
 
 def audit_run(
-    run: str | Path, *, replay: int = 0, replay_steps: int = 100, seed: int | None = None, strict: bool = False
+    run: str | Path,
+    *,
+    replay: int = 0,
+    replay_steps: int = 100,
+    seed: int | None = None,
+    strict: bool = False,
+    trust: Trust | None = None,
 ) -> Checks:
     """Check a run's record and checkpoints, and execute segments of it again, as `resmol audit` does.
 
@@ -118,10 +119,11 @@ def audit_run(
         replay_steps: The most steps in a segment.
         seed: Seed of the random choice of segments; None draws one.
         strict: What cannot be checked here is a failure.
+        trust: Authorities and keys whose anchors count as verified; None knows nobody.
     """
     drawn = secrets.randbelow(10**6) if seed is None else seed
     options = ReplayOptions(replay, replay_steps, drawn, strict) if replay else None
-    return Checks(audit(RunDir(Path(run)), strict=strict, replay_options=options))
+    return Checks(audit(RunDir(Path(run)), strict=strict, replay_options=options, trust=trust))
 
 
 def _incomplete(records: list[Record]) -> Iterator[str]:
@@ -130,6 +132,21 @@ def _incomplete(records: list[Record]) -> Iterator[str]:
         missing = [name for name in FIELDS.get(record["kind"], ()) if name not in record]
         if missing:
             yield f"line {record['seq']}: a {record['kind']} record without {', '.join(missing)}"
+
+
+def _hash_chain(content: LedgerContent, run: RunDir, strict: bool) -> Check:
+    """Say how long the chain is, and whether its end is torn."""
+    lines = f"{counted(len(content.records), 'line')}, head {content.head[:16]}"
+    torn = (
+        f", and a torn end of {counted(len(content.torn), 'byte')} (repaired at the next start)" if content.torn else ""
+    )
+    whole = (
+        not content.torn if strict else b"\n" not in content.torn
+    )  # lines behind the zeros of a power cut are no torn line, and may be evidence
+    return Check(
+        "hash chain", whole, lines + torn, "every line carries the hash of the line before",
+        guards="a record edited after the fact", evidence=str(run.ledger),
+    )  # fmt: skip
 
 
 def _beginning(records: list[Record]) -> Check:
@@ -281,47 +298,3 @@ def _configuration(records: list[Record], history: ConfigHistory, stored: RunCon
         "config.toml as recorded, each change with a drift record",
         "a configuration edited later",
     )  # fmt: skip
-
-
-def _checkpoints(run: RunDir, records: list[Record]) -> list[Check]:
-    recorded = effective_saves(records)
-    present = list_checkpoints(run.checkpoints)
-    looked_at = [_checkpoint(path, recorded.get(path.name)) for path in reversed(present)]
-    checks = [check for check in looked_at if check is not None]
-    names = {path.name for path in present}
-    newest = max(recorded.values(), key=lambda record: record["step"], default={})
-    kept = {checkpoint_name(step) for step in newest.get("best", {}).values()}
-    lost = [name for name, record in recorded.items() if (record["permanent"] or name in kept) and name not in names]
-    checks.append(
-        check_problems(
-            "checkpoints kept", lost, f"{len(present)} present, {len(recorded.keys() - names)} pruned",
-            "every permanent checkpoint is there, and the best one",
-            "the checkpoint of step 5000 pruned away", str(run.checkpoints),
-        )
-    )  # fmt: skip
-    return checks
-
-
-def _checkpoint(path: Path, record: Record | None) -> Check | None:
-    """Check every byte of a checkpoint; None where a run that is being trained has pruned it meanwhile."""
-    name, expected = (
-        f"checkpoint {path.name}",
-        "every byte as in its manifest, and the manifest as in the ledger",
-    )
-    try:
-        with kept_while_read(path / MANIFEST):
-            checkpoint = open_checkpoint(path)
-            checkpoint.verify()
-            extra = checkpoint.foreign_files()
-    except (CheckpointError, FileNotFoundError) as error:
-        if not path.exists():
-            return None
-        what = error.what if isinstance(error, CheckpointError) else f"{path.name}/{MANIFEST} is missing"
-        return Check(name, False, what, expected, "a flipped bit, a torn file", str(path))
-    manifest = checkpoint.manifest
-    if record is not None and manifest.sha256 != record["manifest_sha256"]:
-        return Check(name, False, "its manifest is not the one in the ledger", expected, "exchanged weights", str(path))
-    noted = "" if record is not None else " (committed, not yet in the ledger: a crash came between)"
-    foreign = f"; not part of it: {', '.join(extra)}" if extra else ""
-    measured = f"{manifest.bytes:,} bytes, manifest {manifest.sha256[:16]}{noted}{foreign}"
-    return Check(name, True, measured, expected, "a flipped bit, a torn file", str(path))

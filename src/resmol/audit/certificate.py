@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from resmol.audit.anchor import Trust, read_anchors
 from resmol.checks import Check, all_passed
 from resmol.errors import CheckFailed
 from resmol.run.directory import RunDir
@@ -20,31 +21,38 @@ LIMITS = (
     "Replayed segments prove the recorded bits on this kind of machine; the others are bound to them by the chain.",
     "Bits are the same on the same kind of processor, with the same versions and threads; elsewhere they may differ.",
 )
+LIMITS_OF_ANCHORS = (
+    "A time stamp proves that the record up to its line existed before its time, by the authority's clock and word; "
+    "not when training took place, nor by whom.",
+    "A signature proves that the holder of the key vouches for the record; its time is the holder's own word.",
+)
 
 
-def write_certificate(run: RunDir, checks: Sequence[Check]) -> str:
+def write_certificate(run: RunDir, checks: Sequence[Check], trust: Trust | None = None) -> str:
     """Write ``certificate.json`` into a run and return its path.
 
     Args:
         run: The run directory.
         checks: The checks of an audit of it.
+        trust: Whom that audit knew; who is not named there is listed as not verified.
 
     Raises:
         CheckFailed: A check failed.
     """
     if not all_passed(checks):
         raise CheckFailed("the audit failed: there is nothing to certify", fix="see the table of `resmol audit`")
-    content = json.dumps(certificate(run, checks), indent=1, ensure_ascii=False) + "\n"
+    content = json.dumps(certificate(run, checks, trust), indent=1, ensure_ascii=False) + "\n"
     write_durable(run.certificate, content.encode())
     return str(run.certificate)
 
 
-def certificate(run: RunDir, checks: Sequence[Check]) -> dict[str, Any]:
+def certificate(run: RunDir, checks: Sequence[Check], trust: Trust | None = None) -> dict[str, Any]:
     """Return the content of a certificate as a JSON object."""
     content = read_ledger(run.ledger)
     records, steps = content.records, effective_steps(content.records)
     start = next(select(records, "start"))
     executed = sum(1 for _ in select(records, "step"))
+    anchors = read_anchors(run, content, trust or Trust())
     environments = [record["environment"] for record in records if "environment" in record]
     return {
         "format": 1,
@@ -65,7 +73,8 @@ def certificate(run: RunDir, checks: Sequence[Check]) -> dict[str, Any]:
         },
         "machines": [facts for number, facts in enumerate(environments) if facts not in environments[:number]],
         "checks": [{"name": check.name, "measured": check.measured} for check in checks],
-        "limits": list(LIMITS),
+        "anchors": [anchor.to_dict() for anchor in anchors],
+        "limits": [*LIMITS, *(LIMITS_OF_ANCHORS if anchors else ())],
     }
 
 

@@ -19,8 +19,8 @@ from resmol.cli.app import app
 from resmol.cli.command import Command
 
 IN_ORDER_OF_WORK = (
-    "inspect", "config", "prepare", "train", "verify", "audit", "evaluate", "generate", "export", "publish", "demo",
-    "ablate", "report", "reproduce", "quickstart",
+    "inspect", "config", "prepare", "train", "verify", "audit", "anchor", "evaluate", "generate", "export", "publish",
+    "demo", "ablate", "report", "reproduce", "quickstart",
 )  # fmt: skip
 app.registered_commands.sort(key=lambda command: IN_ORDER_OF_WORK.index(getattr(command.callback, "__name__", "")))
 for group in (app, bench.bench, tokenizer.tokenizer):

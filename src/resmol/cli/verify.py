@@ -1,4 +1,4 @@
-"""Commands: inspect, verify, audit, report."""
+"""Commands: inspect, verify, audit, anchor, report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from resmol.run.directory import RunDir
 from resmol.system.process_setup import set_up_process
 from resmol.system.progress import running_time
 from resmol.system.tables import result_console
+
+TsaRoots = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Root certificate of the authority, to verify its time stamp by. Repeatable."),
+]
 
 
 @app.command(
@@ -107,6 +112,7 @@ def verify(
     epilog="""
     resmol audit runs/mine
     resmol audit runs/mine --replay 3 --certify
+    resmol audit runs/mine --tsa-root authority.pem
     """
 )
 def audit(
@@ -118,22 +124,66 @@ def audit(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="What cannot be checked here is a failure.")] = False,
     certify: Annotated[bool, typer.Option("--certify", help="Write RUN/certificate.json if everything holds.")] = False,
+    tsa_root: TsaRoots = None,
+    public_key: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Demand an anchor signed with this Ed25519 key. Repeatable."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Check a run's record and checkpoints, and replay parts of it.
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
+    from resmol.audit.anchor import Trust
     from resmol.audit.audit import audit_run
     from resmol.audit.certificate import write_certificate
 
-    checks = audit_run(run, replay=replay, replay_steps=replay_steps, seed=seed, strict=strict)
+    trust = Trust(tuple(tsa_root or ()), tuple(public_key or ()))
+    checks = audit_run(run, replay=replay, replay_steps=replay_steps, seed=seed, strict=strict, trust=trust)
     report_checks(f"audit of {run}", checks, json_)
     if certify:
-        say(f"certificate: {write_certificate(RunDir(run), checks)}")
+        say(f"certificate: {write_certificate(RunDir(run), checks, trust)}")
     if not json_:
         name = quote(str(run))
         suggest(*([] if replay else [f"audit {name} --replay 3"]), f"report {name}")
+
+
+@app.command(
+    epilog="""
+    resmol anchor runs/mine --tsa https://freetsa.org/tsr
+    resmol anchor runs/mine --key key.pem
+    """
+)
+def anchor(
+    run: Annotated[Path, typer.Argument(help="Run directory; it may be in training.")],
+    tsa: Annotated[
+        list[str] | None,
+        typer.Option("--tsa", metavar="URL", help="Ask this RFC 3161 authority for a time stamp. Repeatable."),
+    ] = None,
+    key: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Sign with this Ed25519 private key, PEM or OpenSSH. Repeatable."),
+    ] = None,
+    tsa_root: TsaRoots = None,
+    allow_http: Annotated[
+        bool, typer.Option("--allow-http", help="Also ask an authority over unencrypted HTTP.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Have the head of a run's record time-stamped, or signed.
+
+    An authority gets one digest. `resmol audit` verifies the answer without a network.
+    """
+    from resmol.audit.anchor import anchor_run
+
+    made = anchor_run(run, tsa=tsa or (), keys=key or (), tsa_roots=tsa_root or (), allow_http=allow_http)
+    if json_:
+        print_json(made.to_dict())
+    else:
+        typer.echo(f"{made.folder}\n{made.summary}")
+        root = "".join(f" --tsa-root {quote(str(path))}" for path in tsa_root or ("CERTIFICATE.pem",)) if tsa else ""
+        suggest(f"audit {quote(str(run))}{root}")
 
 
 @app.command(

@@ -95,6 +95,11 @@ class RunDir:
         return self.path / "certificate.json"
 
     @property
+    def anchors(self) -> Path:
+        """Time stamps and signatures over heads of the ledger, one folder for each (`resmol anchor`)."""
+        return self.path / "anchors"
+
+    @property
     def report(self) -> Path:
         """The one-page report."""
         return self.path / "report.html"
