@@ -321,10 +321,10 @@ def test_k7_killed_after_every_step(
 
 
 STAGES = {
-    "digest_all": resmol.run.checkpoint,
+    "layout": resmol.run.checkpoint,
     "stage_directory": resmol.run.checkpoint,
-    "save_file": resmol.run.checkpoint,
-    "file_entry": resmol.run.checkpoint,
+    "write_shard": resmol.run.checkpoint,
+    "file_sha256": resmol.run.checkpoint,
     "commit_staged": resmol.run.checkpoint,
     "prune": resmol.run.async_save,
 }

@@ -158,7 +158,8 @@ def head_cloned(patch: pytest.MonkeyPatch) -> None:
         genuine(loaded, tokenizer, folder, *rest)
         tensors = hf.weight_tensors(loaded.model)
         head = tensors["model.embed_tokens.weight"] * 0.99
-        hf.save_tensors(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        hf.write_tensor_file(folder / "model.safetensors", tensors | {"lm_head.weight": head})
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}), encoding="utf-8")
 

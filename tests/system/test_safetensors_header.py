@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from resmol.errors import CheckpointError, DataError, ResmolError
-from resmol.system.safetensors_header import MAX_HEADER_BYTES, parse_header, read_header
+from resmol.system.safetensors_header import MAX_HEADER_BYTES, new_header, parse_header, read_header
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 TWO = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
@@ -35,6 +35,21 @@ def file_bytes(header: Any, data: bytes = b"", *, length: int | None = None) -> 
 
 def parse(content: bytes) -> Any:
     return parse_header(content, len(content), "file.safetensors")
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_new_header_is_that_of_the_library(tmp_path: Path, name: str) -> None:
+    """Names in another order than the tensors', one that JSON escapes, a scalar and an empty tensor."""
+    dtype = getattr(torch, name)
+    tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in
+               (("b.weight", (3, 2)), ("a.10", (0, 4)), ('a.9"\\\n', ()), ("ü", (5,)))}  # fmt: skip
+    save_file(tensors, tmp_path / "file", metadata={"format": "pt"})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    header, head = new_header({"float32": "F32", "bfloat16": "BF16"}[name], shapes, {"format": "pt"})
+    content = (tmp_path / "file").read_bytes()
+    assert content.startswith(head)
+    assert header.file_bytes == len(content)
+    assert header == read_header(tmp_path / "file")
 
 
 def test_agrees_with_the_library(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ from resmol.interop.surplus import check_surplus
 from resmol.model.flops import total_parameters
 from resmol.model.linear import default_matmul_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import load_tensors, stored_tensor, weight_tensors
+from resmol.run.checkpoint import load_tensors, weight_tensors
 from resmol.run.checkpoint_manifest import AVERAGED, WEIGHTS, list_checkpoints
 from resmol.run.directory import RunDir
+from resmol.run.tensor_files import stored_tensor
 from resmol.system.safetensors_header import Header, read_header
 from resmol.system.user_paths import user_path
 from resmol.system.wording import counted

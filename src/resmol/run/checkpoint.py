@@ -14,19 +14,17 @@ Nothing in it is a pickle. checkpoint_manifest.py describes the files and decide
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import re
+import math
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
@@ -45,23 +43,29 @@ from resmol.run.checkpoint_manifest import (
     SavedState,
     checkpoint_name,
     corrupt,
-    file_entry,
     list_checkpoints,
     open_checkpoint,
     read_manifest,
     step_of,
 )
-from resmol.system.atomic_io import commit_staged, fsync_path, remove_directory, stage_directory
+from resmol.run.ranks import ONE_RANK, Ranks, together
+from resmol.run.tensor_files import as_bytes, create_tensor_file, layout, read_shard, stored_digest, write_shard
+from resmol.run.tensor_shards import TensorShard, shard_of
+from resmol.system.atomic_io import (
+    abandoned_on_error,
+    commit_staged,
+    file_sha256,
+    fsync_path,
+    full_disk_is_an_error,
+    remove_directory,
+    stage_directory,
+)
 from resmol.system.locks import unless_being_read
 from resmol.system.safetensors_header import Header, read_header
 
 ADAMW_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # torch.optim's names
-STORED_TYPES = {  # safetensors' names; every type that its header may name
-    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+WRITERS = 4  # threads that write and hash
+Item: TypeAlias = tuple[str, str]  # a file and a tensor in it; or a file and "", which is all of it
 
 
 # --- saving --------------------------------------------------------------------------------------------------
@@ -97,52 +101,177 @@ class StagedCheckpoint:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What this rank writes of a tensor."""
+
+    file: str
+    name: str
+    shard: TensorShard
+
+
 def stage_checkpoint(
-    folder: Path, state: SavedState, tensors: CheckpointTensors, *, parent: str | None
+    folder: Path, state: SavedState, tensors: CheckpointTensors, *, parent: str | None, ranks: Ranks = ONE_RANK
 ) -> StagedCheckpoint:
     """Write the files of a checkpoint, and read them back: all of a save that needs the tensors, or a processor.
 
+    All ranks call it. Rank 0 creates the files; then each rank writes what it holds of the tensors to its place.
+
     Args:
         folder: The ``checkpoints`` directory of a run.
-        state: What to write into ``state.json``.
+        state: What to write into ``state.json``: that of rank 0.
         tensors: What to write; it is written as it is, and must be float32.
         parent: The sha256 of the manifest of the checkpoint before.
+        ranks: Who writes it.
 
     Raises:
         DiskFull: No room. Nothing of the new checkpoint is left, and all older ones are.
-        OSError: Any other failure of the disk, with the same consequence.
+        OSError: Any other failure of the disk, with the same consequence. Both are raised by all ranks.
+        ProcessLost: Another rank died or did not do its part in time, with the same consequence.
     """
-    files = {name: _in_main_memory(group) for name, group in tensors.files.items()}
-    # Digests of what is in memory, taken before anything is written: a fault between memory and disk shows.
-    digests = {name: digest_all(group) for name, group in files.items()}
-    names, entries = (*files, STATE, CONFIG), dict[str, FileEntry]()
-
-    def write_files(temporary: Path) -> None:
-        with ThreadPoolExecutor(len(names)) as pool:  # writing and hashing release the interpreter
-            list(pool.map(lambda name: save_tensors(files[name], temporary / name), files))
-            (temporary / CONFIG).write_text(
-                json.dumps(tensors.config.to_hf(), indent=2) + "\n", encoding="utf-8", newline="\n"
-            )
-            (temporary / STATE).write_bytes(state.to_bytes())
-            found = pool.map(lambda name: file_entry(temporary / name, digests.get(name, {})), names)
-            entries.update(zip(names, found, strict=True))
-
     final = folder / checkpoint_name(state.step)
-    quarantine(final)
     with _with_size_in_message(tensors.bytes):
-        temporary = stage_directory(final, write_files)
-    manifest = Manifest(step=state.step, parent=parent, permanent=state.permanent, files=entries)
+        layouts = {file: layout(group) for file, group in tensors.files.items()}
+        made = together(ranks, f"create {final.name}", lambda: _create_files(final, state, tensors, layouts, ranks))
+        temporary = final.with_name(made[0])
+        with full_disk_is_an_error(final), _abandoned_by_rank_0(temporary, ranks):
+            headers = {file: header for file, (header, _) in layouts.items()}
+            files = _write_and_hash(temporary, tensors, headers, ranks)
+    manifest = Manifest(step=state.step, parent=parent, permanent=state.permanent, files=files)
     return StagedCheckpoint(temporary, final, manifest)
 
 
-def commit_checkpoint(staged: StagedCheckpoint) -> Manifest:
+def _create_files(
+    final: Path,
+    state: SavedState,
+    tensors: CheckpointTensors,
+    layouts: Mapping[str, tuple[Header, bytes]],
+    ranks: Ranks,
+) -> str | None:
+    """Create the directory and its files on rank 0, those with tensors in their full size; return its name."""
+    if ranks.rank:
+        return None
+
+    def create(temporary: Path) -> None:
+        for file, (header, head) in layouts.items():
+            create_tensor_file(temporary / file, header, head)
+        config = json.dumps(tensors.config.to_hf(), indent=2) + "\n"
+        (temporary / CONFIG).write_text(config, encoding="utf-8", newline="\n")
+        (temporary / STATE).write_bytes(state.to_bytes())
+
+    quarantine(final)
+    return stage_directory(final, create).name
+
+
+def _write_and_hash(
+    temporary: Path, tensors: CheckpointTensors, headers: Mapping[str, Header], ranks: Ranks
+) -> dict[str, FileEntry]:
+    """Write what this rank holds of the tensors, then hash its share of the files; return the entries of all."""
+    pieces = _pieces(tensors, ranks)
+    digests: dict[str, dict[str, str]] = {file: {} for file in (*headers, STATE, CONFIG)}
+    for found in together(ranks, f"write {temporary.name}", lambda: _write_pieces(temporary, headers, pieces)):
+        for file, name, value in found:
+            digests[file][name] = value
+    # A tensor that no rank holds as a whole is hashed in the file, in which every range is what was in memory.
+    sizes = {(file, ""): (temporary / file).stat().st_size for file in digests}
+    sizes |= {
+        (file, name): info.end - info.start
+        for file, header in headers.items()
+        for name, info in header.tensors.items()
+        if name not in digests[file]
+    }
+    own = [item for item, rank in _balanced(sizes, ranks.world_size).items() if rank == ranks.rank]
+    sha256 = dict[str, str]()
+    for found in together(ranks, f"hash {temporary.name}", lambda: _hash(temporary, headers, own)):
+        for file, name, value in found:
+            if name:
+                digests[file][name] = value
+            else:
+                sha256[file] = value
+    return {
+        file: FileEntry(bytes=sizes[file, ""], sha256=sha256[file], tensors=dict(sorted(found.items())))
+        for file, found in digests.items()
+    }
+
+
+def _pieces(tensors: CheckpointTensors, ranks: Ranks) -> list[_Piece]:
+    """Return what this rank writes, the largest first: of a part that several ranks hold, one of them writes all."""
+    shards = {
+        (file, name): shard_of(tensor, ranks.rank, ranks.world_size)
+        for file, group in tensors.files.items()
+        for name, tensor in group.items()
+    }
+    writers = dict[Item, int]()
+    for copies in sorted({shard.copies for shard in shards.values()}):
+        sizes = {item: math.prod(shard.shape) for item, shard in shards.items() if shard.copies == copies}
+        writers |= _balanced(sizes, copies)
+    pieces = [_Piece(*item, shard) for item, shard in shards.items() if writers[item] == shard.copy]
+    return sorted(pieces, key=lambda piece: -piece.shard.local.numel())
+
+
+def _balanced(sizes: Mapping[Item, int], bins: int) -> dict[Item, int]:
+    """Share items among bins by their sizes, the largest first to the bin with least (Graham 1969)."""
+    loads, result = [0] * bins, dict[Item, int]()
+    for item in sorted(sizes, key=lambda item: -sizes[item]):
+        result[item] = min(range(bins), key=loads.__getitem__)
+        loads[result[item]] += sizes[item]
+    return result
+
+
+def _write_pieces(temporary: Path, headers: Mapping[str, Header], pieces: list[_Piece]) -> list[tuple[str, str, str]]:
+    """Write the pieces; return the digests of those that are whole tensors, as they were in memory before."""
+
+    def write(piece: _Piece) -> tuple[str, str, str] | None:
+        values = piece.shard.local.cpu().contiguous()  # on a CPU the very same, of a GPU one copy
+        found = digest(values) if piece.shard.is_whole else None
+        write_shard(temporary / piece.file, headers[piece.file], piece.name, piece.shard, values)
+        return None if found is None else (piece.file, piece.name, found)
+
+    with ThreadPoolExecutor(WRITERS) as pool:  # writing and hashing release the interpreter
+        return [found for found in pool.map(write, pieces) if found is not None]
+
+
+def _hash(temporary: Path, headers: Mapping[str, Header], own: list[Item]) -> list[tuple[str, str, str]]:
+    """Hash files and tensors in files; return each with its sha256."""
+
+    def sha256(item: Item) -> tuple[str, str, str]:
+        file, name = item
+        path = temporary / file
+        return file, name, stored_digest(path, headers[file], name) if name else file_sha256(path)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        return list(pool.map(sha256, own))
+
+
+def commit_checkpoint(staged: StagedCheckpoint, ranks: Ranks = ONE_RANK) -> Manifest:
     """Make a checkpoint durable: all of a save that waits for the disk. Raises what `stage_checkpoint` raises.
 
-    A crash at any instant leaves all of it or nothing.
+    A crash at any instant leaves all of it or nothing. The other ranks sync first what they have written, which no sync
+    of rank 0 does where they run on other hosts; then rank 0 commits.
     """
-    with _with_size_in_message(staged.manifest.bytes):
-        commit_staged(staged.temporary, staged.final, lambda _: staged.manifest.to_bytes())
+
+    def sync() -> None:
+        if ranks.rank:
+            for file in sorted(staged.manifest.files):
+                fsync_path(staged.temporary / file)
+
+    def commit() -> None:
+        if not ranks.rank:
+            commit_staged(staged.temporary, staged.final, lambda _: staged.manifest.to_bytes())
+
+    name = staged.final.name
+    with _with_size_in_message(staged.manifest.bytes), _abandoned_by_rank_0(staged.temporary, ranks):
+        with full_disk_is_an_error(staged.final):
+            together(ranks, f"sync {name}", sync)
+        together(ranks, f"commit {name}", commit)
     return staged.manifest
+
+
+@contextmanager
+def _abandoned_by_rank_0(temporary: Path, ranks: Ranks) -> Iterator[None]:
+    """Let rank 0 remove the directory where any rank fails."""
+    with nullcontext() if ranks.rank else abandoned_on_error(temporary):
+        yield
 
 
 @contextmanager
@@ -187,34 +316,13 @@ def _moments_of_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, tup
 
 def digest(tensor: Tensor) -> str:
     """Return the sha256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(as_bytes(tensor.detach().cpu().contiguous())).hexdigest()
 
 
 def digest_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the digest of each tensor; hashing runs on two threads, since it releases the interpreter."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
-
-
-def _in_main_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors as they are written: on a CPU the very same, of a GPU one copy, to be hashed and written."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the mode of ordinary files; the library's own is for the user alone (0600).
-
-    Raises:
-        OSError: The disk failed, or is full.
-    """
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-        path.chmod(mode)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))  # safetensors' errors are texts
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def quarantine(final: Path) -> None:
@@ -244,7 +352,7 @@ def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Op
 
 
 def load_tensors(checkpoint: Checkpoint, name: str, targets: Mapping[str, Tensor]) -> None:
-    """Fill tensors from a safetensors file of a verified checkpoint.
+    """Fill tensors, or what this rank holds of them, from a safetensors file of a verified checkpoint.
 
     Args:
         checkpoint: The checkpoint.
@@ -265,42 +373,16 @@ def load_tensors(checkpoint: Checkpoint, name: str, targets: Mapping[str, Tensor
         raise corrupt(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {expected.get(wrong)}")
 
     def fill(name: str) -> None:
-        tensor = stored_tensor(path, name, header)
-        if digest(tensor) != digests.get(name):
+        shard = shard_of(targets[name])
+        values = read_shard(path, header, name, shard)
+        if shard.is_whole and digest(values) != digests.get(name):
             raise corrupt(path, f"gave other bytes for {name} than were in memory when it was saved")
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(values).all()):
             raise corrupt(path, f"holds NaN or infinity in {name}")
-        targets[name].copy_(tensor)
+        shard.local.copy_(values)
 
     with ThreadPoolExecutor(2) as pool:  # hashing and copying release the interpreter
         list(pool.map(fill, targets))
-
-
-def stored_tensor(path: Path, name: str, header: Header | None = None) -> Tensor:
-    """Read one tensor of a safetensors file.
-
-    It is read and not mapped, which costs the same time: some file systems cannot map files, a mapped file that shrinks
-    kills the process, and its pages count as the process's memory.
-
-    Args:
-        path: The file.
-        name: The tensor.
-        header: The file's header; None reads it.
-
-    Raises:
-        CheckpointError: The file ends within the tensor, or its header breaks a rule.
-        OSError: It cannot be read.
-    """
-    header = header or read_header(path)
-    info = header.tensors[name]
-    content = bytearray(info.end - info.start)
-    with path.open("rb") as file:
-        file.seek(header.header_bytes + info.start)
-        if file.readinto(content) != len(content):
-            raise corrupt(path, f"ends within {name}")
-    if not content:
-        return torch.empty(info.shape, dtype=STORED_TYPES[info.dtype])
-    return torch.frombuffer(content, dtype=STORED_TYPES[info.dtype]).reshape(info.shape)
 
 
 # --- retention -----------------------------------------------------------------------------------------------

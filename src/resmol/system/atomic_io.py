@@ -147,7 +147,7 @@ def stage_directory(final: Path, write_files: Callable[[Path], None]) -> Path:
         The temporary directory, for `commit_staged`. Nothing in it is durable yet. Raises what that raises.
     """
     temporary = final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{uuid.uuid4().hex[:12]}")
-    with full_disk_is_an_error(final), _abandoned_on_error(temporary):
+    with full_disk_is_an_error(final), abandoned_on_error(temporary):
         os.mkdir(temporary)  # noqa: PTH102
         write_files(temporary)
     return temporary
@@ -155,7 +155,7 @@ def stage_directory(final: Path, write_files: Callable[[Path], None]) -> Path:
 
 def commit_staged(temporary: Path, final: Path, manifest: Callable[[Path], bytes]) -> None:
     """Do the rest of `commit_directory`: make the files of `stage_directory` durable, and rename the directory."""
-    with full_disk_is_an_error(final), _abandoned_on_error(temporary):
+    with full_disk_is_an_error(final), abandoned_on_error(temporary):
         for file in sorted(temporary.iterdir()):
             fsync_path(file)
         _write_and_sync(temporary / "manifest.json", manifest(temporary))
@@ -177,7 +177,8 @@ def _patiently(rename: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _abandoned_on_error(temporary: Path) -> Iterator[None]:
+def abandoned_on_error(temporary: Path) -> Iterator[None]:
+    """Remove a temporary directory where this context fails."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""Read the header of a safetensors file strictly: no tensor data, no code, no PyTorch.
+"""Read the header of a safetensors file strictly, and write one: no tensor data, no code, no PyTorch.
 
 A safetensors file is 8 bytes (little-endian length N), N bytes of JSON (name -> dtype, shape, data_offsets)
 and the data. Common readers accept files that break the format's own rules, such as duplicate keys. Here each
@@ -7,11 +7,12 @@ rule is checked before a byte of the data is used, and a violation is a `Checkpo
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     header_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.header_bytes + max((info.end for info in self.tensors.values()), default=0)
 
 
 class _BrokenRuleError(ValueError):
@@ -218,3 +224,31 @@ def _require_contiguous(tensors: Mapping[str, TensorInfo], data_bytes: int) -> N
     if end != data_bytes:
         reason = "truncated" if end > data_bytes else "it holds something that has no name"
         raise _BrokenRuleError(f"its tensors cover {counted(end, 'byte')} and its data has {data_bytes:,}: {reason}")
+
+
+def new_header(dtype: str, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> tuple[Header, bytes]:
+    """Lay out a file for tensors of one type, byte for byte as the safetensors library does.
+
+    Args:
+        dtype: The format's name of the type, such as F32.
+        shapes: Name -> shape.
+        metadata: What `__metadata__` is to hold.
+
+    Returns:
+        The header, and the bytes that a file with it begins with: a JSON of the same facts, padded with spaces to a
+        multiple of 8 bytes. The data follows in the order of the names.
+    """
+    tensors, start = dict[str, TensorInfo](), 0
+    for name in sorted(shapes):
+        shape = tuple(shapes[name])
+        end = start + math.prod(shape) * DTYPE_BYTES[dtype]
+        tensors[name] = TensorInfo(dtype, shape, start, end)
+        start = end
+    table = {"__metadata__": dict(metadata)} | {
+        name: {"dtype": dtype, "shape": info.shape, "data_offsets": (info.start, info.end)}
+        for name, info in tensors.items()
+    }
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    head = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return Header(tensors, dict(metadata), len(head)), head

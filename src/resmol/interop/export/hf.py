@@ -28,8 +28,9 @@ from resmol.interop.export.training_record import WEIGHTS_LICENCE, recorded, wri
 from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.model_ref import ModelRef
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import save_tensors, weight_tensors
+from resmol.run.checkpoint import weight_tensors
 from resmol.run.checkpoint_manifest import WEIGHTS
+from resmol.run.tensor_files import write_tensor_file
 from resmol.system.atomic_io import commit_directory
 from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
@@ -142,7 +143,7 @@ def write_folder(
 ) -> None:
     """Write all files of an export into an existing, empty folder."""
     tensors = {name: t.to(DTYPES[dtype]).contiguous() for name, t in weight_tensors(loaded.model).items()}
-    save_tensors(tensors, folder / WEIGHTS)
+    write_tensor_file(folder / WEIGHTS, tensors)
     tokens = tokenizer.tokens
     config = loaded.config.to_hf(dtype) | ({} if tokens.ends else {"eos_token_id": None})
     pad = {} if tokens.config_pad is None else {"pad_token_id": tokens.config_pad}
