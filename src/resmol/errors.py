@@ -16,7 +16,7 @@ ResmolError              exit code
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class ResmolError(Exception):
@@ -34,6 +34,16 @@ class ResmolError(Exception):
         self.what = what
         self.fix = fix
         self.add_note(f"fix: {fix}")  # Python shows it below the error, in a notebook too
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process makes the same error."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[ResmolError], args: tuple[Any, ...], state: dict[str, Any]) -> ResmolError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class CheckFailed(ResmolError):

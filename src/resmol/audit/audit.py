@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from resmol.audit.anchor import Trust, check_anchors, read_anchors
 from resmol.audit.checkpoint_files import checkpoint_files
 from resmol.audit.replay import ReplayOptions, replay
+from resmol.audit.replay_all import CompleteReplay, replay_all
 from resmol.audit.step_numbers import finite_numbers, learning_rate, loss_scale
 from resmol.checks import Check, Checks, check_problems
 from resmol.config.run_config import RunConfig
@@ -32,6 +34,7 @@ from resmol.run.ledger import (
     read_ledger,
     select,
 )
+from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
 from resmol.train.build import make_loader, mixture_order
 from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
@@ -48,7 +51,11 @@ FIELDS = {  # the fields of each kind of record that an audit reads
 
 
 def audit(
-    run: RunDir, *, strict: bool = False, replay_options: ReplayOptions | None = None, trust: Trust | None = None
+    run: RunDir,
+    *,
+    strict: bool = False,
+    replay_options: ReplayOptions | CompleteReplay | None = None,
+    trust: Trust | None = None,
 ) -> list[Check]:
     """Check a run directory.
 
@@ -99,31 +106,50 @@ def audit(
     checks += [_configuration(records, history, stored), *checkpoint_files(run, records)]
     trust = trust or Trust()
     checks += check_anchors(read_anchors(run, content, trust), content, trust, strict=strict)
-    return [*checks, *(replay(run, stored, records, replay_options) if replay_options is not None else [])]
+    return [*checks, *_replayed(run, stored, content, replay_options)]
 
 
 def audit_run(
     run: str | Path,
     *,
-    replay: int = 0,
+    replay: int | Literal["all"] = 0,
     replay_steps: int = 100,
     seed: int | None = None,
     strict: bool = False,
+    inputs: Sequence[str | Path] = (),
+    jobs: int = 1,
+    progress_folder: str | Path | None = None,
     trust: Trust | None = None,
 ) -> Checks:
     """Check a run's record and checkpoints, and execute segments of it again, as `resmol audit` does.
 
     Args:
         run: The run directory.
-        replay: How many random segments to execute again, bit for bit.
-        replay_steps: The most steps in a segment.
+        replay: How many random segments to execute again, bit for bit; ``"all"`` makes the whole run again, from its
+            text to its last checkpoint.
+        replay_steps: The most steps in a random segment.
         seed: Seed of the random choice of segments; None draws one.
         strict: What cannot be checked here is a failure.
+        inputs: With ``"all"``: where the inputs of the data lie, in their order.
+        jobs: With ``"all"``: how many segments to execute at once.
+        progress_folder: With ``"all"``: where the progress is kept.
         trust: Authorities and keys whose anchors count as verified; None knows nobody.
     """
-    drawn = secrets.randbelow(10**6) if seed is None else seed
-    options = ReplayOptions(replay, replay_steps, drawn, strict) if replay else None
+    options: ReplayOptions | CompleteReplay | None = None
+    if replay == "all":
+        folder = None if progress_folder is None else user_path(progress_folder)
+        options = CompleteReplay(tuple(map(str, inputs)), jobs, folder, strict)
+    elif replay:
+        options = ReplayOptions(replay, replay_steps, secrets.randbelow(10**6) if seed is None else seed, strict)
     return Checks(audit(RunDir(Path(run)), strict=strict, replay_options=options, trust=trust))
+
+
+def _replayed(
+    run: RunDir, stored: RunConfig, content: LedgerContent, options: ReplayOptions | CompleteReplay | None
+) -> list[Check]:
+    if isinstance(options, CompleteReplay):
+        return replay_all(run, stored, content, options)
+    return [] if options is None else replay(run, stored, content.records, options)
 
 
 def _incomplete(records: list[Record]) -> Iterator[str]:

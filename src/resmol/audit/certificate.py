@@ -15,10 +15,15 @@ from resmol.run.ledger import effective_steps, last_fact, read_ledger, select
 from resmol.system.atomic_io import write_durable
 from resmol.version import __version__
 
+COMPLETE = "complete replay"  # the check that says that everything was made again
+REPLAYED = {
+    "complete": "Everything was made again: text, tokens, initial weights, every step and every checkpoint.",
+    "in part": "Replayed segments prove the recorded bits on this kind of machine; the chain binds the others to them.",
+    "nothing": "No step was executed again: the numbers are those that the record states.",
+}
 LIMITS = (
     "The chain proves that the record was not changed after its head was known; keep the head somewhere else.",
     "It does not prove that the data is what its name says, nor that nobody trained twice and kept the better run.",
-    "Replayed segments prove the recorded bits on this kind of machine; the others are bound to them by the chain.",
     "Bits are the same on the same kind of processor, with the same versions and threads; elsewhere they may differ.",
 )
 LIMITS_OF_ANCHORS = (
@@ -53,6 +58,7 @@ def certificate(run: RunDir, checks: Sequence[Check], trust: Trust | None = None
     start = next(select(records, "start"))
     executed = sum(1 for _ in select(records, "step"))
     anchors = read_anchors(run, content, trust or Trust())
+    extent = _replayed(checks)
     environments = [record["environment"] for record in records if "environment" in record]
     return {
         "format": 1,
@@ -74,8 +80,17 @@ def certificate(run: RunDir, checks: Sequence[Check], trust: Trust | None = None
         "machines": [facts for number, facts in enumerate(environments) if facts not in environments[:number]],
         "checks": [{"name": check.name, "measured": check.measured} for check in checks],
         "anchors": [anchor.to_dict() for anchor in anchors],
-        "limits": [*LIMITS, *(LIMITS_OF_ANCHORS if anchors else ())],
+        "limits": [*LIMITS[:2], REPLAYED[extent], *LIMITS[2:], *(LIMITS_OF_ANCHORS if anchors else ())],
+        "replay": extent,
     }
+
+
+def _replayed(checks: Sequence[Check]) -> str:
+    """Return how much was executed again, one of `REPLAYED`."""
+    passed = [check.name for check in checks if check.measured.startswith("PASS")]
+    if COMPLETE in passed:
+        return "complete"
+    return "in part" if any(name.startswith("replay of ") for name in passed) else "nothing"
 
 
 def current_certificate(run: RunDir) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -112,15 +112,33 @@ def verify(
     epilog="""
     resmol audit runs/mine
     resmol audit runs/mine --replay 3 --certify
+    resmol audit runs/mine --replay all --input input.txt --export out/mine --certify
     resmol audit runs/mine --tsa-root authority.pem
     """
 )
 def audit(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    replay: Annotated[int, typer.Option(min=0, help="Execute so many random segments again, bit for bit.")] = 0,
-    replay_steps: Annotated[int, typer.Option(min=1, help="The most steps in a segment.")] = 100,
+    replay: Annotated[
+        str,
+        typer.Option(
+            metavar="COUNT|all", help="Execute so many random segments again, bit for bit; or all, from the text on."
+        ),
+    ] = "0",
+    replay_steps: Annotated[int, typer.Option(min=1, help="The most steps in a random segment.")] = 100,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the random choice of segments; another each time if left out.")
+    ] = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="PATH", help="With --replay all: where the run's text is now; repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="With --replay all: segments at once, each in a process.")] = 1,
+    progress: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --replay all: where to keep its progress; not in the run."),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="An export of the run to compare with its checkpoint.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="What cannot be checked here is a failure.")] = False,
     certify: Annotated[bool, typer.Option("--certify", help="Write RUN/certificate.json if everything holds.")] = False,
@@ -131,22 +149,43 @@ def audit(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Check a run's record and checkpoints, and replay parts of it.
+    """Check a run's record and checkpoints, and replay parts or all of it.
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
+    amount = _replay_amount(replay)
+    if amount != "all" and (input_ or jobs > 1 or progress):
+        raise UsageError("--input, --jobs and --progress are for a complete replay", fix="add --replay all")
+    if amount:
+        set_up_process()
     from resmol.audit.anchor import Trust
     from resmol.audit.audit import audit_run
     from resmol.audit.certificate import write_certificate
 
     trust = Trust(tuple(tsa_root or ()), tuple(public_key or ()))
-    checks = audit_run(run, replay=replay, replay_steps=replay_steps, seed=seed, strict=strict, trust=trust)
+    checks = audit_run(
+        run, replay=amount, replay_steps=replay_steps, seed=seed, strict=strict, inputs=input_ or [], jobs=jobs,
+        progress_folder=progress, trust=trust,
+    )  # fmt: skip
+    if export is not None:
+        from resmol.interop.export.replayed import check_export
+
+        checks.append(check_export(export, RunDir(run), strict=strict))
     report_checks(f"audit of {run}", checks, json_)
     if certify:
         say(f"certificate: {write_certificate(RunDir(run), checks, trust)}")
     if not json_:
         name = quote(str(run))
-        suggest(*([] if replay else [f"audit {name} --replay 3"]), f"report {name}")
+        suggest(*([] if amount else [f"audit {name} --replay 3"]), f"report {name}")
+
+
+def _replay_amount(text: str) -> int | Literal["all"]:
+    """Return what ``--replay`` asks for (`UsageError` for anything else)."""
+    if text == "all":
+        return "all"
+    if not text.isdecimal():
+        raise UsageError(f"--replay is {text!r}", fix="give a number of segments, or all")
+    return int(text)
 
 
 @app.command(

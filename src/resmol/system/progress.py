@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -66,6 +67,28 @@ def byte_progress(title: str) -> Iterator[Advance]:
 
 
 @contextmanager
+def step_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of so many steps are done and how long the others will take, while the context is open.
+
+    Yields:
+        A function of the steps done since it was called last.
+    """
+    if not is_live():
+        lines, done = ProgressLines(title, parts=_step_parts), [0]
+
+        def count(steps: int) -> None:
+            done[0] += steps
+            lines.advance(done[0], total, "")
+
+        yield count
+        return
+    columns = (TextColumn(title), BarColumn(_BAR_CHARACTERS), MofNCompleteColumn(), TextColumn("steps"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+@contextmanager
 def running_time(title: str) -> Iterator[None]:
     """Show how long the work has taken, below its messages, on standard error; nothing where it is not a terminal."""
     columns = (SpinnerColumn(), TextColumn(title), TimeElapsedColumn())
@@ -80,10 +103,17 @@ class ProgressLines:
     Args:
         title: What is being done.
         now: The clock, in seconds.
+        parts: Words for what is done, what there is in all, and the seconds so far.
     """
 
-    def __init__(self, title: str, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        title: str,
+        now: Callable[[], float] = time.monotonic,
+        parts: Callable[[int, int | None, float], list[str]] | None = None,
+    ) -> None:
         self._title = title
+        self._parts = parts or _byte_parts
         self._now = now
         self._begun = self._shown = now()
 
@@ -94,7 +124,7 @@ class ProgressLines:
             return
         self._shown = now
         seconds = now - self._begun
-        parts = [*_byte_parts(done, total, seconds), f"{_clock(seconds)} so far", note]
+        parts = [*self._parts(done, total, seconds), f"{_clock(seconds)} so far", note]
         logger.info(f"{self._title}: {', '.join(filter(None, parts))}")
 
 
@@ -106,6 +136,12 @@ def _byte_parts(done: int, total: int | None, seconds: float) -> list[str]:
         return [f"{done / 1e6:,.1f} MB", f"{rate / 1e6:,.1f} MB/s"]
     left = f"{_clock(max(0, total - done) / rate)} left"
     return [f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB", f"{rate / 1e6:,.1f} MB/s", left]
+
+
+def _step_parts(done: int, total: int | None, seconds: float) -> list[str]:
+    if not done or total is None:
+        return []
+    return [f"{done:,} of {total:,} steps", f"{_clock((total - done) * seconds / done)} left"]
 
 
 def _clock(seconds: float) -> str:
