@@ -17,6 +17,26 @@ from resmol.system.process_setup import set_up_process
 from resmol.system.progress import running_time
 from resmol.system.tables import result_console
 
+Replay = Annotated[
+    str,
+    typer.Option(
+        metavar="COUNT|all", help="Execute so many random segments again, bit for bit; or all, from the text."
+    ),
+]
+DrawSeed = Annotated[
+    int | None, typer.Option(help="Seed of the random choice of segments; another each time if left out.")
+]
+RecordedInputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="PATH", help="With --replay all: where the run's text is now. Repeatable."),
+]
+Jobs = Annotated[int, typer.Option(min=1, help="With --replay all: segments at once, each in a process.")]
+ProgressFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="With --replay all: where to keep its progress; not in the run.")
+]
+ExportOfRun = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="An export of the run, to be compared with its checkpoint.")
+]
 TsaRoots = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Root certificate of the authority, to verify its time stamp by. Repeatable."),
@@ -118,28 +138,13 @@ def verify(
 )
 def audit(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    replay: Annotated[
-        str,
-        typer.Option(
-            metavar="COUNT|all", help="Execute so many random segments again, bit for bit; or all, from the text on."
-        ),
-    ] = "0",
+    replay: Replay = "0",
     replay_steps: Annotated[int, typer.Option(min=1, help="The most steps in a random segment.")] = 100,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the random choice of segments; another each time if left out.")
-    ] = None,
-    input_: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="PATH", help="With --replay all: where the run's text is now; repeatable."),
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="With --replay all: segments at once, each in a process.")] = 1,
-    progress: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="With --replay all: where to keep its progress; not in the run."),
-    ] = None,
-    export: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="An export of the run to compare with its checkpoint.")
-    ] = None,
+    seed: DrawSeed = None,
+    input_: RecordedInputs = None,
+    jobs: Jobs = 1,
+    progress: ProgressFolder = None,
+    export: ExportOfRun = None,
     strict: Annotated[bool, typer.Option("--strict", help="What cannot be checked here is a failure.")] = False,
     certify: Annotated[bool, typer.Option("--certify", help="Write RUN/certificate.json if everything holds.")] = False,
     tsa_root: TsaRoots = None,
@@ -149,15 +154,11 @@ def audit(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Check a run's record and checkpoints, and replay parts or all of it.
+    """Check a run's record and checkpoints, and replay it.
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
-    amount = _replay_amount(replay)
-    if amount != "all" and (input_ or jobs > 1 or progress):
-        raise UsageError("--input, --jobs and --progress are for a complete replay", fix="add --replay all")
-    if amount:
-        set_up_process()
+    amount = _replay_amount(replay, complete=bool(input_ or jobs > 1 or progress))
     from resmol.audit.anchor import Trust
     from resmol.audit.audit import audit_run
     from resmol.audit.certificate import write_certificate
@@ -179,13 +180,15 @@ def audit(
         suggest(*([] if amount else [f"audit {name} --replay 3"]), f"report {name}")
 
 
-def _replay_amount(text: str) -> int | Literal["all"]:
-    """Return what ``--replay`` asks for (`UsageError` for anything else)."""
-    if text == "all":
-        return "all"
-    if not text.isdecimal():
+def _replay_amount(text: str, *, complete: bool) -> int | Literal["all"]:
+    """Return what ``--replay`` asks for, and set the process up for it (`UsageError` for anything else)."""
+    if text != "all" and not text.isdecimal():
         raise UsageError(f"--replay is {text!r}", fix="give a number of segments, or all")
-    return int(text)
+    if text != "all" and complete:
+        raise UsageError("--input, --jobs and --progress are for a complete replay", fix="add --replay all")
+    if text != "0":
+        set_up_process()
+    return "all" if text == "all" else int(text)
 
 
 @app.command(
