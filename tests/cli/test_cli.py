@@ -240,12 +240,12 @@ class SetUp(BaseException):
 def test_a_command_that_trains_in_its_own_process_is_set_up_like_train(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def set_up() -> None:
+    def set_up(*_: object) -> None:
         raise SetUp
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("resmol.cli.bench.set_up_process", set_up)
-    monkeypatch.setattr("resmol.cli.train.set_up_process", set_up)
+    monkeypatch.setattr("resmol.cli.train.set_up_for", set_up)
     with pytest.raises(SetUp):
         run(arguments, debug=False)
 

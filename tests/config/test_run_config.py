@@ -92,6 +92,7 @@ CHANGED: dict[str, Any] = {
     "batch.global_batch_tokens": 8192,
     "batch.micro_batch_size": 8,
     "schedule.decay_start": 101,
+    "runtime.determinism": "off",  # portable decides other fields as well
     "optimizer.beta2_halflife_tokens": 1_000_000,
     "checkpoint.permanent": [5000],
 }

@@ -132,6 +132,7 @@ def test_environment_holds_facts_only(tiny_config: RunConfig, monkeypatch: pytes
         "system",
         "processor",
         "cpu_capability",
+        "mkl",
         "threads",
         "world_size",
         "device",

@@ -1,7 +1,7 @@
 """Execute a segment of a run again, from the initial weights or a checkpoint, and compare every recorded bit.
 
 If the segment ends at a checkpoint, all tensors and counters in it are compared as well. A different machine from the
-recorded one is no failure: bits are promised only on the same kind.
+recorded one is no failure: bits are promised only on the same kind, unless the run is portable.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from resmol.train.compiler import require_compiler
 from resmol.train.devices import find_device
 from resmol.train.loop import TrainState, train_step
 from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.portable import require_portable
 from resmol.train.resume import bitwise_facts, restore
 from resmol.train.step_result import first_difference
 
@@ -187,8 +188,11 @@ def replay_segment(
         try:
             config = source.history.at(source.steps[stretch.start + 1])
             require_compiler(config, find_device(config.runtime.device).type)
+            require_portable(config)
         except ConfigError as error:
             return Outcome("UNSUPPORTED", error.what)
+        if config.runtime.determinism == "off":
+            return Outcome("UNSUPPORTED", "runtime.determinism is off: no bits are promised", _from(stretch, segment))
         environment = source.environment(stretch.start + 1)
         with open_runtime(config.replace({"runtime.threads": environment["threads"]})) as runtime:
             if differences := _differences(environment, runtime, config):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from resmol.cli.terminal import show_messages
-from resmol.config.load import load_config, load_preset
+from resmol.config.load import load_config, load_preset, parse_overrides
 from resmol.config.run_config import RunConfig
 from resmol.errors import UsageError
+from resmol.run.directory import RunDir
+from resmol.system.process_setup import set_up_process
 from resmol.system.user_paths import provide_home
 from resmol.version import __version__
 
@@ -85,6 +88,16 @@ def chosen_config(preset: str | None, config: Path | None) -> RunConfig | None:
             "--preset and --config are both given", fix="a configuration can name the preset as its `base`"
         )
     return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+
+
+def set_up_for(run: Path | None, config: RunConfig | None = None, overrides: Sequence[str] = ()) -> None:
+    """Set up this process, before PyTorch is imported, for what a run asks for or has recorded."""
+    stored = RunDir(run) if run is not None and config is None else None
+    if stored is not None and stored.exists():
+        config = stored.load_config()
+    default = "machine" if config is None else config.runtime.determinism
+    asked = parse_overrides(overrides).get("runtime.determinism", default)
+    set_up_process(portable=asked == "portable")
 
 
 def model_ref(model: str, weights: str, *, best: bool) -> Any:

@@ -21,14 +21,15 @@ from resmol.cli.app import (
     TokenizerSource,
     app,
     chosen_config,
+    set_up_for,
 )
 from resmol.cli.field_options import takes_fields
 from resmol.cli.terminal import print_json, report_checks, suggest
+from resmol.config.load import load_preset
 from resmol.errors import UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import last_fact, read_ledger
 from resmol.system.launcher import this_launch
-from resmol.system.process_setup import set_up_process
 from resmol.system.tables import result_console, text_table
 
 Inputs = Annotated[
@@ -218,7 +219,7 @@ def train(
     """Start a run, or resume it bit for bit."""
     chosen = chosen_config(preset, config)
     overrides = [*(set_ or []), *([f"train.steps={steps}"] if steps is not None else [])]
-    set_up_process()
+    set_up_for(run, chosen, overrides)
     from resmol.data.text_file import ReadOptions
     from resmol.train.start import train_model
     from resmol.train.time_budget import parse_duration, train_for
@@ -305,7 +306,10 @@ def quickstart(json_: Json = False) -> None:
 
 def _run_protocol(as_json: bool, *choice: Any) -> None:
     """Do what `ReproduceSpec.choose` makes of the arguments, and print the claims."""
-    set_up_process()  # the estimate trains in this process, as fast as `train` will
+    run, preset, *_, overrides = choice
+    begun = run is not None and RunDir(run).exists()
+    chosen = None if preset is None or begun else load_preset(preset)
+    set_up_for(run, chosen, overrides)  # the estimate trains in this process, as fast as `train` will
     from resmol.audit.reproduce import ReproduceSpec
     from resmol.audit.reproduce import reproduce as run_reproduction
 

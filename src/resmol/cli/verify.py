@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from resmol.cli.app import Best, ConfigFile, Json, Preset, Weights, app, chosen_config, model_ref
+from resmol.cli.app import Best, ConfigFile, Json, Preset, Weights, app, chosen_config, model_ref, set_up_for
 from resmol.cli.terminal import print_json, report_checks, say, suggest
 from resmol.config.load import load_preset
 from resmol.errors import CheckFailed, UsageError
@@ -159,6 +159,7 @@ def audit(
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
     amount = _replay_amount(replay, complete=bool(input_ or jobs > 1 or progress))
+    set_up_for(run)
     from resmol.audit.anchor import Trust
     from resmol.audit.audit import audit_run
     from resmol.audit.certificate import write_certificate

@@ -138,9 +138,16 @@ class TrainConfig(StrictModel):
     on_spike: Literal["warn", "stop"] = param("warn", "C", "reaction to a loss far above the recent ones")
 
 
+# The arithmetic of ``runtime.determinism = "portable"``; oneDNN and compiled code depend on the processor.
+PORTABLE = {"device": "cpu", "precision": "float32", "matmul_backend": "mkl", "compile": "off"}
+
+
 class RuntimeConfig(StrictModel):
     """Where and in which arithmetic. ``auto`` is decided once, at the start, and then stored in the run."""
 
+    determinism: Literal["machine", "portable", "off"] = param(
+        "machine", "B", "the same bits on one kind of machine, on any x86-64 machine (slower), or no such promise"
+    )
     device: Literal["auto", DeviceKind] = param("auto", "B", "where to compute")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = param(
         "auto", "B", "arithmetic of the matmuls; float16 with a dynamic loss scale"
@@ -158,6 +165,23 @@ class RuntimeConfig(StrictModel):
     collective_timeout: int = param(
         600, "C", "seconds that the ranks of a run wait for one of them in a collective before they end", ge=1
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _portable_decides(cls, table: Any) -> Any:
+        """Let no machine decide: neither ``auto``, nor the number of threads, by which sums are split."""
+        if not isinstance(table, dict) or table.get("determinism") != "portable":
+            return table
+        decided = {key: value for key, value in PORTABLE.items() if table.get(key, "auto") == "auto"}
+        return {**table, **decided, "threads": table.get("threads") or 1}
+
+    @model_validator(mode="after")
+    def _portable_arithmetic(self) -> RuntimeConfig:
+        others = {key: getattr(self, key) for key, value in PORTABLE.items() if getattr(self, key) != value}
+        if self.determinism == "portable" and others:
+            wrong = ", ".join(f"{key} {PORTABLE[key]}, not {value}" for key, value in others.items())
+            raise ValueError(f"determinism portable needs {wrong}")
+        return self
 
     @property
     def is_low_precision(self) -> bool:

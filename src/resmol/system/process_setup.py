@@ -1,4 +1,4 @@
-"""Set up a process before it imports PyTorch: how it keeps freed memory, and how its threads wait for each other.
+"""Set up a process before it imports PyTorch: its freed memory, its waiting threads, and bits that travel.
 
 **Memory.** glibc returns every block over 32 MB to the kernel as soon as it is freed, and the next one of that size
 faults all its pages in again: some 57,000 page faults in a step of SmolLM2-135M. `mallopt` raises the thresholds.
@@ -8,6 +8,10 @@ another program it is slowest by far, because the thread that the others wait fo
 both ends (docs/performance.md), so a short look at the run queue decides between spinning and sleeping.
 
 Neither changes a result. The user's own variables win.
+
+**Bits that travel.** PyTorch and MKL choose their kernels by the processor when they are loaded. For a run with
+``runtime.determinism = "portable"`` two variables make them take those that every x86-64 processor has.
+`train.portable` asks afterwards whether they did.
 """
 
 from __future__ import annotations
@@ -30,12 +34,18 @@ WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SAMPLES, SECONDS_BETWEEN_SAMPLES = 10, 0.004
 TOLERATED_THREADS = 0.5  # of other programs, beyond the idle cores, before waiting threads sleep
 KERNEL_STATISTICS = Path("/proc/stat")
+PORTABLE_VARIABLES = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 logger = logging.getLogger(__name__)
 
 
-def set_up_process(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Keep freed memory and choose how threads wait; call it before PyTorch is imported."""
+def set_up_process(environment: MutableMapping[str, str] = os.environ, *, portable: bool = False) -> None:
+    """Keep freed memory, choose how threads wait, and, if ``portable``, kernels for any x86-64 processor.
+
+    Call it before PyTorch is imported.
+    """
+    if portable:
+        environment.update(PORTABLE_VARIABLES)
     keep_freed_memory(environment)
     if any(name in environment for name in WAIT_VARIABLES):
         return

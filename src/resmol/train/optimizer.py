@@ -97,10 +97,11 @@ def gradient_norm(model: CausalLM, divisor: float) -> Float[Tensor, ""]:
     The squares of each parameter are added up first, then the sums in the model's order: the same additions in the
     same order on any number of ranks. A dot product reads the gradients at the speed of the memory, but the library
     chooses its number of partial sums: over 28 million elements MKL is off by 6e-4 on an AMD processor, and PyTorch's
-    own norm by 1e-3. So each dot product is over a chunk.
+    own norm by 1e-3. So each dot product is over a chunk. And PyTorch's root is MKL's, which begins at an approximation
+    that differs from processor to processor; its reciprocal root does not.
     """
     flat = [p.grad.view(-1) for p in model.parameters() if p.grad is not None]
-    return torch.stack([_sum_of_squares(gradient) for gradient in flat]).sum().sqrt() / divisor
+    return torch.stack([_sum_of_squares(gradient) for gradient in flat]).sum().rsqrt().reciprocal() / divisor
 
 
 def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:

@@ -26,6 +26,7 @@ from resmol.system.host import host_facts
 from resmol.system.launcher import VARIABLES, Launch, this_launch
 from resmol.train.devices import deterministic_kernels, device_name, find_device
 from resmol.train.heartbeat import RankMonitor, Store
+from resmol.train.portable import mkl_branch, require_portable
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Runtime:
             **host_facts(),
             "torch": torch.__version__,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "mkl": mkl_branch(),
             "threads": torch.get_num_threads(),
             "world_size": self.world_size,
             "device": device_name(self.device),
@@ -126,7 +128,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     """Set up this process by the configuration (without ``auto``) and torchrun's environment variables.
 
     Raises:
-        ConfigError: The device does not exist here.
+        ConfigError: The device does not exist here, or a portable run finds other kernels.
         UsageError: The launcher's variables are no whole set.
         ProcessLost: The ranks cannot connect to each other.
     """
@@ -135,7 +137,8 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     precision = AUTOCAST.get(config.runtime.precision)
-    with deterministic_kernels(device):
+    require_portable(config)
+    with nullcontext() if config.runtime.determinism == "off" else deterministic_kernels(device):
         if launch.world_size == 1:
             yield Runtime.single(device, precision)
         else:

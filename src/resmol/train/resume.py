@@ -47,15 +47,18 @@ from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
 
-BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "threads", "device")
+BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "mkl", "threads", "device")
 
 
 def bitwise_facts(config: RunConfig) -> tuple[str, ...]:
     """Return the facts of which all must be equal for equal bits; a difference is recorded, and the promise is void.
 
-    The sum over micro-batches has another order when other ranks share them; a sum of two has only one.
+    The sum over micro-batches has another order when other ranks share them; a sum of two has only one. A portable run
+    has the same bits on another processor: `portable.require_portable` saw to the kernels.
     """
-    return (*BITWISE_FACTS, "world_size") if config.grad_accum_steps > 2 else BITWISE_FACTS
+    travels = config.runtime.determinism == "portable"
+    facts = tuple(fact for fact in BITWISE_FACTS if not (travels and fact == "processor"))
+    return (*facts, "world_size") if config.grad_accum_steps > 2 else facts
 
 
 def resume_or_start(
@@ -117,11 +120,13 @@ def resume_or_start(
     return checkpoint
 
 
-def steps_to_repeat(records: list[Record], step: int) -> dict[int, Record]:
+def steps_to_repeat(records: list[Record], config: RunConfig, step: int) -> dict[int, Record]:
     """Return the newest executions of the steps after ``step``, which must give the same bits when they come again.
 
     There are none where bitwise equality is not promised.
     """
+    if config.runtime.determinism == "off":
+        return {}
     return {number: record for number, record in comparable_steps(records).items() if number > step}
 
 

@@ -53,6 +53,7 @@ from resmol.train.loop import Session, TrainState, train
 from resmol.train.lr_schedule import decay_over, end_of_decay
 from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.portable import require_portable
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
 from resmol.train.supply import announce_mixture, check_supply
@@ -135,6 +136,7 @@ def _check_here(config: RunConfig, run: RunDir | None) -> None:
         run.check_place(config)
         _warn_of_idle_steps(config)
     require_compiler(config, find_device(config.runtime.device).type)
+    require_portable(config)
 
 
 def _warn_of_idle_steps(config: RunConfig) -> None:
@@ -207,7 +209,7 @@ def _open_session(
     checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint, mirror))
     return state, Session(
         run, config, runtime, make_loader(config, data.train, order), make_val_loader(config, data.val),
-        data.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, state.step),
+        data.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, config, state.step),
     )  # fmt: skip
 
 
