@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from resmol.run.checkpoint import digest_all
+from resmol.run.checkpoint_manifest import MANIFEST, WEIGHTS, Manifest, checkpoint_name, file_entry, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import GENESIS, Record, canonical, float_bits, read_ledger
 from resmol.train.loop import TrainState
@@ -50,3 +55,19 @@ def rewrite(run: RunDir, change: Callable[[list[Record]], list[Record]]) -> None
         head = hashlib.sha256(line).hexdigest()
         lines.append(line + b"\n")
     run.ledger.write_bytes(b"".join(lines))
+
+
+def change_weight(run: RunDir, step: int) -> None:
+    """Change one bit of one weight in a checkpoint, and every hash that covers it."""
+    path = run.checkpoints / checkpoint_name(step)
+    weights = load_file(path / WEIGHTS)
+    weights["model.norm.weight"].view(torch.int32)[3] ^= 1
+    save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
+    old = read_manifest(path)
+    files = {**old.files, WEIGHTS: file_entry(path / WEIGHTS, digest_all(weights))}
+    new = old.model_copy(update={"files": files})
+    manifest = Manifest.model_validate(new.model_dump())  # its digest is computed once
+    (path / MANIFEST).write_bytes(manifest.to_bytes())
+    rewrite(run, lambda records: [
+        {**r, "manifest_sha256": manifest.sha256} if r.get("manifest_sha256") == old.sha256 else r for r in records
+    ])  # fmt: skip

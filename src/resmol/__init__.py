@@ -11,8 +11,9 @@ The Python interface is small::
     print(model.generate("JULIET:", max_new_tokens=40))   # text
     resmol.export_model("runs/mine", "out/mine")          # for transformers, or GGUF, or a Space
 
-The functions are the commands: `prepare_data`, `train_model`, `verify_model`, `audit_run`, `evaluate_model`,
-`export_model`, `report_run`, and `resmol.demo.serve`. They print nothing, but for the progress of `train_model`.
+The functions are the commands: `prepare_data`, `train_model`, `verify_model`, `audit_run`, `compare_runs`,
+`evaluate_model`, `export_model`, `report_run`, and `resmol.demo.serve`. They print nothing, but for the progress of
+`train_model`.
 
 Importing the package does not import PyTorch; the first use of a function that needs it does.
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from resmol import demo
     from resmol.api import export_model, prepare_data, verify_model
     from resmol.audit.audit import audit_run
+    from resmol.audit.compare import compare_runs
     from resmol.audit.report import report_run
     from resmol.checks import Checks
     from resmol.config.load import load_config, load_preset
@@ -47,6 +49,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "audit_run",
+    "compare_runs",
     "demo",
     "evaluate_model",
     "export_model",
@@ -64,6 +67,7 @@ logging.getLogger("resmol").addHandler(logging.NullHandler())  # a library is si
 _HOMES = {
     "Checks": "resmol.checks",
     "audit_run": "resmol.audit.audit",
+    "compare_runs": "resmol.audit.compare",
     "export_model": "resmol.api",
     "prepare_data": "resmol.api",
     "report_run": "resmol.audit.report",

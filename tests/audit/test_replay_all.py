@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
-from tiny import TrainTiny, rewrite, synthetic_texts
+from tiny import TrainTiny, change_weight, rewrite, synthetic_texts
 
 from resmol.audit import replay_progress, segment
 from resmol.audit.audit import audit, audit_run
@@ -22,8 +20,6 @@ from resmol.data.resolve import Text
 from resmol.data.shards import open_dataset
 from resmol.data.text_file import ReadOptions
 from resmol.errors import UsageError
-from resmol.run.checkpoint import digest_all, save_tensors
-from resmol.run.checkpoint_manifest import Manifest, file_entry, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
 from resmol.system.atomic_io import file_sha256
@@ -109,21 +105,6 @@ def _seed(run: RunDir) -> None:
     rewrite(run, forge)
 
 
-def _weight(run: RunDir) -> None:
-    """One bit of one weight, in a checkpoint whose hashes, manifest and record are made to fit."""
-    path = run.checkpoints / "step-00000005"
-    weights = load_file(path / "model.safetensors")
-    weights["model.norm.weight"].view(torch.int32)[3] ^= 1
-    save_tensors(weights, path / "model.safetensors")
-    old = read_manifest(path)
-    files = {**old.files, "model.safetensors": file_entry(path / "model.safetensors", digest_all(weights))}
-    manifest = Manifest(step=5, parent=old.parent, permanent=old.permanent, files=files)
-    (path / "manifest.json").write_bytes(manifest.to_bytes())
-    rewrite(run, lambda records: [
-        {**r, "manifest_sha256": manifest.sha256} if r.get("manifest_sha256") == old.sha256 else r for r in records
-    ])  # fmt: skip
-
-
 def _token(run: RunDir) -> None:
     """One token of a shard, with manifest, fingerprint and every record made to fit."""
     shard = run.data / "train" / "00000.ds"
@@ -154,7 +135,11 @@ def _text(run: RunDir) -> None:
 FORGERIES: dict[str, tuple[Callable[[RunDir], None], str, str]] = {
     "the seed": (_seed, STEPS[0], "FAIL at step 1: loss_bits is"),
     "two steps exchanged": (_swap_steps, STEPS[1], "FAIL at step 7: loss_bits is"),
-    "a weight": (_weight, STEPS[0], "FAIL: model.safetensors/model.norm.weight differs from step-00000005"),
+    "a weight": (
+        lambda run: change_weight(run, 5),
+        STEPS[0],
+        "FAIL: model.safetensors/model.norm.weight differs from step-00000005",
+    ),
     "a token": (_token, "tokenisation", "FAIL: train/00000.ds has sha256"),
     "a shard without its manifest": (_damage, "data", "00000.ds cannot be used: its sha256 is not the one"),
     "the text": (_text, "raw text", "FAIL: input.jsonl ("),

@@ -55,7 +55,7 @@ class Segment:
         return range(self.start + 1, self.end + 1)
 
     def __str__(self) -> str:
-        return f"steps {self.start + 1} to {self.end}"
+        return f"steps {self.start + 1} to {self.end}" if self.end - self.start > 1 else f"step {self.end}"
 
 
 @dataclass(frozen=True)

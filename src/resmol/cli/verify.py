@@ -37,6 +37,9 @@ ProgressFolder = Annotated[
 ExportOfRun = Annotated[
     Path | None, typer.Option(metavar="DIR", help="An export of the run, to be compared with its checkpoint.")
 ]
+Against = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="Another run that should be equal: where they differ first.")
+]
 TsaRoots = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Root certificate of the authority, to verify its time stamp by. Repeatable."),
@@ -133,6 +136,7 @@ def verify(
     resmol audit runs/mine
     resmol audit runs/mine --replay 3 --certify
     resmol audit runs/mine --replay all --input input.txt --export out/mine --certify
+    resmol audit runs/mine --against runs/again
     resmol audit runs/mine --tsa-root authority.pem
     """
 )
@@ -145,6 +149,7 @@ def audit(
     jobs: Jobs = 1,
     progress: ProgressFolder = None,
     export: ExportOfRun = None,
+    against: Against = None,
     strict: Annotated[bool, typer.Option("--strict", help="What cannot be checked here is a failure.")] = False,
     certify: Annotated[bool, typer.Option("--certify", help="Write RUN/certificate.json if everything holds.")] = False,
     tsa_root: TsaRoots = None,
@@ -158,6 +163,9 @@ def audit(
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
+    if against is not None:
+        _compare(run, against, json_, strict)
+        return
     amount = _replay_amount(replay, complete=bool(input_ or jobs > 1 or progress))
     set_up_for(run)
     from resmol.audit.anchor import Trust
@@ -179,6 +187,13 @@ def audit(
     if not json_:
         name = quote(str(run))
         suggest(*([] if amount else [f"audit {name} --replay 3"]), f"report {name}")
+
+
+def _compare(run: Path, other: Path, as_json: bool, strict: bool) -> None:
+    set_up_process()
+    from resmol.audit.compare import compare_runs
+
+    report_checks(f"A = {run} against B = {other}", compare_runs(run, other, strict=strict), as_json)
 
 
 def _replay_amount(text: str, *, complete: bool) -> int | Literal["all"]:
