@@ -40,6 +40,16 @@ ExportOfRun = Annotated[
 Against = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Another run that should be equal: where they differ first.")
 ]
+PublicKeys = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="Demand an anchor signed with this Ed25519 key. Repeatable.")
+]
+Foreign = Annotated[
+    bool, typer.Option("--foreign", help="RUN is a folder of transformers' Trainer: say what its files tell.")
+]
+TrainerArguments = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Of --foreign: a training argument, e.g. warmup_steps=100. Repeatable."),
+]
 TsaRoots = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Root certificate of the authority, to verify its time stamp by. Repeatable."),
@@ -138,10 +148,11 @@ def verify(
     resmol audit runs/mine --replay all --input input.txt --export out/mine --certify
     resmol audit runs/mine --against runs/again
     resmol audit runs/mine --tsa-root authority.pem
+    resmol audit --foreign out/trainer --trainer-arg lr_scheduler_type=cosine
     """
 )
 def audit(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Annotated[Path, typer.Argument(help="Run directory; with --foreign, what transformers' Trainer wrote.")],
     replay: Replay = "0",
     replay_steps: Annotated[int, typer.Option(min=1, help="The most steps in a random segment.")] = 100,
     seed: DrawSeed = None,
@@ -153,18 +164,21 @@ def audit(
     strict: Annotated[bool, typer.Option("--strict", help="What cannot be checked here is a failure.")] = False,
     certify: Annotated[bool, typer.Option("--certify", help="Write RUN/certificate.json if everything holds.")] = False,
     tsa_root: TsaRoots = None,
-    public_key: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Demand an anchor signed with this Ed25519 key. Repeatable."),
-    ] = None,
+    public_key: PublicKeys = None,
+    foreign: Foreign = False,
+    trainer_arg: TrainerArguments = None,
     json_: Json = False,
 ) -> None:
     """Check a run's record and checkpoints, and replay it.
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
-    if against is not None:
+    if against is not None and not foreign:
         _compare(run, against, json_, strict)
+        return
+    if foreign or trainer_arg:
+        ours = replay != "0" or certify or strict or tsa_root or public_key or input_ or progress or export or against
+        _audit_foreign(run, trainer_arg or [], json_, is_alone=foreign and not ours)
         return
     amount = _replay_amount(replay, complete=bool(input_ or jobs > 1 or progress))
     set_up_for(run)
@@ -205,6 +219,17 @@ def _replay_amount(text: str, *, complete: bool) -> int | Literal["all"]:
     if text != "0":
         set_up_process()
     return "all" if text == "all" else int(text)
+
+
+def _audit_foreign(folder: Path, trainer_arguments: list[str], as_json: bool, *, is_alone: bool) -> None:
+    if not is_alone:
+        raise UsageError(
+            "--foreign and --trainer-arg are about runs of transformers' Trainer, which have no chain",
+            fix="leave out the other options, and give --foreign: resmol audit --foreign DIR",
+        )
+    from resmol.audit.foreign.audit import audit_foreign
+
+    report_checks(f"audit of {folder}", audit_foreign(folder, trainer_arguments), as_json)
 
 
 @app.command(
