@@ -15,11 +15,12 @@ from profiles import examples
 from tiny import synthetic_texts
 
 from resmol.data import prepare as module
-from resmol.data.prepare import Progress, is_held_out, prepare
+from resmol.data.prepare import Progress, prepare
 from resmol.data.readers import Corpus, Document, from_texts, read_inputs
 from resmol.data.shard_writer import SplitWriter
 from resmol.data.summary import log_summary, statistics_rows
 from resmol.data.text_file import ReadOptions
+from resmol.data.text_stream import is_held_out
 from resmol.errors import DataError, DiskFull, UsageError
 from resmol.system.atomic_io import TEMPORARY_PREFIX
 
@@ -61,7 +62,7 @@ def test_the_same_text_gives_the_same_fingerprint_anywhere(tiny_tokenizer, tmp_p
 def test_batches_make_no_difference(tiny_tokenizer, tmp_path, monkeypatch):
     texts = synthetic_texts(30)
     one = prepare(tmp_path / "one", from_texts(texts), tiny_tokenizer)
-    monkeypatch.setattr(module, "BATCH_BYTES", 50)
+    monkeypatch.setattr("resmol.data.text_stream.BATCH_BYTES", 50)
     monkeypatch.setattr("resmol.data.chunking.PIECE_CHARACTERS", 40)
     other = prepare(tmp_path / "other", from_texts(texts), tiny_tokenizer)
     assert one.fingerprint == other.fingerprint
@@ -239,7 +240,7 @@ def test_a_folder_in_which_nothing_turns_out_to_be_text(tiny_tokenizer, tmp_path
 
 
 def test_progress_begins_at_once_and_ends_with_the_totals(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("resmol.data.prepare.BATCH_BYTES", 20_000)
+    monkeypatch.setattr("resmol.data.text_stream.BATCH_BYTES", 20_000)
     path = tmp_path / "in.txt"
     path.write_text("hello world " * 20_000)
     seen: list[Progress] = []

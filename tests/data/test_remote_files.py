@@ -19,7 +19,7 @@ from tiny import synthetic_texts
 
 from resmol.data import remote_files
 from resmol.data.chunking import ReadCounts
-from resmol.data.prepare import prepare
+from resmol.data.prepare import Progress, prepare
 from resmol.data.readers import input_facts, read_inputs
 from resmol.data.resolve import check_same_inputs
 from resmol.data.tokenizer import Tokenizer
@@ -75,6 +75,28 @@ def test_a_data_set_is_read_at_the_commit_that_its_revision_meant(
     with pytest.raises(DataError, match="prepared from another text"):
         check_same_inputs(dataset, f"{ADDRESS}/data/*.parquet")
     assert input_facts(f"{ADDRESS}@{commit}/data/*.parquet") == facts
+
+
+def test_an_interrupted_preparation_does_not_fetch_finished_files_again(
+    hub: Hub, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resmol.data.saved_state.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("resmol.data.saved_state.SAVE_SHARE", 1e9)
+    monkeypatch.setattr("resmol.data.text_stream.BATCH_BYTES", 300)
+    corpus, fetched = read_inputs([f"{ADDRESS}/data"]), list[str]()
+    hub.breaks = lambda request: fetched.append(request) if request.startswith("GET /cdn") else None
+
+    def stop_in_the_second_file(progress: Progress) -> None:
+        if progress.documents >= 45:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "out", corpus, tiny_tokenizer, on_progress=stop_in_the_second_file)
+    first = set(fetched)
+    fetched.clear()
+    resumed = prepare(tmp_path / "out", corpus, tiny_tokenizer)
+    assert (len(first), len(first & set(fetched))) == (2, 1)
+    assert resumed.manifest == prepare(tmp_path / "straight", corpus, tiny_tokenizer).manifest
 
 
 @pytest.mark.parametrize("path", ["more/a.jsonl.gz", "data", "data/train-*.parquet"])

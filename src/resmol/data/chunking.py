@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from resmol.data.folders import Unused
 from resmol.data.source_facts import InputFacts
 
@@ -71,11 +73,10 @@ class InputCount:
 
 
 @dataclass
-class ReadCounts:
-    """What reading found; filled while the documents of a `Corpus` are read.
+class Findings:
+    """What was remarkable in the text.
 
     Attributes:
-        inputs: One entry for each input.
         replacements: Invalid bytes and lone surrogates, each replaced by U+FFFD.
         replaced_in: Names of the first files with invalid bytes.
         null_texts: Rows whose text is null.
@@ -84,7 +85,6 @@ class ReadCounts:
         unused: Files and folders that were found in the inputs and not used.
     """
 
-    inputs: list[InputCount] = field(default_factory=list)
     replacements: int = 0
     replaced_in: list[str] = field(default_factory=list)
     null_texts: int = 0
@@ -102,10 +102,42 @@ class ReadCounts:
         self.null_texts += 1
         self.first_null = self.first_null or name
 
+
+_FINDINGS = TypeAdapter(Findings)
+
+
+@dataclass
+class ReadCounts(Findings):
+    """What reading found; filled while the documents of a `Corpus` are read.
+
+    Attributes:
+        inputs: One entry for each input.
+        files: How many files were begun, of all inputs.
+        skipped_files: How many of them are only counted and hashed: an earlier process read them.
+    """
+
+    inputs: list[InputCount] = field(default_factory=list)
+    files: int = 0
+    skipped_files: int = 0
+
+    def begin_file(self) -> bool:
+        """Count a file; return whether it is to be read."""
+        self.files += 1
+        return self.files > self.skipped_files
+
     @property
     def bytes_read(self) -> int:
         """Bytes of all inputs read so far, as they lie on the disk."""
         return sum(one.byte_count for one in self.inputs)
+
+    def findings(self) -> dict[str, Any]:
+        """Return the findings for `restore_findings`; JSON can hold them."""
+        found: dict[str, Any] = _FINDINGS.dump_python(self, mode="json")
+        return found
+
+    def restore_findings(self, findings: dict[str, Any]) -> None:
+        """Replace the findings."""
+        vars(self).update(vars(_FINDINGS.validate_python(findings)))
 
 
 def text_decoder(encoding: str) -> codecs.IncrementalDecoder:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt64
 
+from resmol.data.saved_state import State, as_array, from_array
 from resmol.data.shards import SPLITS
 from resmol.data.source_facts import RepeatedDocument
 
@@ -26,8 +27,9 @@ BEGINNING_CHARACTERS = 4 * _SHOWN_CHARACTERS  # of a document: what is shown of 
 class HashSet:
     """A growing set of 64-bit numbers: a sorted array, and a small set of what came last."""
 
-    def __init__(self) -> None:
-        self._sorted: UInt64[np.ndarray, " n"] = np.empty(0, dtype=np.uint64)
+    def __init__(self, numbers: UInt64[np.ndarray, " n"] | None = None) -> None:
+        """Begin with numbers in increasing order."""
+        self._sorted: UInt64[np.ndarray, " n"] = np.empty(0, dtype=np.uint64) if numbers is None else numbers
         self._recent: set[int] = set()
 
     def __contains__(self, number: int) -> bool:
@@ -40,9 +42,17 @@ class HashSet:
         """Add a number that is not in the set."""
         self._recent.add(number)
         if len(self._recent) >= RECENT:
-            recent = np.sort(np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent)))
-            self._recent.clear()
-            self._sorted = np.insert(self._sorted, np.searchsorted(self._sorted, recent), recent)
+            self._join()
+
+    def numbers(self) -> UInt64[np.ndarray, " n"]:
+        """Return the numbers in increasing order."""
+        self._join()
+        return self._sorted
+
+    def _join(self) -> None:
+        recent = np.sort(np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent)))
+        self._recent.clear()
+        self._sorted = np.insert(self._sorted, np.searchsorted(self._sorted, recent), recent)
 
     def remove(self, number: int) -> None:
         """Remove a number that is in the set."""
@@ -73,6 +83,27 @@ class Duplicates:
         self._repeated: dict[int, _Repeated] = {}
         self._open = hashlib.blake2b(digest_size=8)
 
+    def state(self) -> State:
+        """Return all of it but the current document."""
+        repeated = [(number, one.beginning, one.times) for number, one in self._repeated.items()]
+        return {
+            **{split: seen.numbers() for split, seen in self._seen.items()},
+            "held_out": np.array(self._val, dtype=np.uint64),
+            "facts": as_array([self.count, self._last_of_train, repeated]),
+        }
+
+    def restore(self, state: State) -> None:
+        """Return to a `state`; the current document stays."""
+        self._seen = {split: HashSet(state[split]) for split in SPLITS}
+        self._val = array("Q", state["held_out"].tobytes())
+        self.count, last, repeated = from_array(state["facts"])
+        self._last_of_train = None if last is None else (last[0], last[1])
+        self._repeated = {number: _Repeated(beginning, times) for number, beginning, times in repeated}
+
+    def begin_document(self) -> None:
+        """Forget the pieces that were taken since the last document ended."""
+        self._open = hashlib.blake2b(digest_size=8)
+
     def add(self, piece: bytes) -> None:
         """Take the next piece of the current document."""
         self._open.update(piece)
@@ -86,7 +117,7 @@ class Duplicates:
             keep_copies: Whether a copy goes there as well, or is left out.
         """
         number = int.from_bytes(self._open.digest(), "little")
-        self._open = hashlib.blake2b(digest_size=8)
+        self.begin_document()
         is_new = number not in self._seen[split]
         is_copy = not is_new or any(number in self._seen[other] for other in SPLITS if other != split)
         if is_copy:

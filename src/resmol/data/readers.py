@@ -8,8 +8,8 @@ from __future__ import annotations
 import glob
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -61,6 +61,8 @@ class Corpus:
         read: Yields the documents and fills the counts as it goes.
         sample_seed: What drew the order of its files; None where they come in their own.
         reading: How its inputs are read, for the manifest; None where a program has the text in memory.
+        identity: What the documents depend on besides the bytes that are read, by name; None where nothing can be read
+            a second time.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Corpus:
     read: Callable[[ReadCounts], Iterator[Document]]
     sample_seed: int | None = None
     reading: Reading | None = None
+    identity: Mapping[str, object] | None = None
 
 
 def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None) -> Corpus:
@@ -99,6 +102,7 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
         None if None in sizes else sum(cast(list[int], sizes)),
         read,
         options.sample_seed,
+        identity=None if None in sizes else {"input": [one.label for one in inputs], **asdict(options)},
     )
 
 
@@ -123,8 +127,13 @@ def with_held_out(train: Corpus, val: Corpus) -> Corpus:
                 yield replace(document, split=cast(Split, split))
 
     sizes = [corpus.bytes_total for corpus in (train, val)]
+    repeatable = train.identity is not None and val.identity is not None
     return Corpus(
-        f"{train.name}, {val.name}", None if None in sizes else sum(cast(list[int], sizes)), read, train.sample_seed
+        f"{train.name}, {val.name}",
+        None if None in sizes else sum(cast(list[int], sizes)),
+        read,
+        train.sample_seed,
+        identity={**(train.identity or {}), "val": val.identity} if repeatable else None,
     )
 
 
@@ -138,11 +147,7 @@ def input_facts(source: str | Path) -> InputFacts:
     one = _Input.find(source, options)
     count = InputCount(one.label)
     for path in one.files:
-        with open_file(path) as raw:
-            file = TextFile(raw, path, options)
-            if not (one.is_folder and file.unsupported):
-                count.files += 1
-                file.read_through(count)
+        one.pass_over(path, options, count)
     return count.facts()
 
 
@@ -226,16 +231,37 @@ class _Input:
             pipe = cast(io.BufferedIOBase, sys.stdin.buffer)
             yield from _documents(TextFile(pipe, Path("-"), options), count, counts)
         for path in self._in_order(options.sample_seed):
-            with open_file(path) as raw:
-                file = TextFile(raw, path, options)
-                if self.is_folder and isinstance(path, Path) and file.unsupported:
-                    counts.unused.add(file.unsupported.name, shown_name(path, user_path(self.name)))
-                else:
-                    split = None
-                    if self.has_splits and isinstance(path, Path):
-                        split = split_of_path(path.relative_to(user_path(self.name)))
-                    for document in _documents(file, count, counts):
-                        yield replace(document, split=split)
+            if counts.begin_file():
+                yield from self._read_file(path, options, count, counts)
+            else:
+                self.pass_over(path, options, count)
+
+    def _read_file(
+        self, path: Path | RemoteFile, options: ReadOptions, count: InputCount, counts: ReadCounts
+    ) -> Iterator[Document]:
+        with open_file(path) as raw:
+            file = TextFile(raw, path, options)
+            if self.is_folder and isinstance(path, Path) and file.unsupported:
+                counts.unused.add(file.unsupported.name, shown_name(path, user_path(self.name)))
+                return
+            split = None
+            if self.has_splits and isinstance(path, Path):
+                split = split_of_path(path.relative_to(user_path(self.name)))
+            for document in _documents(file, count, counts):
+                yield replace(document, split=split)
+
+    def pass_over(self, path: Path | RemoteFile, options: ReadOptions, count: InputCount) -> None:
+        """Count and hash a file as if it had been read; of a remote one nothing is fetched for that."""
+        if isinstance(path, RemoteFile):
+            count.files += 1
+            count.hash(path.identity.encode())
+            count.advance(path.size)
+            return
+        with open_file(path) as raw:
+            file = TextFile(raw, path, options)
+            if not (self.is_folder and file.unsupported):
+                count.files += 1
+                file.read_through(count)
 
 
 def _documents(file: TextFile, count: InputCount, counts: ReadCounts) -> Iterator[Document]:

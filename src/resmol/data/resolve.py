@@ -115,7 +115,8 @@ def prepare_text(out: Path, text: Text, tokenizer: Tokenizer) -> Dataset:
     with byte_progress("preparing") as advance:
 
         def show(progress: Progress) -> None:
-            advance(progress.bytes_done, progress.bytes_total, counted(progress.tokens, "token"))
+            note = counted(progress.tokens, "token")
+            advance(progress.bytes_done, progress.bytes_total, note, kept=progress.bytes_kept)
 
         dataset = prepare(
             out, corpus, tokenizer, val_fraction=text.val_fraction, dedup=text.dedup, max_tokens=text.max_tokens,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
 
+from resmol.data.saved_state import State, UnusableStateError, as_array, from_array
 from resmol.data.shards import Shard, shard_file_sha256, token_dtype
 from resmol.data.tokenizer import Tokenizer
 from resmol.data.tokenizer_files import SMOLLM2_HUB_ID, SMOLLM2_TOKENIZER_SHA256
 from resmol.system.atomic_io import fsync_path
+
+_READ_BYTES = 1 << 20
 
 
 class SplitWriter:
@@ -37,6 +43,51 @@ class SplitWriter:
         self._file: BinaryIO | None = None
         self._shard_start = 0  # in tokens of the split
         self._ends = array("Q")  # of the open shard, in tokens from its start
+
+    def state(self) -> State:
+        """Return where it is, for `resume`; all that was written is on disk afterwards."""
+        facts = [self.tokens, self.documents, self._shard_start, [shard.model_dump() for shard in self._done]]
+        return {"facts": as_array([*facts, self._open_sha256()]), "ends": np.array(self._ends, dtype=np.uint64)}
+
+    def resume(self, state: State) -> None:
+        """Go on where another writer of the same folder was; what it wrote later is removed.
+
+        Raises:
+            UnusableStateError: The files are not those that it wrote.
+        """
+        self.tokens, self.documents, self._shard_start, done, open_sha256 = from_array(state["facts"])
+        self._ends = array("Q", state["ends"].tobytes())
+        known = set()
+        for shard in map(Shard.model_validate, done):
+            path = self._root / shard.name
+            index, metadata = _index(path), _metadata(path)
+            if (_sha256(path), _sha256(index)) != (shard.sha256, shard.index_sha256):
+                raise UnusableStateError(f"{shard.name} is damaged")
+            self._write_metadata(path, shard.tokens)
+            self._done.append(shard)
+            known |= {path, index, metadata}
+        if open_sha256 is not None:
+            path = self._root / self._name()
+            if _sha256(path, self._shard_bytes()) != open_sha256:
+                raise UnusableStateError(f"{self._name()} is damaged")
+            self._file = path.open("r+b")
+            self._truncate(self.tokens - self._shard_start)
+            known.add(path)
+        for path in {*(self._root / self._split).glob("*")} - known:
+            path.unlink()
+
+    def _open_sha256(self) -> str | None:
+        """Return the SHA-256 of the open shard, which is made durable; None where there is none."""
+        if self._file is None:
+            return None
+        self._file.flush()
+        path = self._root / self._name()
+        fsync_path(path)
+        fsync_path(path.parent)
+        return _sha256(path, self._shard_bytes())
+
+    def _shard_bytes(self) -> int:
+        return (self.tokens - self._shard_start) * self._token_bytes
 
     def append(self, ids: Int64[np.ndarray, " n"]) -> None:
         """Add tokens to the current document."""
@@ -118,21 +169,39 @@ class SplitWriter:
             (self._root / self._name()).unlink()
             return
         write_index(self._root / self._name(), self._ends)
-        self._write_metadata(self._root / self._name())
+        self._write_metadata(self._root / self._name(), self._ends[-1])
         fsync_path(self._root / self._name())
         self._done.append(describe_shard(self._root, self._name(), self._ends))
 
-    def _write_metadata(self, path: Path) -> None:
-        tokens = self._ends[-1] if self._ends else 0
-        metadata = path.with_name(f"{path.name}.metadata")
+    def _write_metadata(self, path: Path, tokens: int) -> None:
+        metadata = _metadata(path)
         lines = (f"{self._tokenizer}|{self._token_bytes}", str(tokens), _for_people(tokens))
         metadata.write_text("\n".join(lines), encoding="utf-8", newline="\n")
         fsync_path(metadata)
 
 
+def _index(path: Path) -> Path:
+    return path.with_name(f"{path.name}.index")
+
+
+def _metadata(path: Path) -> Path:
+    return path.with_name(f"{path.name}.metadata")
+
+
+def _sha256(path: Path, size: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of its first bytes; empty where there is none."""
+    digest, left = hashlib.sha256(), sys.maxsize if size is None else size
+    with suppress(OSError), path.open("rb") as file:
+        while block := file.read(min(left, _READ_BYTES)):
+            digest.update(block)
+            left -= len(block)
+        return digest.hexdigest() if size is None or left == 0 else ""
+    return ""
+
+
 def write_index(path: Path, ends: Sequence[int]) -> None:
     """Write the `.index` of the token file ``path``: document ends, little-endian uint64; fsynced."""
-    index = path.with_name(f"{path.name}.index")
+    index = _index(path)
     index.write_bytes(np.array(ends, dtype="<u8").tobytes())
     fsync_path(index)
 
@@ -150,7 +219,7 @@ def describe_shard(root: Path, name: str, ends: Sequence[int]) -> Shard:
         name=name,
         bytes=path.stat().st_size,
         sha256=shard_file_sha256(path),
-        index_sha256=shard_file_sha256(path.with_name(f"{path.name}.index")),
+        index_sha256=shard_file_sha256(_index(path)),
         start=0,
         tokens=int(ends[-1]) if len(ends) else 0,
         documents=len(ends),

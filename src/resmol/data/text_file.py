@@ -121,11 +121,7 @@ class TextFile:
             yield name, [text]
 
     def read_through(self, count: InputCount) -> None:
-        """Read the file to its end, only to count and hash it; a remote one is known without."""
-        if isinstance(self.path, RemoteFile):
-            count.hash(self.path.identity.encode())
-            count.advance(self.path.size)
-            return
+        """Read the file to its end, only to count and hash it."""
         stream = io.BufferedReader(_Counted(self._raw, self._head, count), _READ_BYTES)
         for _ in _chunks(stream, self.path):
             pass

@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 
+from resmol.data.saved_state import State, as_array, from_array
 from resmol.data.source_facts import RepeatedDocument, TextStatistics
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -46,6 +47,24 @@ class StatisticsCounter:
     def add_length(self, tokens: int) -> None:
         """Count a document."""
         self._lengths[tokens] += 1
+
+    def state(self) -> State:
+        """Return what was counted, for `restore`."""
+        self._count_code_points()
+        places = np.flatnonzero(self._code_points)
+        return {
+            "counts": as_array([self._characters, self._ascii_letters, list(self._lengths.items())]),
+            "code_points": np.stack([places, self._code_points[places]]),
+        }
+
+    def restore(self, state: State) -> None:
+        """Return to a `state`."""
+        self._characters, self._ascii_letters, lengths = from_array(state["counts"])
+        self._lengths = Counter(dict(lengths))
+        places, counts = state["code_points"]
+        self._code_points[:] = 0
+        self._code_points[places] = counts
+        self._other = bytearray()
 
     def facts(self, most_frequent: tuple[RepeatedDocument, ...]) -> TextStatistics:
         """Return what was counted."""

@@ -139,6 +139,11 @@ class Tokenizer:
         other._rust.encode_special_tokens = True
         return other
 
+    @property
+    def special_tokens_are_text(self) -> bool:
+        """Whether this is such a tokenizer."""
+        return bool(self._rust.encode_special_tokens)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``; nothing is added before or after."""
         return self.encode_batch([text])[0]

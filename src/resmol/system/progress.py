@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -26,12 +26,18 @@ from rich.progress import (
 
 logger = logging.getLogger(__name__)
 
-Advance = Callable[[int, int | None, str], None]
 Result = TypeVar("Result")
 
 LINE_SECONDS = 30.0
 TICK_SECONDS = 0.2
 _BAR_CHARACTERS = 16  # with it and a short title, the line fits 80 columns
+
+
+class Advance(Protocol):
+    """Shows how far work is."""
+
+    def __call__(self, done: int, total: int | None, note: str, *, kept: int = 0) -> None:
+        """Show the bytes done, of which an earlier process did ``kept``, the bytes in all and a note behind them."""
 
 
 def is_live() -> bool:
@@ -44,7 +50,8 @@ def byte_progress(title: str) -> Iterator[Advance]:
     """Show how far work is that is counted in bytes, on standard error, while the context is open.
 
     Yields:
-        A function of the bytes done, the bytes in all (None where nobody knows) and a note to show behind them.
+        A function of the bytes done, the bytes in all (None where nobody knows) and a note to show behind them; bytes
+        that an earlier process did say nothing about the speed.
     """
     if not is_live():
         yield ProgressLines(title).advance
@@ -59,8 +66,13 @@ def byte_progress(title: str) -> Iterator[Advance]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, note="")
+        before = 0
 
-        def advance(done: int, total: int | None, note: str) -> None:
+        def advance(done: int, total: int | None, note: str, *, kept: int = 0) -> None:
+            nonlocal before
+            if kept != before:  # its speed counts from here
+                bar.reset(task, total=total, completed=kept)
+                before = kept
             bar.update(task, completed=done, total=total, note=note)
 
         yield advance
@@ -103,7 +115,7 @@ class ProgressLines:
     Args:
         title: What is being done.
         now: The clock, in seconds.
-        parts: Words for what is done, what there is in all, and the seconds so far.
+        parts: Words for what is done, what there is in all, and what is done in a second.
     """
 
     def __init__(
@@ -117,31 +129,31 @@ class ProgressLines:
         self._now = now
         self._begun = self._shown = now()
 
-    def advance(self, done: int, total: int | None, note: str) -> None:
+    def advance(self, done: int, total: int | None, note: str, *, kept: int = 0) -> None:
         """Log a line if one is due; the arguments are those of `Advance`, and 0 bytes done says nothing of them."""
         now = self._now()
         if now - self._shown < LINE_SECONDS:
             return
         self._shown = now
         seconds = now - self._begun
-        parts = [*self._parts(done, total, seconds), f"{_clock(seconds)} so far", note]
+        rate = (done - kept) / seconds
+        parts = [*self._parts(done, total, rate), f"{_clock(seconds)} so far", note]
         logger.info(f"{self._title}: {', '.join(filter(None, parts))}")
 
 
-def _byte_parts(done: int, total: int | None, seconds: float) -> list[str]:
-    if not done:
+def _byte_parts(done: int, total: int | None, rate: float) -> list[str]:
+    if rate <= 0:
         return []
-    rate = done / seconds
     if total is None:
         return [f"{done / 1e6:,.1f} MB", f"{rate / 1e6:,.1f} MB/s"]
     left = f"{_clock(max(0, total - done) / rate)} left"
     return [f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB", f"{rate / 1e6:,.1f} MB/s", left]
 
 
-def _step_parts(done: int, total: int | None, seconds: float) -> list[str]:
-    if not done or total is None:
+def _step_parts(done: int, total: int | None, rate: float) -> list[str]:
+    if rate <= 0 or total is None:
         return []
-    return [f"{done:,} of {total:,} steps", f"{_clock((total - done) * seconds / done)} left"]
+    return [f"{done:,} of {total:,} steps", f"{_clock((total - done) / rate)} left"]
 
 
 def _clock(seconds: float) -> str:
