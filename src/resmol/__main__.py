@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import typer
 
-from resmol.errors import DiskFull, Interrupted, ResmolError
+from resmol.errors import DiskFull, Interrupted, ResmolError, UsageError
 from resmol.system.installation import started_as
+from resmol.system.launcher import wait_for_rank_zero
 from resmol.system.standard_streams import set_up_streams
 
 
@@ -34,6 +35,8 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
         if isinstance(error, Interrupted):  # what was asked for is no error
             _print(f"{error.what}; {fix}")
         else:
+            if isinstance(error, UsageError):
+                wait_for_rank_zero()
             _print_error(error.what, fix)
         return exit_code(error)
     except typer.exceptions.TyperException as error:

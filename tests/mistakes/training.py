@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM, Decoder
 from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.run.ledger import effective_steps, read_ledger, select
+from resmol.train import gradients
 from resmol.train import loop as train
 from resmol.train import parallel as distributed
 from resmol.train import start as launch
@@ -74,21 +76,34 @@ def _on_processes(state: Any, loader: Loader, seen: int, config: Any, world: int
             computed: list[Tensor] = []
             queue = [iter(tensors) for tensors in others] if rank == 0 else []
 
-            def all_reduce(tensor: Tensor, _computed: list[Tensor] = computed, _queue: Any = queue) -> None:
+            def all_reduce(
+                tensor: Tensor, *, async_op: bool = False, _computed: list[Tensor] = computed, _queue: Any = queue
+            ) -> Any:
                 _computed.append(tensor.clone())
                 for other in _queue:
                     tensor += next(other)
+                return SimpleNamespace(get_future=lambda: _finished([tensor])) if async_op else None
 
             patch.setattr(distributed.dist, "all_reduce", all_reduce)
             state.optimizer.zero_grad(set_to_none=True)
             runtime = Runtime(rank, world, RUNTIME.device, None)
             batches = loader.step_after(seen, rank, world).batches
             total = train.accumulate_gradients(state.model, batches, config, runtime)
+            for parameter in state.model.parameters() if world > 1 else ():  # a bucket each, in DDP's place
+                bucket = SimpleNamespace(buffer=lambda grad=parameter.grad: grad, is_last=lambda: False)
+                parameter.grad.copy_(gradients._sum_over_ranks(runtime, bucket).wait())
             others.append(computed)
     return float(total)
 
 
+def _finished(result: Any) -> torch.futures.Future[Any]:
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(result)
+    return future
+
+
 GENUINE_BATCH, GENUINE_ACCUMULATE = Loader._batch, train.accumulate_gradients
+GENUINE_SUM = gradients._sum_over_ranks
 
 
 def shifted_twice(self: Loader, windows: Any) -> Batch:
@@ -117,15 +132,12 @@ def mean_of_means(model: CausalLM, batches: Any, config: Any, runtime: Runtime) 
         mean = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE_INDEX) / len(batches)
         (mean * tokens).backward()
         total += mean.detach() * tokens
-    runtime.all_reduce_sum([total, *(p.grad for p in model.parameters())])
+    runtime.all_reduce_sum(total)
     return total
 
 
-def averaged_over_processes(self: Runtime, tensors: Any) -> None:
-    for tensor in tensors:
-        if self.world_size > 1:
-            distributed.dist.all_reduce(tensor)
-            tensor /= self.world_size
+def averaged_over_processes(runtime: Runtime, bucket: Any) -> Any:
+    return GENUINE_SUM(runtime, bucket).then(lambda done: done.value() / runtime.world_size)
 
 
 # --- the learning rate ---------------------------------------------------------------------------------------
@@ -328,7 +340,7 @@ MISTAKES: list[Mistake] = [
             "gradients of the step over micro-batches"),
     mistake(6, "micro-batches: a mean of means", replaced(ACCUMULATE, mean_of_means), step_guard,
             "loss of the step over micro-batches", "gradients of the step over micro-batches"),
-    mistake(6, "processes: averaged", replaced("resmol.train.parallel.Runtime.all_reduce_sum",
+    mistake(6, "processes: averaged", replaced("resmol.train.gradients._sum_over_ranks",
             averaged_over_processes), step_guard, "gradients of the step over processes"),
     mistake(7, "learning rate: the horizon is the stop step", horizon_is_the_stop, schedule_guard, "learning rate"),
     mistake(8, "learning rate: multiplied twice", multiplied_twice, schedule_guard, "learning rate"),

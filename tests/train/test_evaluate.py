@@ -89,8 +89,8 @@ def test_ranks_share_the_batches_and_get_the_bits_of_one(
     parts: list[torch.Tensor] = []
     forwards: Counter[int] = Counter()
 
-    def stop(runtime: Runtime, tensors: list[torch.Tensor]) -> None:
-        parts.extend(tensors)
+    def stop(runtime: Runtime, tensor: torch.Tensor) -> None:
+        parts.append(tensor)
         raise InterruptedError
 
     monkeypatch.setattr(Runtime, "all_reduce_sum", stop)
@@ -99,7 +99,7 @@ def test_ranks_share_the_batches_and_get_the_bits_of_one(
         with hook, suppress(InterruptedError):
             evaluate(model, batches, lengths, runtime)
     assert (forwards.total(), max(forwards.values())) == (len(batches), math.ceil(len(batches) / world_size))
-    monkeypatch.setattr(Runtime, "all_reduce_sum", lambda _, tensors: tensors[0].copy_(torch.stack(parts).sum(0)))
+    monkeypatch.setattr(Runtime, "all_reduce_sum", lambda _, tensor: tensor.copy_(torch.stack(parts).sum(0)))
     assert [evaluate(model, batches, lengths, runtime) for runtime in ranks] == [alone] * world_size
 
 

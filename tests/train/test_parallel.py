@@ -135,6 +135,7 @@ def test_environment_holds_facts_only(tiny_config: RunConfig, monkeypatch: pytes
         "mkl",
         "threads",
         "world_size",
+        "sharding",
         "device",
     }
     assert "secret" not in str(facts)

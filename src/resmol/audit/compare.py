@@ -24,7 +24,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import LedgerContent, Record, effective_steps, last_fact, read_ledger
 from resmol.system.progress import step_progress
 from resmol.system.wording import counted
-from resmol.train.resume import bitwise_facts
+from resmol.train.resume import changed_facts
 from resmol.train.step_result import first_difference
 
 logger = logging.getLogger(__name__)
@@ -153,8 +153,8 @@ def _data(one: _Side, other: _Side) -> Check:
 
 def _environment(one: _Side, other: _Side) -> Check:
     """Name what differs of the machines; it is no failure, but bits are promised on one kind only."""
-    facts = bitwise_facts(one.stored)
-    ours, theirs = ({name: side.fact("environment").get(name) for name in facts} for side in (one, other))
+    changed = changed_facts(one.fact("environment"), other.fact("environment"), one.stored)
+    ours, theirs = ({fact: change[side] for fact, change in changed.items()} for side in ("from", "to"))
     words = _unequal(ours, theirs) or "the same kind of machine, and the same version of PyTorch"
     return Check("environment", True, words, "bits are promised on the same kind of machine only", GUARDS)
 

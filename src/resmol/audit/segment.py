@@ -32,7 +32,7 @@ from resmol.train.devices import find_device
 from resmol.train.loop import TrainState, train_step
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.portable import require_portable
-from resmol.train.resume import bitwise_facts, restore
+from resmol.train.resume import changed_facts, restore
 from resmol.train.step_result import first_difference
 
 GUARDS = "A ledger that was made up, a machine that computes wrongly, data or code that is not what was trained with."
@@ -285,5 +285,5 @@ def _by_file(files: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _differences(recorded: dict[str, Any], runtime: Runtime, config: RunConfig) -> str:
-    here, facts = runtime.environment(), bitwise_facts(config)
-    return ", ".join(f"{n} {recorded.get(n)} -> {here[n]}" for n in facts if recorded.get(n) != here[n])
+    changed = changed_facts(recorded, runtime.environment(), config)
+    return ", ".join(f"{fact} {change['from']} -> {change['to']}" for fact, change in changed.items())

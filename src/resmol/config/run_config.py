@@ -189,6 +189,19 @@ class RuntimeConfig(StrictModel):
         return self.precision in ("bfloat16", "float16")
 
 
+class ParallelConfig(StrictModel):
+    """How the ranks that torchrun starts share a run; one process ignores it.
+
+    A run may go on with another strategy, as with another number of ranks. That is recorded as a changed environment,
+    since it changes the order of the additions, and with it the last bits.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = param(
+        "ddp", "C", "each rank holds the whole model (ddp), or its share of weights, gradients and moments (fsdp)"
+    )
+    replicas: int = param(1, "C", "fsdp: groups of ranks that hold the whole model each (HSDP); 1 is one group", ge=1)
+
+
 class EvaluationConfig(StrictModel):
     """The held-out loss."""
 
@@ -242,6 +255,7 @@ class RunConfig(StrictModel):
     averaging: AveragingConfig = AveragingConfig()
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -10,6 +10,7 @@ Shape legend, used in every annotation:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -241,8 +242,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, attention)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
 
     def forward(
         self,
@@ -292,13 +292,25 @@ class CausalLM(nn.Module):
         with torch.device("meta"):
             model = cls(config, attention=attention)
         model.to_empty(device="cpu")
-        if config.tie_word_embeddings:  # `to_empty` has given the two names a tensor each
-            model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie_weights()  # `to_empty` has given the two names a tensor each
         return model
+
+    def tie_weights(self) -> None:
+        """Let the output layer have the embedding matrix itself as its weight, where the two are tied."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
+        """Set the initial weights (`initial_weights`)."""
+        for parameter, weights in self.initial_weights(seed):
+            parameter.copy_(weights)
+
+    def initial_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Draw the initial weights; the same seed gives the same weights on every device and thread count.
+
+        They come one parameter at a time, whole and on the CPU, so that a rank which holds a share of each never holds
+        the whole model.
 
         ==========================  =====================================================================
         embeddings, projections     N(0, s^2) with s = initializer_range (1/24 for SmolLM2-135M)
@@ -311,11 +323,10 @@ class CausalLM(nn.Module):
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
+            weights = torch.empty(parameter.shape)
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            draw = torch.empty(parameter.shape).normal_(
-                0.0, residual_std if adds_to_residual else std, generator=generator
-            )
-            parameter.copy_(draw)
+                weights.fill_(1.0)
+            else:
+                adds_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                weights.normal_(0.0, residual_std if adds_to_residual else std, generator=generator)
+            yield parameter, weights

@@ -7,6 +7,7 @@ believed it would train beside the run: a rank other than 0 writes no record, an
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ OTHER_LAUNCHERS = {
     "FLUX_JOB_SIZE": "flux run",
 }
 MAX_PORT = 65535
+RANK_0_SECONDS = 10.0  # another rank's message comes so much later, if this rank is then still there
 WITH_TORCHRUN = "start the ranks with torchrun (docs/distributed.md)"
 
 
@@ -54,6 +56,15 @@ def this_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     last = (node or world_size) - 1
     local_rank = _number("LOCAL_RANK", environment, 0, last, of=NODE_SIZE if node else "WORLD_SIZE")
     return Launch(rank, world_size, local_rank, node or 1)
+
+
+def wait_for_rank_zero(environment: Mapping[str, str] = os.environ) -> None:
+    """Let rank 0 print an error first: as soon as it has ended, torchrun ends this rank, which may have the same one.
+
+    What is wrong with a command is wrong on every rank, and one message says more than sixteen.
+    """
+    if environment.get("RANK", "0") != "0":
+        time.sleep(RANK_0_SECONDS)
 
 
 def _require_all(environment: Mapping[str, str]) -> None:

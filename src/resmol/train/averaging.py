@@ -14,14 +14,16 @@ from its tensors alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from resmol.config.run_config import AveragingConfig
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
+from resmol.run.tensor_shards import shard_of
 
 
 class WeightAverage:
@@ -43,20 +45,29 @@ class WeightAverage:
         number, remainder = divmod(step, self._config.every)
         if remainder == 0:
             weight = update_weight(number, self._config.fraction)
-            torch._foreach_lerp_(list(self.tensors.values()), list(self._weights.values()), weight)
+            torch._foreach_lerp_(_local(self.tensors.values()), _local(self._weights.values()), weight)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Let the model compute with the average for a while; no number is copied."""
+        """Let the model compute with the average for a while."""
         self._swap()
         try:
             yield
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self._model.named_parameters():
-            parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+        """Swap the numbers themselves, one tensor at a time: FSDP2 and DDP know the memory of the weights."""
+        for weights, average in zip(_local(self._weights.values()), _local(self.tensors.values()), strict=True):
+            before = weights.clone()
+            weights.copy_(average)
+            average.copy_(before)
+
+
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this rank holds of each tensor."""
+    return [shard_of(tensor).local for tensor in tensors]
 
 
 def update_weight(number: int, fraction: float) -> float:

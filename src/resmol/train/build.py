@@ -28,6 +28,7 @@ from resmol.train.compiler import require_compiler
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.parallel import Runtime
+from resmol.train.sharding import sharded_model
 from resmol.train.supply import check_supply
 from resmol.train.vocabulary import check_vocabulary, log_vocabulary
 
@@ -114,14 +115,20 @@ def choose_prompt(config: RunConfig, data: RunData, tokenizer: Tokenizer) -> Run
 
 def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
     """Return a model with its initial weights, and an optimizer and an average that have seen nothing."""
-    model = CausalLM.empty(config.model, attention=config.runtime.attention)
-    model.init_weights(config.train.seed)
+    model = _new_model(config, runtime)
     set_matmul_backend(model, "onednn" if config.runtime.matmul_backend == "onednn" else "mkl")
     model.model.activation_checkpointing = config.runtime.activation_checkpointing == "on"
-    model.to(runtime.device)
     optimizer = build_optimizer(model, config.optimizer, config.batch.global_batch_tokens)
     average = WeightAverage(model, config.averaging) if config.averaging.fraction else None
     return TrainState(model, optimizer, average)
+
+
+def _new_model(config: RunConfig, runtime: Runtime) -> CausalLM:
+    if runtime.mesh is not None:
+        return sharded_model(config, runtime.mesh, runtime.device)
+    model = CausalLM.empty(config.model, attention=config.runtime.attention)
+    model.init_weights(config.train.seed)
+    return model.to(runtime.device)
 
 
 def make_loader(

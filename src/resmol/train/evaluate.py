@@ -78,12 +78,16 @@ def evaluate(
         )
     # A row for each batch: summed loss, tokens, bytes. Rows of other ranks stay zero here, so adding them up is exact.
     sums = torch.zeros(len(batches), 3, dtype=torch.float64)
-    for number in range(runtime.rank, len(batches), runtime.world_size):
-        batch = batches[number]
+    # Ranks that share a model gather its weights together, so all of them do the same number of passes.
+    end = len(batches) if runtime.mesh is None else -(-len(batches) // runtime.world_size) * runtime.world_size
+    for number in range(runtime.rank, end, runtime.world_size):
+        batch = batches[number % len(batches)]
         input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
         documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
-        with runtime.autocast():
+        with runtime.gathered(model), runtime.autocast():
             loss = model.loss(input_ids, targets, documents, chunk_tokens)
+        if number >= len(batches):
+            continue
         covered = byte_lengths[batch.targets[batch.targets != IGNORE_INDEX].numpy()].sum()
         sums[number] = torch.tensor([float(loss), batch.tokens, int(covered)], dtype=torch.float64)
     return _add_up(sums, runtime, spelled_bytes)
@@ -92,7 +96,7 @@ def evaluate(
 def _add_up(sums: Float[Tensor, "N 3"], runtime: Runtime, spelled_bytes: int) -> Evaluation:
     """Collect the rows of all ranks, and add them one after the other, as a single rank does."""
     everything = sums.to(runtime.device)
-    runtime.all_reduce_sum([everything])
+    runtime.all_reduce_sum(everything)
     loss = tokens = covered = 0.0
     for row in everything.tolist():
         loss, tokens, covered = loss + row[0], tokens + row[1], covered + row[2]

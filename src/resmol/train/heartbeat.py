@@ -57,7 +57,8 @@ class RankMonitor:
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._phase = Heartbeat().phase
-        self._waiting, self._waited, self._worked = False, 0.0, 0.0
+        self._waiting_since: float | None = None
+        self._waited, self._worked = 0.0, 0.0
         self._stopped = threading.Event()
         # The thread has a connection of its own: the store's may be blocked by a wait.
         self._thread = threading.Thread(target=self._run, args=(self._store.clone(),), name="heartbeat", daemon=True)
@@ -75,7 +76,7 @@ class RankMonitor:
     def _run(self, store: Store) -> None:
         with suppress(RuntimeError):  # the store is gone: so is torchrun, and with it the run
             for beat in itertools.count(1):
-                store.set(_heartbeat_key(self._rank), json.dumps(Heartbeat(beat, self._phase, self._waiting)))
+                store.set(_heartbeat_key(self._rank), json.dumps(self._heartbeat(beat)))
                 if self._stopped.wait(BEAT_SECONDS):
                     return
 
@@ -83,24 +84,38 @@ class RankMonitor:
         """Set what this rank does from now on, in words for a person."""
         self._phase, self._waited = phase, 0.0
 
+    def _heartbeat(self, beat: int) -> Heartbeat:
+        return Heartbeat(beat, self._phase, self._waiting_since is not None)
+
+    def waits(self) -> None:
+        """Count the time from now on as waiting for the other ranks, to the end of the collective around it."""
+        self._waiting_since = time.perf_counter()
+
     @contextmanager
-    def collective(self, operation: str) -> Iterator[None]:
+    def collective(self, operation: str, *, computes: bool = False) -> Iterator[None]:
         """Surround an operation that all ranks take part in.
 
         Args:
             operation: Its name, for the message.
+            computes: The ranks also compute in it: `waits` says from where on this one waits, and an error that does
+                not come from the communication is left as it is.
 
         Raises:
-            ProcessLost: The operation failed; the message names the ranks that died, froze or did not reach it.
+            ProcessLost: The communication failed; the message names the ranks that died, froze or did not reach it.
         """
-        started, self._waiting = time.perf_counter(), True
+        started = time.perf_counter()
+        if not computes:
+            self.waits()
         try:
             yield
         except RuntimeError as error:
+            if computes and not is_lost_connection(error):
+                raise
             raise ProcessLost(self._describe_failure(operation, time.perf_counter() - started), fix=GO_ON) from error
         finally:
-            self._waiting = False
-            self._waited += time.perf_counter() - started
+            if self._waiting_since is not None:
+                self._waited += time.perf_counter() - self._waiting_since
+            self._waiting_since = None
 
     def _describe_failure(self, operation: str, seconds: float) -> str:
         try:
@@ -160,6 +175,11 @@ class RankMonitor:
             dist.all_gather(worked, own)
         self._worked = 0.0
         return describe_straggler([float(seconds) for seconds in worked])
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether an error comes from the process group; gloo's are plain `RuntimeError`, named in their text."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def describe_straggler(seconds: list[float]) -> str:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Batch, Loader, StepBatch
+from resmol.data.loader import Loader, StepBatch
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.inference.generate import generate
@@ -34,12 +34,14 @@ from resmol.run.mixture_place import MixturePlace
 from resmol.system.signals import StopSignal
 from resmol.train.averaging import WeightAverage
 from resmol.train.evaluate import evaluate
+from resmol.train.gradients import accumulate_gradients
 from resmol.train.loss_scale import SMALLEST, after_step, factor_of_sum
 from resmol.train.loss_spikes import append_loss, is_spike
 from resmol.train.lr_schedule import lr_at
 from resmol.train.optimizer import apply_update, gradient_norm, skip_update
 from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
+from resmol.train.sharding import whole
 from resmol.train.step_result import StepResult, first_difference
 
 WIDER = "runtime.precision=float32 --accept-drift runtime.precision"
@@ -53,6 +55,7 @@ class TrainState:
     model: CausalLM = field(repr=False)
     optimizer: torch.optim.Optimizer = field(repr=False)
     average: WeightAverage | None = field(default=None, repr=False)
+    ddp: DistributedDataParallel | None = field(default=None, repr=False)  # the model, where ranks hold all of it
     step: int = 0
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
@@ -188,7 +191,7 @@ def _loss_and_gradient(
     on the scale, so one that is not finite is never an overflow of that kind.
     """
     for _attempt in range(2):  # a flipped bit does not happen twice; bad data or a diverged model does
-        total = accumulate_gradients(state.model, batch.batches, config, runtime, factor)
+        total = accumulate_gradients(state.ddp or state.model, batch.batches, config, runtime, factor)
         norm = gradient_norm(state.model, divisor)
         loss, grad_norm = float(total) / batch.tokens, float(norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -204,31 +207,6 @@ def _loss_and_gradient(
         fix="the weights are those of the step before; look at these windows, or start with a lower optimizer.lr"
         + other,
     )
-
-
-def accumulate_gradients(
-    model: CausalLM, batches: Iterable[Batch], config: RunConfig, runtime: Runtime, factor: float | None = None
-) -> Tensor:
-    """Add up the gradients of the *summed* loss over micro-batches and ranks; return the summed loss.
-
-    Args:
-        model: Its gradients are added to.
-        batches: The micro-batches of this rank.
-        config: Chunking of the loss.
-        runtime: Device, arithmetic and the other ranks.
-        factor: What the gradients, but not the loss, are multiplied by (`loss_scale.factor_of_sum`); None is 1.
-    """
-    seed = None if factor is None else torch.tensor(factor, device=runtime.device)
-    total = torch.zeros((), device=runtime.device)
-    for batch in batches:
-        documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
-        with runtime.autocast():
-            input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
-            loss = model.loss(input_ids, targets, documents, config.runtime.loss_chunk_tokens)
-        loss.backward(seed)
-        total += loss.detach()
-    runtime.all_reduce_sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])
-    return total
 
 
 def is_due(every: int, step: int, last: int) -> bool:
@@ -309,15 +287,16 @@ def record_evaluation(state: TrainState, session: Session) -> None:
 def record_sample(state: TrainState, session: Session) -> None:
     """Sample from the model, on rank 0 alone; the other ranks go on and wait for it in the next step's all-reduce.
 
-    The sample has a random generator of its own, so that training's is not touched.
+    The sample has a random generator of its own, so that training's is not touched. Ranks that share the model gather
+    its weights together: all of them then generate the same text, and rank 0 records it.
     """
-    if not session.runtime.is_rank_zero:
+    if not session.runtime.is_rank_zero and session.runtime.mesh is None:
         return
     session.runtime.set_phase(f"sample after step {state.step}")
     wanted = session.config.sampling
     sampling = SamplingParams(wanted.max_new_tokens, wanted.temperature, wanted.top_k, wanted.top_p, wanted.seed)
     prompt = session.tokenizer.encode(wanted.prompt)[-(state.model.config.max_position_embeddings - 1) :]
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), session.runtime.gathered(state.model):
         new = list(generate(state.model, prompt, sampling, eos_id=session.tokenizer.eos_id))
     text = session.tokenizer.decode(new)
     session.run_log.write("sample", step=state.step, prompt=wanted.prompt, text=text, seed=wanted.seed)
@@ -328,6 +307,9 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
 
     Only rank 0 writes.
     """
+    tensors = state.tensors()
+    if session.runtime.mesh is not None:
+        tensors = whole(tensors)
     if not session.runtime.is_rank_zero:
         return
     session.runtime.set_phase(f"checkpoint of step {state.step}")
@@ -344,4 +326,4 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
         loss_scale=state.loss_scale,
         mixture=state.mixture,
     )
-    session.checkpointer.save(saved, state.tensors(), wait=wait)
+    session.checkpointer.save(saved, tensors, wait=wait)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 from resmol.config.run_config import OptimizerConfig
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import allocate_moments
+from resmol.run.tensor_shards import shard_of
 
 CHUNK = 1 << 18  # elements of one dot product: 1 MiB in float32
 # Muon's update gets the root mean square of AdamW's, so that it takes AdamW's learning rate and weight decay
@@ -99,9 +101,16 @@ def gradient_norm(model: CausalLM, divisor: float) -> Float[Tensor, ""]:
     chooses its number of partial sums: over 28 million elements MKL is off by 6e-4 on an AMD processor, and PyTorch's
     own norm by 1e-3. So each dot product is over a chunk. And PyTorch's root is MKL's, which begins at an approximation
     that differs from processor to processor; its reciprocal root does not.
+
+    Of a sharded model each rank adds up the squares of its share, which are then added over the ranks: up to rounding,
+    the same norm on each of them.
     """
-    flat = [p.grad.view(-1) for p in model.parameters() if p.grad is not None]
-    return torch.stack([_sum_of_squares(gradient) for gradient in flat]).sum().rsqrt().reciprocal() / divisor
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    squares = torch.stack([_sum_of_squares(shard_of(gradient).local.view(-1)) for gradient in gradients])
+    mesh = getattr(gradients[0], "device_mesh", None)
+    if mesh is not None:
+        dist.all_reduce(squares, group=mesh.get_group("shard"))
+    return squares.sum().rsqrt().reciprocal() / divisor
 
 
 def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:

@@ -1,8 +1,8 @@
-"""Data parallelism: the device, rank and world size of this process, passed in as a `Runtime`, never global.
+"""The device, rank and world size of this process, passed in as a `Runtime`, never global.
 
-One process is the ordinary case. Under ``torchrun`` each rank takes its share of a step's micro-batches, and the
-gradients, which are sums over tokens, are all-reduced: two ranks with one micro-batch each give the bits of one
-process with two.
+One process is the ordinary case. Under ``torchrun`` each rank takes its share of a step's micro-batches (data
+parallelism), and the gradients, which are sums over tokens, are added up over the ranks by one of two strategies:
+DDP (`gradients.py`) or FSDP2 (`sharding.py`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from resmol.config.run_config import RunConfig
-from resmol.errors import ProcessLost
+from resmol.config.run_config import ParallelConfig, RunConfig
+from resmol.errors import ConfigError, ProcessLost
 from resmol.system.host import host_facts
 from resmol.system.launcher import VARIABLES, Launch, this_launch
+from resmol.system.wording import counted
 from resmol.train.devices import deterministic_kernels, device_name, find_device
 from resmol.train.heartbeat import RankMonitor, Store
 from resmol.train.portable import mkl_branch, require_portable
@@ -46,6 +49,8 @@ class Runtime:
         device: Where it computes.
         autocast_dtype: Type of the matrix products, or None for the type of the weights.
         monitor: The heartbeats of the ranks; None if there is one rank.
+        mesh: The ranks over which the weights are sharded, ``(shard)`` or ``(replicate, shard)``; None where each
+            rank holds all of them.
     """
 
     rank: int
@@ -53,6 +58,7 @@ class Runtime:
     device: torch.device
     autocast_dtype: torch.dtype | None
     monitor: RankMonitor | None = None
+    mesh: DeviceMesh | None = None
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu", autocast_dtype: torch.dtype | None = None) -> Runtime:
@@ -75,21 +81,23 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def all_reduce_sum(self, tensors: Iterable[Tensor]) -> None:
-        """Add up each tensor over all ranks, in place.
+    @property
+    def sharding(self) -> str:
+        """How the weights are shared by the ranks, as a fact that bitwise equality depends on."""
+        if self.mesh is None:
+            return "none"
+        return "fsdp" if self.mesh.ndim == 1 else f"fsdp, {self.mesh.size(0)} replicas"
 
-        One all-reduce for each tensor, after the backward pass: simple rather than fast. DDP's buckets, whose
-        reduction overlaps with the backward pass, are for ranks that a network connects.
-        """
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Add up a tensor over all ranks, in place."""
         if self.world_size > 1:
-            with self._collective("all-reduce"):
-                for tensor in tensors:
-                    dist.all_reduce(tensor)
+            with self.collective("all-reduce"):
+                dist.all_reduce(tensor)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank the values that these tensors have on rank 0, in place."""
         if self.world_size > 1:
-            with self._collective("broadcast"):
+            with self.collective("broadcast"):
                 for tensor in tensors:
                     dist.broadcast(tensor, src=0)
 
@@ -98,7 +106,7 @@ class Runtime:
         if self.world_size == 1:
             return flag
         votes = torch.tensor(int(flag), device=self.device)
-        with self._collective("all-reduce"):
+        with self.collective("all-reduce"):
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             return bool(votes.item())
 
@@ -107,8 +115,21 @@ class Runtime:
         if self.monitor is not None:
             self.monitor.set_phase(phase)
 
-    def _collective(self, operation: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.monitor is None else self.monitor.collective(operation)
+    def collective(self, operation: str, *, computes: bool = False) -> AbstractContextManager[None]:
+        """Return the context of an operation that all ranks take part in (`RankMonitor.collective`)."""
+        return nullcontext() if self.monitor is None else self.monitor.collective(operation, computes=computes)
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Surround forward passes without a backward pass, in which ranks that share a model gather its weights."""
+        if self.mesh is None:
+            yield
+            return
+        with self.collective("gathering of the weights"):
+            try:
+                yield
+            finally:
+                cast("Any", model).reshard()  # FSDP2 would leave those of the root for a backward pass
 
     def environment(self) -> dict[str, str | int]:
         """Return the facts that bitwise equality depends on, and nothing else: no variable, no path, no secret."""
@@ -119,8 +140,44 @@ class Runtime:
             "mkl": mkl_branch(),
             "threads": torch.get_num_threads(),
             "world_size": self.world_size,
+            "sharding": self.sharding,
             "device": device_name(self.device),
         }
+
+
+def check_ranks(config: RunConfig, world_size: int) -> None:
+    """Refuse what the ranks that were started cannot do; the same on each of them (`ConfigError`)."""
+    count = config.grad_accum_steps
+    if count % world_size:
+        nearest = min((n for n in range(1, count + 1) if count % n == 0), key=lambda n: abs(n - world_size))
+        raise ConfigError(
+            f"{count} micro-batches a step do not divide by {world_size} ranks; the nearest number that fits is "
+            f"{nearest}",
+            fix=f"start {counted(nearest, 'rank')}, or choose batch.micro_batch_size or batch.global_batch_tokens so "
+            "that the number of ranks divides the micro-batches of a step",
+        )
+    if problem := _contradiction(config, world_size):
+        raise ConfigError(
+            problem,
+            fix="start as many ranks as fit with torchrun (docs/distributed.md), or hold the whole model in each: "
+            "--set parallel.strategy=ddp --set parallel.replicas=1",
+        )
+
+
+def _contradiction(config: RunConfig, world_size: int) -> str:
+    strategy, replicas = config.parallel.strategy, config.parallel.replicas
+    if strategy == "ddp":
+        only = "parallel.strategy is ddp, where each rank holds the whole model: only fsdp has replicas"
+        return f"parallel.replicas is {replicas}, and {only}" if replicas > 1 else ""
+    if world_size == 1:
+        return "parallel.strategy is fsdp, and there is one rank, which has no other to share the model with"
+    if world_size % replicas:
+        return f"parallel.replicas is {replicas}, which does not divide the {world_size} ranks"
+    if world_size == replicas:
+        return f"parallel.replicas is {replicas}, as many as there are ranks: fsdp would share nothing"
+    if config.optimizer.name == "muon":
+        return "optimizer.name is muon, which needs whole matrices, and parallel.strategy is fsdp, which shards them"
+    return ""
 
 
 @contextmanager
@@ -142,14 +199,15 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
         if launch.world_size == 1:
             yield Runtime.single(device, precision)
         else:
-            with _process_group(launch, device, config.runtime.collective_timeout) as monitor:
-                yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, monitor)
+            timeout = timedelta(seconds=config.runtime.collective_timeout)
+            with _process_group(launch, device, timeout) as monitor:
+                mesh = _mesh(config.parallel, device, timeout)
+                yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, monitor, mesh)
 
 
 @contextmanager
-def _process_group(launch: Launch, device: torch.device, timeout: int) -> Iterator[RankMonitor]:
+def _process_group(launch: Launch, device: torch.device, wait: timedelta) -> Iterator[RankMonitor]:
     """Initialize the process group by torchrun's environment variables; the other ranks wait until rank 0 is ready."""
-    wait = timedelta(seconds=timeout)
     store, rank, world_size = _store(launch, wait)
     store.set_timeout(wait)
     if rank == 0:
@@ -163,6 +221,17 @@ def _process_group(launch: Launch, device: torch.device, timeout: int) -> Iterat
             yield monitor
         finally:
             dist.destroy_process_group()
+
+
+def _mesh(config: ParallelConfig, device: torch.device, wait: timedelta) -> DeviceMesh | None:
+    """Return the ranks as FSDP shards over them: a row, or a row for each replica of the model; None for DDP."""
+    if config.strategy == "ddp":
+        return None
+    if config.replicas == 1:
+        return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    grid = torch.arange(dist.get_world_size()).view(config.replicas, -1)
+    groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=wait)[0] for ranks in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
 def _store(launch: Launch, wait: timedelta) -> tuple[Store, int, int]:

@@ -50,15 +50,22 @@ logger = logging.getLogger(__name__)
 BITWISE_FACTS = ("torch", "system", "processor", "cpu_capability", "mkl", "threads", "device")
 
 
-def bitwise_facts(config: RunConfig) -> tuple[str, ...]:
-    """Return the facts of which all must be equal for equal bits; a difference is recorded, and the promise is void.
+def changed_facts(before: Record, now: Record, config: RunConfig) -> dict[str, Record]:
+    """Return the facts, of those that must be equal for equal bits, that differ between two environments.
 
-    The sum over micro-batches has another order when other ranks share them; a sum of two has only one. A portable run
-    has the same bits on another processor: `portable.require_portable` saw to the kernels.
+    The sum over micro-batches has another order when other ranks share them; a sum of two has only one. Ranks that
+    share the weights (FSDP) add up the norm of the gradient, and thereby the factor of clipping, in parts of their own.
+    A portable run has the same bits on another processor: `portable.require_portable` saw to the kernels.
     """
-    travels = config.runtime.determinism == "portable"
-    facts = tuple(fact for fact in BITWISE_FACTS if not (travels and fact == "processor"))
-    return (*facts, "world_size") if config.grad_accum_steps > 2 else facts
+    before, now = ({"sharding": "none", **environment} for environment in (before, now))
+    facts = [*BITWISE_FACTS, "sharding"]
+    if config.runtime.determinism == "portable":
+        facts.remove("processor")
+    if config.grad_accum_steps > 2 or before["sharding"] != "none":
+        facts.append("world_size")
+    return {
+        fact: {"from": before.get(fact), "to": now.get(fact)} for fact in facts if before.get(fact) != now.get(fact)
+    }
 
 
 def resume_or_start(
@@ -159,6 +166,8 @@ def share_state(state: TrainState, runtime: Runtime) -> None:
     state.recent_losses = tuple(loss for loss in losses.tolist() if not math.isnan(loss))
     factor, good_steps, skipped_steps = scale.tolist()
     state.loss_scale = LossScale(scale=factor, good_steps=int(good_steps), skipped_steps=int(skipped_steps))
+    if runtime.mesh is not None:
+        return  # each rank has its own share
     runtime.broadcast(parameter.data for parameter in state.model.parameters())
     if state.average is not None:
         runtime.broadcast(state.average.tensors.values())
@@ -243,11 +252,7 @@ def _compare_environment(
 ) -> None:
     """Record where bitwise equality with what came before is not promised (`ConfigError` if ``strict``)."""
     before = last_fact(run_log.records, "environment")
-    changed = {
-        fact: {"from": before.get(fact), "to": environment[fact]}
-        for fact in bitwise_facts(config)
-        if before.get(fact) != environment[fact]
-    }
+    changed = changed_facts(before, environment, config)
     if changed and strict:
         raise ConfigError(
             f"the environment changed, so bitwise equality is not promised: {in_words(changed)}",

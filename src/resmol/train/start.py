@@ -49,10 +49,11 @@ from resmol.train.build import (
 )
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.devices import find_device
+from resmol.train.gradients import replicated
 from resmol.train.loop import Session, TrainState, train
 from resmol.train.lr_schedule import decay_over, end_of_decay
 from resmol.train.overfitting import announce_repetition
-from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.parallel import Runtime, check_ranks, open_runtime
 from resmol.train.portable import require_portable
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
@@ -135,6 +136,7 @@ def _check_here(config: RunConfig, run: RunDir | None) -> None:
     if run is not None:
         run.check_place(config)
         _warn_of_idle_steps(config)
+    check_ranks(config, this_launch().world_size)
     require_compiler(config, find_device(config.runtime.device).type)
     require_portable(config)
 
@@ -200,6 +202,8 @@ def _open_session(
         )  # fmt: skip
     share_state(state, runtime)
     check_ranks_agree(state, config, data.fingerprint, runtime)
+    if runtime.world_size > 1 and runtime.mesh is None:
+        state.ddp = replicated(state.model, runtime)
     order = mixture_order(config, data, state.step, state.mixture)
     check_supply(config, order, state.step)
     announce_mixture(config, order)
@@ -228,7 +232,8 @@ def check_ranks_agree(state: TrainState, config: RunConfig, data_fingerprint: st
     """Compare what the ranks are about to work on (`ConfigError` when it is not the same)."""
     if runtime.monitor is None:
         return
-    weights = json.dumps(digest_all(weight_tensors(state.model)), sort_keys=True)
+    shares = {} if runtime.mesh is not None else weight_tensors(state.model)  # those of ranks differ
+    weights = json.dumps(digest_all(shares), sort_keys=True)
     facts = {
         "version of resmol": __version__,
         "version of PyTorch": torch.__version__,

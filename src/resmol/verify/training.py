@@ -24,7 +24,7 @@ from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import LossScale
 from resmol.train.build import compile_blocks, new_state
 from resmol.train.compiler import compiler_problem
-from resmol.train.loop import accumulate_gradients
+from resmol.train.gradients import accumulate_gradients
 from resmol.train.loss_scale import factor_of_sum
 from resmol.train.parallel import open_runtime
 from resmol.verify.capture import Captured
