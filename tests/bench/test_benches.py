@@ -11,11 +11,14 @@ import pytest
 from resmol.bench.checkpoint import CheckpointBench, checkpoint_comparison, first_save
 from resmol.bench.comparison import Comparison
 from resmol.bench.generate import GenerateBench, equal_tokens, generation_comparisons
-from resmol.bench.prepare import PrepareBench, preparation_comparison
+from resmol.bench.prepare import PrepareBench, parse_size, preparation_comparison
 from resmol.bench.profile import trace_training
+from resmol.bench.text_formats import FORMATS
 from resmol.bench.train import TrainBench, parse_batch, training_comparisons
 from resmol.bench.workers import roofline
 from resmol.config.run_config import RunConfig
+from resmol.data.chunking import ReadCounts
+from resmol.data.readers import read_inputs
 from resmol.data.resolve import Text
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
@@ -83,11 +86,31 @@ def test_generate_gives_equal_tokens(tiny_config: RunConfig, tmp_path: Path) -> 
 def test_prepare_counts_the_same_tokens(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = tmp_path / "input.txt"
     text.write_text("the king and the kalo mi ner 17. \n" * 3000, encoding="utf-8")
-    held = preparation_comparison(PrepareBench(Text(inputs=(str(text),)), 1), tiny_tokenizer, tmp_path)
-    held = without_roofline(held)
+    formats = ("jsonl", "jsonl.zst", "parquet-one-row-group")
+    bench = PrepareBench(Text(inputs=(str(text),)), 200_000, formats)
+    held = without_roofline(preparation_comparison(bench, tiny_tokenizer, tmp_path))
     held.run(1, 0)
     assert len({one.measurements[0]["tokens"] for one in held.variants}) == 1
     assert all(one.measurements[0]["megabytes_per_second"] > 0 for one in held.variants)
+    assert all(one.measurements[0]["bytes_above_base"] > 0 for one in held.variants)
+
+
+def test_the_same_documents_are_written_in_each_format(tmp_path: Path) -> None:
+    documents = ['one, "two"\n three', "é 漢字", "x " * 3000]
+    for name, (ending, write) in FORMATS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        write(documents, folder / f"text{ending}")
+        found = ["".join(one.pieces) for one in read_inputs([folder]).read(ReadCounts())]
+        whole = "".join(documents)
+        assert found == {"txt": [whole], "txt-one-line": [whole.replace("\n", " ")]}.get(name, documents), name
+
+
+@pytest.mark.parametrize(("text", "size"), [("1GB", 10**9), ("2.5MB", 2_500_000), ("10 kB", 10_000)])
+def test_a_size(text: str, size: int) -> None:
+    assert parse_size(text) == size
+    with pytest.raises(UsageError, match="--size"):
+        parse_size(f"{text}ytes")
 
 
 def test_checkpoints_are_saved_and_loaded(

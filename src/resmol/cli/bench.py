@@ -125,8 +125,9 @@ def bench_generate(
 @bench.command(
     "prepare",
     epilog="""
-    resmol bench prepare --megabytes 50
-    resmol bench prepare --input input.txt --workers 2
+    resmol bench prepare --size 50MB
+    resmol bench prepare --input input.txt --format jsonl.zst --format parquet
+    resmol bench prepare --size 1GB --format all --repeats 1
     """,
 )
 def bench_prepare(
@@ -134,7 +135,11 @@ def bench_prepare(
         list[str] | None, typer.Option("--input", metavar="PATH", help="Text to repeat instead of a corpus.")
     ] = None,
     corpus: Corpus = None,
-    megabytes: Annotated[int, typer.Option(help="Size of the repeated text in millions of bytes.")] = 20,
+    size: Annotated[str, typer.Option(metavar="20MB|1GB", help="Of the repeated text.")] = "20MB",
+    format_: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NAME", help="Of the file, e.g. parquet; or all. Repeatable."),
+    ] = None,
     tokenizer: TokenizerSource = None,
     tokenizer_sha256: TokenizerHash = None,
     workers: Annotated[int, typer.Option(help="Threads; 0 takes all cores.")] = 0,
@@ -142,13 +147,18 @@ def bench_prepare(
     json_: Json = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure text to tokens against the bare tokenizers library."""
-    from resmol.bench.prepare import PrepareBench, preparation_comparison
+    """Measure text to tokens against the bare tokenizers library.
+
+    Files of the size are written below TMPDIR.
+    """
+    from resmol.bench.prepare import BASELINE_FORMAT, PrepareBench, parse_size, preparation_comparison
+    from resmol.bench.text_formats import FORMATS
     from resmol.data.resolve import Text
     from resmol.data.tokenizer import load_tokenizer
 
     text = Text(tuple(input_ or ()), corpus=corpus if corpus or input_ else "shakespeare")
-    request = PrepareBench(text, megabytes, workers, repeats)
+    formats = tuple(FORMATS) if format_ == ["all"] else tuple(format_ or (BASELINE_FORMAT,))
+    request = PrepareBench(text, parse_size(size), formats, workers, repeats)
     found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
     _run(lambda folder: [preparation_comparison(request, found, folder)], repeats, json_, markdown)
 

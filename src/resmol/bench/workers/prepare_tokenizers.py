@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 
 from resmol.bench.workers.main import Metrics, worker_main
+from resmol.system.peak_memory import peak_memory_bytes
 
 DOCUMENTS_AT_ONCE, TUNED_DOCUMENTS = 1000, 256  # the first is the default batch of `datasets.map`
 
@@ -27,7 +28,7 @@ def encode_with_tokenizers(task: Mapping[str, Any]) -> Metrics:
     encode = tokenizer.encode_batch_fast if tuned else tokenizer.encode_batch
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
     end = tokenizer.token_to_id("<|endoftext|>")
-    tokens, started = 0, time.perf_counter()
+    tokens, base, started = 0, peak_memory_bytes(), time.perf_counter()
     with Path(task["out"]).open("wb") as out:
         for documents in batches(Path(task["text"]), TUNED_DOCUMENTS if tuned else DOCUMENTS_AT_ONCE):
             for encoding in encode(documents, add_special_tokens=False):
@@ -35,7 +36,12 @@ def encode_with_tokenizers(task: Mapping[str, Any]) -> Metrics:
                 if not tuned:
                     out.write(np.array([*encoding.ids, end], dtype=dtype).tobytes())
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "tokens": tokens, "megabytes_per_second": task["text_bytes"] / 1e6 / seconds}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "megabytes_per_second": task["text_bytes"] / 1e6 / seconds,
+        "bytes_above_base": peak_memory_bytes() - base,
+    }
 
 
 def batches(path: Path, size: int) -> Iterator[list[str]]:
