@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ def test_an_auditor_who_knows_nobody_is_told_so_and_a_strict_one_fails(run: RunD
     assert failures(run, strict=True).keys() == {"anchor"}
     stamped, _ = (check for check in audit(run) if check.name.startswith("anchor"))
     assert "signature of the time stamp not checked" in stamped.measured
+
+
+def test_without_the_libraries_anchors_are_said_to_be_unread(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rfc3161_client", "cryptography.hazmat.primitives.serialization", "cryptography.hazmat.primitives"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert failures(run) == {}
+    assert (
+        "1.sig not read: signatures need cryptography, which is not installed" in failures(run, strict=True)["anchor"]
+    )
 
 
 def flip(path: Path, position: int) -> None:
@@ -254,7 +264,9 @@ def test_a_key_in_openssh_form_and_files_that_are_none(run: RunDir, tmp_path: Pa
 def test_the_command_says_what_comes_next(run: RunDir, authority: Authority, key: Path, capsys: Any) -> None:
     assert command(["anchor", str(run.path)], debug=False) == 2
     assert command(["anchor", str(run.path), "--key", str(key)], debug=False) == 0
-    assert "signed with the key SHA256:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "signed with the key SHA256:" in said
+    assert "not checked" not in said
     assert command(["audit", str(run.path), "--tsa-root", str(authority.root), "--json"], debug=False) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
 

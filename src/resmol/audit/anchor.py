@@ -22,7 +22,7 @@ from resmol.checks import Check, check_problems
 from resmol.errors import CheckFailed, DataError, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import GENESIS, LedgerContent, Record, canonical, effective_steps, read_ledger
-from resmol.system.atomic_io import TEMPORARY_PREFIX, commit_directory, file_sha256, fsync_path, make_directory
+from resmol.system.atomic_io import commit_directory, file_sha256, fsync_path, make_directory
 from resmol.system.untrusted_text import parse_json, quoted
 from resmol.system.wording import counted
 
@@ -146,7 +146,8 @@ def anchor_run(
     files = {f"{number}.tsr": stamp for number, stamp in enumerate(stamps, start=1)}
     for number, one in enumerate(signed, start=1):
         files |= {f"{number}.sig": one.signature, f"{number}.pub": one.public_key}
-    return _read_anchor(directory, content, _write(directory, statement, files), roots, [])
+    own = [one.public_key for one in signed]
+    return _read_anchor(directory, content, _write(directory, statement, files), roots, own)
 
 
 def _statement(run: RunDir, content: LedgerContent) -> Record:
@@ -192,7 +193,7 @@ def read_anchors(run: RunDir, content: LedgerContent, trust: Trust) -> list[Anch
     known = [read_public_key(path) for path in trust.public_keys]
     if not run.anchors.is_dir():
         return []
-    folders = sorted(path for path in run.anchors.iterdir() if not path.name.startswith(TEMPORARY_PREFIX))
+    folders = sorted(path for path in run.anchors.iterdir() if path.is_dir() and path.name.startswith("line-"))
     return [_read_anchor(run, content, folder, trust.tsa_roots, known) for folder in folders]
 
 
@@ -244,8 +245,10 @@ def _read_anchor(
         except DataError as error:  # the library is not installed
             unchecked.append(f"{path.name} not read: {error.what}; {error.fix}")
     (unchecked if stamps else problems).extend(foreign)
-    unnamed = [f"the key {key} was not named (--public-key)" for key, named in keys.items() if not named]
-    (problems if known and not any(keys.values()) else unchecked).extend(unnamed)
+    if known and keys and not any(keys.values()):
+        problems += [f"the key {key} was not named (--public-key)" for key in keys]
+    elif not all(keys.values()):
+        unchecked.append("who holds the key was not checked (--public-key)")
     if not roots and stamps:
         unchecked.append("signature of the time stamp not checked: name the authority's root certificate (--tsa-root)")
     if not (stamps or keys or unchecked or problems):

@@ -123,9 +123,13 @@ def test_an_earlier_checkpoint_is_not_given_what_came_later(run: RunDir, tmp_pat
 def test_training_holds_the_record_and_no_path_of_this_machine(run: RunDir, tmp_path: Path) -> None:
     stored = load_config(run.config)
     assert stored.data.path  # that of a folder on this machine
+    anchor = run.anchors / "line-00000001-01234567" / "manifest.json"
+    anchor.parent.mkdir(parents=True)
+    anchor.write_text("signed")
     out = folder_of(run.path, tmp_path / "out")
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert {"training/config.toml", "training/ledger.jsonl", *CURVES} <= names
+    assert (out / "training" / anchor.relative_to(run.path)).read_text() == "signed"
     assert "LICENSE" not in names
     assert (out / "training" / "ledger.jsonl").read_bytes() == run.ledger.read_bytes()
     copied = load_config(out / "training" / "config.toml")

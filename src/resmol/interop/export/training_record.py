@@ -1,8 +1,9 @@
-"""Write the record of a run into its export: ``training/`` with ledger, curves, claims and certificate."""
+"""Write the record of a run into its export: ``training/`` with ledger, curves, claims, certificate and anchors."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def write_record(source: Source, folder: Path) -> RunRecord:
         copy.certificate.write_bytes(run.certificate.read_bytes())
     else:
         certificate = None
+    for anchor in run.anchors.glob("line-*"):
+        shutil.copytree(anchor, copy.anchors / anchor.name)
     if claims := read_claims(run):
         copy.evidence.mkdir()
         copy.claims_file.write_text(json.dumps({"checks": claims}, indent=1) + "\n", encoding="utf-8", newline="\n")
