@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from resmol.config.load import with_overrides
-from resmol.config.run_config import RunConfig
+from resmol.config.run_config import ParallelConfig, RunConfig
 from resmol.errors import ConfigError
+from resmol.model.flops import training_memory
 from resmol.model.llama import CausalLM
 from resmol.train import autotune as auto
 from resmol.train.autotune import resolve_auto
@@ -143,5 +144,17 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(
     with pytest.raises(ConfigError, match="GB of memory") as caught:
         auto.check_memory(config)
     assert "activation_checkpointing=on" in caught.value.fix
+    assert "strategy=fsdp" in caught.value.fix
+    shared = with_overrides(config, ["parallel.strategy=fsdp"])
+    parts = training_memory(config.model, config.batch.micro_batch_size, config.data.seq_len, 256)
+    kept = parts["weights"] + parts["gradients"] + parts["adamw moments"]
+    gathered = auto.needed_memory(shared, recompute=False) - (needed - kept // 2)
+    assert 0 < gathered < kept  # two ranks share what is kept, and gather some of it
     monkeypatch.setattr("resmol.system.host.free_memory", lambda: None)
     auto.check_memory(config)  # a system that does not say is given the benefit of the doubt
+
+
+def test_replicas_share_among_themselves() -> None:
+    assert ParallelConfig(strategy="fsdp", replicas=2).shards(8) == 4
+    assert ParallelConfig(strategy="fsdp").shards(8) == 8
+    assert ParallelConfig().shards(8) == 1

@@ -59,7 +59,7 @@ TsaRoots = Annotated[
 @app.command(
     epilog="""
     resmol inspect smollm2-135m
-    resmol inspect own.toml --seq-len 1024 --micro-batch-size 4
+    resmol inspect smollm2-1.7b --seq-len 1024 --shards 8
     resmol inspect runs/mine
     resmol inspect model.gguf
     """
@@ -78,6 +78,9 @@ def inspect(
     micro_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Windows in a forward pass, for memory; the source's if left out.")
     ] = None,
+    shards: Annotated[
+        int, typer.Option(min=1, help="Devices that share the model in training (parallel.strategy=fsdp), for memory.")
+    ] = 1,
     weights: Weights = "last",
     best: Best = False,
     json_: Json = False,
@@ -85,7 +88,8 @@ def inspect(
     """Show an architecture: parameters, FLOPs, memory, diagram."""
     from resmol.interop.inspect import inspect_model
 
-    inspection = inspect_model(model_ref(source, weights, best=best), seq_len=seq_len, batch=micro_batch_size)
+    chosen = model_ref(source, weights, best=best)
+    inspection = inspect_model(chosen, seq_len=seq_len, batch=micro_batch_size, shards=shards)
     if json_:
         print_json(inspection.to_dict())
     else:
@@ -143,11 +147,9 @@ def verify(
 
 @app.command(
     epilog="""
-    resmol audit runs/mine
     resmol audit runs/mine --replay 3 --certify
-    resmol audit runs/mine --replay all --input input.txt --export out/mine --certify
+    resmol audit runs/mine --replay all --input input.txt --export out/mine
     resmol audit runs/mine --against runs/again
-    resmol audit runs/mine --tsa-root authority.pem
     resmol audit --foreign out/trainer --trainer-arg lr_scheduler_type=cosine
     """
 )

@@ -201,6 +201,10 @@ class ParallelConfig(StrictModel):
     )
     replicas: int = param(1, "C", "fsdp: groups of ranks that hold the whole model each (HSDP); 1 is one group", ge=1)
 
+    def shards(self, world_size: int) -> int:
+        """Return the number of ranks that share one set of weights, gradients and moments."""
+        return world_size // self.replicas if self.strategy == "fsdp" else 1
+
 
 class EvaluationConfig(StrictModel):
     """The held-out loss."""

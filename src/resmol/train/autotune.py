@@ -68,7 +68,7 @@ def resolve_auto(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def needed_memory(config: RunConfig, *, recompute: bool) -> int:
-    """Return the bytes that a training step takes, counted (see `training_memory`), given a resolved precision."""
+    """Return the bytes that a step takes on each rank, counted (see `training_memory`), given a resolved precision."""
     parts = training_memory(
         config.model,
         config.batch.micro_batch_size,
@@ -78,6 +78,7 @@ def needed_memory(config: RunConfig, *, recompute: bool) -> int:
         low_precision=config.runtime.is_low_precision,
         eager=config.runtime.attention == "eager",
         averaging=config.averaging.fraction > 0,
+        shards=config.parallel.shards(this_launch().world_size),
     )
     return sum(parts.values())
 
@@ -91,9 +92,13 @@ def check_memory(config: RunConfig) -> None:
         return
     smaller = "" if config.batch.micro_batch_size == 1 else "set a smaller batch.micro_batch_size, "
     again = "" if recompute else "set runtime.activation_checkpointing=on, "
+    several, share = "", ""
+    if this_launch().world_size > 1:
+        several = " on each rank"
+        share = "" if config.parallel.strategy == "fsdp" else "set parallel.strategy=fsdp, "
     raise ConfigError(
-        f"training needs about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
-        fix=f"{smaller}{again}choose a shorter data.seq_len or a smaller model, or end other programs",
+        f"training needs about {needed / 1e9:.1f} GB of memory{several}, and {free / 1e9:.1f} GB are free",
+        fix=f"{share}{smaller}{again}choose a shorter data.seq_len or a smaller model, or end other programs",
     )
 
 

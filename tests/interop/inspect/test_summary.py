@@ -109,6 +109,10 @@ def test_the_json_object_is_complete() -> None:
 
 def test_batch_and_length_scale_the_memory() -> None:
     one, two = (inspect_model("nano", seq_len=64, batch=n).memory for n in (1, 2))
+    assert (
+        inspect_model("nano", seq_len=64, batch=1, shards=4).memory["training"]["weights"] * 4
+        == one["training"]["weights"]
+    )
     assert two["training"]["activations"] == 2 * one["training"]["activations"]
     assert two["inference"]["kv cache"] == 2 * one["inference"]["kv cache"]
     assert two["training"]["weights"] == one["training"]["weights"]

@@ -53,6 +53,7 @@ class Inspection:
         parameters: Parameters by part.
         seq_len: Tokens in a window, for operations and memory.
         batch: Windows in a forward pass, for memory.
+        shards: Devices that share weights, gradients and moments in training.
         runtime: What else the memory depends on: the run's or the preset's settings, or the defaults of training.
         averaging: Whether training keeps averaged weights as well.
         checks: config.json against the weight file, where both are known.
@@ -67,6 +68,7 @@ class Inspection:
     parameters: dict[str, int]
     seq_len: int
     batch: int
+    shards: int
     runtime: RuntimeConfig
     averaging: bool
     checks: list[Check]
@@ -85,7 +87,7 @@ class Inspection:
 
     @property
     def memory(self) -> dict[str, dict[str, int]]:
-        """Bytes by part, in float32, for ``batch`` windows of ``seq_len``.
+        """Bytes by part on each device, in float32, for ``batch`` windows of ``seq_len``.
 
         Activation checkpointing that is ``auto`` counts as off: what it becomes depends on the machine that trains.
         """
@@ -100,6 +102,7 @@ class Inspection:
                 chunk,
                 activation_checkpointing=recompute,
                 averaging=self.averaging,
+                shards=self.shards,
             ),
             "inference": inference_memory(self.config, self.batch, self.seq_len),
         }
@@ -115,6 +118,7 @@ class Inspection:
             "parameters": self.parameters | {"total": sum(self.parameters.values())},
             "seq_len": self.seq_len,
             "batch": self.batch,
+            "shards": self.shards,
             "loss_chunk_tokens": self.runtime.loss_chunk_tokens,
             "activation_checkpointing": self.runtime.activation_checkpointing,
             "flops_per_token": self.flops_per_token,
@@ -132,7 +136,7 @@ class Inspection:
             _architecture_table(self),
             _share_table(f"Parameters: {sum(self.parameters.values()):,}", self.parameters, "{:,}".format),
             *(
-                _share_table(f"Memory, {kind}: {_bytes(sum(parts.values()))}", parts, _bytes)
+                _share_table(f"Memory, {kind}{self._place(kind)}: {_bytes(sum(parts.values()))}", parts, _bytes)
                 for kind, parts in self.memory.items()
             ),
             _flops_table(self),
@@ -147,14 +151,20 @@ class Inspection:
         if self.config is not None:
             console.print("\nDiagram (mermaid):", mermaid(self.config), sep="\n", markup=False, soft_wrap=True)
 
+    def _place(self, kind: str) -> str:
+        return f" on each of {self.shards} devices" if kind == "training" and self.shards > 1 else ""
 
-def inspect_model(source: str | ModelRef, *, seq_len: int | None = None, batch: int | None = None) -> Inspection:
+
+def inspect_model(
+    source: str | ModelRef, *, seq_len: int | None = None, batch: int | None = None, shards: int = 1
+) -> Inspection:
     """Inspect a model without its weights.
 
     Args:
         source: Whatever `resolve` takes: MODEL, a preset, a config.json or config.toml, or a safetensors file.
         seq_len: Tokens in a window; by default the run's or the preset's, else 2048 or the longest context.
         batch: Windows in a forward pass; by default the micro-batch of the run or the preset, else 1.
+        shards: Devices that share weights, gradients and moments in training.
 
     Raises:
         UsageError: ``seq_len`` or ``batch`` is impossible.
@@ -180,6 +190,7 @@ def inspect_model(source: str | ModelRef, *, seq_len: int | None = None, batch: 
         parameters=parameter_counts(config) if config else parameters_by_part(tensors or {}),
         seq_len=window,
         batch=windows,
+        shards=shards,
         runtime=settings.runtime if settings else RuntimeConfig(),
         averaging=settings is not None and settings.averaging.fraction > 0,
         checks=_checks(found),
