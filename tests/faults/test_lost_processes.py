@@ -308,29 +308,9 @@ def test_w4_processes_that_work_on_different_things(
 def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path) -> None:
     """With the real torchrun: a frozen process is named, ended with the others, and the run goes on."""
     run = tmp_path / "run"
-    words = [
-        *torchrun_words(2),
-        "train",
-        str(run),
-        *command_arguments(setting),
-        *TWO_MICRO_BATCHES,
-        "--steps",
-        "100000",
-    ]
-    words += set_all("runtime.collective_timeout=10")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
-        try:
-            until = time.monotonic() + HANGS
-            while reached(run) < 3 and job.poll() is None:
-                assert time.monotonic() < until, "step 3 was not reached"
-                time.sleep(0.05)
-            frozen = process_of(job.pid, rank=1)
-            os.kill(frozen, signal.SIGSTOP)
-            said = job.communicate(timeout=HANGS)[0]
-        finally:
-            job.kill()
-    assert job.returncode != 0
+    words = ["--steps", "100000", *set_all("runtime.collective_timeout=10")]
+    code, said, frozen = torchrun_and_signal(signal.SIGSTOP, run, setting, *words)
+    assert code != 0
     assert re.search(LOST, said), said[-2000:]
     with pytest.raises(ProcessLookupError):
         os.kill(frozen, 0)
@@ -339,6 +319,43 @@ def test_torchrun_ends_what_is_left(forks: Forks, setting: Setting, shared_oracl
     bits = step_bits(run)
     assert list(bits) == list(range(1, last + 1))
     assert [bits[step] for step in bits if step <= STEPS] == list(shared_oracle.steps.values())[:last]
+
+
+def test_torchrun_starts_the_ranks_again(setting: Setting, shared_oracle: Oracle, tmp_path: Path) -> None:
+    """With --max-restarts, a run whose rank 1 was killed comes to its end by itself; it has the bits of a whole one.
+
+    The ranks of the second start find torchrun's store as the first ones left it.
+    """
+    run, steps = tmp_path / "run", 2 * STEPS
+    code, said, _ = torchrun_and_signal(signal.SIGKILL, run, setting, "--steps", str(steps), restarts=1)
+    assert code == 0, said[-2000:]
+    assert [record["kind"] for record in records_of(run)].count("start") == 1
+    assert any(select(records_of(run), "resume"))
+    bits = step_bits(run)
+    assert list(bits) == list(range(1, steps + 1))
+    assert list(bits.values())[:STEPS] == list(shared_oracle.steps.values())
+
+
+def torchrun_and_signal(
+    how: signal.Signals, run: Path, setting: Setting, *arguments: str, restarts: int = 0
+) -> tuple[int, str, int]:
+    """Send a signal to rank 1 after a step; return torchrun's exit code, what it wrote, and the id of that process."""
+    python, *launcher = torchrun_words(2)
+    words = [python, *launcher[:2], f"--max-restarts={restarts}", *launcher[2:], "train", str(run)]
+    words += [*command_arguments(setting), *TWO_MICRO_BATCHES, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
+        try:
+            until = time.monotonic() + HANGS
+            while reached(run) < INTERVAL + 1 and job.poll() is None:
+                assert time.monotonic() < until, f"step {INTERVAL + 1} was not reached"
+                time.sleep(0.05)
+            rank = process_of(job.pid, rank=1)
+            os.kill(rank, how)
+            said = job.communicate(timeout=HANGS)[0]
+        finally:
+            job.kill()
+    return job.returncode, said, rank
 
 
 def process_of(parent: int, rank: int) -> int:

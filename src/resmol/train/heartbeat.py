@@ -15,14 +15,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from resmol.errors import ConfigError, ProcessLost
-
-Store: TypeAlias = Any  # torch.distributed.Store; PyTorch's stubs lack some of its methods
+from resmol.train.rendezvous import Store
 
 BEAT_SECONDS = 1.0
 MISSED_BEATS = 3  # a rank that misses so many died or froze

@@ -7,9 +7,6 @@ DDP (`gradients.py`) or FSDP2 (`sharding.py`).
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,23 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from resmol.config.run_config import ParallelConfig, RunConfig
-from resmol.errors import ConfigError, ProcessLost
+from resmol.errors import ConfigError
 from resmol.system.host import host_facts
-from resmol.system.launcher import VARIABLES, Launch, this_launch
+from resmol.system.launcher import Launch, this_launch
 from resmol.system.wording import counted
 from resmol.train.devices import deterministic_kernels, device_name, find_device
-from resmol.train.heartbeat import RankMonitor, Store
+from resmol.train.heartbeat import RankMonitor
 from resmol.train.portable import mkl_branch, require_portable
-
-logger = logging.getLogger(__name__)
+from resmol.train.rendezvous import meet
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SILENT_SECONDS = 10  # of waiting for the other ranks before that is logged
-RANK_0_READY = "resmol/rank 0 is ready"  # a key of torchrun's store
-LONGEST_PREPARATION = timedelta(days=2)  # of a text, by rank 0 alone; if it dies, torchrun ends the others
 
 
 @dataclass(frozen=True)
@@ -201,22 +193,19 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
         else:
             timeout = timedelta(seconds=config.runtime.collective_timeout)
             with _process_group(launch, device, timeout) as monitor:
-                mesh = _mesh(config.parallel, device, timeout)
-                yield Runtime(dist.get_rank(), dist.get_world_size(), device, precision, monitor, mesh)
+                with monitor.collective("rendezvous"):
+                    mesh = _mesh(config.parallel, device, timeout)
+                yield Runtime(launch.rank, launch.world_size, device, precision, monitor, mesh)
 
 
 @contextmanager
 def _process_group(launch: Launch, device: torch.device, wait: timedelta) -> Iterator[RankMonitor]:
-    """Initialize the process group by torchrun's environment variables; the other ranks wait until rank 0 is ready."""
-    store, rank, world_size = _store(launch, wait)
-    store.set_timeout(wait)
-    if rank == 0:
-        store.set(RANK_0_READY, "")  # it prepares the data before
-    with RankMonitor(store, rank, world_size) as monitor:
+    """Initialize the process group by torchrun's environment variables."""
+    store = meet(launch, wait)
+    with RankMonitor(store, launch.rank, launch.world_size) as monitor:
         with monitor.collective("rendezvous"):
-            store.wait([RANK_0_READY], LONGEST_PREPARATION)
             backend = dist.get_default_backend_for_device(device)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=wait)
         try:
             yield monitor
         finally:
@@ -232,22 +221,3 @@ def _mesh(config: ParallelConfig, device: torch.device, wait: timedelta) -> Devi
     grid = torch.arange(dist.get_world_size()).view(config.replicas, -1)
     groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=wait)[0] for ranks in (grid.T, grid)]
     return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
-
-
-def _store(launch: Launch, wait: timedelta) -> tuple[Store, int, int]:
-    """Connect to the store through which the ranks find each other (`ProcessLost` when it does not answer in time)."""
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    place = f"rank {launch.rank} of {launch.world_size}"
-    note = threading.Timer(SILENT_SECONDS, logger.info, [f"{place} waits for the others at {address}"])
-    note.daemon = True
-    note.start()
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=wait))
-    except dist.DistError as error:
-        raise ProcessLost(
-            f"{place} did not meet the others at {address} (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}",
-            fix=f"start all ranks with torchrun; if RANK and WORLD_SIZE are left over, unset {' '.join(VARIABLES)}",
-        ) from error
-    finally:
-        note.cancel()
-    return store, rank, world_size
