@@ -232,7 +232,7 @@ os.fork(); os.getpid(); signal.SIGKILL; signal.SIGINT; sys.platform; path.is_mou
 
 
 ACCELERATORS = {"cuda", "mps", "xpu", "nccl", "xccl"}
-KNOW_DEVICES = (PACKAGE / "train" / "devices.py", PACKAGE / "config" / "run_config.py")
+KNOW_DEVICES = (PACKAGE / "train" / "devices.py", PACKAGE / "config" / "runtime_config.py")
 
 
 def accelerators_in(tree: ast.AST) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from resmol.config.load import with_overrides
-from resmol.config.run_config import ParallelConfig, RunConfig
+from resmol.config.run_config import RunConfig
+from resmol.config.runtime_config import ParallelConfig
 from resmol.errors import ConfigError
 from resmol.model.flops import training_memory
 from resmol.model.llama import CausalLM

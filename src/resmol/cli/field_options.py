@@ -15,7 +15,8 @@ import typer
 
 from resmol.config.derived import WINDOWS_PER_STEP
 from resmol.config.load import toml_value
-from resmol.config.run_config import DeviceKind, field_declarations
+from resmol.config.run_config import field_declarations
+from resmol.config.runtime_config import DeviceKind
 from resmol.errors import UsageError
 
 PANEL = "Settings, each short for --set section.key=VALUE"

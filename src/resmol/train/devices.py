@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from resmol.config.load import load_preset
-from resmol.config.run_config import DeviceKind
+from resmol.config.runtime_config import DeviceKind
 from resmol.errors import ConfigError
 from resmol.model.llama import CausalLM
 from resmol.system import host

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from resmol.config.run_config import ParallelConfig, RunConfig
+from resmol.config.run_config import RunConfig
+from resmol.config.runtime_config import ParallelConfig
 from resmol.errors import ConfigError
 from resmol.system.host import host_facts
 from resmol.system.launcher import Launch, this_launch

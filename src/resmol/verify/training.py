@@ -17,7 +17,8 @@ from torch import Tensor
 from resmol.checks import Check
 from resmol.config.data_config import DataConfig
 from resmol.config.model_config import ModelConfig
-from resmol.config.run_config import BatchConfig, RunConfig, RuntimeConfig
+from resmol.config.run_config import BatchConfig, RunConfig
+from resmol.config.runtime_config import RuntimeConfig
 from resmol.data.loader import Batch
 from resmol.model.linear import has_onednn
 from resmol.model.llama import CausalLM

@@ -22,7 +22,7 @@ from tiny import TrainTiny
 
 from resmol.config.load import load_preset, preset_names
 from resmol.config.model_config import ModelConfig
-from resmol.config.run_config import RuntimeConfig
+from resmol.config.runtime_config import RuntimeConfig
 from resmol.errors import CheckpointError, DataError, UsageError
 from resmol.interop.inspect import inspect_model
 from resmol.interop.inspect.diagram import mermaid

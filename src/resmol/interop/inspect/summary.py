@@ -15,7 +15,7 @@ from rich.table import Table
 
 from resmol.checks import Check
 from resmol.config.model_config import ModelConfig
-from resmol.config.run_config import RuntimeConfig
+from resmol.config.runtime_config import RuntimeConfig
 from resmol.errors import UsageError
 from resmol.interop.gguf_header import GGUFHeader, readable_types
 from resmol.interop.hf_folder import WEIGHT_DTYPES, cross_check
