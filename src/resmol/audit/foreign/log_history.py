@@ -43,9 +43,12 @@ def one_history(run: ForeignRun) -> Check:
     problems = []
     for before, after in pairwise(run.states):
         told = after.history[: len(before.history)]
-        differing = next((old for old, new in zip(before.history, told, strict=False) if not _same(old, new)), None)
-        if differing is not None:
-            step = quoted(differing.get("step"))
+        pairs = enumerate(zip(before.history, told, strict=False))
+        differing = next((number for number, (old, new) in pairs if not _same(old, new)), None)
+        if differing == 0:
+            problems.append(f"{after.name} has another history than {before.name} from the first entry on: another run")
+        elif differing is not None:
+            step = quoted(before.history[differing].get("step"))
             problems.append(f"{before.name} and {after.name} tell different things of step {step}")
         elif len(told) < len(before.history):
             problems.append(f"{after.name} tells less than {before.name}: {len(told)} entries of {len(before.history)}")

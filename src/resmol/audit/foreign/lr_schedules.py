@@ -8,7 +8,7 @@ the Trainer log the rate that a step used, older ones that of the step after it;
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,8 @@ KINDS = ("linear", "cosine", "constant", "constant_with_warmup")
 ARGUMENTS = ("lr_scheduler_type", "learning_rate", "warmup_steps", "warmup_ratio", "max_steps")
 TOLERANCE = 1e-6  # relative: rates are logged as JSON, whole; a schedule in another order of operations rounds anew
 MOST_POINTS = 2000  # that a fit looks at
+MOST_SKIPPED = 200  # steps that float16 may have skipped
+MOST_SKIPPING = 40  # schedules that are tried with skipped steps
 FEW = 4  # too few to tell one schedule from another
 Rates = npt.NDArray[np.float64]
 
@@ -36,7 +38,8 @@ class Schedule:
         base: The highest rate.
         warmup: Steps in which it rises from 0.
         horizon: The step at which it is 0 again.
-        late: 1 where the rate that is logged with a step is the one that it used, 0 where it is the next step's.
+        late: How many steps the schedule is behind the logged step: 0 where the next step's rate is logged, 1 where it
+            is the one that the step used, and one more for each step that float16 skipped.
         start: The step at which the schedule began.
     """
 
@@ -59,10 +62,29 @@ class Schedule:
         """Return which logged rates are those of this schedule."""
         return np.abs(rates - self.base * self.factors(steps)) <= TOLERANCE * self.base
 
+    def lags(self, steps: Rates, rates: Rates) -> int | None:
+        """Return by how many steps the schedule falls behind on the way; None where that does not explain the rates.
+
+        In float16 a gradient that overflows skips the optimizer's step and, in accelerate, the schedule's.
+        """
+        behind = [replace(self, late=self.late + lag).explains(steps, rates) for lag in range(MOST_SKIPPED + 1)]
+        lag, before = 0, float(steps[0])
+        for number, step in enumerate(steps):
+            may = range(lag, min(MOST_SKIPPED, lag + max(3, int((step - before) / 100))) + 1)
+            found = next((candidate for candidate in may if behind[candidate][number]), None)
+            if found is None:
+                return None
+            lag, before = found, float(step)
+        return lag
+
     def __str__(self) -> str:
         rise = f", {counted(self.warmup, 'step')} of warm-up" if self.warmup else ""
-        fall = f", to 0 at step {self.start + self.horizon}" if self.kind in ("linear", "cosine") else ""
-        return f"{self.kind}, {self.base:.6g}{rise}{fall}"
+        return f"{self.base:.6g}{rise}, {self.kind_and_end}"
+
+    @property
+    def kind_and_end(self) -> str:
+        """How the rate falls, without what the first logged steps have to tell."""
+        return self.kind + (f" to 0 at step {self.start + self.horizon}" if self.kind in ("linear", "cosine") else "")
 
 
 def parse_arguments(given: Sequence[str]) -> dict[str, str]:
@@ -99,13 +121,15 @@ def learning_rate(run: ForeignRun, given: Mapping[str, str]) -> Check:
     steps, rates = np.array(sorted(found), dtype=np.float64), np.array([found[step] for step in sorted(found)])
     if len(steps) < FEW or not np.isfinite(rates).all():
         return Check(name, True, f"not compared: {counted(len(steps), 'finite rate')} logged", expected, guards)
-    candidates = list(_candidates(run, steps, rates, given))
+    candidates = list(_candidates(run, steps, rates, given, (1, 0)))
     best = _best(candidates, steps, rates)
     explained = best.explains(steps, rates)
     if explained.all():
         others = {one.warmup for one in candidates if one.kind == best.kind and one.explains(steps, rates).all()}
-        what = str(best) if len(others) == 1 else f"{best.kind}, with a warm-up that cannot be told from these logs,"
-        return Check(name, True, f"{what} in {counted(len(steps), 'logged step')}", expected, guards)
+        what = str(best) if len(others) == 1 else f"{best.kind_and_end}, its warm-up cannot be told"
+        return Check(name, True, f"{what}, in {counted(len(steps), 'logged step')}", expected, guards)
+    if skipped := _skipping(run, steps, rates, given):
+        return Check(name, True, skipped, expected, guards)
     first = int(np.argmin(explained))
     wrong = f"{rates[first]:.6g} at step {steps[first]:.0f} instead of {_rate(best, steps[first]):.6g} ({best})"
     if cause := _cause(run, best, steps[first:], rates[first:]):
@@ -118,13 +142,31 @@ def learning_rate(run: ForeignRun, given: Mapping[str, str]) -> Check:
     return Check(name, True, f"not judged: {what}", expected, guards)
 
 
+def _skipping(run: ForeignRun, steps: Rates, rates: Rates, given: Mapping[str, str]) -> str:
+    """Return in words the schedule that explains the rates if float16 skipped some steps; empty where none does."""
+    some = _spread(len(steps))
+    found = [one for one in _candidates(run, steps, rates, given, range(6)) if one.explains(steps[:2], rates[:2]).all()]
+    found.sort(key=lambda one: -int(one.explains(steps[some], rates[some]).sum()))
+    for schedule in found[:MOST_SKIPPING]:
+        lag = schedule.lags(steps[some], rates[some])
+        if lag is not None:
+            behind = schedule.late + lag
+            return f"{schedule}, at the end {counted(behind, 'step')} behind, as after steps that float16 skipped"
+    return ""
+
+
+def _spread(points: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of at most `MOST_POINTS` points, spread evenly over all."""
+    return np.unique(np.linspace(0, points - 1, min(points, MOST_POINTS)).astype(np.int64))
+
+
 def _rate(schedule: Schedule, step: float) -> float:
     return float(schedule.base * schedule.factors(np.array([step]))[0])
 
 
 def _best(candidates: Sequence[Schedule], steps: Rates, rates: Rates) -> Schedule:
     """Return the schedule that explains the history longest from its beginning, then most of it."""
-    some = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).astype(int)) if len(steps) > MOST_POINTS else ...
+    some = _spread(len(steps))
 
     def merit(schedule: Schedule) -> tuple[int, int]:
         fits = schedule.explains(steps[some], rates[some])
@@ -133,14 +175,16 @@ def _best(candidates: Sequence[Schedule], steps: Rates, rates: Rates) -> Schedul
     return max(candidates, key=merit)
 
 
-def _candidates(run: ForeignRun, steps: Rates, rates: Rates, given: Mapping[str, str]) -> Iterator[Schedule]:
+def _candidates(
+    run: ForeignRun, steps: Rates, rates: Rates, given: Mapping[str, str], lates: Iterable[int]
+) -> Iterator[Schedule]:
     plans = [state.plan["max_steps"] for state in run.states if "max_steps" in state.plan]
     horizons = [int(float(given["max_steps"]))] if "max_steps" in given else [*dict.fromkeys(plans)] or [int(steps[-1])]
     kinds = [given["lr_scheduler_type"]] if "lr_scheduler_type" in given else KINDS
     for kind in kinds:
         for horizon in horizons if kind in ("linear", "cosine") else horizons[:1]:
             for warmup in _warmups(kind, horizon, steps, rates, given):
-                for late in (1, 0):
+                for late in lates:
                     shape = Schedule(kind, 1.0, warmup, horizon, late)
                     yield from (replace(shape, base=base) for base in _bases(shape, steps, rates, given))
 
