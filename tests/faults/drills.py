@@ -117,16 +117,17 @@ def go_to(state: TrainState, session: Session, step: int) -> None:
         batch = session.loader.step_after(state.windows_seen)
         state.tokens_seen += batch.tokens
         state.windows_seen = batch.windows_seen
+        if not state.optimizer.state:
+            allocate_moments(state.optimizer, step)
+        for name, tensor in tensors_of(state):
+            tensor.fill_(value_of(name, state.step))
+        fingerprint = state.fingerprint.of_step(state.step, state.tensors, session.config, session.runtime)
         result = StepResult(
             step=state.step, loss=1 / state.step, grad_norm=1.0, lr=0.01, tokens=batch.tokens,
             tokens_seen=state.tokens_seen, windows_seen=state.windows_seen,
-            windows=batch.window_digest, epoch=batch.epoch,
+            windows=batch.window_digest, epoch=batch.epoch, fingerprint=fingerprint,
         )  # fmt: skip
         record_step(session, result, seconds=0.1)
-    if not state.optimizer.state:
-        allocate_moments(state.optimizer, step)
-    for name, tensor in tensors_of(state):
-        tensor.fill_(value_of(name, step))
 
 
 def saves(*steps: int) -> Script:

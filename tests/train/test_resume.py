@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import TrainTiny
 
 from resmol.audit.audit import audit
@@ -23,9 +24,12 @@ from resmol.data.shards import Dataset
 from resmol.data.shuffle import WindowShuffle
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, DataError, Interrupted, UsageError
+from resmol.model.llama import CausalLM
 from resmol.run import checkpoint, checkpoint_manifest
-from resmol.run.checkpoint_manifest import Manifest, file_entry, open_checkpoint, read_manifest
+from resmol.run.checkpoint import allocate_moments
+from resmol.run.checkpoint_manifest import Checkpoint, Manifest, file_entry, open_checkpoint, read_manifest
 from resmol.run.directory import RunDir
+from resmol.run.fingerprint import Fingerprint
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import describe
 from resmol.system import host
@@ -160,10 +164,18 @@ def test_interrupted_at_every_step(tmp_path: Path, train_tiny: TrainTiny) -> Non
 def test_weights_alone_do_not_pass_for_a_resume(
     sixty: Path, tmp_path: Path, train_tiny: TrainTiny, monkeypatch: Any
 ) -> None:
-    """The comparison above has teeth: without the moments, the very next loss after the first update differs."""
+    """They are refused; and the comparison above has teeth: the first loss after the next update differs."""
     train_tiny(tmp_path / "run", 50)
     genuine = resume.load_into
-    monkeypatch.setattr(resume, "load_into", lambda checkpoint, model, _optimizer: genuine(checkpoint, model))
+
+    def load_weights(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
+        genuine(checkpoint, model)
+        allocate_moments(optimizer, 50)
+
+    monkeypatch.setattr(resume, "load_into", load_weights)
+    with pytest.raises(CheckpointError, match="other weights or moments than were in memory"):
+        train_tiny(tmp_path / "run", 60)
+    monkeypatch.setattr(Fingerprint, "is_whole", lambda _: False)  # nothing to compare
     train_tiny(tmp_path / "run", 60)
     with pytest.raises(AssertionError):
         assert_equal_runs(tmp_path / "run", sixty, 60)

@@ -37,13 +37,20 @@ from resmol.run.ledger import (
 from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
 from resmol.train.build import make_loader, mixture_order
-from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
+from resmol.train.step_result import LATER_FIELDS, REPRODUCIBLE_FIELDS, first_difference
 
 logger = logging.getLogger(__name__)
 
 FIELDS = {  # the fields of each kind of record that an audit reads
     "start": ("data_fingerprint", "config", "config_sha256", "environment"),
-    "step": ("loss", "grad_norm", "tokens_seen", "windows_seen", "seconds", *REPRODUCIBLE_FIELDS),
+    "step": (
+        "loss",
+        "grad_norm",
+        "tokens_seen",
+        "windows_seen",
+        "seconds",
+        *(name for name in REPRODUCIBLE_FIELDS if name not in LATER_FIELDS),
+    ),
     "save": ("permanent",),
     "resume": ("step", "next_step", "checkpoint", "manifest_sha256", "config_sha256", "environment"),
     "drift": ("changes",),

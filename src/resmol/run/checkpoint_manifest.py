@@ -66,6 +66,7 @@ class SavedState(StrictModel):
     ``windows_seen`` is the place in the data: the order of the windows is a function of the seed. ``mixture`` tells how
     many windows of each source they were. ``config_sha256`` and ``data_fingerprint`` bind the checkpoint to a
     configuration and to data; a resume compares them. ``loss_scale`` is there where the run has computed in float16.
+    ``fingerprint`` is that of all tensors as they were in memory (`run/fingerprint.py`).
     """
 
     step: int
@@ -79,6 +80,7 @@ class SavedState(StrictModel):
     recent_losses: tuple[float, ...] = ()
     mixture: MixturePlace | None = None
     loss_scale: LossScale = LossScale()
+    fingerprint: str | None = None
 
     def to_bytes(self) -> bytes:
         """Return the content of ``state.json``, without what the run does not have: a mixture, a loss scale."""

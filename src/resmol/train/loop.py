@@ -42,6 +42,7 @@ from resmol.train.optimizer import apply_update, gradient_norm, skip_update
 from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
 from resmol.train.sharding import whole
+from resmol.train.state_fingerprint import StateFingerprint, whole_fingerprint
 from resmol.train.step_result import StepResult, first_difference
 
 WIDER = "runtime.precision=float32 --accept-drift runtime.precision"
@@ -56,6 +57,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer = field(repr=False)
     average: WeightAverage | None = field(default=None, repr=False)
     ddp: DistributedDataParallel | None = field(default=None, repr=False)  # the model, where ranks hold all of it
+    fingerprint: StateFingerprint = field(default_factory=StateFingerprint, repr=False)
     step: int = 0
     tokens_seen: int = 0
     windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
@@ -176,6 +178,7 @@ def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: 
         windows_seen=state.windows_seen,
         windows=batch.window_digest,
         epoch=batch.epoch,
+        fingerprint=state.fingerprint.of_step(state.step, state.tensors, config, runtime),
         loss_scale=scale if runtime.scales_loss else None,
         sources_seen=() if batch.mixture is None else batch.mixture.seen,
         sources_tokens=batch.source_tokens,
@@ -200,8 +203,7 @@ def _loss_and_gradient(
             return loss, None
         state.optimizer.zero_grad(set_to_none=True)
     windows = [window for micro_batch in batch.batches for window in micro_batch.window_ids]
-    precision = config.runtime.precision
-    other = f"; or train on with --set {WIDER}" if precision == "float16" else ""
+    other = f"; or train on with --set {WIDER}" if config.runtime.precision == "float16" else ""
     raise NonFiniteError(
         f"step {state.step + 1} has loss {loss} and gradient norm {grad_norm}, twice (windows {windows[:16]})",
         fix="the weights are those of the step before; look at these windows, or start with a lower optimizer.lr"
@@ -325,5 +327,6 @@ def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
         recent_losses=state.recent_losses,
         loss_scale=state.loss_scale,
         mixture=state.mixture,
+        fingerprint=whole_fingerprint(tensors, session.runtime),
     )
     session.checkpointer.save(saved, tensors, wait=wait)

@@ -27,6 +27,7 @@ from resmol.run.checkpoint_manifest import (
     newest_valid,
 )
 from resmol.run.directory import RunDir
+from resmol.run.fingerprint import Fingerprint, hexadecimal, is_of_step
 from resmol.run.ledger import (
     FORMAT,
     Record,
@@ -119,6 +120,7 @@ def resume_or_start(
         )
     if checkpoint is not None:
         restore(state, checkpoint)
+        _check_fingerprint(run_log.records, state, checkpoint)
     run.write_config(config)
     if step == config.train.steps and not (drifts or added) and is_finished(run_log.records, step):
         logger.info(f"nothing to do: the run is at step {step}; --steps with a larger number goes on")
@@ -138,7 +140,8 @@ def steps_to_repeat(records: list[Record], config: RunConfig, step: int) -> dict
 
 
 def restore(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Fill ``state`` from a verified checkpoint (`CheckpointError` when it is that of another model)."""
+    """Fill ``state`` from a verified checkpoint (`CheckpointError` when it is that of another model or state)."""
+    state.fingerprint.forget()
     load_into(checkpoint, state.model, state.optimizer)
     if state.average is not None:
         load_tensors(checkpoint, AVERAGED, state.average.tensors)
@@ -149,6 +152,9 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         raise corrupt(checkpoint.path / STATE, "holds no state of PyTorch's random generator") from None
     state.step, state.tokens_seen, state.windows_seen = saved.step, saved.tokens_seen, saved.windows_seen
     state.recent_losses, state.loss_scale, state.mixture = saved.recent_losses, saved.loss_scale, saved.mixture
+    found = Fingerprint.of(state.tensors().files)
+    if saved.fingerprint is not None and found.is_whole() and saved.fingerprint != hexadecimal(found.sum()):
+        raise corrupt(checkpoint.path, "holds other weights or moments than were in memory when it was saved")
 
 
 def share_state(state: TrainState, runtime: Runtime) -> None:
@@ -306,6 +312,18 @@ def _check_bindings(run_log: RunLog, checkpoint: Checkpoint) -> None:
                 f"{str(recorded)[:12]} before it was saved",
                 fix="move it out of the run, which then goes on from the checkpoint before",
             )
+
+
+def _check_fingerprint(records: list[Record], state: TrainState, checkpoint: Checkpoint) -> None:
+    """Compare what was loaded with what the step of the checkpoint recorded of its weights and moments."""
+    recorded = effective_steps(records).get(state.step, {}).get("fingerprint")
+    found = Fingerprint.of(state.tensors().files)
+    if recorded is not None and found.is_whole() and not is_of_step(recorded, state.step, found):
+        raise CheckFailed(
+            f"{checkpoint.path.name} does not hold the weights and moments that step {state.step} recorded: its "
+            f"fingerprint is not {recorded}",
+            fix="restore the checkpoint from a copy, or move it out of the run, which then goes on from the one before",
+        )
 
 
 def _record_resume(

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from resmol.run.ledger import Record, float_bits
 
 # A step that is executed again must give these again, bit for bit; what comes first decides what comes after it.
-REPRODUCIBLE_FIELDS = ("windows", "tokens", "lr", "loss_bits", "grad_norm_bits")
+REPRODUCIBLE_FIELDS = ("windows", "tokens", "lr", "loss_bits", "grad_norm_bits", "fingerprint")
 REPRODUCIBLE_IN_FLOAT16 = ("loss_scale", *REPRODUCIBLE_FIELDS)
+LATER_FIELDS = ("fingerprint",)  # a record of an earlier day has none
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class StepResult:
         windows_seen: Windows of this step and all before it.
         windows: The digest of the step's window ids.
         epoch: Passes over the data that are done after this step.
+        fingerprint: Of weights and moments after the step, or of the part whose turn it is (`run/fingerprint.py`).
         loss_scale: That of float16; None in another arithmetic.
         sources_seen: In a mixture, windows of each source in this step and all before it.
         sources_tokens: In a mixture, targets of the step in each source.
@@ -39,6 +41,7 @@ class StepResult:
     windows_seen: int
     windows: str
     epoch: float
+    fingerprint: str
     loss_scale: float | None = None
     sources_seen: tuple[int, ...] = ()
     sources_tokens: tuple[int, ...] = ()
@@ -60,5 +63,11 @@ class StepResult:
 
 
 def first_difference(one: Record, other: Record) -> str | None:
-    """Return the first of the reproducible fields in which two executions of a step differ, or None if none does."""
-    return next((name for name in REPRODUCIBLE_IN_FLOAT16 if one.get(name) != other.get(name)), None)
+    """Return the first of the reproducible fields in which two executions of a step differ, or None if none does.
+
+    Args:
+        one: As the ledger has it; what it lacks of `LATER_FIELDS` is not compared.
+        other: Another execution.
+    """
+    names = [name for name in REPRODUCIBLE_IN_FLOAT16 if name in one or name not in LATER_FIELDS]
+    return next((name for name in names if one.get(name) != other.get(name)), None)
