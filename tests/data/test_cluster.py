@@ -17,7 +17,7 @@ from resmol.data.cluster import ClusterOptions, prepare_on_cluster
 from resmol.data.prepare import prepare
 from resmol.data.readers import read_inputs
 from resmol.data.resolve import Text
-from resmol.data.shards import Dataset
+from resmol.data.shards import Dataset, TokenStream
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import UsageError
 
@@ -36,9 +36,13 @@ def texts(tmp_path: Path) -> Path:
     return folder
 
 
+def ids_of(stream: TokenStream) -> list[int]:
+    return stream.read(0, len(stream)).tolist()
+
+
 def ids(dataset: Dataset | None) -> list[int]:
     assert dataset is not None
-    return [*dataset.train.read(0, len(dataset.train)).tolist(), *dataset.val.read(0, len(dataset.val)).tolist()]
+    return [*ids_of(dataset.train), *ids_of(dataset.val)]
 
 
 def one_machine(texts: Path, tokenizer: Tokenizer) -> list[int]:
@@ -58,6 +62,34 @@ def test_processes_of_this_machine_write_the_same_ids(texts, tiny_tokenizer):
     assert len(dataset.manifest.train.shards) == 3
     assert dataset.manifest.source.documents == 150
     assert len(dataset.val) > 0
+
+
+@pytest.mark.interop
+def test_folders_say_what_is_held_out_and_near_duplicates_are_left_out(texts, tiny_tokenizer, tmp_path, messages):
+    """Documents of 60 words; in the training text are near-copies of one of them and of the held-out ones."""
+    pytest.importorskip("datatrove")
+    words = " ".join(synthetic_texts(200, seed=9)).split()
+    some = [" ".join(words[60 * number : 60 * number + 60]) for number in range(8)]
+    for name, documents in (("val", some[:2]), ("train", [f"So: {some[0]}", *some[2:], f"{some[5]} Again."])):
+        (texts / name).mkdir()
+        for number in range(2):
+            lines = [json.dumps({"text": text}) + "\n" for text in documents[number::2]]
+            (texts / name / f"{number}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (texts / "train" / "2.jsonl").write_text(json.dumps({"text": f"{some[1]} More."}), encoding="utf-8")
+    for file in texts.glob("*.jsonl"):
+        file.unlink()
+    straight = prepare(tmp_path / "straight", read_inputs([texts]), tiny_tokenizer)
+    whole = many(texts, tiny_tokenizer, ClusterOptions("local", tasks=5, workers=2))
+    assert whole is not None
+    assert ids_of(whole.train) == ids_of(straight.train)
+    assert ids_of(whole.val) == ids_of(straight.val)
+    options = ClusterOptions("local", tasks=5, workers=2, near_dedup=True)
+    clean = prepare_on_cluster(tmp_path / "clean", Text((str(texts),)), tiny_tokenizer, options)
+    assert clean is not None
+    assert "data: left out 3 near-duplicates" in messages
+    assert (clean.manifest.source.dedup, clean.manifest.source.duplicates) == ("minhash", 3)
+    assert (clean.manifest.train.documents, clean.manifest.val.documents) == (6, 2)
+    assert ids_of(clean.val) == ids_of(straight.val)
 
 
 @pytest.fixture
@@ -91,7 +123,11 @@ def test_a_ray_cluster_writes_the_same_ids_though_a_worker_is_killed(
 
     def with_killing(*arguments: Any) -> list[Any]:
         read, write = whole_pipeline(*arguments)
-        return [read, killing, write]
+
+        def read_and_kill(data: Any, rank: int, world_size: int) -> Iterator[Any]:
+            return killing(read(data, rank, world_size), rank, world_size)
+
+        return [read_and_kill, write]
 
     monkeypatch.setattr(cluster, "pipeline", with_killing)
     dataset = many(texts, tiny_tokenizer, ClusterOptions("ray", tasks=3))

@@ -69,6 +69,9 @@ Executor = Annotated[
     str | None, typer.Option(metavar="local|slurm|ray", help="Let datatrove run it, also on a cluster.")
 ]
 Tasks = Annotated[int, typer.Option(min=1, help="With --executor: parts of the work.")]
+NearDedup = Annotated[
+    bool, typer.Option("--near-dedup", help="With --executor: leave out documents that are nearly the same.")
+]
 Partition = Annotated[str | None, typer.Option(metavar="NAME", help="With --executor slurm.")]
 Workers = Annotated[int, typer.Option(help="Threads, with --executor tasks at a time; 0 takes all cores.")]
 IncludeHidden = Annotated[bool, typer.Option("--include-hidden", help="Also hidden files of a folder.")]
@@ -110,7 +113,7 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
     resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
     resmol prepare data/mine --input texts/ --val held-out.jsonl --dedup --stats
-    resmol prepare data/big --input texts/ --executor ray --tasks 1000
+    resmol prepare data/big --input texts/ --executor ray --tasks 1000 --near-dedup
     """
 )
 def prepare(
@@ -140,9 +143,14 @@ def prepare(
     tasks: Tasks = 100,
     partition: Partition = None,
     workers: Workers = 0,
+    near_dedup: NearDedup = False,
     json_: Json = False,
 ) -> None:
     """Turn text into token shards and a manifest."""
+    if near_dedup and executor is None:
+        raise UsageError(
+            "--near-dedup needs --executor", fix="add --executor local, or leave out exact copies: --dedup"
+        )
     if workers and executor is None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
     from resmol.data.cluster import ClusterOptions, prepare_on_cluster
@@ -162,10 +170,12 @@ def prepare(
         found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
         if executor is None:
             dataset = prepare_text(out, text, found)
-        elif made := prepare_on_cluster(out, text, found, ClusterOptions(executor, tasks, workers or -1, partition)):
-            dataset = made
         else:
-            return  # Slurm makes it later
+            cluster = ClusterOptions(executor, tasks, workers or -1, partition, near_dedup=near_dedup)
+            made = prepare_on_cluster(out, text, found, cluster)
+            if made is None:
+                return  # Slurm makes it later
+            dataset = made
     if stats and not json_:
         _show_statistics(dataset.manifest)
     if json_:

@@ -45,6 +45,7 @@ def import_datatrove(
     tokenizer: Tokenizer,
     *,
     val_fraction: float = 0.01,
+    near_duplicates: int | None = None,
 ) -> Dataset:
     """Read a folder of `.ds` files once, write its manifest, and return it as a dataset.
 
@@ -55,6 +56,7 @@ def import_datatrove(
         folder: The folder; a missing `.ds.index` is made from the end-of-document tokens.
         tokenizer: The tokenizer that the tokens were made with, which the files do not record.
         val_fraction: Share of the tokens to hold out, in [0, 1).
+        near_duplicates: How many documents MinHash left out; None where nobody looked for them.
 
     Raises:
         UsageError: The folder already has a manifest, or ``val_fraction`` is outside [0, 1).
@@ -72,6 +74,9 @@ def import_datatrove(
         shards, ends = _describe_all(folder, files, tokenizer, width)
     splits = _split_by_folder(shards) or _split_by_position(shards, ends, val_fraction)
     manifest = _manifest(folder, tokenizer, width, shards, splits, val_fraction)
+    if near_duplicates is not None:
+        facts = {"dedup": "minhash", "duplicates": near_duplicates}
+        manifest = manifest.model_copy(update={"source": manifest.source.model_copy(update=facts)})
     write_durable(folder / MANIFEST, manifest.to_json())
     return open_dataset(folder)
 

@@ -106,9 +106,10 @@ def read_inputs(paths: Sequence[str | Path], options: ReadOptions | None = None)
     )
 
 
-def input_files(paths: Sequence[str | Path], options: ReadOptions) -> list[Path | RemoteFile]:
-    """Return the files that `read_inputs` reads, in its order (`DataError` as there)."""
-    return [file for path in paths for file in _Input.find(path, options).files]
+def input_files(paths: Sequence[str | Path], options: ReadOptions) -> list[tuple[Path | RemoteFile, Split | None]]:
+    """Return the files that `read_inputs` reads, in its order, and where a folder wants each (`DataError` as there)."""
+    inputs = [_Input.find(path, options) for path in paths]
+    return [(file, one.split_of(file)) for one in inputs for file in one.files]
 
 
 def _size(file: Path | RemoteFile) -> int | None:
@@ -244,11 +245,14 @@ class _Input:
             if self.is_folder and isinstance(path, Path) and file.unsupported:
                 counts.unused.add(file.unsupported.name, shown_name(path, user_path(self.name)))
                 return
-            split = None
-            if self.has_splits and isinstance(path, Path):
-                split = split_of_path(path.relative_to(user_path(self.name)))
             for document in _documents(file, count, counts):
-                yield replace(document, split=split)
+                yield replace(document, split=self.split_of(path))
+
+    def split_of(self, file: Path | RemoteFile) -> Split | None:
+        """Return the split of a file in a folder that divides its text itself; None elsewhere."""
+        if not self.has_splits or not isinstance(file, Path):
+            return None
+        return split_of_path(file.relative_to(user_path(self.name)))
 
     def pass_over(self, path: Path | RemoteFile, options: ReadOptions, count: InputCount) -> None:
         """Count and hash a file as if it had been read; of a remote one nothing is fetched for that."""

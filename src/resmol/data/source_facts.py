@@ -91,7 +91,7 @@ class SourceFacts(StrictModel):
     first_null: str = ""
     special_tokens: dict[str, Count] = Field(default_factory=dict)
     duplicates: Count = 0
-    dedup: Literal["none", "exact"] = "none"
+    dedup: Literal["none", "exact", "minhash"] = "none"
     val_in_train: Count = 0
     unused: tuple[UnusedFacts, ...] = ()
     statistics: TextStatistics | None = None
