@@ -272,6 +272,9 @@ def test_the_command_says_what_comes_next(run: RunDir, authority: Authority, key
 
 
 def test_nothing_is_anchored_before_there_is_a_record(tmp_path: Path, run: RunDir, key: Path) -> None:
+    run.ledger.unlink()
+    with pytest.raises(DataError, match="there is no ledger"):
+        anchor_run(run.path, keys=[key])
     run.ledger.write_bytes(b"")
     with pytest.raises(DataError, match="no record yet"):
         anchor_run(run.path, keys=[key])

@@ -136,8 +136,8 @@ def anchor_run(
         )
     directory = RunDir(Path(run))
     directory.require()
-    fsync_path(directory.ledger)  # or a power cut could take back lines that the world has a time stamp of
     content, roots = read_ledger(directory.ledger), [Path(root) for root in tsa_roots]
+    fsync_path(directory.ledger)  # or a power cut could take back lines that the world has a time stamp of
     statement = canonical(_statement(directory, content))
     signed = [sign(statement, Path(key)) for key in keys]
     stamps = [request_time_stamp(url, statement, allow_http=allow_http) for url in tsa]
