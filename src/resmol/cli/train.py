@@ -147,41 +147,45 @@ def prepare(
     json_: Json = False,
 ) -> None:
     """Turn text into token shards and a manifest."""
-    if near_dedup and executor is None:
-        raise UsageError(
-            "--near-dedup needs --executor", fix="add --executor local, or leave out exact copies: --dedup"
-        )
     if workers and executor is None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read by the tokenizers library when it is imported
-    from resmol.data.cluster import ClusterOptions, prepare_on_cluster
-    from resmol.data.resolve import prepare_text
     from resmol.data.sample import parse_tokens
     from resmol.data.shards import open_dataset
     from resmol.data.text_file import ReadOptions
     from resmol.data.tokenizer import load_tokenizer
 
-    options = ReadOptions(text_field, encoding, format_, include_hidden, sample_seed)
+    reading = ReadOptions(text_field, encoding, format_, include_hidden, sample_seed)
     most = None if max_tokens is None else parse_tokens(max_tokens)
     if stats and not input_ and corpus is None:
         dataset = open_dataset(out)
     else:
-        how = {"options": options, "special_tokens": special_tokens, "dedup": dedup, "max_tokens": most}
+        how = {"options": reading, "special_tokens": special_tokens, "dedup": dedup, "max_tokens": most}
         text = _text(input_, val, val_fraction, corpus=corpus, **how)
-        found = load_tokenizer(tokenizer, sha256=tokenizer_sha256)
-        if executor is None:
-            dataset = prepare_text(out, text, found)
-        else:
-            cluster = ClusterOptions(executor, tasks, workers or -1, partition, near_dedup=near_dedup)
-            made = prepare_on_cluster(out, text, found, cluster)
-            if made is None:
-                return  # Slurm makes it later
-            dataset = made
+        cluster = {"tasks": tasks, "workers": workers or -1, "partition": partition, "near_dedup": near_dedup}
+        made = _prepared(out, text, load_tokenizer(tokenizer, sha256=tokenizer_sha256), executor, cluster)
+        if made is None:
+            return  # Slurm makes it later
+        dataset = made
     if stats and not json_:
         _show_statistics(dataset.manifest)
     if json_:
         print_json({"path": str(out), "fingerprint": dataset.fingerprint, **dataset.manifest.model_dump(mode="json")})
     else:
         suggest(f"train runs/{quote(out.name)} --preset nano --data {quote(str(out))}")
+
+
+def _prepared(out: Path, text: Any, tokenizer: Any, executor: str | None, cluster: dict[str, Any]) -> Any:
+    """Return the prepared text; None where Slurm makes it later."""
+    from resmol.data.cluster import ClusterOptions, prepare_on_cluster
+    from resmol.data.resolve import prepare_text
+
+    if executor is not None:
+        return prepare_on_cluster(out, text, tokenizer, ClusterOptions(executor, **cluster))
+    if cluster["near_dedup"]:
+        raise UsageError(
+            "--near-dedup needs --executor", fix="add --executor local, or leave out exact copies: --dedup"
+        )
+    return prepare_text(out, text, tokenizer)
 
 
 def _show_statistics(manifest: Any) -> None:
