@@ -56,6 +56,7 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
+from resmol.run.ranks import Ranks
 from resmol.train.loop import Session, TrainState, record_step, save
 from resmol.train.start import train_model
 from resmol.train.step_result import StepResult
@@ -199,8 +200,8 @@ def note_acknowledged(note: Callable[[int], None]) -> None:
     """Call ``note`` with the step whenever a checkpoint is committed."""
     real = resmol.run.async_save.commit_checkpoint
 
-    def noting(staged: StagedCheckpoint) -> Manifest:
-        manifest = real(staged)
+    def noting(staged: StagedCheckpoint, ranks: Ranks) -> Manifest:
+        manifest = real(staged, ranks)
         note(manifest.step)
         return manifest
 

@@ -26,6 +26,7 @@ from resmol.run.checkpoint import StagedCheckpoint
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
+from resmol.run.ranks import Ranks
 
 
 def test_k1_killed_at_any_time(
@@ -69,7 +70,7 @@ def lost_too_much(run: Path) -> list[str]:
 # What the thread that saves does, and of which step's save it is: before anything is synced, when all is but the name,
 # when the checkpoint is recorded.
 IN_THE_BACKGROUND: dict[str, tuple[Any, Callable[..., int]]] = {
-    "commit_checkpoint": (resmol.run.async_save, lambda staged: staged.manifest.step),
+    "commit_checkpoint": (resmol.run.async_save, lambda staged, _: staged.manifest.step),
     "rename": (os, lambda _, final: step_of(final) if final.name.startswith("step-") else 0),
     "prune": (resmol.run.async_save, lambda folder, *_: step_of(list_checkpoints(folder)[0])),
 }
@@ -206,8 +207,8 @@ def die_after_saving(step: int, run: Path, setting: Setting, *overrides: str) ->
     """Train, and be killed the moment the checkpoint of a step is committed, before anything else is noted."""
     real, real_save = resmol.run.async_save.commit_checkpoint, resmol.train.loop.save
 
-    def commit_and_die(staged: StagedCheckpoint) -> Any:
-        manifest = real(staged)
+    def commit_and_die(staged: StagedCheckpoint, ranks: Ranks) -> Any:
+        manifest = real(staged, ranks)
         if manifest.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return manifest

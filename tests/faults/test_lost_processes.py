@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -112,23 +112,23 @@ def be_slow() -> None:
 
 
 def have_other_weights() -> None:
-    real = resmol.train.start.share_state
-
-    def share_and_change(state: Any, runtime: Any) -> None:
-        real(state, runtime)
-        state.model.model.norm.weight.data[3] += 1e-6
-
-    resmol.train.start.share_state = share_and_change
+    after_the_start(lambda state: state.model.model.norm.weight.data[3].add_(1e-6))
 
 
 def have_another_step() -> None:
-    real = resmol.train.start.share_state
+    after_the_start(lambda state: setattr(state, "step", state.step + 1))
 
-    def share_and_change(state: Any, runtime: Any) -> None:
-        real(state, runtime)
-        state.step += 1
 
-    resmol.train.start.share_state = share_and_change
+def after_the_start(change: Callable[[Any], object]) -> None:
+    """Change the state of this rank when it is where the run stands."""
+    real = resmol.train.start.resume_or_start
+
+    def start_and_change(state: Any, *arguments: Any, **options: Any) -> Any:
+        checkpoint = real(state, *arguments, **options)
+        change(state)
+        return checkpoint
+
+    resmol.train.start.resume_or_start = start_and_change
 
 
 def have_other_data() -> None:

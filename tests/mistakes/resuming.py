@@ -269,7 +269,7 @@ def _damage(path: Path) -> bytes:
 
 
 def starts_over(patch: pytest.MonkeyPatch) -> None:
-    genuine = resume._find_checkpoint
+    genuine = resume._newest_whole
 
     def careless(*arguments: Any, **options: Any) -> Any:
         try:
@@ -277,7 +277,7 @@ def starts_over(patch: pytest.MonkeyPatch) -> None:
         except Exception:  # the mistake
             return None
 
-    patch.setattr(resume, "_find_checkpoint", careless)
+    patch.setattr(resume, "_newest_whole", careless)
 
 
 def silent_fallback(patch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from resmol.run.checkpoint_manifest import (
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import RunLog
+from resmol.run.ranks import Ranks
 from resmol.train.build import new_state
 from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
@@ -229,11 +230,11 @@ def full(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let the disk be full when the checkpoints of these steps are synced."""
     genuine = saving.commit_checkpoint
 
-    def commit(staged: StagedCheckpoint) -> Any:
+    def commit(staged: StagedCheckpoint, ranks: Ranks) -> Any:
         if staged.manifest.step in steps:
             shutil.rmtree(staged.temporary)
             raise FULL
-        return genuine(staged)
+        return genuine(staged, ranks)
 
     monkeypatch.setattr(saving, "commit_checkpoint", commit)
 
@@ -291,10 +292,10 @@ def test_a_checkpoint_that_is_waited_for_is_written_again_at_once(
     bench.gate.set()
     genuine, left = saving.commit_checkpoint, [FULL]
 
-    def full_once(staged: StagedCheckpoint) -> Any:
+    def full_once(staged: StagedCheckpoint, ranks: Ranks) -> Any:
         if left:
             raise left.pop()
-        return genuine(staged)
+        return genuine(staged, ranks)
 
     monkeypatch.setattr(saving, "commit_checkpoint", full_once)
     with bench.checkpointer() as checkpointer:
@@ -358,10 +359,10 @@ class Watch:
         self.step, self.changed, self.threads = 0, threading.Condition(), set[threading.Thread]()
         genuine = saving.commit_checkpoint
 
-        def late(staged: StagedCheckpoint) -> Any:
+        def late(staged: StagedCheckpoint, ranks: Ranks) -> Any:
             with self.changed:
                 assert self.changed.wait_for(lambda: self.step >= min(staged.manifest.step + 2, last), PATIENCE)
-            return genuine(staged)
+            return genuine(staged, ranks)
 
         monkeypatch.setattr(saving, "commit_checkpoint", late)
 

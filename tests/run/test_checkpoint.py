@@ -22,10 +22,9 @@ from resmol.run import checkpoint_manifest as manifest_module
 from resmol.run.checkpoint import (
     CheckpointTensors,
     commit_checkpoint,
-    load_into,
-    prune,
     stage_checkpoint,
 )
+from resmol.run.checkpoint_load import load_into
 from resmol.run.checkpoint_manifest import (
     Manifest,
     SavedState,
@@ -35,6 +34,7 @@ from resmol.run.checkpoint_manifest import (
     open_checkpoint,
     read_manifest,
 )
+from resmol.run.retention import prune
 from resmol.system.locks import kept_while_read, unless_being_read
 from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer

@@ -23,10 +23,10 @@ from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import RunInUse
-from resmol.run import checkpoint
 from resmol.run.checkpoint_manifest import list_checkpoints, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import comparable_steps, read_ledger, scan
+from resmol.run.retention import prune
 from resmol.system import atomic_io, locks, user_paths
 from resmol.system.locks import exclusive_lock, kept_while_read
 
@@ -136,9 +136,9 @@ def test_a_checkpoint_that_is_being_read_stays_until_the_next_time(train_tiny: T
     train_tiny(run.path, 15)
     oldest = list_checkpoints(run.checkpoints)[-1]
     with kept_while_read(oldest / "manifest.json"):
-        assert checkpoint.prune(run.checkpoints, keep_last=1) == ["step-00000010"]
+        assert prune(run.checkpoints, keep_last=1) == ["step-00000010"]
         assert oldest.is_dir()
-    assert checkpoint.prune(run.checkpoints, keep_last=1) == ["step-00000005"]
+    assert prune(run.checkpoints, keep_last=1) == ["step-00000005"]
 
 
 def test_a_rename_waits_for_a_scanner_that_looks_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from resmol.train.start import train_model
 FAILURES: dict[str, tuple[BaseException, str]] = {
     "no room": (DiskFull("no room", fix=""), "resmol.run.directory.RunDir._check_room"),
     "before the ledger": (OSError("no file"), "resmol.train.start.Ledger"),
-    "after its first record": (KeyboardInterrupt(), "resmol.train.start.share_state"),
+    "after its first record": (KeyboardInterrupt(), "resmol.train.start.check_ranks_agree"),
     "in the first step": (ConfigError("no compiler", fix=""), "resmol.train.start.train"),
 }
 

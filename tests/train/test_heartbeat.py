@@ -13,7 +13,7 @@ from waiting import until
 
 from resmol.errors import ConfigError, ProcessLost
 from resmol.train import heartbeat as module
-from resmol.train.heartbeat import RankMonitor, describe_straggler
+from resmol.train.heartbeat import RankMonitor, describe_straggler, read_heartbeats
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def test_ranks_without_a_heartbeat_and_ranks_that_do_not_arrive_are_named(
         busy.set_phase("sample after step 7")
         gone.set_phase("step 8")
         at = ["step 8", "sample after step 7", "step 8"]
-        until(lambda: [beat.phase for beat in alone._heartbeats()[:3]] == at, "a heartbeat of all three")
+        store = alone.connect()
+        until(lambda: [beat.phase for beat in read_heartbeats(store, 3)] == at, "a heartbeat of all three")
         gone.__exit__(None, None, None)
         with pytest.raises(ProcessLost) as lost, alone.collective("all-reduce"):
             raise RuntimeError("the connection was closed")  # what gloo raises

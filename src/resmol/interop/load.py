@@ -31,7 +31,8 @@ from resmol.interop.surplus import check_surplus
 from resmol.model.flops import total_parameters
 from resmol.model.linear import default_matmul_backend, set_matmul_backend
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import load_tensors, weight_tensors
+from resmol.run.checkpoint import weight_tensors
+from resmol.run.checkpoint_load import load_tensors
 from resmol.run.checkpoint_manifest import AVERAGED, WEIGHTS, list_checkpoints
 from resmol.run.directory import RunDir
 from resmol.run.tensor_files import stored_tensor

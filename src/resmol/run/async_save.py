@@ -7,6 +7,8 @@ all of it is on the disk; a crash before that leaves what a crash during any sav
 
 Only the training thread touches the ledger: `AsyncCheckpointer.poll` and `wait_until_finished` record there what the
 other thread has done.
+
+Several ranks write a checkpoint together: all of them save after the same steps, and each has such a thread.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from pathlib import Path
 from types import TracebackType
 
 from resmol.config.run_config import RunConfig
-from resmol.errors import DiskFull
-from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, commit_checkpoint, prune, stage_checkpoint
+from resmol.errors import DiskFull, ProcessLost
+from resmol.run.checkpoint import CheckpointTensors, StagedCheckpoint, commit_checkpoint, stage_checkpoint
 from resmol.run.checkpoint_manifest import Checkpoint, Manifest, SavedState, checkpoint_name, list_checkpoints, step_of
 from resmol.run.held_out import WeightsKind, best_steps
 from resmol.run.log_writers import RunLog
 from resmol.run.mirror import Mirror
+from resmol.run.ranks import ONE_RANK, Ranks
+from resmol.run.retention import prune
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class _PendingSave:
 class AsyncCheckpointer:
     """Decides when to save, writes checkpoints, records them, and prunes older ones.
 
-    At most one save is under way; leaving the context waits for it. Only the process that holds the run's lock saves.
+    At most one save is under way; leaving the context waits for it. Where there are several ranks, each has one.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class AsyncCheckpointer:
         run_log: RunLog,
         resumed: Checkpoint | None,
         mirror: Mirror | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         """Prepare to save.
 
@@ -65,8 +70,9 @@ class AsyncCheckpointer:
             run_log: Records every checkpoint that is durable.
             resumed: The checkpoint that training goes on from, parent of the first one to be saved.
             mirror: Copies each checkpoint that is durable and recorded to a second place.
+            ranks: Who writes the checkpoints; rank 0 alone records and prunes them.
         """
-        self._mirror = mirror
+        self._mirror, self._ranks, self._committing = mirror, ranks, ranks.for_thread()
         self.folder, self.config, self.run_log = folder, config, run_log
         self._parent = resumed.manifest.sha256 if resumed is not None else None
         self._pending: _PendingSave | None = None
@@ -98,6 +104,7 @@ class AsyncCheckpointer:
             DataError: The run directory was moved or removed.
             CheckpointError: The newest checkpoint is corrupt, so nothing was pruned.
             OSError: The disk failed. All of these may concern the save before, which this one waits for.
+            ProcessLost: Another rank died, or did not do its part in time.
         """
         self.wait_until_finished()
         self._start(state, tensors)
@@ -131,17 +138,19 @@ class AsyncCheckpointer:
 
     def _stage(self, state: SavedState, tensors: CheckpointTensors) -> StagedCheckpoint:
         try:
-            return stage_checkpoint(self.folder, state, tensors, parent=self._parent)
+            return stage_checkpoint(self.folder, state, tensors, parent=self._parent, ranks=self._ranks)
         except DiskFull:
             self._make_room()
-            return stage_checkpoint(self.folder, state, tensors, parent=self._parent)
+            return stage_checkpoint(self.folder, state, tensors, parent=self._parent, ranks=self._ranks)
 
     def _make_room(self) -> None:
+        if self._ranks.rank:
+            return
         removed = prune(self.folder, 1, self._best().values())
         self.run_log.write("warn", what="disk full: older checkpoints pruned", removed=removed)
 
     def _commit(self, staged: StagedCheckpoint, started: float) -> float:
-        commit_checkpoint(staged)
+        commit_checkpoint(staged, self._committing)
         return time.perf_counter() - started
 
     def _finish_save(self, *, tensors_unchanged: bool = False) -> None:
@@ -165,6 +174,8 @@ class AsyncCheckpointer:
             self._disk_full = error
             return
         self._record(pending.manifest, seconds, pending.stall_seconds + time.perf_counter() - started)
+        if self._ranks.rank:
+            return
         keep_last = self.config.checkpoint.keep_last
         self._pruning = self._thread.submit(prune, self.folder, keep_last, self._best().values())
 
@@ -188,6 +199,8 @@ class AsyncCheckpointer:
 
     def _record(self, manifest: Manifest, seconds: float, stall_seconds: float) -> None:
         self._parent, self._disk_full = manifest.sha256, None
+        if self._ranks.rank:
+            return
         self.run_log.write(
             "save",
             step=manifest.step,
@@ -209,6 +222,8 @@ class AsyncCheckpointer:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        if isinstance(error, ProcessLost):
+            self._committing.abandon()
         try:
             self._finish()
         except Exception as second:

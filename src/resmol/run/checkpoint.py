@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints: by the commit protocol of system/atomic_io.py, verified before they are believed.
+"""Saving checkpoints, by the commit protocol of system/atomic_io.py.
 
 A checkpoint is a directory ``step-00005000`` with
 
@@ -9,7 +9,8 @@ A checkpoint is a directory ``step-00005000`` with
 * ``state.json``: everything else that the next step depends on,
 * ``manifest.json``: size and sha256 of each file, a digest of each tensor; written last, it is the commit.
 
-Nothing in it is a pickle. checkpoint_manifest.py describes the files and decides whether a directory is whole.
+Nothing in it is a pickle. checkpoint_manifest.py describes the files and decides whether a directory is whole;
+checkpoint_load.py reads them, retention.py removes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,28 +29,21 @@ import torch
 from torch import Tensor
 
 from resmol.config.model_config import ModelConfig
-from resmol.errors import CheckpointError, DiskFull
+from resmol.errors import DiskFull
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint_manifest import (
     AVERAGED,
     CONFIG,
-    MANIFEST,
     OPTIMIZER,
     STATE,
     WEIGHTS,
-    Checkpoint,
     FileEntry,
     Manifest,
     SavedState,
     checkpoint_name,
-    corrupt,
-    list_checkpoints,
-    open_checkpoint,
-    read_manifest,
-    step_of,
 )
-from resmol.run.ranks import ONE_RANK, Ranks, together
-from resmol.run.tensor_files import as_bytes, create_tensor_file, layout, read_shard, stored_digest, write_shard
+from resmol.run.ranks import ONE_RANK, Ranks, balanced, together
+from resmol.run.tensor_files import as_bytes, create_tensor_file, layout, stored_digest, write_shard
 from resmol.run.tensor_shards import TensorShard, shard_of
 from resmol.system.atomic_io import (
     abandoned_on_error,
@@ -57,18 +51,13 @@ from resmol.system.atomic_io import (
     file_sha256,
     fsync_path,
     full_disk_is_an_error,
-    remove_directory,
     stage_directory,
 )
-from resmol.system.locks import unless_being_read
-from resmol.system.safetensors_header import Header, read_header
+from resmol.system.safetensors_header import Header
 
 ADAMW_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # torch.optim's names
 WRITERS = 4  # threads that write and hash
 Item: TypeAlias = tuple[str, str]  # a file and a tensor in it; or a file and "", which is all of it
-
-
-# --- saving --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,7 +169,7 @@ def _write_and_hash(
         for name, info in header.tensors.items()
         if name not in digests[file]
     }
-    own = [item for item, rank in _balanced(sizes, ranks.world_size).items() if rank == ranks.rank]
+    own = [item for item, rank in balanced(sizes, ranks.world_size).items() if rank == ranks.rank]
     sha256 = dict[str, str]()
     for found in together(ranks, f"hash {temporary.name}", lambda: _hash(temporary, headers, own)):
         for file, name, value in found:
@@ -204,18 +193,9 @@ def _pieces(tensors: CheckpointTensors, ranks: Ranks) -> list[_Piece]:
     writers = dict[Item, int]()
     for copies in sorted({shard.copies for shard in shards.values()}):
         sizes = {item: math.prod(shard.shape) for item, shard in shards.items() if shard.copies == copies}
-        writers |= _balanced(sizes, copies)
+        writers |= balanced(sizes, copies)
     pieces = [_Piece(*item, shard) for item, shard in shards.items() if writers[item] == shard.copy]
     return sorted(pieces, key=lambda piece: -piece.shard.local.numel())
-
-
-def _balanced(sizes: Mapping[Item, int], bins: int) -> dict[Item, int]:
-    """Share items among bins by their sizes, the largest first to the bin with least (Graham 1969)."""
-    loads, result = [0] * bins, dict[Item, int]()
-    for item in sorted(sizes, key=lambda item: -sizes[item]):
-        result[item] = min(range(bins), key=loads.__getitem__)
-        loads[result[item]] += sizes[item]
-    return result
 
 
 def _write_pieces(temporary: Path, headers: Mapping[str, Header], pieces: list[_Piece]) -> list[tuple[str, str, str]]:
@@ -333,88 +313,3 @@ def quarantine(final: Path) -> None:
             number += 1
         final.rename(aside)
         fsync_path(final.parent)
-
-
-# --- loading -------------------------------------------------------------------------------------------------
-
-
-def load_into(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill a model, and an optimizer where one is given, from a verified checkpoint.
-
-    Raises:
-        CheckpointError: Names, shapes, types or values are not those of this model.
-    """
-    load_tensors(checkpoint, WEIGHTS, weight_tensors(model))
-    if optimizer is None:
-        return
-    allocate_moments(optimizer, checkpoint.state.loss_scale.updates(checkpoint.state.step))
-    load_tensors(checkpoint, OPTIMIZER, moment_tensors(model, optimizer))
-
-
-def load_tensors(checkpoint: Checkpoint, name: str, targets: Mapping[str, Tensor]) -> None:
-    """Fill tensors, or what this rank holds of them, from a safetensors file of a verified checkpoint.
-
-    Args:
-        checkpoint: The checkpoint.
-        name: The file, such as `AVERAGED`.
-        targets: The file must hold exactly their names and shapes, in float32, all finite.
-
-    Raises:
-        CheckpointError: The file holds something else, or the checkpoint has no such file.
-    """
-    path, entry = checkpoint.path / name, checkpoint.manifest.files.get(name)
-    if entry is None:
-        raise corrupt(path, "is missing, and the configuration of its run asks for it")
-    header, digests = read_header(path), entry.tensors
-    shapes = {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
-    expected = {name: ("F32", tuple(t.shape)) for name, t in targets.items()}
-    if shapes != expected:
-        wrong = min({*shapes, *expected}, key=lambda name: (shapes.get(name) == expected.get(name), name))
-        raise corrupt(path, f"holds {wrong} as {shapes.get(wrong)}; this model has {expected.get(wrong)}")
-
-    def fill(name: str) -> None:
-        shard = shard_of(targets[name])
-        values = read_shard(path, header, name, shard)
-        if shard.is_whole and digest(values) != digests.get(name):
-            raise corrupt(path, f"gave other bytes for {name} than were in memory when it was saved")
-        if not bool(torch.isfinite(values).all()):
-            raise corrupt(path, f"holds NaN or infinity in {name}")
-        shard.local.copy_(values)
-
-    with ThreadPoolExecutor(2) as pool:  # hashing and copying release the interpreter
-        list(pool.map(fill, targets))
-
-
-# --- retention -----------------------------------------------------------------------------------------------
-
-
-def prune(folder: Path, keep_last: int, keep: Collection[int] = ()) -> list[str]:
-    """Remove old checkpoints: the newest ``keep_last``, those of the steps ``keep`` and the permanent ones stay.
-
-    The newest is read back and verified first; if it is corrupt, nothing is removed. One that another process is
-    reading stays until the next time.
-
-    Returns:
-        The names of the checkpoints that were removed.
-
-    Raises:
-        CheckpointError: The newest checkpoint is corrupt.
-    """
-    paths = list_checkpoints(folder)
-    expired = [path for path in paths[keep_last:] if not (step_of(path) in keep or _is_permanent(path))]
-    if expired:
-        open_checkpoint(paths[0]).verify()
-    removed = []
-    for path in expired:
-        with unless_being_read(path / MANIFEST) as free:
-            if free:
-                remove_directory(path)
-                removed.append(path.name)
-    return removed
-
-
-def _is_permanent(path: Path) -> bool:
-    try:
-        return read_manifest(path).permanent
-    except CheckpointError:
-        return True  # corrupt: never deleted, it may be evidence

@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import shutil
+import socket
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from resmol.config.run_config import RunConfig
 from resmol.errors import DataError, DiskFull
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import FORMAT, first_record, unverified_kinds
+from resmol.run.ranks import Ranks
 from resmol.system.atomic_io import (
     TEMPORARY_PREFIX,
     commit_directory,
@@ -172,6 +175,30 @@ class RunDir:
                     "config.toml is missing: restored from the ledger, with the fields of class C as given now"
                 )
             self.write_config(config)
+
+    def check_shared(self, ranks: Ranks) -> None:
+        """Check that all ranks see the directory of rank 0, since they write checkpoints together.
+
+        Raises:
+            DataError: A rank does not see it; all ranks raise this.
+        """
+        if ranks.world_size == 1:
+            return
+        probe = self.path / f"{TEMPORARY_PREFIX}ranks-{uuid.uuid4().hex[:12]}"
+        if ranks.rank == 0:
+            probe.touch()
+        try:
+            name = ranks.exchange("name the run directory", probe.name)[0]
+            seen = ranks.exchange("look at the run directory", [(self.path / name).exists(), socket.gethostname()])
+        finally:
+            probe.unlink(missing_ok=True)
+        for rank, (sees, host) in enumerate(seen):
+            if not sees:
+                raise DataError(
+                    f"rank {rank}, on {host}, does not see the run directory of rank 0, {self.path}: all ranks write "
+                    "checkpoints into it",
+                    fix="give all ranks the same run directory, on a file system that their hosts share",
+                )
 
     def check_place(self, config: RunConfig) -> None:
         """Check that a run can be written here: room for a checkpoint, permission, and the operations that it needs.

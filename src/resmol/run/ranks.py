@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from resmol.errors import DiskFull
@@ -96,6 +96,15 @@ def together(ranks: Ranks, what: str, work: Callable[[], Result]) -> list[Any]:
         if "error" in outcome:
             raise _from_json(outcome["error"], rank)
     return [outcome["result"] for outcome in outcomes]
+
+
+def balanced(sizes: Mapping[tuple[str, str], int], bins: int) -> dict[tuple[str, str], int]:
+    """Share items among bins by their sizes, the largest first to the bin with least (Graham 1969)."""
+    loads, result = [0] * bins, dict[tuple[str, str], int]()
+    for item in sorted(sizes, key=lambda item: -sizes[item]):
+        result[item] = min(range(bins), key=loads.__getitem__)
+        loads[result[item]] += sizes[item]
+    return result
 
 
 def _as_json(error: DiskFull | OSError) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def layout(tensors: Mapping[str, Tensor]) -> tuple[Header, bytes]:
 
 
 def create_tensor_file(path: Path, header: Header, head: bytes) -> None:
-    """Create a file in its full size, without the values (`OSError`: the disk failed, or is full)."""
-    with path.open("xb", buffering=0) as file:
-        _write_all(file, memoryview(head))
+    """Create a file in its full size, without the values; raises what `write_shard` raises."""
+    with path.open("x+b", buffering=0) as file:
         file.truncate(header.file_bytes)
+        _write_and_compare(file, 0, memoryview(head), "other bytes came back for the header")
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -67,18 +67,8 @@ def write_shard(path: Path, header: Header, name: str, shard: TensorShard, value
     Raises:
         OSError: The disk failed, is full, or gives other bytes back.
     """
-    content = as_bytes(values)
     with path.open("r+b", buffering=0) as file:
-        start = _place(header, name, shard)
-        file.seek(start)
-        _write_all(file, content)
-        file.seek(start)
-        block = bytearray(BLOCK)
-        for at in range(0, len(content), BLOCK):
-            expected = content[at : at + BLOCK]
-            del block[len(expected) :]
-            if _read_into(file, block) != len(expected) or block != expected:
-                raise OSError(errno.EIO, f"other bytes came back for {name} than were written", str(path))
+        _write_and_compare(file, _place(header, name, shard), as_bytes(values), f"other bytes came back for {name}")
 
 
 def read_shard(path: Path, header: Header, name: str, shard: TensorShard) -> Tensor:
@@ -107,14 +97,27 @@ def stored_tensor(path: Path, name: str, header: Header | None = None) -> Tensor
     return _read(path, name, header.header_bytes + info.start, info.shape, info.dtype)
 
 
-def stored_digest(path: Path, header: Header, name: str) -> str:
-    """Return the sha256 of a tensor's bytes in a file, without holding them (`OSError`: they cannot be read)."""
+def stored_digest(path: Path, header: Header, name: str, start: int = 0, end: int | None = None) -> str:
+    """Return the sha256 of a tensor's bytes in a file, or of some elements, without holding them.
+
+    Args:
+        path: The file.
+        header: Its header.
+        name: The tensor.
+        start: The first element, of the tensor flattened.
+        end: The one after the last; None is the tensor's end.
+
+    Raises:
+        OSError: They cannot be read.
+    """
     info, found = header.tensors[name], hashlib.sha256()
+    size = DTYPE_BYTES[info.dtype]
+    first, last = info.start + start * size, info.end if end is None else info.start + end * size
     with path.open("rb", buffering=0) as file:
-        file.seek(header.header_bytes + info.start)
+        file.seek(header.header_bytes + first)
         block = bytearray(BLOCK)
-        for at in range(info.start, info.end, BLOCK):
-            del block[info.end - at :]
+        for at in range(first, last, BLOCK):
+            del block[last - at :]
             if _read_into(file, block) != len(block):
                 raise OSError(errno.EIO, f"the file ends within {name}", str(path))
             found.update(block)
@@ -151,8 +154,16 @@ def _read_into(file: FileIO, content: memoryview | bytearray) -> int:
     return done
 
 
-def _write_all(file: FileIO, content: memoryview) -> None:
-    """Write a buffer, with several writes where the system takes less than asked."""
+def _write_and_compare(file: FileIO, place: int, content: memoryview, fault: str) -> None:
+    """Write a buffer, read it back, and compare (`OSError`: other bytes came back; the message says what ``fault``)."""
+    file.seek(place)
     done = 0
-    while done < len(content):
+    while done < len(content):  # the system may take less than asked
         done += file.write(content[done:])
+    file.seek(place)
+    block = bytearray(BLOCK)
+    for at in range(0, len(content), BLOCK):
+        expected = content[at : at + BLOCK]
+        del block[len(expected) :]
+        if _read_into(file, block) != len(expected) or block != expected:
+            raise OSError(errno.EIO, f"{fault} than were written", file.name)

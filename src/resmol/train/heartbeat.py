@@ -118,9 +118,9 @@ class RankMonitor:
 
     def _describe_failure(self, operation: str, seconds: float) -> str:
         try:
-            before = self._heartbeats()
+            before = read_heartbeats(self._store, self._world_size)
             time.sleep(MISSED_BEATS * BEAT_SECONDS)
-            after = self._heartbeats()
+            after = read_heartbeats(self._store, self._world_size)
         except RuntimeError:
             return f"the {operation} failed, and torchrun's store cannot be reached"
         dead, absent = [], []
@@ -136,11 +136,9 @@ class RankMonitor:
             or f"the {operation} failed, though all ranks are alive (last phase: {self._phase})"
         )
 
-    def _heartbeats(self) -> list[Heartbeat]:
-        keys = [_heartbeat_key(rank) for rank in range(self._world_size)]
-        return [
-            Heartbeat(*json.loads(self._store.get(key))) if self._store.check([key]) else Heartbeat() for key in keys
-        ]
+    def connect(self) -> Store:
+        """Return another connection to the ranks' store, for one thread."""
+        return self._store.clone()
 
     def check_consistent(self, facts: Mapping[str, str]) -> None:
         """Compare facts with those of all other ranks.
@@ -179,6 +177,12 @@ class RankMonitor:
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether an error comes from the process group; gloo's are plain `RuntimeError`, named in their text."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def read_heartbeats(store: Store, world_size: int) -> list[Heartbeat]:
+    """Return the last heartbeat of each rank (`RuntimeError`: the store is gone)."""
+    keys = [_heartbeat_key(rank) for rank in range(world_size)]
+    return [Heartbeat(*json.loads(store.get(key))) if store.check([key]) else Heartbeat() for key in keys]
 
 
 def describe_straggler(seconds: list[float]) -> str:

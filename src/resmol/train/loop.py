@@ -41,7 +41,6 @@ from resmol.train.lr_schedule import lr_at
 from resmol.train.optimizer import apply_update, gradient_norm, skip_update
 from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
-from resmol.train.sharding import whole
 from resmol.train.state_fingerprint import StateFingerprint, whole_fingerprint
 from resmol.train.step_result import StepResult, first_difference
 
@@ -115,13 +114,13 @@ def train(state: TrainState, session: Session) -> None:
         spike = record_spike(state, session, result.loss)
         record_straggler(session, step, seconds)
         record_repetition(session.run_log, session.loader, step, result.windows_seen)
-        stopping = runtime.any_rank(session.stop.requested)
+        session.checkpointer.poll()
+        stopping, retrying = runtime.any_rank(session.stop.requested, session.checkpointer.retry_pending)
         if not stopping and is_due(config.evaluation.every, step, config.train.steps):
             record_evaluation(state, session)
         if not stopping and is_due(config.sampling.every, step, config.train.steps):
             record_sample(state, session)
-        session.checkpointer.poll()
-        if stopping or session.checkpointer.should_save(step):
+        if stopping or retrying or session.checkpointer.should_save(step):
             save(state, session, wait=stopping or step == config.train.steps)
         if spike and config.train.on_spike == "stop":
             raise CheckFailed(
@@ -307,14 +306,10 @@ def record_sample(state: TrainState, session: Session) -> None:
 def save(state: TrainState, session: Session, *, wait: bool = False) -> None:
     """Write a checkpoint of this step; it becomes durable in the background, or before this returns with ``wait``.
 
-    Only rank 0 writes.
+    All ranks write it together.
     """
-    tensors = state.tensors()
-    if session.runtime.mesh is not None:
-        tensors = whole(tensors)
-    if not session.runtime.is_rank_zero:
-        return
     session.runtime.set_phase(f"checkpoint of step {state.step}")
+    tensors = state.tensors()
     saved = SavedState(
         step=state.step,
         tokens_seen=state.tokens_seen,

@@ -7,7 +7,7 @@ DDP (`gradients.py`) or FSDP2 (`sharding.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +21,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from resmol.config.run_config import RunConfig
 from resmol.config.runtime_config import ParallelConfig
 from resmol.errors import ConfigError
+from resmol.run.ranks import ONE_RANK, Ranks
 from resmol.system.host import host_facts
 from resmol.system.launcher import Launch, this_launch
 from resmol.system.wording import counted
 from resmol.train.devices import deterministic_kernels, device_name, find_device
 from resmol.train.heartbeat import RankMonitor
 from resmol.train.portable import mkl_branch, require_portable
+from resmol.train.rank_messages import RankMessages
 from resmol.train.rendezvous import meet
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,21 +89,20 @@ class Runtime:
             with self.collective("all-reduce"):
                 dist.all_reduce(tensor)
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every rank the values that these tensors have on rank 0, in place."""
-        if self.world_size > 1:
-            with self.collective("broadcast"):
-                for tensor in tensors:
-                    dist.broadcast(tensor, src=0)
-
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank; a barrier when there are several."""
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Return, for each flag, whether it is set on any rank; a barrier when there are several ranks."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag), device=self.device)
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
         with self.collective("all-reduce"):
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-            return bool(votes.item())
+            return [bool(vote) for vote in votes.tolist()]
+
+    def ranks(self) -> Ranks:
+        """Return the ranks of the run, for messages between them on a connection of their own."""
+        if self.monitor is None:
+            return ONE_RANK
+        return RankMessages(self.monitor.connect(), self.rank, self.world_size)
 
     def set_phase(self, phase: str) -> None:
         """Publish what this rank does from now on: the other ranks name it if this one is lost."""

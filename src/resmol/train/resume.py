@@ -7,7 +7,6 @@ executed again; the loop compares their bits with the recorded ones, so every cr
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +15,17 @@ import torch
 from resmol.config.run_config import RunConfig
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from resmol.model.flops import total_parameters
-from resmol.run.checkpoint import allocate_moments, load_into, load_tensors, moment_tensors, quarantine
+from resmol.run.checkpoint import quarantine
+from resmol.run.checkpoint_load import load_into, load_tensors
 from resmol.run.checkpoint_manifest import (
     AVERAGED,
+    MANIFEST,
     STATE,
     Checkpoint,
-    LossScale,
     corrupt,
     list_checkpoints,
     newest_valid,
+    open_checkpoint,
 )
 from resmol.run.directory import RunDir
 from resmol.run.fingerprint import Fingerprint, hexadecimal, is_of_step
@@ -39,11 +40,9 @@ from resmol.run.ledger import (
     select,
 )
 from resmol.run.log_writers import RunLog
-from resmol.run.mixture_place import MixturePlace
+from resmol.run.ranks import ONE_RANK, Ranks
 from resmol.system.wording import in_words
 from resmol.train.loop import TrainState
-from resmol.train.loss_spikes import HISTORY
-from resmol.train.parallel import Runtime
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -77,11 +76,14 @@ def resume_or_start(
     drifts: dict[str, Any],
     data: Record,
     environment: dict[str, str | int],
+    ranks: Ranks = ONE_RANK,
     *,
     allow_fresh: bool = False,
     strict: bool = False,
 ) -> Checkpoint | None:
     """Bring ``state`` to where the run stands, and record how.
+
+    All ranks call it: rank 0 decides and records, and each rank reads from the checkpoint what it holds of the state.
 
     Args:
         state: Initial weights; filled from a checkpoint if there is one.
@@ -91,6 +93,7 @@ def resume_or_start(
         drifts: Its accepted changes from the recorded one, ``key -> {"from": ..., "to": ...}``.
         data: What the ledger records of the data at hand: its fingerprint, and the sources of a mixture.
         environment: Facts about machine and libraries.
+        ranks: The ranks of the run.
         allow_fresh: Begin again when every checkpoint is corrupt.
         strict: Refuse an environment in which bitwise equality is not promised.
 
@@ -104,26 +107,24 @@ def resume_or_start(
         UsageError: The run is already past the last step that is asked for.
     """
     facts = {"environment": environment, "config_sha256": config.sha256}
-    if not run_log.records:
-        _record_start(run_log, run, config, **data, **facts)
-        return None
-    added = _check_data(run_log.records, data)
-    _compare_environment(run_log, config, environment, strict=strict)
-    checkpoint = _find_checkpoint(run_log, run, allow_fresh=allow_fresh)
+    checkpoint, added = None, dict[str, Any]()
+    begins = not run_log.records
+    if ranks.rank == 0:
+        if begins:
+            _record_start(run_log, run, config, **data, **facts)
+        else:
+            added = _check_data(run_log.records, data)
+            _compare_environment(run_log, config, environment, strict=strict)
+            checkpoint = _find_checkpoint(run_log, run, config, allow_fresh=allow_fresh)
+    checkpoint = _share_checkpoint(checkpoint, run, ranks)
     if checkpoint is not None:
-        _check_bindings(run_log, checkpoint)
-    step = 0 if checkpoint is None else checkpoint.state.step
-    if step > config.train.steps:
-        raise UsageError(
-            f"the run is at step {step}; --steps {config.train.steps} lies before it",
-            fix=f"give --steps {step} or more, or start a new run directory",
-        )
-    if checkpoint is not None:
-        restore(state, checkpoint)
+        restore(state, checkpoint, ranks)
         _check_fingerprint(run_log.records, state, checkpoint)
+    if ranks.rank or begins:
+        return checkpoint
     run.write_config(config)
-    if step == config.train.steps and not (drifts or added) and is_finished(run_log.records, step):
-        logger.info(f"nothing to do: the run is at step {step}; --steps with a larger number goes on")
+    if state.step == config.train.steps and not (drifts or added) and is_finished(run_log.records, state.step):
+        logger.info(f"nothing to do: the run is at step {state.step}; --steps with a larger number goes on")
     else:
         _record_resume(run_log, checkpoint, drifts, facts, added)
     return checkpoint
@@ -139,12 +140,12 @@ def steps_to_repeat(records: list[Record], config: RunConfig, step: int) -> dict
     return {number: record for number, record in comparable_steps(records).items() if number > step}
 
 
-def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+def restore(state: TrainState, checkpoint: Checkpoint, ranks: Ranks = ONE_RANK) -> None:
     """Fill ``state`` from a verified checkpoint (`CheckpointError` when it is that of another model or state)."""
     state.fingerprint.forget()
-    load_into(checkpoint, state.model, state.optimizer)
+    load_into(checkpoint, state.model, state.optimizer, ranks)
     if state.average is not None:
-        load_tensors(checkpoint, AVERAGED, state.average.tensors)
+        load_tensors(checkpoint, AVERAGED, state.average.tensors, ranks)
     saved = checkpoint.state
     try:
         torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved.random_state), dtype=torch.uint8))
@@ -155,47 +156,6 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     found = Fingerprint.of(state.tensors().files)
     if saved.fingerprint is not None and found.is_whole() and saved.fingerprint != hexadecimal(found.sum()):
         raise corrupt(checkpoint.path, "holds other weights or moments than were in memory when it was saved")
-
-
-def share_state(state: TrainState, runtime: Runtime) -> None:
-    """Bring the other ranks to where rank 0 stands: counters, weights, their average, and moments."""
-    if runtime.world_size == 1:
-        return
-    counters = torch.tensor([state.step, state.tokens_seen, state.windows_seen], device=runtime.device)
-    runtime.broadcast([counters])
-    state.step, state.tokens_seen, state.windows_seen = (int(number) for number in counters)
-    _share_mixture(state, runtime)
-    losses = torch.full((HISTORY,), math.nan, dtype=torch.float64, device=runtime.device)
-    losses[: len(state.recent_losses)] = torch.tensor(state.recent_losses, dtype=torch.float64)
-    scale = torch.tensor([*state.loss_scale.model_dump().values()], dtype=torch.float64, device=runtime.device)
-    runtime.broadcast([losses, scale])
-    state.recent_losses = tuple(loss for loss in losses.tolist() if not math.isnan(loss))
-    factor, good_steps, skipped_steps = scale.tolist()
-    state.loss_scale = LossScale(scale=factor, good_steps=int(good_steps), skipped_steps=int(skipped_steps))
-    if runtime.mesh is not None:
-        return  # each rank has its own share
-    runtime.broadcast(parameter.data for parameter in state.model.parameters())
-    if state.average is not None:
-        runtime.broadcast(state.average.tensors.values())
-    if state.step == 0:
-        return  # the optimizer has no moments yet
-    if not state.optimizer.state:
-        allocate_moments(state.optimizer, state.loss_scale.updates(state.step))
-    runtime.broadcast(moment_tensors(state.model, state.optimizer).values())
-
-
-def _share_mixture(state: TrainState, runtime: Runtime) -> None:
-    """Bring the other ranks to where rank 0 stands in a mixture."""
-    text = b"" if state.mixture is None else state.mixture.model_dump_json().encode()
-    length = torch.tensor([len(text)], device=runtime.device)
-    runtime.broadcast([length])
-    if int(length) == 0:
-        return
-    content = torch.zeros(int(length), dtype=torch.uint8, device=runtime.device)
-    if runtime.is_rank_zero:
-        content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    runtime.broadcast([content])
-    state.mixture = MixturePlace.model_validate_json(bytes(content.tolist()))
 
 
 def _record_start(run_log: RunLog, run: RunDir, config: RunConfig, **facts: Any) -> None:
@@ -269,7 +229,40 @@ def _compare_environment(
         run_log.write("warn", what=what, changes=changed, environment=environment)
 
 
-def _find_checkpoint(run_log: RunLog, run: RunDir, *, allow_fresh: bool) -> Checkpoint | None:
+def _find_checkpoint(run_log: RunLog, run: RunDir, config: RunConfig, *, allow_fresh: bool) -> Checkpoint | None:
+    """Return the checkpoint to go on from, one of this run and not past its end; None at the run's beginning."""
+    checkpoint = _newest_whole(run_log, run, allow_fresh=allow_fresh)
+    if checkpoint is None:
+        return None
+    _check_bindings(run_log, checkpoint)
+    step = checkpoint.state.step
+    if step > config.train.steps:
+        raise UsageError(
+            f"the run is at step {step}; --steps {config.train.steps} lies before it",
+            fix=f"give --steps {step} or more, or start a new run directory",
+        )
+    return checkpoint
+
+
+def _share_checkpoint(checkpoint: Checkpoint | None, run: RunDir, ranks: Ranks) -> Checkpoint | None:
+    """Return on every rank the checkpoint that rank 0 has found and verified.
+
+    Raises:
+        CheckpointError: This rank finds another one under its name.
+        DataError: This rank cannot read it.
+    """
+    found = None if checkpoint is None else [checkpoint.path.name, checkpoint.manifest.sha256]
+    found = ranks.exchange("choose a checkpoint", found)[0]
+    if checkpoint is not None or found is None:
+        return checkpoint
+    name, sha256 = found
+    checkpoint = open_checkpoint(run.checkpoints / name)
+    if checkpoint.manifest.sha256 != sha256:
+        raise corrupt(checkpoint.path / MANIFEST, f"is not the one that rank 0 reads ({sha256[:12]})")
+    return checkpoint
+
+
+def _newest_whole(run_log: RunLog, run: RunDir, *, allow_fresh: bool) -> Checkpoint | None:
     """Return the newest whole checkpoint, or None where the run had not saved any yet.
 
     Those that are skipped lose their name: they would count as the newest in retention, and stop the next save.

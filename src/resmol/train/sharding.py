@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from resmol.config.run_config import RunConfig
 from resmol.model.llama import CausalLM
-from resmol.run.checkpoint import CheckpointTensors
 
 
 def sharded_model(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> CausalLM:
@@ -52,12 +51,3 @@ def _share(whole: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def whole(tensors: CheckpointTensors) -> CheckpointTensors:
-    """Return the tensors of a checkpoint, each gathered from all ranks, which must all call this."""
-    files = {
-        file: {name: getattr(tensor, "full_tensor", lambda same=tensor: same)() for name, tensor in group.items()}
-        for file, group in tensors.files.items()
-    }
-    return CheckpointTensors(tensors.config, files)

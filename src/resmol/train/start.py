@@ -56,7 +56,7 @@ from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, check_ranks, open_runtime
 from resmol.train.portable import require_portable
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
-from resmol.train.resume import resume_or_start, share_state, steps_to_repeat
+from resmol.train.resume import resume_or_start, steps_to_repeat
 from resmol.train.supply import announce_mixture, check_supply
 from resmol.version import __version__
 
@@ -189,18 +189,18 @@ def _open_session(
     """Open the record of the run on rank 0, and bring the state of every rank to where the run stands."""
     stop = stack.enter_context(StopSignal("this step is finished, then saved; the same command goes on"))
     state = new_state(config, runtime)
-    run_log, checkpoint = RunLog(NullLedger(), ()), None
+    run_log = RunLog(NullLedger(), ())
     facts: Record = {"data_fingerprint": data.fingerprint}
     if isinstance(data, Mixture):
         facts["sources"] = data.facts(config.data.seq_len)
+    ranks = runtime.ranks()
     if this_launch().rank == 0:
         run.prepare(config, tokenizer.data)
         run_log = stack.enter_context(closing(RunLog(Ledger(run.ledger), log_writers(config))))
-        checkpoint = resume_or_start(
-            state, run_log, run, config, drifts, facts, runtime.environment(),
-            allow_fresh=allow_fresh, strict=strict,
-        )  # fmt: skip
-    share_state(state, runtime)
+    run.check_shared(ranks)
+    checkpoint = resume_or_start(
+        state, run_log, run, config, drifts, facts, runtime.environment(), ranks, allow_fresh=allow_fresh, strict=strict
+    )
     check_ranks_agree(state, config, data.fingerprint, runtime)
     if runtime.world_size > 1 and runtime.mesh is None:
         state.ddp = replicated(state.model, runtime)
@@ -210,7 +210,7 @@ def _open_session(
     mirror = None if place is None else stack.enter_context(closing(Mirror(place, run, run_log)))
     if mirror is not None and checkpoint is not None:
         mirror.request()
-    checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint, mirror))
+    checkpointer = stack.enter_context(AsyncCheckpointer(run.checkpoints, config, run_log, checkpoint, mirror, ranks))
     return state, Session(
         run, config, runtime, make_loader(config, data.train, order), make_val_loader(config, data.val),
         data.fingerprint, tokenizer, run_log, checkpointer, stop, steps_to_repeat(run_log.records, config, state.step),

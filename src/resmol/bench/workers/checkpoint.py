@@ -15,7 +15,8 @@ from torch import Tensor
 
 from resmol.bench.workers.main import Metrics, worker_main
 from resmol.config.load import load_config
-from resmol.run.checkpoint import allocate_moments, load_into, moment_tensors, weight_tensors
+from resmol.run.checkpoint import allocate_moments, moment_tensors, weight_tensors
+from resmol.run.checkpoint_load import load_into
 from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.system.atomic_io import fsync_path
 from resmol.train.build import new_state
