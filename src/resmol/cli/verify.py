@@ -206,20 +206,18 @@ def audit(
 
 
 def _compare(run: Path, other: Path, as_json: bool, strict: bool) -> None:
-    set_up_process()
+    set_up_for(run)
     from resmol.audit.compare import compare_runs
 
     report_checks(f"A = {run} against B = {other}", compare_runs(run, other, strict=strict), as_json)
 
 
 def _replay_amount(text: str, *, complete: bool) -> int | Literal["all"]:
-    """Return what ``--replay`` asks for, and set the process up for it (`UsageError` for anything else)."""
+    """Return what ``--replay`` asks for (`UsageError` for anything else)."""
     if text != "all" and not text.isdecimal():
         raise UsageError(f"--replay is {text!r}", fix="give a number of segments, or all")
     if text != "all" and complete:
         raise UsageError("--input, --jobs and --progress are for a complete replay", fix="add --replay all")
-    if text != "0":
-        set_up_process()
     return "all" if text == "all" else int(text)
 
 
