@@ -19,7 +19,7 @@ from resmol.checks import Check, all_passed
 from resmol.data.resolve import Text
 from resmol.data.shards import open_dataset
 from resmol.data.text_file import ReadOptions
-from resmol.errors import UsageError
+from resmol.errors import Interrupted, UsageError
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record
 from resmol.system.atomic_io import file_sha256
@@ -77,7 +77,7 @@ def test_an_honest_run_is_made_again(run: RunDir, own_cache: Path) -> None:
     assert "12 of 12 steps, 3 segments" in checks["complete replay"].measured
     issued = certificate(run, [*checks.values()])
     assert (issued["replay"], REPLAYED["complete"] in issued["limits"]) == ("complete", True)
-    assert [path.name for path in (own_cache / "replays").glob("*/*")] == ["lock"], "nothing is left to be believed"
+    assert list((own_cache / "replays").iterdir()) == [], "nothing is left to be believed"
 
 
 def _swap_steps(run: RunDir) -> None:
@@ -175,7 +175,7 @@ def test_an_interrupted_replay_goes_on(run: RunDir, own_cache: Path, monkeypatch
     monkeypatch.setattr(replay_progress, "SAVE_COST", 1e9)
     with monkeypatch.context() as patch:
         steps = executed_steps(patch, stop_at=8)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             replayed(run)
         assert steps == [*range(1, 8)]
     with monkeypatch.context() as patch:
@@ -191,7 +191,7 @@ def test_another_ledger_begins_again(run: RunDir, train_tiny: TrainTiny, tmp_pat
     options = CompleteReplay((), 1, tmp_path / "kept")
     with monkeypatch.context() as patch:
         executed_steps(patch, stop_at=12)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             audit(run, replay_options=options)
     rewrite(run, lambda records: [{**record, "time": "2030"} for record in records])
     steps = executed_steps(monkeypatch)

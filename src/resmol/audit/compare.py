@@ -207,7 +207,9 @@ def _who_is_right(one: _Side, other: _Side, difference: Difference, *, same_sett
     segment = Segment(start, difference.step)
     outcomes = {one.label: _execute(one, segment)}
     if outcomes[one.label].verdict == "PASS" and same_settings:  # both cannot be, and one execution tells
-        outcomes[other.label] = Outcome("FAIL", f"{difference}", f"at step {difference.step}")
+        given, recorded = difference.values
+        words = f"{difference.field} is {recorded}, and {given} comes out"
+        outcomes[other.label] = Outcome("FAIL", words, f"at step {difference.step}")
     else:
         outcomes[other.label] = _execute(other, segment)
     right = [label for label, outcome in outcomes.items() if outcome.verdict == "PASS"]

@@ -27,10 +27,12 @@ from resmol.audit.certificate import COMPLETE
 from resmol.audit.raw_text import TEXT_EXPECTED, TOKENS_EXPECTED, inputs_by_source, prepare_again
 from resmol.audit.replay import keep_checkpoints, recorded_or_outcome
 from resmol.audit.replay_progress import ReplayProgress, StateKeeper, segment_name
+from resmol.audit.report import duration
 from resmol.audit.segment import GUARDS, Outcome, Recorded, Segment, replay_segment, segments
 from resmol.checks import Check
 from resmol.config.run_config import RunConfig
 from resmol.data.sources import datasets_of
+from resmol.errors import Interrupted
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import digest_all, weight_tensors
@@ -39,6 +41,7 @@ from resmol.run.ledger import LedgerContent, read_ledger
 from resmol.system.atomic_io import remove_directory
 from resmol.system.process_setup import keep_freed_memory
 from resmol.system.progress import step_progress
+from resmol.system.signals import stop_signals_interrupt
 from resmol.system.user_paths import default_cache
 from resmol.system.wording import counted
 from resmol.train.loop import TrainState
@@ -82,6 +85,7 @@ def replay_all(run: RunDir, stored: RunConfig, content: LedgerContent, options: 
     Raises:
         UsageError: ``inputs`` are not those of the run; `DataError`: one of them is not there.
         RunInUse: Another process replays this run.
+        Interrupted: A signal arrived.
     """
     source = recorded_or_outcome(run, content.records, stored)
     if isinstance(source, Outcome):
@@ -91,8 +95,8 @@ def replay_all(run: RunDir, stored: RunConfig, content: LedgerContent, options: 
         return [Outcome("UNSUPPORTED", "there is no step to execute again").check(COMPLETE, strict=options.strict)]
     folder = options.folder or default_cache() / "replays" / content.head[:16]
     started = time.perf_counter()
-    with ReplayProgress.open(folder, content.head) as progress, keep_checkpoints(source, parts):
-        checks: list[Check] = []
+    checks: list[Check] = []
+    with _told_when_stopped(), ReplayProgress.open(folder, content.head) as progress, keep_checkpoints(source, parts):
         for check in _stages(source, options, progress, parts):
             checks.append(check)
             if not check.passed and check.measured.startswith("FAIL"):
@@ -101,6 +105,18 @@ def replay_all(run: RunDir, stored: RunConfig, content: LedgerContent, options: 
         if all(check.measured.startswith("PASS") for check in checks):
             progress.finish()
     return checks
+
+
+@contextmanager
+def _told_when_stopped() -> Iterator[None]:
+    """Raise `Interrupted` at Ctrl-C and at the other signals that stop a process."""
+    try:
+        with stop_signals_interrupt():
+            yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "stopped; what passed is kept", fix="run the same command again to go on", signal_number=2
+        ) from error
 
 
 def _stages(
@@ -149,7 +165,7 @@ def _announcement(source: Recorded, parts: list[Segment], steps: int, jobs: int)
     at_once = f", {jobs} at once" if jobs > 1 else ""
     return (
         f"replay: {counted(steps, 'step')} in {counted(len(parts), 'segment')}{at_once}; their training took "
-        f"{seconds / 60:.0f} min (Ctrl-C keeps what was done; the same command goes on)"
+        f"{duration(seconds)} (Ctrl-C keeps what was done; the same command goes on)"
     )
 
 

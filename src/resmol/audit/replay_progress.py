@@ -52,7 +52,6 @@ class ReplayProgress:
         Raises:
             RunInUse: Another process replays with this folder.
         """
-        make_directory(folder)
         with exclusive_lock(folder / LOCK):
             progress = cls(folder, head)
             if not progress._read():
