@@ -41,6 +41,7 @@ from trials import (
 )
 from waiting import HANGS
 
+import resmol.system.launcher
 import resmol.train.loop
 import resmol.train.start
 from resmol.run.ledger import select
@@ -63,6 +64,7 @@ def be_process(rank: int, port: int, fault: str, run: Path, setting: Setting, *a
     """Do what `resmol train RUN` does as one of two processes, with a fault in this one."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    resmol.system.launcher.RANK_0_SECONDS = 0.0  # nobody ends this rank while it waits
     FAULTS.get(fault, lambda: None)()
     with error_file(run, rank).open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
         words = ["train", str(run), *command_arguments(setting), *TWO_MICRO_BATCHES, *arguments]

@@ -1,6 +1,6 @@
 """Runs of several ranks without torchrun: one process imports PyTorch, and forks the ranks of each run.
 
-Started as a program, it reads the runs from standard input as JSON and writes what they computed to a folder.
+What FSDP2 and the compiler import is imported here as well, once. Started as a program, it reads the runs from standard input as JSON and writes what they computed to a folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
 from torch import Tensor
 
 from resmol.config.load import load_preset
@@ -28,9 +30,9 @@ from resmol.train.loop import TrainState, train_step
 from resmol.train.parallel import Runtime, open_runtime
 
 MICRO_BATCHES, TOKENS = 4, 16
-SMALL = [
+SMALL = [  # the preset of the 1.7B model, at reduced depth and width
     "model.vocab_size=4096", "model.hidden_size=96", "model.intermediate_size=128", "model.num_hidden_layers=3",
-    "model.num_attention_heads=3", "model.num_key_value_heads=1", f"data.seq_len={TOKENS}",
+    "model.num_attention_heads=3", "model.num_key_value_heads=3", f"data.seq_len={TOKENS}",
     "batch.micro_batch_size=1", f"batch.global_batch_tokens={MICRO_BATCHES * TOKENS}", "schedule.warmup_steps=1",
     "runtime.device=cpu", "runtime.precision=float32", "runtime.matmul_backend=mkl", "runtime.compile=off",
     "runtime.activation_checkpointing=off", "runtime.threads=1", "averaging.fraction=0.5", "averaging.every=1",
@@ -84,7 +86,7 @@ def run_all(runs: dict[str, Run], folder: Path) -> dict[str, Outcome]:
 
 
 def config_of(run: Run) -> RunConfig:
-    return load_preset("nano", [*SMALL, *run.overrides])
+    return load_preset("smollm2-1.7b", [*SMALL, *run.overrides])
 
 
 def batch_of(step: int, vocabulary: int, runtime: Runtime) -> StepBatch:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two and four gloo ranks, beside one process that does the same steps."""
+"""DDP and FSDP2 on two and four gloo ranks, beside one process that does the same steps of a reduced 1.7B model."""
 
 from __future__ import annotations
 
