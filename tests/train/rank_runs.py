@@ -1,6 +1,7 @@
 """Runs of several ranks without torchrun: one process imports PyTorch, and forks the ranks of each run.
 
-What FSDP2 and the compiler import is imported here as well, once. Started as a program, it reads the runs from standard input as JSON and writes what they computed to a folder.
+What FSDP2 and the compiler import is imported here as well, once. Started as a program, it reads the runs from standard
+input as JSON and writes what they computed to a folder.
 """
 
 from __future__ import annotations
