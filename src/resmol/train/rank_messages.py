@@ -11,7 +11,6 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from resmol.train.heartbeat import GO_ON, Heartbeat, read_heartbeats
 from resmol.train.rendezvous import Store
 
 LOOK_SECONDS = 1.0  # between two looks at the heartbeats while this rank waits
+POLL_SECONDS = 0.02
 DEAD_SECONDS = 15.0  # without a heartbeat; a busy machine delays some
 
 
@@ -93,14 +93,14 @@ class RankMessages(Ranks):
                 raise ProcessLost(f"cannot {what}: {ranks} did not do its part within {seconds:.0f} s", fix=GO_ON)
 
     def _is_set(self, keys: Sequence[str]) -> bool:
-        if self._store.check(list(keys)):
-            return True
-        if self._abandoned.is_set():
-            return False
-        try:
-            self._store.wait(list(keys), timedelta(seconds=min(LOOK_SECONDS, self._limit)))
-        except dist.DistStoreError:  # in time
-            return bool(self._store.check(list(keys)))
+        """Look for keys for a while, and return whether they are set.
+
+        The store's own `wait` would do it, but PyTorch prints a warning whenever one ends without success.
+        """
+        end = time.monotonic() + min(LOOK_SECONDS, self._limit)
+        while not self._store.check(list(keys)):
+            if self._abandoned.wait(POLL_SECONDS) or time.monotonic() > end:
+                return False
         return True
 
 
