@@ -199,6 +199,7 @@ def test_another_ledger_begins_again(run: RunDir, train_tiny: TrainTiny, tmp_pat
     assert steps == [*range(1, 13)]
 
 
+@pytest.mark.slow  # three processes import PyTorch
 def test_segments_in_processes_of_their_own(run: RunDir) -> None:
     _swap_steps(run)
     checks = replayed(run, jobs=2)
