@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_resume import assert_equal_runs
 from tiny import TrainTiny, rewrite, synthetic_texts
 
@@ -29,7 +30,10 @@ from resmol.interop.evaluate import evaluate_model
 from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
+from resmol.train.build import make_loader
+from resmol.train.evaluate import evaluate
 from resmol.train.loop import TrainState
+from resmol.train.parallel import Runtime
 from resmol.train.start import train_model
 
 SIZES = {"web": 60, "code": 25, "math": 12}
@@ -135,8 +139,10 @@ def test_killed_on_two_ranks_and_resumed_on_one_is_the_uninterrupted_run(project
     assert all_passed(audit(RunDir(project / "run"), strict=True))
 
 
-def test_the_record_says_how_much_of_each_source_was_read(project: Path, train: Train, texts: Path) -> None:
-    state = train("run", STEPS, "data.document_mask=false")
+def test_the_record_says_how_much_of_each_source_was_read(
+    project: Path, train: Train, texts: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    state = train("run", STEPS, "data.document_mask=false", "evaluation.windows=0")
     run = RunDir(project / "run")
     records = read_ledger(run.ledger).records
     steps = effective_steps(records)
@@ -152,8 +158,16 @@ def test_the_record_says_how_much_of_each_source_was_read(project: Path, train: 
     assert saved is not None
     assert (list(saved.seen), saved.stage.start) == (steps[10]["sources_seen"], 8)
     assert all_passed(replayed(run))
+    newest = list(select(records, "eval"))[-1]
+    config, lengths = load_config(run.config), tiny_tokenizer.byte_lengths()
+    runtime = Runtime.single(torch.device("cpu"))
+    for name in SIZES:
+        alone = make_loader(config, open_dataset(texts / name).val).sequential(1)
+        wanted = evaluate(state.model, alone, lengths, runtime).loss
+        assert newest["source_losses"][name] == pytest.approx(wanted, rel=1e-6)
+    assert f"math {newest['source_losses']['math']:.4f}" in run.log.read_text(encoding="utf-8")
     measured = {record["step"]: record["loss"] for record in select(records, "eval")}
-    assert evaluate_model(run.path, windows=8)["loss"] == pytest.approx(measured[state.step], rel=1e-6)
+    assert evaluate_model(run.path, windows=0)["loss"] == pytest.approx(measured[state.step], rel=1e-6)
 
 
 def test_a_forged_count_and_an_exchanged_source_are_found(
@@ -208,7 +222,7 @@ def test_other_weights_and_a_new_source_are_a_recorded_drift(project: Path, trai
     (drift,) = select(records, "drift")
     assert [one["name"] for one in drift["sources"]] == list(SIZES)
     assert effective_steps(records)[7]["sources_seen"] == [18 + 2, 6 + 2, 0]  # of 4 windows 2, 1.33 and 0.67
-    assert all_passed(replayed(RunDir(project / "run")))
+    assert failed(replayed(RunDir(project / "run"))) == []
     swapped = STAGES.replace("texts/web", "texts/x").replace("texts/code", "texts/web").replace("texts/x", "texts/code")
     with pytest.raises(ConfigError, match="source 1 of this run is web; now it is code"):
         train("run", STEPS, tables=swapped, accept_drift=["data.stage"])

@@ -152,9 +152,11 @@ def summary_facts(records: list[Record]) -> list[tuple[str, str]]:
             ("training time, steps alone", duration(seconds)),
         ]
     for record in list(select(records, "eval"))[-1:]:
+        by_source = record.get("source_losses", {})
         at = f"at step {record['step']:,}"
         facts += [
             (f"held-out loss {at}", f"{record['loss']:.4f} nats per token"),
+            *((f"held-out loss of {name} {at}", f"{loss:.4f} nats per token") for name, loss in by_source.items()),
             (f"held-out perplexity {at}", f"{math.exp(min(record['loss'], MAX_EXPONENT)):,.1f}"),
             (f"held-out bits per byte {at}", f"{record['bits_per_byte']:.4f}"),
         ]

@@ -16,7 +16,7 @@ import bisect
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import overload
 
 import numpy as np
@@ -64,10 +64,10 @@ class Batches(Sequence[Batch]):
 
     def __init__(self, read: Callable[[Sequence[int]], Batch], windows: Sequence[Sequence[int]]) -> None:
         self._read = read
-        self._windows = windows
+        self.windows = windows
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.windows)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -75,8 +75,8 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Batches: ...
     def __getitem__(self, index: int | slice) -> Batch | Batches:
         if isinstance(index, slice):
-            return Batches(self._read, self._windows[index])
-        return self._read(self._windows[index])
+            return Batches(self._read, self.windows[index])
+        return self._read(self.windows[index])
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Loader:
     """The batches of a token stream, or of several.
 
     Attributes:
+        names: What the streams are called, in a mixture.
         n_windows: Windows per epoch, ceil((N - 1) / T) for each stream of N tokens.
         windows_per_step: Windows of one optimizer step, over all ranks.
     """
@@ -123,6 +124,7 @@ class Loader:
         document_mask: bool = True,
         allow_short: bool = False,
         order: MixtureOrder | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         """Check the sizes; read nothing.
 
@@ -136,6 +138,7 @@ class Loader:
             document_mask: Whether batches carry document ids.
             allow_short: Accept a stream of less than one full window (two tokens at least), for evaluation.
             order: The order of the windows of a mixture.
+            names: What the streams are called, in a mixture.
 
         Raises:
             ConfigError: A size below 1.
@@ -149,6 +152,7 @@ class Loader:
         for name, value in sizes.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}", fix="give a number of at least 1")
+        self.names = tuple(names)
         self._streams = (stream,) if isinstance(stream, TokenStream) else tuple(stream)
         needed = 2 if allow_short else seq_len + 1
         for one in self._streams:
@@ -204,13 +208,20 @@ class Loader:
     def sequential(self, batch_size: int, limit: int | None = None) -> Batches:
         """Return the windows in the order of the text, for evaluation; the last batch may have fewer rows.
 
-        Several streams take turns, so that a limit leaves as much of each.
+        A limit leaves as much of each stream, and a batch holds windows of one of them (`streams_of`).
 
         Args:
             batch_size: Rows of a batch.
             limit: Windows to read at most.
         """
-        return self._batches(list(islice(self._in_turn(), limit)), batch_size)
+        windows = sorted(islice(self._in_turn(), limit))  # those of a stream are numbered through
+        borders = [bisect.bisect_left(windows, offset) for offset in (*self._offsets, self.n_windows)]
+        streams = [windows[begin:end] for begin, end in pairwise(borders)]
+        return Batches(self._batch, [one for stream in streams for one in _divided(stream, batch_size)])
+
+    def streams_of(self, batches: Batches) -> list[int]:
+        """Return the stream that each batch of `sequential` is of, by its number."""
+        return [bisect.bisect_right(self._offsets, windows[0]) - 1 for windows in batches.windows]
 
     def spelled_ends(self, limit: int | None = None) -> int:
         """Return how many targets of `sequential` are end tokens that the text spells, and no end of a document."""
@@ -226,7 +237,7 @@ class Loader:
             yield from (o + number for o, size in zip(self._offsets, self._sizes, strict=True) if number < size)
 
     def _batches(self, windows: Sequence[int], size: int) -> Batches:
-        return Batches(self._batch, [windows[first : first + size] for first in range(0, len(windows), size)])
+        return Batches(self._batch, _divided(windows, size))
 
     def _targets(self, windows: Int64[np.ndarray, " G"]) -> list[int]:
         """Return the targets of these windows in each stream: as many as tokens, but in the last window of a stream."""
@@ -255,6 +266,10 @@ class Loader:
             window_ids=tuple(windows),
             tokens=int(np.count_nonzero(targets != IGNORE_INDEX)),
         )
+
+
+def _divided(windows: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [windows[first : first + size] for first in range(0, len(windows), size)]
 
 
 def count_windows(stream: TokenStream, seq_len: int) -> int:

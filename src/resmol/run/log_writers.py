@@ -151,6 +151,8 @@ def _eval(record: Record) -> str:
     if "averaged_loss" in record:
         averaged = f"{record['averaged_loss']:.4f}, {record['averaged_bits_per_byte']:.4f}"
         measured += f"; averaged weights {averaged}"
+    if "source_losses" in record:
+        measured += f"; {', '.join(f'{name} {loss:.4f}' for name, loss in record['source_losses'].items())}"
     return f"eval at step {record['step']}: {measured} ({counted(record['tokens'], 'token')})"
 
 

@@ -132,7 +132,10 @@ def _new_model(config: RunConfig, runtime: Runtime) -> CausalLM:
 
 
 def make_loader(
-    config: RunConfig, stream: TokenStream | Sequence[TokenStream], order: MixtureOrder | None = None
+    config: RunConfig,
+    stream: TokenStream | Sequence[TokenStream],
+    order: MixtureOrder | None = None,
+    names: Sequence[str] = (),
 ) -> Loader:
     """Return the batches of a token stream, or of the sources of a mixture, cut and shuffled as configured."""
     return Loader(
@@ -144,6 +147,7 @@ def make_loader(
         eos_id=config.model.eos_token_id,
         document_mask=config.data.document_mask,
         order=order,
+        names=names,
     )
 
 
@@ -174,12 +178,13 @@ def train_loader(config: RunConfig, data: RunData, state: TrainState) -> Loader:
 def make_val_loader(config: RunConfig, held_out: TokenStream | Sequence[TokenStream]) -> Loader | None:
     """Return the batches of the held-out split, or None where it is shorter than a window.
 
-    Of a mixture, the sources whose held-out text fills one take turns.
+    Of a mixture, these are the sources whose held-out text fills one.
     """
     streams = [held_out] if isinstance(held_out, TokenStream) else held_out
-    long_enough = [stream for stream in streams if len(stream) > config.data.seq_len]
+    names = [source.name for source in config.data.source or ()] or [""]
+    long_enough = {name: one for name, one in zip(names, streams, strict=True) if len(one) > config.data.seq_len}
     if long_enough:
-        return make_loader(config, long_enough)
+        return make_loader(config, list(long_enough.values()), names=[name for name in long_enough if name])
     if config.evaluation.every:
         length = counted(sum(len(stream) for stream in streams), "held-out token")
         logger.info(f"evaluation: none, since {length} cannot fill a window of {config.data.seq_len}")

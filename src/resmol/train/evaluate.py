@@ -30,11 +30,13 @@ class Evaluation:
         loss: Nats per token, a mean over all tokens (not a mean of means).
         tokens: Tokens that were predicted.
         bytes: Bytes of UTF-8 that these tokens stand for.
+        batches: The summed loss of each batch and its tokens.
     """
 
     loss: float
     tokens: int
     bytes: int
+    batches: tuple[tuple[float, int], ...] = ()
 
     @property
     def bits_per_byte(self) -> float:
@@ -45,6 +47,15 @@ class Evaluation:
     def perplexity(self) -> float:
         """The exponential of the loss."""
         return math.exp(min(self.loss, 700.0))
+
+    def by_source(self, sources: Sequence[int], names: Sequence[str]) -> dict[str, float]:
+        """Return the mean over the tokens of each source, given the source that each batch is of."""
+        losses = {}
+        for number, name in enumerate(names):
+            rows = [row for row, source in zip(self.batches, sources, strict=True) if source == number]
+            if rows:  # a limit may leave none
+                losses[name] = sum(loss for loss, _ in rows) / sum(tokens for _, tokens in rows)
+        return losses
 
 
 @torch.no_grad()
@@ -98,6 +109,8 @@ def _add_up(sums: Float[Tensor, "N 3"], runtime: Runtime, spelled_bytes: int) ->
     everything = sums.to(runtime.device)
     runtime.all_reduce_sum(everything)
     loss = tokens = covered = 0.0
-    for row in everything.tolist():
+    rows = everything.tolist()
+    for row in rows:
         loss, tokens, covered = loss + row[0], tokens + row[1], covered + row[2]
-    return Evaluation(loss / tokens, int(tokens), int(covered) + spelled_bytes)
+    batches = tuple((row[0], int(row[1])) for row in rows)
+    return Evaluation(loss / tokens, int(tokens), int(covered) + spelled_bytes, batches)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Loader, StepBatch
+from resmol.data.loader import Batches, Loader, StepBatch
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, Interrupted, NonFiniteError
 from resmol.inference.generate import generate
@@ -33,7 +33,7 @@ from resmol.run.log_writers import RunLog
 from resmol.run.mixture_place import MixturePlace
 from resmol.system.signals import StopSignal
 from resmol.train.averaging import WeightAverage
-from resmol.train.evaluate import evaluate
+from resmol.train.evaluate import Evaluation, evaluate
 from resmol.train.gradients import accumulate_gradients
 from resmol.train.loss_scale import SMALLEST, after_step, factor_of_sum
 from resmol.train.loss_spikes import append_loss, is_spike
@@ -278,11 +278,17 @@ def record_evaluation(state: TrainState, session: Session) -> None:
         loss=result.loss,
         bits_per_byte=result.bits_per_byte,
         **averaged,
+        **losses_by_source(result, session.val, batches),
         tokens=result.tokens,
         bytes=result.bytes,
         seconds=round(time.perf_counter() - started, 3),
     )
     record_turn(session.run_log, state.step)
+
+
+def losses_by_source(result: Evaluation, val: Loader, batches: Batches) -> Record:
+    """Return the field with the held-out loss of each source of a mixture; nothing for other data."""
+    return {"source_losses": result.by_source(val.streams_of(batches), val.names)} if val.names else {}
 
 
 def record_sample(state: TrainState, session: Session) -> None:
