@@ -42,6 +42,7 @@ def make_claims(run: RunDir, config: RunConfig, saved_step: int, last_step: int)
         _learned(run, steps),
         _all_checks_passed(run, "audit", "the record holds together", "a record that was edited or does not add up"),
         _generated(run),
+        *_published(run),
     ]
 
 
@@ -163,3 +164,11 @@ def _generated(run: RunDir) -> Check:
     text = " ".join(str(content.get("text", "")).split())
     shown = text[:60] + ("..." if len(text) > 60 else "")
     return Check("generates text", bool(text), shown or "nothing", "some text", "a demo of other weights", path)
+
+
+def _published(run: RunDir) -> list[Check]:
+    """Return what came of a published run that was made again beside this one, if one was."""
+    content, path = _evidence(run, "published")
+    checks = content.get("checks", [])[-1:]
+    title, expected = "the bits that others published", "every step as in the record, which anybody can make again"
+    return [Check(title, check["passed"], check["measured"], expected, "bits of one machine", path) for check in checks]

@@ -39,7 +39,7 @@ def prepare_again(dataset: Dataset, run: RunDir, inputs: Sequence[str], scratch:
         DiskFull: There is no room for the tokens.
     """
     facts = dataset.manifest.source
-    found = _text_of(facts, inputs)
+    found = recorded_text(facts, inputs)
     if isinstance(found, Outcome):
         return found, Outcome("UNSUPPORTED", "not compared without the text")
     tokenizer = Tokenizer(run.tokenizer.read_bytes(), run.tokenizer, eos_id=dataset.eos_id)
@@ -56,7 +56,7 @@ def prepare_again(dataset: Dataset, run: RunDir, inputs: Sequence[str], scratch:
             remove_directory(scratch)
 
 
-def _text_of(facts: SourceFacts, inputs: Sequence[str]) -> Text | Outcome:
+def recorded_text(facts: SourceFacts, inputs: Sequence[str]) -> Text | Outcome:
     """Return the recorded text where it lies now, or why it cannot be read."""
     if facts.reading is None:
         return Outcome("UNSUPPORTED", "the manifest of the data does not record how its text was read")

@@ -149,8 +149,12 @@ class ReproduceSpec:
         return (f"schedule.decay_start={start}", f"schedule.decay_steps={length}") if length > 0 else ()
 
 
-def reproduce(spec: ReproduceSpec) -> list[Check]:
+def reproduce(spec: ReproduceSpec, published: Path | None = None) -> list[Check]:
     """Run all parts and return the claims.
+
+    Args:
+        spec: What to reproduce.
+        published: A published run to make again beside it; None makes none.
 
     Raises:
         ResmolError: A part failed. The results so far are kept, and the same command continues from there.
@@ -174,6 +178,8 @@ def reproduce(spec: ReproduceSpec) -> list[Check]:
     windows = str(max(1, EVALUATION_TOKENS // config.data.seq_len))
     _part(spec, "evaluate", ["evaluate", str(run.path), "--windows", windows, "--json"])
     _part(spec, "audit", ["audit", str(run.path), "--json"])
+    if published is not None:
+        _part(spec, "published", ["audit", "--record", str(published), "--json"])
     prompt = run.load_config().sampling.prompt
     _part(spec, "generate", ["generate", str(run.path), "--prompt", prompt, "--json"])
 
@@ -281,7 +287,9 @@ def _part(spec: ReproduceSpec, name: str, arguments: Sequence[str]) -> None:
     if code < 0:
         killer = signal.Signals(-code).name
         raise _PartFailed(f"`resmol {arguments[0]}` was killed by {killer}; memory may have been short", 128 - code)
-    if code and not (name == "audit" and code == 1 and output.strip()):  # a failed audit becomes a failed claim
+    if code and not (
+        name in ("audit", "published") and code == 1 and output.strip()
+    ):  # a failed audit becomes a failed claim
         raise _PartFailed(f"`resmol {arguments[0]}` ended with exit code {code}", code)
 
 

@@ -50,6 +50,12 @@ TrainerArguments = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="Of --foreign: a training argument, e.g. warmup_steps=100. Repeatable."),
 ]
+PublishedFile = Annotated[
+    Path | None, typer.Option("--record", metavar="FILE", help="Make a published run again, from nothing, and compare.")
+]
+Publish = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write what --record reads, if everything holds; of portable runs.")
+]
 TsaRoots = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Root certificate of the authority, to verify its time stamp by. Repeatable."),
@@ -154,7 +160,9 @@ def verify(
     """
 )
 def audit(
-    run: Annotated[Path, typer.Argument(help="Run directory; with --foreign, what transformers' Trainer wrote.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="Run directory; with --foreign, what transformers' Trainer wrote.")
+    ] = None,
     replay: Replay = "0",
     replay_steps: Annotated[int, typer.Option(min=1, help="The most steps in a random segment.")] = 100,
     seed: DrawSeed = None,
@@ -169,12 +177,17 @@ def audit(
     public_key: PublicKeys = None,
     foreign: Foreign = False,
     trainer_arg: TrainerArguments = None,
+    record: PublishedFile = None,
+    publish: Publish = None,
     json_: Json = False,
 ) -> None:
     """Check a run's record and checkpoints, and replay it.
 
     Hash chain, continuity, configuration, learning rate, data order, and every byte of every checkpoint.
     """
+    if record is not None or run is None:
+        _redo(run, record, input_ or [], json_, strict)
+        return
     if against is not None and not foreign:
         _compare(run, against, json_, strict)
         return
@@ -200,9 +213,28 @@ def audit(
     report_checks(f"audit of {run}", checks, json_)
     if certify:
         say(f"certificate: {write_certificate(RunDir(run), checks, trust)}")
+    if publish is not None:
+        _publish(run, publish)
     if not json_:
         name = quote(str(run))
         suggest(*([] if amount else [f"audit {name} --replay 3"]), f"report {name}")
+
+
+def _redo(run: Path | None, record: Path | None, inputs: list[str], as_json: bool, strict: bool) -> None:
+    if record is None or run is not None:
+        raise UsageError("audit checks either a run or a published record", fix="give RUN, or --record FILE")
+    set_up_process(portable=True)
+    from resmol.audit.published_run import PublishedRun, redo
+
+    report_checks(f"{record}, made again", redo(PublishedRun.read(record), inputs, strict=strict), as_json)
+
+
+def _publish(run: Path, file: Path) -> None:
+    from resmol.audit.published_run import publish
+
+    published = publish(RunDir(run))
+    published.write(file)
+    say(f"record: {file}, {len(published.steps)} steps, digest {published.digest}")
 
 
 def _compare(run: Path, other: Path, as_json: bool, strict: bool) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -72,3 +73,21 @@ def _seen_from_here(path: Path) -> str:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def source_commit() -> str | None:
+    """Return the commit of resmol's own sources where they are a checkout, marked when they were changed since."""
+    package = CHECKOUT / "src" / "resmol"
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != CHECKOUT:
+            return None  # an installed package inside of some other checkout
+        changed = git("status", "--porcelain", "--", str(package))
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

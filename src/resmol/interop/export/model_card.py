@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from importlib.metadata import PackageNotFoundError, metadata
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
-import resmol
 from resmol.audit.sources_read import sources_read
 from resmol.config.load import load_preset
 from resmol.config.model_config import ModelConfig
@@ -25,6 +22,7 @@ from resmol.interop.export.training_record import RunRecord
 from resmol.interop.load import LoadedModel
 from resmol.model.flops import total_parameters
 from resmol.run.ledger import last_fact, select
+from resmol.system.installation import source_commit
 from resmol.system.templates import template_environment
 from resmol.system.untrusted_text import listed
 from resmol.version import __version__
@@ -203,21 +201,3 @@ def home_page() -> str | None:
     except PackageNotFoundError:
         return None
     return addresses[0].partition(",")[2].strip() if addresses else None
-
-
-def source_commit() -> str | None:
-    """Return the commit of resmol's own sources where they are a checkout, marked when they were changed since."""
-    package = Path(resmol.__file__).resolve().parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(package), *words]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) / "src" / "resmol" != package:
-            return None  # an installed package inside of some other checkout
-        changed = git("status", "--porcelain", "--", str(package))
-        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
