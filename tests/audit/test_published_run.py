@@ -43,3 +43,13 @@ def test_a_published_run_is_made_again(
     published.model_copy(update={"steps": tuple(steps)}).write(file)
     with pytest.raises(DataError, match="its digest is not that of its steps"):
         PublishedRun.read(file)
+
+
+@pytest.mark.parametrize("steps", [100, 300])
+def test_the_records_of_this_repository_are_whole_and_agree(steps: int) -> None:
+    """`make quickstart` makes the shorter one again; here it is too slow."""
+    folder = Path(__file__).resolve().parents[2] / "records"
+    published = PublishedRun.read(folder / f"nano-{steps}.json")
+    assert len(published.steps) == steps
+    assert published.command.startswith(f"resmol train RUN --data DATA --steps {steps} --preset nano")
+    assert published.steps[:100] == PublishedRun.read(folder / "nano-100.json").steps
