@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from waiting import HANGS
 import resmol.system.launcher
 import resmol.train.loop
 import resmol.train.start
-from resmol.run.ledger import select
+from resmol.run.ledger import Record, effective_steps, select
 
 PATIENCE = 60  # runtime.collective_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
@@ -60,10 +60,10 @@ def shared_oracle(forks: Forks, setting: Setting, tmp_path_factory: pytest.TempP
     return Oracle(step_bits(run), checkpoint_digests(run))
 
 
-def be_process(rank: int, port: int, fault: str, run: Path, setting: Setting, *arguments: str) -> int:
-    """Do what `resmol train RUN` does as one of two processes, with a fault in this one."""
+def be_process(rank: int, world_size: int, port: int, fault: str, run: Path, setting: Setting, *arguments: str) -> int:
+    """Do what `resmol train RUN` does as one of several processes, with a fault in this one."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     resmol.system.launcher.RANK_0_SECONDS = 0.0  # nobody ends this rank while it waits
     FAULTS.get(fault, lambda: None)()
     with error_file(run, rank).open("w", buffering=1, encoding="utf-8") as file, redirect_stderr(file):
@@ -77,12 +77,13 @@ def error_file(run: Path, rank: int) -> Path:
 
 @contextmanager
 def processes(
-    forks: Forks, run: Path, setting: Setting, *arguments: str, faults: tuple[str, str] = ("", "")
+    forks: Forks, run: Path, setting: Setting, *arguments: str, faults: tuple[str, ...] = ("", "")
 ) -> Iterator[list[BaseProcess]]:
-    """Start two processes of one run; none of them is left."""
+    """Start the processes of one run, one for each of ``faults``; none of them is left."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     started = [
-        forks.start(be_process, rank, store.port, fault, run, setting, *arguments) for rank, fault in enumerate(faults)
+        forks.start(be_process, rank, len(faults), store.port, fault, run, setting, *arguments)
+        for rank, fault in enumerate(faults)
     ]
     try:
         yield started
@@ -287,6 +288,42 @@ def test_w3_other_numbers_of_processes(
     )  # fmt: skip
 
 
+def test_w3_other_numbers_of_processes_and_the_other_strategy(
+    campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
+) -> None:
+    """A run goes on with 1, 2 or 4 ranks that hold all of the weights or share them, each time from the checkpoint."""
+    count, draw, problems = campaign.count(1, 10), campaign.draw("W3s"), []
+    groups = [(1, "ddp"), (4, "fsdp"), (2, "fsdp"), (2, "ddp"), (4, "ddp"), (1, "ddp")]
+    four = ["--set", "batch.micro_batch_size=1", "--set", "batch.global_batch_tokens=128"]
+    for trial in range(count):
+        run, straight = tmp_path / f"run-{trial}", tmp_path / f"straight-{trial}"
+        groups = groups if trial == 0 else draw.sample(groups, len(groups))
+        stops = [*sorted(draw.sample(range(1, STEPS if campaign.full else 12), len(groups) - 1))]
+        stops.append(stops[-1] + 3)
+        for stop, (world_size, strategy) in zip(stops, groups, strict=True):
+            words = (*four, "--set", f"parallel.strategy={strategy}", "--steps", str(stop))
+            if world_size == 1:
+                codes = [forks.run(command, run, setting, *four, "--steps", str(stop))]
+            else:
+                with processes(forks, run, setting, *words, faults=("",) * world_size) as started:
+                    codes = [finish(process) for process in started]
+            problems += [f"trial {trial}, {strategy} {world_size} to {stop}: exit codes {codes}"] if any(codes) else []
+        assert forks.run(command, straight, setting, *four, "--steps", str(stops[-1])) == 0
+        problems += [f"trial {trial}: {text}" for text in far_from(records_of(straight), records_of(run))]
+    campaign.record(
+        "W3s", "1, 2 or 4 ranks, which hold the weights or share them, in turn", "the windows of one process, and its "
+        "losses within the rounding of sums", problems, count,
+    )  # fmt: skip
+
+
+def far_from(straight: list[Record], found: list[Record]) -> list[str]:
+    """Compare the steps of two runs: the windows must be equal, the losses nearly so."""
+    expected, steps = effective_steps(straight), effective_steps(found)
+    wrong = [step for step in expected if step not in steps or steps[step]["windows"] != expected[step]["windows"]]
+    far = [step for step in expected if step in steps and abs(steps[step]["loss"] / expected[step]["loss"] - 1) > 1e-4]
+    return ([f"other windows in the steps {wrong}"] if wrong else []) + ([f"other losses in {far}"] if far else [])
+
+
 def test_w4_processes_that_work_on_different_things(
     campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path
 ) -> None:
@@ -358,6 +395,44 @@ def torchrun_and_signal(
         finally:
             job.kill()
     return job.returncode, said, rank
+
+
+def test_w7_torchrun_starts_the_ranks_again(
+    campaign: Campaign, setting: Setting, shared_oracle: Oracle, tmp_path: Path
+) -> None:
+    """Ranks are killed at random times under ``torchrun --max-restarts``; nobody does anything about it."""
+    jobs, kills, draw, problems = campaign.count(1, 8), campaign.count(1, 5), campaign.draw("W7"), []
+    for number in range(jobs):
+        run = tmp_path / f"run-{number}"
+        launcher = [*torchrun_words(2)]
+        launcher[3:3] = [f"--max-restarts={kills}"]
+        words = [*launcher, "train", str(run), *command_arguments(setting), *TWO_MICRO_BATCHES]
+        after = sorted(draw.sample(range(2, STEPS - INTERVAL), kills))
+        found = kill_under_torchrun(words, run, [(step, draw.randrange(2)) for step in after], tmp_path / "said")
+        problems += [f"job {number}: {text}" for text in found + shared_oracle.differences(run)]
+    campaign.record(
+        "W7", "ranks are killed at random times under torchrun --max-restarts", "the run ends by itself, with the bits "
+        "of one that nothing happened to", problems, jobs * kills,
+    )  # fmt: skip
+
+
+def kill_under_torchrun(words: list[str], run: Path, victims: list[tuple[int, int]], output: Path) -> list[str]:
+    """Start a job; kill a rank after each of the steps; return what is wrong at its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with output.open("w") as file, subprocess.Popen(words, stdout=file, stderr=file, env=environment) as job:
+        try:
+            for step, rank in victims:
+                until = time.monotonic() + HANGS
+                while job.poll() is None and time.monotonic() < until:
+                    with suppress(OSError, StopIteration):  # there is none of that rank, or no longer
+                        if reached(run) >= step:
+                            os.kill(process_of(job.pid, rank), signal.SIGKILL)
+                            break
+                    time.sleep(0.01)
+            code = job.wait(timeout=HANGS)
+        finally:
+            job.kill()
+    return [] if code == 0 else [f"exit code {code}: {output.read_text()[-1500:]}"]
 
 
 def process_of(parent: int, rank: int) -> int:

@@ -135,7 +135,7 @@ def reseeded(patch: pytest.MonkeyPatch) -> None:
 
 def weights_only(patch: pytest.MonkeyPatch) -> None:
     genuine = resume.load_into
-    patch.setattr(resume, "load_into", lambda checkpoint, model, _optimizer: genuine(checkpoint, model))
+    patch.setattr(resume, "load_into", lambda checkpoint, model, *_: genuine(checkpoint, model))
 
 
 def half_precision(patch: pytest.MonkeyPatch) -> None:

@@ -98,31 +98,6 @@ def test_one_process_two_and_one_again(
     assert not [record for record in select(records, "warn") if record["what"] != slow]
 
 
-def test_a_checkpoint_of_any_ranks_is_read_by_any_others(
-    tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer
-) -> None:
-    """1 -> 4 that share the weights -> 2 in pairs of one -> 2 that hold all -> 1: each step's windows are the same."""
-    overrides = ["averaging.fraction=0.5", "averaging.every=2", "batch.micro_batch_size=1", "evaluation.every=0"]
-    config, run = with_overrides(tiny_config, overrides), tmp_path / "run"
-    train_tiny(tmp_path / "straight", 10, *overrides)
-    train_tiny(run, 2, *overrides)
-    options = {4: ["parallel.strategy=fsdp"], 6: ["parallel.strategy=fsdp"], 8: ["parallel.strategy=ddp"]}
-    for steps, world_size in ((4, 4), (6, 2), (8, 2)):
-        words = [word for option in options[steps] for word in ("--set", option)]
-        torchrun(world_size, config, run, tiny_dataset.root, tiny_tokenizer.path, steps, *words)
-    train_tiny(run, 10, *overrides)
-    expected, found = (
-        effective_steps(read_ledger(path / "ledger.jsonl").records) for path in (tmp_path / "straight", run)
-    )
-    for step, record in expected.items():
-        assert found[step]["windows"] == record["windows"]
-        assert found[step]["loss"] == pytest.approx(record["loss"], rel=1e-5), step
-    records = read_ledger(run / "ledger.jsonl").records
-    changed = [record["changes"] for record in select(records, "warn") if "environment changed" in record["what"]]
-    assert len(changed) == 4, "each other number of ranks or strategy is recorded"
-    assert all_passed(audit(RunDir(run), strict=True))
-
-
 def test_two_processes_go_on_after_the_last_window_with_twice_the_batch(
     tmp_path: Path, train_tiny: TrainTiny, tiny_config: RunConfig, tiny_dataset: Dataset, tiny_tokenizer: Tokenizer
 ) -> None:

@@ -168,7 +168,7 @@ def test_weights_alone_do_not_pass_for_a_resume(
     train_tiny(tmp_path / "run", 50)
     genuine = resume.load_into
 
-    def load_weights(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
+    def load_weights(checkpoint: Checkpoint, model: CausalLM, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         genuine(checkpoint, model)
         allocate_moments(optimizer, 50)
 
