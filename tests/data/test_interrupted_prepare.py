@@ -67,7 +67,9 @@ def texts(tmp_path: Path) -> Path:
     (folder / "a.jsonl").write_text(lines, encoding="utf-8")
     pq.write_table(pa.table({"text": [*some[8:16], None, some[1]]}), folder / "b.parquet", row_group_size=3)
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (folder / "d.txt").write_bytes(" ".join(synthetic_texts(9, seed=1)).encode() + b" \xff")
+    long = " ".join(synthetic_texts(9, seed=1))
+    (folder / "d.txt").write_bytes(long.encode() + b" \xff")
+    (folder / "g.jsonl").write_text(json.dumps({"text": f"{long} \ufffd"}), encoding="utf-8")
     (folder / "e.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in some[16:]), encoding="utf-8")
     (folder / "f.bin").touch()
     return folder
