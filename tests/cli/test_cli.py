@@ -347,15 +347,18 @@ def test_the_commands_are_listed_in_the_order_of_work_in_80_columns(
 
 
 def test_quickstart_is_reproduce_with_nano(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[ReproduceSpec] = []
+    """And it makes the published run again."""
+    begun, records = list[ReproduceSpec](), list[Path | None]()
 
-    def begin(spec: ReproduceSpec) -> list[Check]:
+    def begin(spec: ReproduceSpec, published: Path | None = None) -> list[Check]:
         begun.append(spec)
+        records.append(published)
         return [Check("begun", True, "once", "once", "")]
 
     monkeypatch.setattr("resmol.audit.reproduce.reproduce", begin)
     assert run(["quickstart"], debug=True) == 0
     assert run(["reproduce", "runs/quickstart", "--preset", "nano"], debug=True) == 0
     assert begun[0] == begun[1]
+    assert [record and record.name for record in records] == ["nano-100.json", None]
     makefile = (Path(__file__).resolve().parents[2] / "Makefile").read_text(encoding="utf-8")
     assert "\t$(BIN)/resmol quickstart\n" in makefile
