@@ -61,8 +61,8 @@ def after_a_resume(change: Any) -> Any:
     def put_in(patch: pytest.MonkeyPatch) -> None:
         genuine = resume.restore
 
-        def restore(state: Any, checkpoint: Any) -> None:
-            genuine(state, checkpoint)
+        def restore(state: Any, checkpoint: Any, *ranks: Any) -> None:
+            genuine(state, checkpoint, *ranks)
             change(state)
 
         patch.setattr(resume, "restore", restore)
@@ -85,8 +85,8 @@ def windows_from(position: Any) -> Any:
         genuine, resumed_at = Loader.windows_after, []
         genuine_restore = resume.restore
 
-        def restore(state: Any, checkpoint: Any) -> None:
-            genuine_restore(state, checkpoint)
+        def restore(state: Any, checkpoint: Any, *ranks: Any) -> None:
+            genuine_restore(state, checkpoint, *ranks)
             resumed_at.append(state.windows_seen)
 
         def windows_after(self: Loader, seen: int) -> Any:
@@ -109,8 +109,8 @@ def random_tokens(patch: pytest.MonkeyPatch) -> None:
     genuine, resumed = Loader._batch, []
     genuine_restore = resume.restore
 
-    def restore(state: Any, checkpoint: Any) -> None:
-        genuine_restore(state, checkpoint)
+    def restore(state: Any, checkpoint: Any, *ranks: Any) -> None:
+        genuine_restore(state, checkpoint, *ranks)
         resumed.append(checkpoint)
 
     def batch(self: Loader, windows: Any) -> Batch:
@@ -135,7 +135,12 @@ def reseeded(patch: pytest.MonkeyPatch) -> None:
 
 def weights_only(patch: pytest.MonkeyPatch) -> None:
     genuine = resume.load_into
-    patch.setattr(resume, "load_into", lambda checkpoint, model, *_: genuine(checkpoint, model))
+
+    def load_into(saved: Any, model: Any, optimizer: Any, *_: Any) -> None:
+        genuine(saved, model)
+        checkpoint.allocate_moments(optimizer, saved.state.step)
+
+    patch.setattr(resume, "load_into", load_into)
 
 
 def half_precision(patch: pytest.MonkeyPatch) -> None:
@@ -300,9 +305,9 @@ def deletes_the_corrupt(patch: pytest.MonkeyPatch) -> None:
 R, F = resume_guard, files_guard
 MISTAKES: list[Mistake] = [
     mistake(9, "resume: weights only",
-            weights_only, R, "weights and"),
+            weights_only, R, "refused: "),
     mistake(9, "resume: reseeded", reseeded, R, "windows"),
-    mistake(9, "resume: fresh weights", after_a_resume(_draw_again), R, "loss_bits"),
+    mistake(9, "resume: fresh weights", after_a_resume(_draw_again), R, "refused: "),
     mistake(9, "resume: a step skipped", after_a_resume(_skip_a_step), R, "steps 1 to 24"),
     mistake(9, "resume: a batch repeated", windows_from(lambda seen, _, size: seen - size), R, "windows"),
     mistake(9, "resume: a batch skipped", windows_from(lambda seen, _, size: seen + size), R, "windows"),
@@ -319,7 +324,7 @@ MISTAKES: list[Mistake] = [
     mistake(12, "old checkpoints never removed",
             replaced("resmol.run.async_save.prune", lambda *_, **__: []), F, "retention"),
     mistake(13, "weights saved in half precision", saved_in_half, F, "weights are saved in float32"),
-    mistake(13, "weights rounded to half precision by a save", half_precision, R, "weights and moments"),
+    mistake(13, "weights rounded to half precision by a save", half_precision, R, "refused: "),
     mistake(14, "names prefixed with _orig_mod.", prefixed("_orig_mod."), F, "names"),
     mistake(14, "names prefixed with module.", prefixed("module."), F, "names"),
 ]  # fmt: skip
