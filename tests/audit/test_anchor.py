@@ -123,8 +123,10 @@ def another_time(run: RunDir, year: bytes | None) -> None:
     stamp = anchors_of(run)[0] / "1.tsr"
     content = stamp.read_bytes()
     at = content.index(b"\x18\x0f20") + 2  # the type and length of a GeneralizedTime, then its year
-    if year is None:
-        flip(stamp, at + 13)
+    if year is None:  # a later one: an earlier one may lie before the authority's certificate
+        digits = ((12, ord("5")), (11, ord("9")), (10, ord("5")), (9, ord("9")))
+        place = at + next(number for number, largest in digits if content[at + number] < largest)
+        stamp.write_bytes(content[:place] + bytes([content[place] + 1]) + content[place + 1 :])
     else:
         stamp.write_bytes(content[:at] + year + content[at + 4 :])
 

@@ -427,22 +427,20 @@ def take_away(what: str, run: Path, setting: Setting) -> int:
 
     resmol.train.loop.record_step = record
     if what == "moved in a save":
-        resmol.train.loop.record_step, resmol.run.checkpoint.file_entry = (
-            real,
-            move_away(run, resmol.run.checkpoint.file_entry),
-        )
+        resmol.train.loop.record_step = real
+        resmol.run.checkpoint.file_sha256 = move_away(run, resmol.run.checkpoint.file_sha256)
     return command(run, setting)
 
 
 def move_away(run: Path, real: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `file_entry` before which the run is moved, in the second save: after its files were written."""
+    """Return a `file_sha256` before which the run is moved, in the second save: after its files were written."""
 
-    def entry(path: Path, *arguments: Any) -> Any:
+    def hash_file(path: Path) -> Any:
         if "step-00000010" in str(path) and run.exists():
             run.rename(run.with_name("moved"))
-        return real(path, *arguments)
+        return real(path)
 
-    return entry
+    return hash_file
 
 
 def contents(folder: Path) -> dict[str, bytes]:

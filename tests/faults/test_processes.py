@@ -518,7 +518,8 @@ OTHER_VALUES: dict[str, Any] = {
     "model.max_position_embeddings": 128, "tokenizer.sha256": "0" * 64, "data.seq_len": 16,
     "batch.global_batch_tokens": 128, "batch.micro_batch_size": 1, "schedule.kind": "constant",
     "optimizer.beta2_halflife_tokens": 1_000_000,
-    "runtime.device": "cuda", "runtime.compile": "on", "checkpoint.permanent": [23], "sampling.prompt": "ka lo",
+    "runtime.device": "cuda", "runtime.determinism": "off",
+    "runtime.compile": "on", "checkpoint.permanent": [23], "sampling.prompt": "ka lo",
     "train.steps": 26,
 }  # fmt: skip
 TRACKERS = ("wandb", "trackio")

@@ -134,7 +134,9 @@ def test_killed_on_two_ranks_and_resumed_on_one_is_the_uninterrupted_run(project
     train("run", STEPS)
     assert_equal_runs(project / "run", project / "straight", STEPS)
     records = read_ledger(project / "run" / "ledger.jsonl").records
-    assert [(record["from_step"], record["to_step"]) for record in select(records, "rewind")] == [(11, 10)]
+    (rewind,) = select(records, "rewind")
+    assert rewind["from_step"] == 11
+    assert rewind["to_step"] in (5, 10)  # the save of step 10 may not have been durable yet
     assert [r["environment"]["world_size"] for r in records if r["kind"] in ("start", "resume")] == [1, 2, 1]
     assert all_passed(audit(RunDir(project / "run"), strict=True))
 

@@ -25,7 +25,7 @@ from resmol.data.shuffle import WindowShuffle
 from resmol.data.tokenizer import Tokenizer
 from resmol.errors import CheckFailed, CheckpointError, ConfigError, DataError, Interrupted, UsageError
 from resmol.model.llama import CausalLM
-from resmol.run import checkpoint, checkpoint_manifest
+from resmol.run import checkpoint_manifest, retention
 from resmol.run.checkpoint import allocate_moments
 from resmol.run.checkpoint_manifest import Checkpoint, Manifest, file_entry, open_checkpoint, read_manifest
 from resmol.run.directory import RunDir
@@ -466,7 +466,7 @@ def test_one_resume_reads_one_manifest_once(tmp_path: Path, train_tiny: TrainTin
     train_tiny(tmp_path / "run", 10)
     genuine, read = checkpoint_manifest.read_manifest, []
     monkeypatch.setattr(checkpoint_manifest, "read_manifest", lambda path: read.append(path.name) or genuine(path))
-    monkeypatch.setattr(checkpoint, "read_manifest", checkpoint_manifest.read_manifest)
+    monkeypatch.setattr(retention, "read_manifest", checkpoint_manifest.read_manifest)
     assert train_tiny(tmp_path / "run", 10).step == 10
     assert read == ["step-00000010"]
 
@@ -698,8 +698,8 @@ def test_the_audit_notices_a_place_that_is_computed_from_the_step(
     train_tiny(run, 5)
     genuine = resume.restore
 
-    def restore(state: Any, checkpoint: Any) -> None:
-        genuine(state, checkpoint)
+    def restore(state: Any, *arguments: Any) -> None:
+        genuine(state, *arguments)
         state.windows_seen *= 2
 
     monkeypatch.setattr(resume, "restore", restore)

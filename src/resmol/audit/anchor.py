@@ -160,7 +160,7 @@ def _statement(run: RunDir, content: LedgerContent) -> Record:
         "lines": len(content.records),
         "steps": max(effective_steps(content.records), default=0),
         "certificate_sha256": file_sha256(run.certificate) if run.certificate.exists() else None,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 

@@ -114,7 +114,7 @@ def _text(inputs: list[str] | None, val: list[str] | None, val_fraction: float |
     resmol prepare data/mine --input articles.jsonl.zst --text-field content
     resmol prepare data/mine --input 'hf://datasets/OWNER/NAME/*.parquet'
     resmol prepare data/mine --input texts/ --val held-out.jsonl --dedup --stats
-    resmol prepare data/big --input texts/ --executor ray --tasks 1000 --near-dedup
+    resmol prepare data/big --input texts/ --executor ray --near-dedup
     """
 )
 def prepare(

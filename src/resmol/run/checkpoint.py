@@ -158,7 +158,7 @@ def _write_and_hash(
     """Write what this rank holds of the tensors, then hash its share of the files; return the entries of all."""
     pieces = _pieces(tensors, ranks)
     digests: dict[str, dict[str, str]] = {file: {} for file in (*headers, STATE, CONFIG)}
-    for found in together(ranks, f"write {temporary.name}", lambda: _write_pieces(temporary, headers, pieces)):
+    for found in together(ranks, "write a checkpoint", lambda: _write_pieces(temporary, headers, pieces)):
         for file, name, value in found:
             digests[file][name] = value
     # A tensor that no rank holds as a whole is hashed in the file, in which every range is what was in memory.
@@ -171,7 +171,7 @@ def _write_and_hash(
     }
     own = [item for item, rank in balanced(sizes, ranks.world_size).items() if rank == ranks.rank]
     sha256 = dict[str, str]()
-    for found in together(ranks, f"hash {temporary.name}", lambda: _hash(temporary, headers, own)):
+    for found in together(ranks, "hash a checkpoint", lambda: _hash(temporary, headers, own)):
         for file, name, value in found:
             if name:
                 digests[file][name] = value

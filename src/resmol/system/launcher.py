@@ -63,7 +63,7 @@ def wait_for_rank_zero(environment: Mapping[str, str] = os.environ) -> None:
 
     What is wrong with a command is wrong on every rank, and one message says more than sixteen.
     """
-    if environment.get("RANK", "0") != "0":
+    if all(environment.get(name) for name in VARIABLES) and environment["RANK"] != "0":
         time.sleep(RANK_0_SECONDS)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from resmol.errors import ProcessLost
 from resmol.run.ranks import Ranks
-from resmol.train.heartbeat import GO_ON, Heartbeat, read_heartbeats
+from resmol.train.heartbeat import BEAT_SECONDS, GO_ON, MISSED_BEATS, Heartbeat, read_heartbeats
 from resmol.train.rendezvous import Store
 
 LOOK_SECONDS = 1.0  # between two looks at the heartbeats while this rank waits
@@ -86,9 +86,11 @@ class RankMessages(Ranks):
         while not self._is_set(keys):
             missing = [rank for rank, key in enumerate(own) if not self._store.check([key])] or [0]
             seconds = time.monotonic() - started
-            if dead := watch.dead(missing, read_heartbeats(self._store, self.world_size)):
+            late = seconds > self._limit or self._abandoned.is_set()
+            patience = MISSED_BEATS * BEAT_SECONDS if late else DEAD_SECONDS
+            if dead := watch.dead(missing, read_heartbeats(self._store, self.world_size), patience):
                 raise ProcessLost(f"cannot {what}: {dead}", fix=GO_ON)
-            if seconds > self._limit or self._abandoned.is_set():
+            if late:
                 ranks = ", ".join(f"rank {rank}" for rank in missing)
                 raise ProcessLost(f"cannot {what}: {ranks} did not do its part within {seconds:.0f} s", fix=GO_ON)
 
@@ -110,13 +112,13 @@ class _Watch:
     def __init__(self, world_size: int) -> None:
         self._last = [(Heartbeat(-1), 0.0)] * world_size
 
-    def dead(self, ranks: Sequence[int], heartbeats: Sequence[Heartbeat]) -> str:
-        """Describe those of these ranks that have had no heartbeat for `DEAD_SECONDS`; empty if there is none."""
+    def dead(self, ranks: Sequence[int], heartbeats: Sequence[Heartbeat], seconds: float) -> str:
+        """Describe those of these ranks that have had no heartbeat for so long; empty if there is none."""
         now, found = time.monotonic(), []
         for rank in ranks:
             heartbeat, since = self._last[rank]
             if heartbeats[rank].beat != heartbeat.beat:
                 self._last[rank] = (heartbeats[rank], now)
-            elif now - since > DEAD_SECONDS:
+            elif now - since > seconds:
                 found.append(f"rank {rank} died or froze (last phase: {heartbeat.phase})")
         return "; ".join(found)
