@@ -38,7 +38,8 @@ from resmol.train.autotune import needed_memory, resolve_auto
 logger = logging.getLogger("resmol.benchmarks.scaling")
 
 # Signs of a lack of memory in messages of PyTorch, C++ and the loader of libraries.
-OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map", "failed to map")
+# The last is what Python says when it has no memory left to compile a module.
+OUT_OF_MEMORY = ("memory", "bad_alloc", "cannot map", "failed to map", "returned null without setting")
 POINTS, TABLE, PLOT = "points.jsonl", "scaling.md", "scaling.svg"
 TITLES = ("preset", "batch", "step, s", "tokens/s", "peak memory, MiB", "estimated, MiB", "GFLOP/token", "GFLOP/s", "")
 
