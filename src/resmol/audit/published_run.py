@@ -78,8 +78,8 @@ class PublishedRun(StrictModel):
     def read(cls, path: Path) -> PublishedRun:
         """Read a file (`DataError` when it is none of these, or its digest is not that of its steps)."""
         try:
-            content = path.read_bytes()
-            published = cls.model_validate_json(content[:MOST_BYTES])
+            with path.open("rb") as file:
+                published = cls.model_validate_json(file.read(MOST_BYTES))
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read: {error.strerror}", fix="name a file such as records/nano-100.json"
@@ -203,7 +203,7 @@ def _steps_again(published: PublishedRun, data: Dataset) -> Outcome:
     with open_runtime(config) as runtime:
         if changed := changed_facts(published.machines[0], runtime.environment(), config):
             return Outcome("UNSUPPORTED", f"another library or system: {in_words(changed)}")
-    return _compare_steps(published, config, data, runtime)
+        return _compare_steps(published, config, data, runtime)
 
 
 def _compare_steps(published: PublishedRun, config: RunConfig, data: Dataset, runtime: Runtime) -> Outcome:
