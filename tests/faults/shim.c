@@ -3,8 +3,7 @@
  * It watches the calls that change files below one directory, counts those of the chosen kinds, and acts on the
  * first-th to last-th of them: the process dies before or after the call, in the middle of a write, the call fails with
  * an errno, writes a single byte, or takes long. It can also keep a log of everything that was done, with the bytes.
- * Only calls of the C library are seen: a rename that a Rust library makes by the system call itself is not, but the
- * inodes in the log give it away.
+ * Only calls of the C library are seen.
  *
  * shim.py is its other half; the constants below are repeated there.
  */
@@ -126,16 +125,12 @@ static void after(int hit) {
     if (hit && (mode == EXIT_AFTER || mode == EXIT_TORN)) _exit(KILLED);
 }
 
-/* One entry of the log: a line with kind, paths, offset, inode (0: no descriptor) and length, then `length` bytes. */
-static void record(const char *kind, const char *path, const char *to, off_t offset, int descriptor, const void *data,
-                   size_t length) {
+/* One entry of the log: a line with kind, paths, offset and length, then `length` bytes. */
+static void record(const char *kind, const char *path, const char *to, off_t offset, const void *data, size_t length) {
     int keep = errno;
-    struct stat file = {0};
-    if (descriptor >= 0) fstat(descriptor, &file);
     char *entry = malloc(2 * PATH_MAX + 128 + length);
     if (!entry) abort();
-    int size = sprintf(entry, "%s\t%s\t%s\t%lld\t%llu\t%zu\n", kind, path, to, (long long)offset,
-                       (unsigned long long)file.st_ino, length);
+    int size = sprintf(entry, "%s\t%s\t%s\t%lld\t%zu\n", kind, path, to, (long long)offset, length);
     if (length) memcpy(entry + size, data, length);
     if (plain_write(log_descriptor, entry, size + length) != (ssize_t)(size + length)) abort();
     free(entry);
@@ -143,7 +138,7 @@ static void record(const char *kind, const char *path, const char *to, off_t off
 }
 
 void fault_mark(const char *text) {
-    if (log_descriptor >= 0) record("mark", text, "", 0, -1, "", 0);
+    if (log_descriptor >= 0) record("mark", text, "", 0, "", 0);
 }
 
 static int begin_log(const char *path) {
@@ -167,9 +162,8 @@ static int watched_open(opener call, int folder, const char *name, int flags, mo
     if (before(hit)) return -1;
     int logging = begin_log(path), is_new = logging && changes && access(path, F_OK);
     int descriptor = call(folder, name, flags, permissions);
-    if (logging && descriptor >= 0 && is_new) record("create", path, "", 0, descriptor, "", 0);
-    if (logging && descriptor >= 0 && !changes) record("read", path, "", 0, descriptor, "", 0);
-    if (logging && descriptor >= 0 && !is_new && (flags & O_TRUNC)) record("truncate", path, "", 0, descriptor, "", 0);
+    if (logging && descriptor >= 0 && is_new) record("create", path, "", 0, "", 0);
+    if (logging && descriptor >= 0 && !is_new && (flags & O_TRUNC)) record("truncate", path, "", 0, "", 0);
     end_log(logging);
     after(hit);
     return descriptor;
@@ -226,8 +220,7 @@ static ssize_t watched_write(int descriptor, const void *data, size_t size, off_
     int logging = begin_log(path);
     ssize_t written = plain_write_at(descriptor, data, size, at);
     if (logging && written > 0)
-        record("write", path, "", at < 0 ? lseek(descriptor, 0, SEEK_CUR) - written : at, descriptor, data,
-               written);
+        record("write", path, "", at < 0 ? lseek(descriptor, 0, SEEK_CUR) - written : at, data, written);
     end_log(logging);
     after(hit);
     return written;
@@ -266,12 +259,12 @@ ssize_t pwritev(int descriptor, const struct iovec *parts, int count, off_t at) 
 }
 
 /* The calls with one descriptor or one or two paths differ only in their arguments. */
-#define WATCHED(kind, label, path, to, at, descriptor, call) \
+#define WATCHED(kind, label, path, to, at, call) \
     do { \
         int hit = hits(kind, path); \
         if (before(hit)) return -1; \
         int logging = begin_log(path), result = (call); \
-        if (logging && !result) record(label, path, to, at, descriptor, "", 0); \
+        if (logging && !result) record(label, path, to, at, "", 0); \
         end_log(logging); \
         after(hit); \
         return result; \
@@ -283,14 +276,14 @@ int fsync(int descriptor) {
     struct stat file;
     if (!atomic_load(&armed) || !path_of_descriptor(descriptor, path)) return real(descriptor);
     if (!fstat(descriptor, &file) && S_ISDIR(file.st_mode) && before(hits(SYNC_DIRECTORY, path))) return -1;
-    WATCHED(FSYNC, "fsync", path, "", 0, descriptor, real(descriptor));
+    WATCHED(FSYNC, "fsync", path, "", 0, real(descriptor));
 }
 
 int fdatasync(int descriptor) {
     REAL(int, "fdatasync", int);
     char path[PATH_MAX];
     if (!atomic_load(&armed) || !path_of_descriptor(descriptor, path)) return real(descriptor);
-    WATCHED(FSYNC, "fsync", path, "", 0, descriptor, real(descriptor));
+    WATCHED(FSYNC, "fsync", path, "", 0, real(descriptor));
 }
 
 int flock(int descriptor, int operation) {
@@ -316,7 +309,7 @@ static int watched_truncate(int descriptor, off_t length) {
     REAL(int, "ftruncate", int, off_t);
     char path[PATH_MAX];
     if (!atomic_load(&armed) || !path_of_descriptor(descriptor, path)) return real(descriptor, length);
-    WATCHED(TRUNCATE, "truncate", path, "", length, descriptor, real(descriptor, length));
+    WATCHED(TRUNCATE, "truncate", path, "", length, real(descriptor, length));
 }
 
 int ftruncate(int descriptor, off_t length) { return watched_truncate(descriptor, length); }
@@ -328,7 +321,7 @@ static int watched_rename(int folder, const char *name, int new_folder, const ch
     char path[PATH_MAX], to[PATH_MAX];
     if (!atomic_load(&armed) || !absolute(folder, name, path) || !absolute(new_folder, new_name, to))
         return real(folder, name, new_folder, new_name);
-    WATCHED(RENAME, "rename", path, to, 0, -1, real(folder, name, new_folder, new_name));
+    WATCHED(RENAME, "rename", path, to, 0, real(folder, name, new_folder, new_name));
 }
 
 int rename(const char *name, const char *new_name) { return watched_rename(AT_FDCWD, name, AT_FDCWD, new_name); }
@@ -342,7 +335,7 @@ static int watched_unlink(int folder, const char *name, int flags) {
     char path[PATH_MAX];
     if (!atomic_load(&armed) || !absolute(folder, name, path)) return real(folder, name, flags);
     int kind = flags & AT_REMOVEDIR ? RMDIR : UNLINK;
-    WATCHED(kind, kind == RMDIR ? "rmdir" : "unlink", path, "", 0, -1, real(folder, name, flags));
+    WATCHED(kind, kind == RMDIR ? "rmdir" : "unlink", path, "", 0, real(folder, name, flags));
 }
 
 int unlink(const char *name) { return watched_unlink(AT_FDCWD, name, 0); }
@@ -355,7 +348,7 @@ static int watched_mkdir(int folder, const char *name, mode_t permissions) {
     REAL(int, "mkdirat", int, const char *, mode_t);
     char path[PATH_MAX];
     if (!atomic_load(&armed) || !absolute(folder, name, path)) return real(folder, name, permissions);
-    WATCHED(MKDIR, "mkdir", path, "", 0, -1, real(folder, name, permissions));
+    WATCHED(MKDIR, "mkdir", path, "", 0, real(folder, name, permissions));
 }
 
 int mkdir(const char *name, mode_t permissions) { return watched_mkdir(AT_FDCWD, name, permissions); }

@@ -18,8 +18,7 @@ child (fixture ``shim`` in conftest.py: it skips the test where there is no comp
 
 Arming again replaces what was armed before and counts from 1. Only calls that concern files below the directory given
 first count, and of those only the ``kinds`` (default: all that change something) whose file has a name like ``names``.
-Every thread counts, and what an armed process forks is armed as well. Calls that bypass the C library are not seen:
-safetensors writes to ``.tmpXXXXXX`` (that is the name to match) and renames it with a system call of its own.
+Every thread counts, and what an armed process forks is armed as well. Calls that bypass the C library are not seen.
 """
 
 from __future__ import annotations
@@ -70,7 +69,6 @@ class Operation:
     to: str = ""
     offset: int = 0
     data: bytes = b""
-    inode: int = 0  # of the file, where the call had it open
 
 
 def build(folder: Path) -> Path:
@@ -134,39 +132,10 @@ def read_log(path: Path) -> list[Operation]:
     content, operations = path.read_bytes(), []
     while content:
         line, _, content = content.partition(b"\n")
-        kind, name, to, offset, inode, length = line.decode().split("\t")
-        operations.append(Operation(kind, name, to, int(offset), content[: int(length)], int(inode)))
+        kind, name, to, offset, length = line.decode().split("\t")
+        operations.append(Operation(kind, name, to, int(offset), content[: int(length)]))
         content = content[int(length) :]
-    return _with_unseen_renames(operations)
-
-
-def _with_unseen_renames(operations: list[Operation]) -> list[Operation]:
-    """Insert the renames that bypassed the C library: a known inode appears under a name that nobody gave it.
-
-    safetensors writes ``.tmpXXXXXX`` and gives it its name with a system call of its own; the rename is put right
-    after the last operation on the old name, the earliest it can have been.
-    """
-    result: list[Operation] = []
-    names: dict[int, str] = {}
-    for operation in operations:
-        if operation.kind == "create":
-            names[operation.inode] = operation.path
-        elif operation.kind == "unlink":  # the number may be given to another file
-            names = {inode: name for inode, name in names.items() if name != operation.path}
-        elif operation.kind == "rename":
-            names = {inode: name for inode, name in names.items() if name != operation.to}
-            for inode, name in names.items():
-                if f"{name}/".startswith(f"{operation.path}/"):
-                    names[inode] = operation.to + name[len(operation.path) :]
-        old = names.get(operation.inode, operation.path) if operation.inode else operation.path
-        if old != operation.path:
-            last = max((number for number, earlier in enumerate(result) if earlier.path == old), default=None)
-            if last is not None:  # else the file of that name is gone, and the system gave its number to another one
-                result.insert(last + 1, Operation("rename", old, operation.path))
-            names[operation.inode] = operation.path
-        if operation.kind != "read":  # it changes nothing; it was logged for its inode
-            result.append(operation)
-    return result
+    return operations
 
 
 @functools.cache
