@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from resmol.bench.comparison import markdown_table
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
 from resmol.model.flops import parameter_counts, total_parameters, training_flops_per_token, training_memory
@@ -237,11 +238,8 @@ class Prediction:
 
     def markdown(self) -> str:
         """Return the tables as Markdown."""
-        text = []
-        for title, head, rows in self._tables():
-            lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
-            text.append(f"**{title}**\n\n" + "\n".join(f"| {line} |" for line in lines))
-        return "\n\n".join([*text, self._assumptions()])
+        tables = ["\n".join([f"**{title}**", "", *markdown_table(head, rows)]) for title, head, rows in self._tables()]
+        return "\n\n".join([*tables, self._assumptions()])
 
     def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         tokens, steps = self.config.batch.global_batch_tokens, self.config.train.steps

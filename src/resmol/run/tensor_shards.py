@@ -43,6 +43,12 @@ class TensorShard:
         return self.local.numel() == math.prod(self.shape)
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """Return the values that this rank holds of a tensor, wherever they lie in it; they share the tensor's memory."""
+    placed: Any = tensor
+    return tensor if getattr(placed, "device_mesh", None) is None else placed.to_local().detach()
+
+
 def shard_of(tensor: Tensor, rank: int = 0, world_size: int = 1) -> TensorShard:
     """Return what this rank holds of a tensor; its values share the tensor's memory.
 

@@ -93,7 +93,7 @@ def check_memory(config: RunConfig) -> None:
     smaller = "" if config.batch.micro_batch_size == 1 else "set a smaller batch.micro_batch_size, "
     again = "" if recompute else "set runtime.activation_checkpointing=on, "
     several, share = "", ""
-    if this_launch().world_size > 1:
+    if _several_processes():
         several = " on each rank"
         share = "" if config.parallel.strategy == "fsdp" else "set parallel.strategy=fsdp, "
     raise ConfigError(

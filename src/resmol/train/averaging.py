@@ -14,16 +14,15 @@ from its tensors alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from resmol.config.run_config import AveragingConfig
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
-from resmol.run.tensor_shards import shard_of
+from resmol.run.tensor_shards import local_of
 
 
 class WeightAverage:
@@ -45,7 +44,9 @@ class WeightAverage:
         number, remainder = divmod(step, self._config.every)
         if remainder == 0:
             weight = update_weight(number, self._config.fraction)
-            torch._foreach_lerp_(_local(self.tensors.values()), _local(self._weights.values()), weight)
+            torch._foreach_lerp_(
+                [*map(local_of, self.tensors.values())], [*map(local_of, self._weights.values())], weight
+            )
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -59,15 +60,11 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         """Swap the numbers themselves, one tensor at a time: FSDP2 and DDP know the memory of the weights."""
-        for weights, average in zip(_local(self._weights.values()), _local(self.tensors.values()), strict=True):
-            before = weights.clone()
-            weights.copy_(average)
-            average.copy_(before)
-
-
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return what this rank holds of each tensor."""
-    return [shard_of(tensor).local for tensor in tensors]
+        for weights, average in zip(self._weights.values(), self.tensors.values(), strict=True):
+            ours, other = local_of(weights), local_of(average)
+            before = ours.clone()
+            ours.copy_(other)
+            other.copy_(before)
 
 
 def update_weight(number: int, fraction: float) -> float:

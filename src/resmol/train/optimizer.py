@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from resmol.config.run_config import OptimizerConfig
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import allocate_moments
-from resmol.run.tensor_shards import shard_of
+from resmol.run.tensor_shards import local_of
 
 CHUNK = 1 << 18  # elements of one dot product: 1 MiB in float32
 # Muon's update gets the root mean square of AdamW's, so that it takes AdamW's learning rate and weight decay
@@ -106,7 +106,7 @@ def gradient_norm(model: CausalLM, divisor: float) -> Float[Tensor, ""]:
     the same norm on each of them.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    squares = torch.stack([_sum_of_squares(shard_of(gradient).local.view(-1)) for gradient in gradients])
+    squares = torch.stack([_sum_of_squares(local_of(gradient).view(-1)) for gradient in gradients])
     mesh = getattr(gradients[0], "device_mesh", None)
     if mesh is not None:
         dist.all_reduce(squares, group=mesh.get_group("shard"))
