@@ -40,9 +40,9 @@ from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
 from resmol.train.build import make_loader, new_state
 from resmol.train.devices import deterministic_kernels, device_name, find_device
-from resmol.train.loop import train_step
 from resmol.train.parallel import Runtime
 from resmol.train.start import train_model
+from resmol.train.step import train_step
 
 logger = logging.getLogger("resmol.benchmarks.gpu")
 

@@ -30,8 +30,8 @@ from resmol.data.readers import from_texts
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import SMOLLM2_TOKENIZER_SHA256, Tokenizer
 from resmol.data.tokenizer_files import cache_path
-from resmol.train.loop import TrainState
 from resmol.train.start import train_model
+from resmol.train.step import TrainState
 
 # What tries POSIX itself is not for Windows: the fault campaign, and tests with a tool that is not there.
 collect_ignore_glob = ["faults/*"] if sys.platform == "win32" else []

@@ -15,7 +15,7 @@ from resmol.run.checkpoint import digest_all
 from resmol.run.checkpoint_manifest import MANIFEST, WEIGHTS, Manifest, checkpoint_name, file_entry, read_manifest
 from resmol.run.directory import RunDir
 from resmol.run.ledger import GENESIS, Record, canonical, float_bits, read_ledger
-from resmol.train.loop import TrainState
+from resmol.train.step import TrainState
 
 
 def synthetic_texts(count: int, *, seed: int = 0, words: int = 60) -> list[str]:

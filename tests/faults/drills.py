@@ -55,10 +55,12 @@ from resmol.run.checkpoint_manifest import (
     step_of,
 )
 from resmol.run.directory import RunDir
+from resmol.run.fingerprint import recorded_form
 from resmol.run.ledger import read_ledger, select
 from resmol.run.ranks import Ranks
-from resmol.train.loop import Session, TrainState, record_step, save
+from resmol.train.loop import Session, record_step, save
 from resmol.train.start import train_model
+from resmol.train.step import TrainState
 from resmol.train.step_result import StepResult
 
 Script = Callable[[TrainState, Session], None]
@@ -122,7 +124,8 @@ def go_to(state: TrainState, session: Session, step: int) -> None:
             allocate_moments(state.optimizer, step)
         for name, tensor in tensors_of(state):
             tensor.fill_(value_of(name, state.step))
-        fingerprint = state.fingerprint.of_step(state.step, state.tensors, session.config, session.runtime)
+        of_step = state.fingerprint.of_step(state.step, state.tensors, session.config, session.runtime)
+        fingerprint = recorded_form(of_step, session.config.fingerprint_steps)
         result = StepResult(
             step=state.step, loss=1 / state.step, grad_norm=1.0, lr=0.01, tokens=batch.tokens,
             tokens_seen=state.tokens_seen, windows_seen=state.windows_seen,

@@ -13,7 +13,7 @@ from trials import Forks, Oracle, Setting, error_of, step_bits, train_run
 
 from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
-from resmol.train import loop as train
+from resmol.train import step as train
 
 
 def train_with_a_bad_gradient(run: Path, setting: Setting, step: int, times: int, bad: float, place: int) -> int:

@@ -54,9 +54,9 @@ from resmol.run.ledger import canonical, effective_steps, read_ledger, select
 from resmol.system.hub_download import require_answer
 from resmol.system.pypi_download import extract_member
 from resmol.system.safetensors_header import read_header
-from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.resume import restore
+from resmol.train.step import TrainState
 
 MIB = 1 << 20
 Outcome = dict[str, Any]

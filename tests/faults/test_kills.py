@@ -21,6 +21,7 @@ from waiting import HANGS
 import resmol.run.async_save
 import resmol.run.checkpoint
 import resmol.train.loop
+import resmol.train.step
 from resmol.data.shards import Dataset
 from resmol.run.checkpoint import StagedCheckpoint
 from resmol.run.checkpoint_manifest import list_checkpoints, step_of
@@ -264,7 +265,7 @@ def test_k6_boundaries(
 
 def die_after_step(step: int, trace: Path, run: Path, setting: Setting, *overrides: str) -> int:
     """Train; write down which windows the model is given; be killed after a step (never, where it is 0)."""
-    real_step, real_record = resmol.train.loop.train_step, resmol.train.loop.record_step
+    real_step, real_record = resmol.train.step.train_step, resmol.train.loop.record_step
 
     def trace_step(state: Any, step_batch: Any, *arguments: Any) -> Any:
         ids = " ".join(str(window) for batch in step_batch.batches for window in batch.window_ids)
@@ -277,7 +278,7 @@ def die_after_step(step: int, trace: Path, run: Path, setting: Setting, *overrid
         if result.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    resmol.train.loop.train_step, resmol.train.loop.record_step = trace_step, record_and_die
+    resmol.train.step.train_step, resmol.train.loop.record_step = trace_step, record_and_die
     return train_run(run, setting, *overrides)
 
 

@@ -44,6 +44,7 @@ from waiting import HANGS
 import resmol.system.launcher
 import resmol.train.loop
 import resmol.train.start
+import resmol.train.step
 from resmol.run.ledger import Record, effective_steps, select
 
 PATIENCE = 60  # runtime.collective_timeout, where nothing needs to wait for it
@@ -105,13 +106,13 @@ def wait_for_step(run: Path, step: int, started: list[BaseProcess]) -> None:
 
 
 def be_slow() -> None:
-    real = resmol.train.loop.accumulate_gradients
+    real = resmol.train.step.accumulate_gradients
 
     def slowly(*values: Any) -> Any:
         time.sleep(1.0)
         return real(*values)
 
-    resmol.train.loop.accumulate_gradients = slowly
+    resmol.train.step.accumulate_gradients = slowly
 
 
 def have_other_weights() -> None:

@@ -47,6 +47,7 @@ import resmol.run.ledger
 import resmol.system.host
 import resmol.train.loop
 import resmol.train.start
+import resmol.train.step
 from resmol.checks import Check
 from resmol.config.load import load_config, with_overrides
 from resmol.config.run_config import RunConfig, drift_classes, flatten
@@ -106,8 +107,13 @@ def die_after(step: int, run: Path, setting: Setting, *arguments: str) -> int:
 def send_in(
     place: str, number: int, signals: Sequence[signal.Signals], run: Path, setting: Setting, *arguments: str
 ) -> int:
-    """Train; as it returns from the ``number``-th call of a function of train.py or saving.py, signals come."""
-    module = resmol.run.async_save if place in ("stage_checkpoint", "commit_checkpoint", "prune") else resmol.train.loop
+    """Train; as it returns from the ``number``-th call of a function, where that is called, signals come."""
+    modules = (
+        resmol.run.async_save,
+        resmol.train.step,
+        resmol.train.loop,
+    )
+    module = next(module for module in modules if hasattr(module, place))
     real, calls = getattr(module, place), 0
 
     def call_and_send(*values: Any, **options: Any) -> Any:
@@ -458,14 +464,14 @@ def test_f6_environment_changes(
 
 def trace_rates(trace: Path, run: Path, setting: Setting, *arguments: str) -> int:
     """Train; write down the learning rate that the optimizer was given at each step, bit for bit."""
-    real = resmol.train.loop.apply_update
+    real = resmol.train.step.apply_update
 
     def apply(optimizer: torch.optim.AdamW, **options: Any) -> None:
         real(optimizer, **options)
         with trace.open("a") as file:
             file.write(" ".join(sorted({float(group["lr"]).hex() for group in optimizer.param_groups})) + "\n")
 
-    resmol.train.loop.apply_update = apply
+    resmol.train.step.apply_update = apply
     return command(run, setting, *arguments)
 
 

@@ -12,8 +12,8 @@ import pytest
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import Dataset
 from resmol.data.tokenizer import Tokenizer
-from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
+from resmol.train.step import TrainState
 
 RUNTIME = Runtime.single()
 

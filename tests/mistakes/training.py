@@ -19,7 +19,7 @@ from resmol.inference.sampling_params import SamplingParams
 from resmol.model.llama import CausalLM, Decoder
 from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.run.ledger import effective_steps, read_ledger, select
-from resmol.train import gradients
+from resmol.train import gradients, step
 from resmol.train import loop as train
 from resmol.train import parallel as distributed
 from resmol.train import start as launch
@@ -88,7 +88,7 @@ def _on_processes(state: Any, loader: Loader, seen: int, config: Any, world: int
             state.optimizer.zero_grad(set_to_none=True)
             runtime = Runtime(rank, world, RUNTIME.device, None)
             batches = loader.step_after(seen, rank, world).batches
-            total = train.accumulate_gradients(state.model, batches, config, runtime)
+            total = step.accumulate_gradients(state.model, batches, config, runtime)
             for parameter in state.model.parameters() if world > 1 else ():  # a bucket each, in DDP's place
                 bucket = SimpleNamespace(buffer=lambda grad=parameter.grad: grad, is_last=lambda: False)
                 parameter.grad.copy_(gradients._sum_over_ranks(runtime, bucket).wait())
@@ -102,7 +102,7 @@ def _finished(result: Any) -> torch.futures.Future[Any]:
     return future
 
 
-GENUINE_BATCH, GENUINE_ACCUMULATE = Loader._batch, train.accumulate_gradients
+GENUINE_BATCH, GENUINE_ACCUMULATE = Loader._batch, step.accumulate_gradients
 GENUINE_SUM = gradients._sum_over_ranks
 
 
@@ -150,32 +150,32 @@ def schedule_guard(bench: Bench) -> set[str]:
         bench.train(bench.folder / "schedule", steps, *overrides)
     records = effective_steps(read_ledger(bench.folder / "schedule" / "ledger.jsonl").records)
     found = set()
-    for step in (1, 2, 5, 9, 10, 11, 14, 15, 20, 24):
-        wave = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 30))
-        if not math.isclose(records[step]["lr"], 0.01 * (step / 10 if step <= 10 else wave)):
-            found.add("learning rate after a resume" if step > 14 else "learning rate")
+    for number in (1, 2, 5, 9, 10, 11, 14, 15, 20, 24):
+        wave = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (number - 10) / 30))
+        if not math.isclose(records[number]["lr"], 0.01 * (number / 10 if number <= 10 else wave)):
+            found.add("learning rate after a resume" if number > 14 else "learning rate")
     return found
 
 
 def horizon_is_the_stop(patch: pytest.MonkeyPatch) -> None:
-    genuine_train, genuine_rate = launch.train, train.lr_at
+    genuine_train, genuine_rate = launch.train, step.lr_at
 
     def tied(state: Any, session: Any) -> None:
         update = {"horizon": session.config.train.steps}
-        patch.setattr(train, "lr_at", lambda step, s, peak: genuine_rate(step, s.model_copy(update=update), peak))
+        patch.setattr(step, "lr_at", lambda number, s, peak: genuine_rate(number, s.model_copy(update=update), peak))
         genuine_train(state, session)
 
     patch.setattr(launch, "train", tied)
 
 
 def multiplied_twice(patch: pytest.MonkeyPatch) -> None:
-    genuine = train.lr_at
-    patch.setattr(train, "lr_at", lambda step, s, peak: genuine(step, s, peak) ** 2 / peak)
+    genuine = step.lr_at
+    patch.setattr(step, "lr_at", lambda number, s, peak: genuine(number, s, peak) ** 2 / peak)
 
 
 def ratio_as_absolute(patch: pytest.MonkeyPatch) -> None:
-    genuine = train.lr_at
-    patch.setattr(train, "lr_at", lambda step, s, peak: genuine(step, s, peak) / peak)
+    genuine = step.lr_at
+    patch.setattr(step, "lr_at", lambda number, s, peak: genuine(number, s, peak) / peak)
 
 
 # --- what evaluation and sampling leave behind ---------------------------------------------------------------
@@ -319,20 +319,20 @@ def arithmetic_guard(bench: Bench) -> set[str]:
 
 
 def needs_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    genuine = train.train_step
+    genuine = step.train_step
 
     def synchronising(*arguments: Any) -> Any:
         torch.cuda.synchronize()
         return genuine(*arguments)
 
-    patch.setattr(train, "train_step", synchronising)
+    patch.setattr(step, "train_step", synchronising)
 
 
 def half_without_a_scaler(self: Runtime) -> Any:
     return torch.autocast("cpu", dtype=torch.float16)
 
 
-ACCUMULATE, BATCH = "resmol.train.loop.accumulate_gradients", "resmol.data.loader.Loader._batch"
+ACCUMULATE, BATCH = "resmol.train.step.accumulate_gradients", "resmol.data.loader.Loader._batch"
 MISTAKES: list[Mistake] = [
     mistake(3, "labels shifted twice", replaced(BATCH, shifted_twice), step_guard, "loss of the step"),
     mistake(3, "labels never shifted", replaced(BATCH, never_shifted), step_guard, "loss of the step"),

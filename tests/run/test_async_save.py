@@ -37,8 +37,8 @@ from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, sele
 from resmol.run.log_writers import RunLog
 from resmol.run.ranks import Ranks
 from resmol.train.build import new_state
-from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
+from resmol.train.step import TrainState
 from resmol.train.step_result import REPRODUCIBLE_FIELDS
 
 NAMES = ("stage_checkpoint", "commit_checkpoint")

@@ -36,8 +36,8 @@ from resmol.run.checkpoint_manifest import (
 )
 from resmol.run.retention import prune
 from resmol.system.locks import kept_while_read, unless_being_read
-from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
+from resmol.train.step import TrainState
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from resmol.run.checkpoint import allocate_moments
 from resmol.run.tensor_shards import shard_of
 from resmol.train.build import new_state
 from resmol.train.gradients import replicated
-from resmol.train.loop import TrainState, train_step
 from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.step import TrainState, train_step
 
 MICRO_BATCHES, TOKENS = 4, 16
 SMALL = [  # the preset of the 1.7B model, at reduced depth and width

@@ -27,8 +27,8 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import read_ledger, select
 from resmol.train.averaging import update_weight
 from resmol.train.build import make_loader, new_state
-from resmol.train.loop import train_step
 from resmol.train.parallel import Runtime
+from resmol.train.step import train_step
 
 ON = ("averaging.fraction=0.5", "averaging.every=2", "checkpoint.every=3", "evaluation.every=6")
 RUNTIME = Runtime.single()

@@ -26,9 +26,10 @@ from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.train import loop as module
 from resmol.train.build import make_loader, new_state
 from resmol.train.gradients import accumulate_gradients
-from resmol.train.loop import TrainState, is_due, train_step
+from resmol.train.loop import is_due
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, open_runtime
+from resmol.train.step import TrainState, train_step
 from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
 
 RUNTIME = Runtime.single()

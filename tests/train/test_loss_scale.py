@@ -22,7 +22,8 @@ from resmol.run.checkpoint import digest_all, weight_tensors
 from resmol.run.checkpoint_manifest import AVERAGED, OPTIMIZER, WEIGHTS, LossScale, SavedState
 from resmol.run.directory import RunDir
 from resmol.run.ledger import effective_steps, read_ledger
-from resmol.train import loop, loss_scale
+from resmol.train import loss_scale
+from resmol.train import step as module
 from resmol.train.build import make_loader, new_state
 from resmol.train.loss_scale import SMALLEST, after_step, factor_of_sum
 from resmol.train.parallel import open_runtime
@@ -127,7 +128,7 @@ def test_a_step_that_overflows_updates_nothing(tiny_config: RunConfig, tiny_data
     with open_runtime(config) as runtime:
         state, fresh = new_state(config, runtime), new_state(config, runtime)
         state.loss_scale = LossScale(scale=2.0**60)
-        result = loop.train_step(state, loader.step_after(0), config, runtime)
+        result = module.train_step(state, loader.step_after(0), config, runtime)
         assert (result.skipped, result.loss_scale, state.step, state.windows_seen) == (True, 2.0**60, 1, 4)
         assert state.loss_scale == LossScale(scale=2.0**59, skipped_steps=1)
         files = state.tensors().files
@@ -136,7 +137,7 @@ def test_a_step_that_overflows_updates_nothing(tiny_config: RunConfig, tiny_data
         state.loss_scale = LossScale(scale=2.0**10)
         fresh.step, fresh.windows_seen, fresh.loss_scale = 1, 4, state.loss_scale
         for one in (state, fresh):
-            loop.train_step(one, loader.step_after(4), config, runtime)
+            module.train_step(one, loader.step_after(4), config, runtime)
         assert digest_all(weight_tensors(state.model)) == digest_all(weight_tensors(fresh.model))
 
 
@@ -149,23 +150,23 @@ def test_a_diverged_model_is_no_overflow(
     tiny_config: RunConfig, tiny_dataset: Dataset, monkeypatch: pytest.MonkeyPatch,
     scale: float, loss: float, stops: bool,
 ) -> None:  # fmt: skip
-    genuine = loop.accumulate_gradients
+    genuine = module.accumulate_gradients
 
     def spoiled(model: Any, *rest: Any) -> torch.Tensor:
         total = genuine(model, *rest)
         next(model.parameters()).grad.fill_(math.inf)
         return total * loss
 
-    monkeypatch.setattr(loop, "accumulate_gradients", spoiled)
+    monkeypatch.setattr(module, "accumulate_gradients", spoiled)
     config = with_overrides(tiny_config, FLOAT16[:1])
     with open_runtime(config) as runtime:
         state = new_state(config, runtime)
         state.loss_scale = LossScale(scale=scale)
         batch = make_loader(config, tiny_dataset.train).step_after(0)
         if not stops:
-            assert loop.train_step(state, batch, config, runtime).skipped
+            assert module.train_step(state, batch, config, runtime).skipped
             return
         with pytest.raises(NonFiniteError, match=r"twice") as error:
-            loop.train_step(state, batch, config, runtime)
+            module.train_step(state, batch, config, runtime)
     assert "--set runtime.precision=float32 --accept-drift runtime.precision" in error.value.fix
     assert state.step == 0

@@ -12,7 +12,7 @@ from tiny import TrainTiny
 
 from resmol.errors import CheckFailed
 from resmol.run.ledger import read_ledger, select
-from resmol.train import loop as module
+from resmol.train import step as module
 from resmol.train.loss_spikes import HISTORY, MIN_HISTORY, append_loss, is_spike
 from resmol.train.step_result import StepResult
 

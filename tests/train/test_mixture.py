@@ -32,9 +32,9 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger, select
 from resmol.train.build import make_loader
 from resmol.train.evaluate import evaluate
-from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
 from resmol.train.start import train_model
+from resmol.train.step import TrainState
 
 SIZES = {"web": 60, "code": 25, "math": 12}
 STAGES = """
@@ -109,13 +109,13 @@ def replayed(run: RunDir) -> list[Check]:
 
 KILLED = """
 import os, signal, sys
-from resmol.train import loop, start
-genuine = loop.train_step
+from resmol.train import start, step
+genuine = step.train_step
 def dying(state, *arguments):
     if state.step == 11 and os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return genuine(state, *arguments)
-loop.train_step = dying
+step.train_step = dying
 start.train_model(None, sys.argv[1], overrides=["train.steps=14"])
 """
 

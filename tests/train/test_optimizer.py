@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
@@ -64,11 +65,33 @@ def test_equals_the_plain_sequence_of_operations(
             for group in reference.param_groups:
                 group["lr"] = lr * scale
             reference.step()
-        apply_update(optimizer, lr=lr, divisor=float(tokens), norm=norm, clip_norm=clip_norm)
+        apply_update(optimizer, lr=lr, divisor=float(tokens), norm=norm, clip_norm=clip_norm, is_finite=norm.isfinite())
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             # Muon computes in bfloat16, where a last bit of the gradient can be a step of 2^-8 in an update of 1e-3.
             torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-7 if name == "adamw" else 3e-5)
             assert mine.grad is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_numbers_that_are_not_finite_update_nothing(name: Literal["adamw", "muon"], tiny_config: RunConfig) -> None:
+    """Neither the first step of a run nor a later one; the moments stay what they were."""
+    model = CausalLM(tiny_config.model)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name), 32)
+    ids = torch.arange(8).view(1, 8)
+    for finite in (False, True, False):
+        before = [tensor.clone() for tensor in _tensors(model, optimizer)]
+        model.loss(ids, ids).backward()
+        norm = gradient_norm(model, 8.0)
+        apply_update(optimizer, lr=0.1, divisor=8.0, norm=norm, clip_norm=1.0, is_finite=torch.tensor(finite))
+        assert optimizer.state
+        after = _tensors(model, optimizer)
+        if not before[len(list(model.parameters())) :]:  # there were no moments: now there are, of nothing
+            assert not any(bool(tensor.any()) for tensor in after[len(before) :])
+        assert all(map(torch.equal, before, after)) is not finite
+
+
+def _tensors(model: CausalLM, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [*model.parameters(), *(tensor for state in optimizer.state.values() for tensor in state.values())]
 
 
 def test_every_parameter_is_updated_once(tiny_config: RunConfig) -> None:

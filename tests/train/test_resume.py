@@ -33,8 +33,8 @@ from resmol.run.fingerprint import Fingerprint
 from resmol.run.ledger import Ledger, Record, effective_steps, read_ledger, select
 from resmol.run.log_writers import describe
 from resmol.system import host
-from resmol.train import loop as module
 from resmol.train import resume
+from resmol.train import step as module
 from resmol.train.start import train_model
 from resmol.train.step_result import REPRODUCIBLE_FIELDS
 

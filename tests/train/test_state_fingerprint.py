@@ -15,7 +15,7 @@ from resmol.audit.replay import ReplayOptions
 from resmol.errors import CheckFailed
 from resmol.run.checkpoint_manifest import Manifest, file_entry, open_checkpoint
 from resmol.run.directory import RunDir
-from resmol.train import loop
+from resmol.train import step
 
 EACH_STEP = "train.fingerprint_steps=1"
 
@@ -44,7 +44,7 @@ def test_what_went_wrong_is_found_at_its_step(
     tmp_path: Path, train_tiny: TrainTiny, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "apply_update", faulty(kind, loop.apply_update, at=7))
+        patch.setattr(step, "apply_update", faulty(kind, step.apply_update, at=7))
         train_tiny(tmp_path / "run", 10, EACH_STEP)
     options = ReplayOptions(9)
     failed = [check.measured for check in audit(RunDir(tmp_path / "run"), replay_options=options) if not check.passed]

@@ -36,10 +36,10 @@ from resmol.system.installation import source_commit
 from resmol.system.progress import step_progress
 from resmol.system.wording import counted, in_words
 from resmol.train.build import make_loader, new_state
-from resmol.train.loop import train_step
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.portable import require_portable
 from resmol.train.resume import changed_facts
+from resmol.train.step import train_step
 from resmol.version import __version__
 
 FIELDS = ("loss_bits", "grad_norm_bits", "fingerprint")  # of a step, in this order

@@ -44,7 +44,7 @@ from resmol.system.progress import step_progress
 from resmol.system.signals import stop_signals_interrupt
 from resmol.system.user_paths import default_cache
 from resmol.system.wording import counted
-from resmol.train.loop import TrainState
+from resmol.train.step import TrainState
 
 logger = logging.getLogger(__name__)
 

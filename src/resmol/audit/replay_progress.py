@@ -22,7 +22,7 @@ from resmol.run.checkpoint import commit_checkpoint, stage_checkpoint
 from resmol.run.checkpoint_manifest import SavedState, checkpoint_name, list_checkpoints, newest_valid, read_manifest
 from resmol.system.atomic_io import make_directory, remove_directory, write_durable
 from resmol.system.locks import exclusive_lock
-from resmol.train.loop import TrainState
+from resmol.train.step import TrainState
 from resmol.version import __version__
 
 SAVE_SECONDS = 30.0  # of work that an interruption may cost, at least

@@ -42,9 +42,9 @@ from resmol.system.wording import counted
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import new_state
 from resmol.train.devices import find_device
-from resmol.train.loop import train_step
 from resmol.train.lr_schedule import decay_over
 from resmol.train.parallel import open_runtime
+from resmol.train.step import train_step
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ from resmol.system.wording import counted
 from resmol.train.build import compile_blocks, new_state, train_loader
 from resmol.train.compiler import require_compiler
 from resmol.train.devices import find_device
-from resmol.train.loop import TrainState, train_step
 from resmol.train.parallel import Runtime, open_runtime
 from resmol.train.portable import require_portable
 from resmol.train.resume import changed_facts, restore
+from resmol.train.step import TrainState, train_step
 from resmol.train.step_result import first_difference
 
 GUARDS = "A ledger that was made up, a machine that computes wrongly, data or code that is not what was trained with."

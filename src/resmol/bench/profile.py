@@ -12,8 +12,8 @@ from resmol.system.user_paths import user_path
 from resmol.train.autotune import check_memory, resolve_auto
 from resmol.train.build import compile_blocks, make_loader, new_state
 from resmol.train.devices import profiler_activities
-from resmol.train.loop import train_step
 from resmol.train.parallel import open_runtime
+from resmol.train.step import train_step
 
 OPERATORS = 25
 

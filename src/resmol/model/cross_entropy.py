@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resmol.model.linear import MatmulBackend, multiply
@@ -67,12 +67,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = scratch.product(inputs[rows], matrix)
-            total += _loss_and_logit_gradient(logits, targets[rows])
+            counts = targets[rows] != IGNORE_INDEX
+            total += _loss_and_logit_gradient(logits, targets[rows], counts)
             delta = scratch.in_compute_dtype(logits)
             if grad_hidden is not None:
-                grad_hidden[rows] = multiply(delta, matrix.T, backend)
+                grad_hidden[rows] = _of_counted(counts, multiply(delta, matrix.T, backend))
             if grad_weight is not None:
-                grad_weight.add(delta.T, inputs[rows])
+                grad_weight.add(delta.T, _of_counted(counts, inputs[rows]))
             del logits, delta  # before the next ones exist
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
         return total
@@ -143,18 +144,30 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _loss_and_logit_gradient(logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+def _of_counted(counts: Bool[Tensor, " N"], rows: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    """Return the rows with zeros in those that do not count.
+
+    They are D wide, where the gradient of the logits is V wide. A look at whether all count costs less, but on a device
+    the host would wait for it.
+    """
+    if rows.device.type == "cpu" and bool(counts.all()):
+        return rows
+    return torch.where(counts[:, None], rows, 0.0)
+
+
+def _loss_and_logit_gradient(
+    logits: Float[Tensor, "N V"], targets: Int[Tensor, " N"], counts: Bool[Tensor, " N"]
+) -> Float[Tensor, ""]:
     """Return the summed negative log-likelihood, and replace the logits by its gradient with respect to them.
+
+    Rows that do not count are left with a gradient of no meaning (`_of_counted`).
 
     The softmax kernel reads and writes the logits once, where log-sum-exp would pass over them four times. Its
     largest probability is at least 1/V, so ``max(logits) - log(max(softmax))`` is the log-sum-exp to full precision.
     """
-    counts = targets != IGNORE_INDEX
     index = targets.clamp(min=0)[:, None]
     largest, wanted = logits.amax(dim=-1), logits.gather(1, index)[:, 0]
     delta = torch.softmax(logits, dim=-1, out=logits)
     losses = largest - delta.amax(dim=-1).log() - wanted
     delta.scatter_add_(1, index, torch.full_like(index, -1, dtype=delta.dtype))
-    if not bool(counts.all()):
-        delta[~counts] = 0.0
     return (losses * counts).sum()

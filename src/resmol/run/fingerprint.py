@@ -113,12 +113,12 @@ class Fingerprint:
         return total
 
 
-def hexadecimal(total: Int[Tensor, ""]) -> str:
+def hexadecimal(total: Int[Tensor, ""] | int) -> str:
     """Return the 16 digits of a fingerprint whose contributions of all ranks have been added up."""
     return f"{int(total) % (1 << 64):016x}"
 
 
-def recorded_form(total: Int[Tensor, ""], parts: int) -> str:
+def recorded_form(total: Int[Tensor, ""] | int, parts: int) -> str:
     """Return the fingerprint of the part whose turn it was, as a step's record has it: ``PARTS:DIGITS``."""
     return f"{parts}:{hexadecimal(total)}"
 

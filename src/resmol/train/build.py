@@ -25,10 +25,10 @@ from resmol.system.atomic_io import file_sha256, remove_directory
 from resmol.system.wording import counted
 from resmol.train.averaging import WeightAverage
 from resmol.train.compiler import require_compiler
-from resmol.train.loop import TrainState
 from resmol.train.optimizer import build_optimizer
 from resmol.train.parallel import Runtime
 from resmol.train.sharding import sharded_model
+from resmol.train.step import TrainState
 from resmol.train.supply import check_supply
 from resmol.train.vocabulary import check_vocabulary, log_vocabulary
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from resmol.config.load import load_preset
@@ -22,6 +23,7 @@ from resmol.system import host
 from resmol.system.launcher import this_launch
 
 KNOWN = ("cpu", "cuda")  # `auto` tries the others on a small model first: nobody has trained on them yet
+RUN_AHEAD = ("cuda",)  # compute beside the host, and copy to and from memory that is pinned
 COMPILED = ("cuda", "xpu")  # accelerators whose kernels torch.compile has long written
 _ACTIVITIES = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}
 
@@ -136,6 +138,40 @@ def free_memory(device: torch.device) -> int | None:
         return int(ask(device)[0])
     free = host.free_memory()
     return None if free is None else free // this_launch().local_world_size
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Return whether a device computes beside the host, so that the host may ask for more before it has the results."""
+    return device.type in RUN_AHEAD
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; where that can happen beside the host, it does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if runs_ahead(device) else tensor.to(device)
+
+
+class Reading:
+    """Numbers that a device computes, on their way to the host, which goes on until it asks for them.
+
+    Only what was asked of the device before is waited for: a ``float(tensor)`` waits for all that was asked since, too.
+
+    Args:
+        tensor: The numbers; nothing may change them.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.Event | None = None
+        self._copy = tensor
+        if runs_ahead(tensor.device):
+            self._copy = tensor.to("cpu", non_blocking=True)
+            self._arrived = torch.Event(tensor.device)
+            self._arrived.record()
+
+    def read(self) -> Any:
+        """Wait for the numbers; return a number, or a list of them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.tolist()
 
 
 def is_compiled(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch
 from resmol.model.llama import CausalLM
+from resmol.train.devices import to_device
 from resmol.train.parallel import Runtime
 
 REDUCTION = "reduction of the gradients"
@@ -84,8 +85,8 @@ def accumulate_gradients(
     seed = None if factor is None else torch.tensor(factor, device=runtime.device)
     total = torch.zeros((), device=runtime.device)
     for number, batch in enumerate(batches):
-        documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
-        input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
+        documents = None if batch.document_ids is None else to_device(batch.document_ids, runtime.device)
+        input_ids, targets = (to_device(ids, runtime.device) for ids in (batch.input_ids, batch.targets))
         with _reduced(model, runtime, last=number == len(batches) - 1):
             with runtime.autocast():
                 loss = compute(input_ids, targets, documents, config.runtime.loss_chunk_tokens)

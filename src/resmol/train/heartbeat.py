@@ -161,12 +161,12 @@ class RankMonitor:
         """Add the seconds since `set_phase` to this rank's work, less those that it waited in collectives."""
         self._worked += seconds - self._waited
 
-    def straggler(self, device: torch.device) -> str:
+    def straggler(self) -> str:
         """Describe the rank that worked much longer than the others since the last call; empty if there is none.
 
-        A collective: all ranks must call it at the same step.
+        A collective of the hosts: all ranks must call it at the same step.
         """
-        own = torch.tensor([self._worked], dtype=torch.float32, device=device)
+        own = torch.tensor([self._worked], dtype=torch.float32)
         worked = [torch.empty_like(own) for _ in range(self._world_size)]
         with self.collective("all-gather"):
             dist.all_gather(worked, own)

@@ -7,67 +7,34 @@ one does.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from resmol.config.run_config import RunConfig
-from resmol.data.loader import Batches, Loader, StepBatch
+from resmol.data.loader import Batches, Loader
 from resmol.data.tokenizer import Tokenizer
-from resmol.errors import CheckFailed, Interrupted, NonFiniteError
+from resmol.errors import CheckFailed, Interrupted
 from resmol.inference.generate import generate
 from resmol.inference.sampling_params import SamplingParams
-from resmol.model.llama import CausalLM
 from resmol.run.async_save import AsyncCheckpointer
-from resmol.run.checkpoint import CheckpointTensors
-from resmol.run.checkpoint_manifest import LossScale, SavedState
+from resmol.run.checkpoint_manifest import SavedState
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, is_finished
 from resmol.run.log_writers import RunLog
-from resmol.run.mixture_place import MixturePlace
 from resmol.system.signals import StopSignal
-from resmol.train.averaging import WeightAverage
 from resmol.train.evaluate import Evaluation, evaluate
-from resmol.train.gradients import accumulate_gradients
-from resmol.train.loss_scale import SMALLEST, after_step, factor_of_sum
 from resmol.train.loss_spikes import append_loss, is_spike
-from resmol.train.lr_schedule import lr_at
-from resmol.train.optimizer import apply_update, gradient_norm, skip_update
 from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
-from resmol.train.state_fingerprint import StateFingerprint, whole_fingerprint
+from resmol.train.state_fingerprint import whole_fingerprint
+from resmol.train.step import TrainState, train_steps
 from resmol.train.step_result import StepResult, first_difference
 
-WIDER = "runtime.precision=float32 --accept-drift runtime.precision"
 STRAGGLER_STEPS = 10  # the work of the ranks is compared every so many steps
-
-
-@dataclass
-class TrainState:
-    """All that changes from step to step; what is not here cannot influence the next one."""
-
-    model: CausalLM = field(repr=False)
-    optimizer: torch.optim.Optimizer = field(repr=False)
-    average: WeightAverage | None = field(default=None, repr=False)
-    ddp: DistributedDataParallel | None = field(default=None, repr=False)  # the model, where ranks hold all of it
-    fingerprint: StateFingerprint = field(default_factory=StateFingerprint, repr=False)
-    step: int = 0
-    tokens_seen: int = 0
-    windows_seen: int = 0  # the place in the data; steps do not tell it, since the batch size may change
-    mixture: MixturePlace | None = field(default=None, repr=False)  # and of which sources they were
-    recent_losses: tuple[float, ...] = field(default=(), repr=False)  # the next loss is compared with; loss_spikes.py
-    loss_scale: LossScale = field(default=LossScale(), repr=False)  # of the next step, in float16
-
-    def tensors(self) -> CheckpointTensors:
-        """Return the tensors of a checkpoint, themselves; there are moments from the first step on."""
-        averaged = None if self.average is None else self.average.tensors
-        return CheckpointTensors.of(self.model, self.optimizer, averaged)
 
 
 @dataclass(frozen=True)
@@ -102,14 +69,9 @@ def train(state: TrainState, session: Session) -> None:
             seconds.
     """
     config, runtime = session.config, session.runtime
-    while state.step < config.train.steps:
-        started = time.perf_counter()
-        step = state.step + 1
-        runtime.set_phase(f"step {step}")
-        batch = session.loader.step_after(state.windows_seen, runtime.rank, runtime.world_size)
-        result = train_step(state, batch, config, runtime)
-        seconds = time.perf_counter() - started
-
+    started = time.perf_counter()
+    for result in train_steps(state, session.loader, config, runtime):
+        step, seconds = result.step, time.perf_counter() - started
         record_step(session, result, seconds)
         spike = record_spike(state, session, result.loss)
         record_straggler(session, step, seconds)
@@ -134,80 +96,9 @@ def train(state: TrainState, session: Session) -> None:
                 fix="run the same command again to go on",
                 signal_number=session.stop.number or 15,
             )
+        started = time.perf_counter()
     if not is_finished(session.run_log.records, state.step):
         session.run_log.write("stop", step=state.step, reason="finished")
-
-
-def train_step(state: TrainState, batch: StepBatch, config: RunConfig, runtime: Runtime) -> StepResult:
-    """Do one optimizer step and count it.
-
-    Args:
-        state: Model, optimizer and counters; changed in place, or not at all if this raises.
-        batch: The data of the step that follows ``state.windows_seen`` windows.
-        config: Learning rate, clipping, chunking.
-        runtime: Device, arithmetic and the other ranks.
-
-    Raises:
-        NonFiniteError: The loss or the gradient is not finite, twice.
-        DataError: A shard is damaged.
-    """
-    factor = factor_of_sum(state.loss_scale, config) if runtime.scales_loss else None
-    divisor = batch.tokens * (1.0 if factor is None else factor)
-    loss, norm = _loss_and_gradient(state, batch, config, runtime, factor, divisor)
-    lr = lr_at(state.step + 1, config.schedule, config.optimizer.lr)
-    state.step += 1
-    if norm is None:
-        skip_update(state.optimizer)
-    else:
-        apply_update(state.optimizer, lr=lr, divisor=divisor, norm=norm, clip_norm=config.optimizer.clip_norm)
-        if state.average is not None:
-            state.average.update(state.step)
-    scale = state.loss_scale.scale
-    if runtime.scales_loss:
-        state.loss_scale = after_step(state.loss_scale, skipped=norm is None)
-    state.tokens_seen += batch.tokens
-    state.windows_seen, state.mixture = batch.windows_seen, batch.mixture
-    return StepResult(
-        step=state.step,
-        loss=loss,
-        grad_norm=None if norm is None else float(norm),
-        lr=lr,
-        tokens=batch.tokens,
-        tokens_seen=state.tokens_seen,
-        windows_seen=state.windows_seen,
-        windows=batch.window_digest,
-        epoch=batch.epoch,
-        fingerprint=state.fingerprint.of_step(state.step, state.tensors, config, runtime),
-        loss_scale=scale if runtime.scales_loss else None,
-        sources_seen=() if batch.mixture is None else batch.mixture.seen,
-        sources_tokens=batch.source_tokens,
-    )
-
-
-def _loss_and_gradient(
-    state: TrainState, batch: StepBatch, config: RunConfig, runtime: Runtime, factor: float | None, divisor: float
-) -> tuple[float, Tensor | None]:
-    """Compute the gradient of the step; return the mean loss and the norm of the mean gradient.
-
-    The norm is None where the gradient overflowed at a loss scale that can still be lowered. The loss does not depend
-    on the scale, so one that is not finite is never an overflow of that kind.
-    """
-    for _attempt in range(2):  # a flipped bit does not happen twice; bad data or a diverged model does
-        total = accumulate_gradients(state.ddp or state.model, batch.batches, config, runtime, factor)
-        norm = gradient_norm(state.model, divisor)
-        loss, grad_norm = float(total) / batch.tokens, float(norm)
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return loss, norm
-        if math.isfinite(loss) and factor is not None and state.loss_scale.scale > SMALLEST:
-            return loss, None
-        state.optimizer.zero_grad(set_to_none=True)
-    windows = [window for micro_batch in batch.batches for window in micro_batch.window_ids]
-    other = f"; or train on with --set {WIDER}" if config.runtime.precision == "float16" else ""
-    raise NonFiniteError(
-        f"step {state.step + 1} has loss {loss} and gradient norm {grad_norm}, twice (windows {windows[:16]})",
-        fix="the weights are those of the step before; look at these windows, or start with a lower optimizer.lr"
-        + other,
-    )
 
 
 def is_due(every: int, step: int, last: int) -> bool:
@@ -245,7 +136,7 @@ def record_straggler(session: Session, step: int, seconds: float) -> None:
     if monitor is None:
         return
     monitor.count_work(seconds)
-    if step % STRAGGLER_STEPS == 0 and (reason := monitor.straggler(session.runtime.device)):
+    if step % STRAGGLER_STEPS == 0 and (reason := monitor.straggler()):
         session.run_log.write("warn", what="straggler", step=step, reason=reason)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -32,9 +32,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Attributes:
         grad_scale: The number that all gradients are divided by in the next step.
+        found_inf: Whether the next step updates nothing: 1 or 0.
     """
 
     grad_scale: Float[Tensor, ""]
+    found_inf: Float[Tensor, ""]
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
@@ -42,11 +44,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         muon.state = adamw.state = self.state
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # nobody passes a closure
-        """Update all parameters; only AdamW's kernel can scale gradients by itself."""
+        """Update all parameters; only AdamW's kernel can scale gradients, and look at `found_inf`, by itself."""
         assert closure is None
+        if bool(self.found_inf):
+            if not self.state:
+                allocate_moments(self, 0)
+            return
         for group in self._muon.param_groups:
             torch._foreach_div_([p.grad for p in group["params"]], self.grad_scale)
-        self._adamw.grad_scale = self.grad_scale  # type: ignore[attr-defined] # the fused kernel divides by it
+        # The fused kernel divides by the one and looks at the other.
+        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
         self._muon.step()
         self._adamw.step()
 
@@ -106,11 +113,17 @@ def gradient_norm(model: CausalLM, divisor: float) -> Float[Tensor, ""]:
     the same norm on each of them.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    squares = torch.stack([_sum_of_squares(local_of(gradient).view(-1)) for gradient in gradients])
+    squares = _sums_of_squares([local_of(gradient) for gradient in gradients])
     mesh = getattr(gradients[0], "device_mesh", None)
     if mesh is not None:
         dist.all_reduce(squares, group=mesh.get_group("shard"))
     return squares.sum().rsqrt().reciprocal() / divisor
+
+
+def _sums_of_squares(tensors: list[Tensor]) -> Float[Tensor, " N"]:
+    if tensors[0].device.type != "cpu":  # a thousand small kernels would take as long as the host needs to ask for them
+        return torch.stack(torch._foreach_norm(tensors)).square()
+    return torch.stack([_sum_of_squares(tensor.view(-1)) for tensor in tensors])
 
 
 def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
@@ -118,9 +131,17 @@ def _sum_of_squares(values: Float[Tensor, " N"]) -> Float[Tensor, ""]:
 
 
 def apply_update(
-    optimizer: torch.optim.Optimizer, *, lr: float, divisor: float, norm: Float[Tensor, ""], clip_norm: float
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    divisor: float,
+    norm: Float[Tensor, ""],
+    clip_norm: float,
+    is_finite: Bool[Tensor, ""],
 ) -> None:
     """Update the weights with the mean gradient, clipped to ``clip_norm`` (Pascanu et al. 2013); clear the gradients.
+
+    Where the numbers of the step are not finite, nothing is updated; there are moments afterwards all the same.
 
     Args:
         optimizer: Its parameters hold the summed gradients.
@@ -128,17 +149,12 @@ def apply_update(
         divisor: Targets in this step, over all micro-batches and ranks; times the factor of the gradients in float16.
         norm: The norm of the mean gradient.
         clip_norm: The largest norm to allow; 0 allows any.
+        is_finite: Whether to update at all; only the device looks at it.
     """
     clip = torch.clamp(clip_norm / (norm + 1e-6), max=1.0) if clip_norm else torch.ones_like(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.grad_scale = divisor / clip  # type: ignore[attr-defined] # the update divides by it
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined] # where it is 1, there is no update
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def skip_update(optimizer: torch.optim.Optimizer) -> None:
-    """Clear the gradients and update nothing; from now on there are moments, as after any step."""
-    if not optimizer.state:
-        allocate_moments(optimizer, 0)
     optimizer.zero_grad(set_to_none=True)

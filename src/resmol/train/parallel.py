@@ -90,10 +90,13 @@ class Runtime:
                 dist.all_reduce(tensor)
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return, for each flag, whether it is set on any rank; a barrier when there are several ranks."""
+        """Return, for each flag, whether it is set on any rank; a barrier when there are several ranks.
+
+        Only the hosts meet: the flags lie on the CPU, so that nobody waits for a device.
+        """
         if self.world_size == 1:
             return list(flags)
-        votes = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        votes = torch.tensor(flags, dtype=torch.int32)
         with self.collective("all-reduce"):
             dist.all_reduce(votes, op=dist.ReduceOp.MAX)
             return [bool(vote) for vote in votes.tolist()]
@@ -206,7 +209,8 @@ def _process_group(launch: Launch, device: torch.device, wait: timedelta) -> Ite
     store = meet(launch, wait)
     with RankMonitor(store, launch.rank, launch.world_size) as monitor:
         with monitor.collective("rendezvous"):
-            backend = dist.get_default_backend_for_device(device)
+            backends = {kind: dist.get_default_backend_for_device(kind) for kind in ("cpu", device.type)}
+            backend = ",".join(f"{kind}:{name}" for kind, name in backends.items())
             dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=wait)
         try:
             yield monitor

@@ -42,7 +42,7 @@ from resmol.run.ledger import (
 from resmol.run.log_writers import RunLog
 from resmol.run.ranks import ONE_RANK, Ranks
 from resmol.system.wording import in_words
-from resmol.train.loop import TrainState
+from resmol.train.step import TrainState
 from resmol.version import __version__
 
 logger = logging.getLogger(__name__)

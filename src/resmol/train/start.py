@@ -50,13 +50,14 @@ from resmol.train.build import (
 from resmol.train.compiler import broken_compiler, first_sentence, require_compiler
 from resmol.train.devices import find_device
 from resmol.train.gradients import replicated
-from resmol.train.loop import Session, TrainState, train
+from resmol.train.loop import Session, train
 from resmol.train.lr_schedule import decay_over, end_of_decay
 from resmol.train.overfitting import announce_repetition
 from resmol.train.parallel import Runtime, check_ranks, open_runtime
 from resmol.train.portable import require_portable
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, steps_to_repeat
+from resmol.train.step import TrainState
 from resmol.train.supply import announce_mixture, check_supply
 from resmol.version import __version__
 

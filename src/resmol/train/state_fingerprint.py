@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jaxtyping import Int
+from torch import Tensor
+
 from resmol.config.run_config import RunConfig
 from resmol.run.checkpoint import CheckpointTensors
-from resmol.run.fingerprint import Fingerprint, hexadecimal, recorded_form
+from resmol.run.fingerprint import Fingerprint, hexadecimal
 from resmol.train.parallel import Runtime
 
 
@@ -23,7 +26,9 @@ class StateFingerprint:
         """Look for the tensors again the next time: they were allocated anew."""
         self._found = None
 
-    def of_step(self, step: int, tensors: Callable[[], CheckpointTensors], config: RunConfig, runtime: Runtime) -> str:
+    def of_step(
+        self, step: int, tensors: Callable[[], CheckpointTensors], config: RunConfig, runtime: Runtime
+    ) -> Int[Tensor, ""]:
         """Return the fingerprint of the part whose turn it is after a step; all ranks take part.
 
         Args:
@@ -34,10 +39,9 @@ class StateFingerprint:
         """
         if self._found is None:
             self._found = Fingerprint.of(tensors().files, runtime.rank, runtime.world_size)
-        parts = config.fingerprint_steps
-        total = self._found.sum(step % parts, parts)
+        total = self._found.sum(step % config.fingerprint_steps, config.fingerprint_steps)
         runtime.all_reduce_sum(total)
-        return recorded_form(total, parts)
+        return total
 
 
 def whole_fingerprint(tensors: CheckpointTensors, runtime: Runtime) -> str:

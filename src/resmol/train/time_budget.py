@@ -25,9 +25,9 @@ from resmol.run.config_history import recorded_config
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, effective_steps, read_ledger
 from resmol.system.launcher import this_launch
-from resmol.train.loop import TrainState
 from resmol.train.request import first_request
 from resmol.train.start import train_model
+from resmol.train.step import TrainState
 
 logger = logging.getLogger(__name__)
 

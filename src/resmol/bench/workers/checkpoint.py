@@ -20,8 +20,8 @@ from resmol.run.checkpoint_load import load_into
 from resmol.run.checkpoint_manifest import open_checkpoint
 from resmol.system.atomic_io import fsync_path
 from resmol.train.build import new_state
-from resmol.train.loop import TrainState
 from resmol.train.parallel import Runtime
+from resmol.train.step import TrainState
 
 PIECE = 1 << 24
 
