@@ -39,10 +39,10 @@ from resmol.errors import ResmolError
 from resmol.model.llama import CausalLM
 from resmol.run.directory import RunDir
 from resmol.train.build import make_loader, new_state
-from resmol.train.devices import deterministic_kernels, device_name, find_device
+from resmol.train.devices import VARLEN, deterministic_kernels, device_name, find_device
 from resmol.train.parallel import Runtime
 from resmol.train.start import train_model
-from resmol.train.step import train_step
+from resmol.train.step import train_steps
 
 logger = logging.getLogger("resmol.benchmarks.gpu")
 
@@ -181,6 +181,18 @@ def determinism(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return found
 
 
+def documents(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Time a step whose attention stays inside documents by a mask, and by their borders alone; compare the bits."""
+    data, config = prepared(sizes, folder)
+    kinds = ("sdpa", "varlen") if find_device(sizes.device).type in VARLEN else ("sdpa",)
+    found: dict[str, Any] = {}
+    for name in (*kinds, *(f"{kind} again" for kind in kinds)):
+        attention = config.replace({"runtime.attention": name.split()[0]})
+        seconds, bits = timed_steps(attention, data, sizes, reproducible=True)
+        found[name] = {"seconds": seconds, "loss_bits": bits}
+    return found
+
+
 def timed_steps(config: RunConfig, data: str, sizes: Sizes, *, reproducible: bool) -> tuple[float, str]:
     """Return the best seconds of a step, and the loss of the last as bits."""
     device, best, loss = find_device(sizes.device), float("inf"), 0.0
@@ -188,10 +200,10 @@ def timed_steps(config: RunConfig, data: str, sizes: Sizes, *, reproducible: boo
         torch.use_deterministic_algorithms(reproducible, warn_only=True)
         runtime = Runtime.single(device, torch.bfloat16)
         state, loader = new_state(config, runtime), make_loader(config, open_dataset(Path(data)).train)
-        for _ in range(sizes.steps):
+        started = time.perf_counter()
+        for result in train_steps(state, loader, config.replace({"train.steps": sizes.steps}), runtime):
+            best, loss = min(best, time.perf_counter() - started), result.loss
             started = time.perf_counter()
-            loss = train_step(state, loader.step_after(state.windows_seen), config, runtime).loss
-            best = min(best, time.perf_counter() - started)
     return best, loss.hex()
 
 
@@ -236,6 +248,7 @@ PARTS = {  # what matters most comes first: the time may end before the last
     "parity": Part(parity, 60),
     "training": Part(training, 300),
     "determinism": Part(determinism, 60),
+    "documents": Part(documents, 60),
     "decoding": Part(decoding, 120),
 }
 
@@ -314,6 +327,8 @@ def summary(name: str, result: dict[str, Any]) -> str:
         same = found["reproducible"]["loss_bits"] == found["reproducible again"]["loss_bits"]
         cost = 100 * (best["reproducible"] / best["any"] - 1)
         return f"reproducible kernels cost {cost:+.1f} %; their bits were {'the same' if same else 'DIFFERENT'} twice"
+    if name == "documents":
+        return "; ".join(f"{kind}: {v['seconds']:.3f} s, loss {v['loss_bits']}" for kind, v in found.items())
     return " ".join(found["said"])
 
 

@@ -27,7 +27,9 @@ class RuntimeConfig(StrictModel):
         "auto", "B", "library of the float32 matmuls on a CPU: MKL (PyTorch's BLAS) or oneDNN"
     )
     compile: Literal["auto", "on", "off"] = param("auto", "B", "torch.compile of the transformer block")
-    attention: Literal["sdpa", "eager"] = param("sdpa", "B", "fused attention, or the formula written out")
+    attention: Literal["sdpa", "varlen", "eager"] = param(
+        "sdpa", "B", "fused attention; on CUDA in half precision without a mask for documents; the formula written out"
+    )
     activation_checkpointing: Literal["auto", "on", "off"] = param(
         "auto", "B", "recompute blocks in the backward pass instead of keeping their activations"
     )

@@ -24,9 +24,11 @@ from resmol.model.attention_backward import blockwise_attention, use_blockwise_b
 from resmol.model.cross_entropy import cross_entropy_sum
 from resmol.model.kv_cache import KVCache, LayerCache, Mask
 from resmol.model.linear import Linear
+from resmol.model.varlen_attention import DocumentOffsets, attend_inside_documents
 
 Rotation: TypeAlias = tuple[Float[Tensor, "... T Dh"], Float[Tensor, "... T Dh"]]
-Attention = Literal["sdpa", "eager"]
+Attention = Literal["sdpa", "varlen", "eager"]
+DocumentIds: TypeAlias = Int[Tensor, "B T"] | DocumentOffsets | None  # which attention stays inside of
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +72,7 @@ def attend(
     query: Float[Tensor, "B H T Dh"],
     key: Float[Tensor, "B K S Dh"],
     value: Float[Tensor, "B K S Dh"],
-    mask: Mask,
+    mask: Mask | DocumentOffsets,
     kind: Attention,
 ) -> Float[Tensor, "B H T Dh"]:
     """Grouped-query attention (Ainslie et al. 2023): query head ``h`` reads key/value head ``h // (H / K)``.
@@ -78,9 +80,11 @@ def attend(
     Scores are scaled once by ``1 / sqrt(Dh)``. Without a mask, attention is causal, and either nothing is cached
     (T = S) or a single new token sees all S positions; `document_mask` and `KVCache.mask` make the others.
     """
-    if kind == "sdpa" and use_blockwise_backward(query, key):  # the same values, another backward pass
+    if isinstance(mask, DocumentOffsets):
+        return attend_inside_documents(query, key, value, mask)
+    if kind != "eager" and use_blockwise_backward(query, key):  # the same values, another backward pass
         return blockwise_attention(query, key, value, mask)
-    if kind == "sdpa":
+    if kind != "eager":
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -113,7 +117,11 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: Rotation, mask: Mask, cache: LayerCache | None
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation,
+        mask: Mask | DocumentOffsets,
+        cache: LayerCache | None,
     ) -> Float[Tensor, "B T D"]:
         """Mix information between positions."""
         query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -155,7 +163,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotation: Rotation,
-        mask: Mask = None,
+        mask: Mask | DocumentOffsets = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Add attention, then the feed-forward layer, to the residual stream."""
@@ -177,7 +185,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
-        document_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: DocumentIds = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the normalized hidden states."""
@@ -186,14 +194,14 @@ class Decoder(nn.Module):
     def transform(
         self,
         x: Float[Tensor, "B T D"],
-        document_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: DocumentIds = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the normalized hidden states of tokens that are embedded already."""
         length = x.shape[1]
         if cache is None:
             positions = torch.arange(length, device=x.device)
-            mask = None if document_ids is None else document_mask(document_ids)
+            mask = document_mask(document_ids) if isinstance(document_ids, Tensor) else document_ids
         else:
             assert document_ids is None, "a cache holds one document for each row"
             positions, mask = cache.positions(length), cache.mask(length)
@@ -247,7 +255,7 @@ class CausalLM(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
-        document_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: DocumentIds = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Return the logits of the next token at every position; `loss` never holds them all."""
@@ -256,7 +264,7 @@ class CausalLM(nn.Module):
     def hidden(
         self,
         input_ids: Int[Tensor, "B T"],
-        document_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: DocumentIds = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the input of the output layer."""
@@ -266,7 +274,7 @@ class CausalLM(nn.Module):
         self,
         input_ids: Int[Tensor, "B T"],
         targets: Int[Tensor, "B T"],
-        document_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: DocumentIds = None,
         chunk_tokens: int = 256,
     ) -> Float[Tensor, ""]:
         """Return the cross-entropy in nats, summed over the tokens, in float32.
@@ -276,7 +284,7 @@ class CausalLM(nn.Module):
         Args:
             input_ids: The tokens.
             targets: The next token at every position; `cross_entropy.IGNORE_INDEX` where none counts.
-            document_ids: The document of each token, for attention within documents only.
+            document_ids: The document of each token, or where documents begin, for attention inside documents only.
             chunk_tokens: Tokens whose logits exist at the same time.
         """
         if self.config.tie_word_embeddings:

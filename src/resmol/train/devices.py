@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from resmol.config.load import load_preset
+from resmol.config.run_config import RunConfig
 from resmol.config.runtime_config import DeviceKind
 from resmol.errors import ConfigError
 from resmol.model.llama import CausalLM
+from resmol.model.varlen_attention import HAS_VARLEN
 from resmol.system import host
 from resmol.system.launcher import this_launch
 
 KNOWN = ("cpu", "cuda")  # `auto` tries the others on a small model first: nobody has trained on them yet
+VARLEN = ("cuda",)  # have a kernel for sequences of varying length
 RUN_AHEAD = ("cuda",)  # compute beside the host, and copy to and from memory that is pinned
 COMPILED = ("cuda", "xpu")  # accelerators whose kernels torch.compile has long written
 _ACTIVITIES = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}
@@ -126,6 +129,21 @@ def has_float16(device: torch.device) -> bool:
         return False
     major, minor = ask(device)
     return major >= 7 or (major, minor) == (6, 0)
+
+
+def require_varlen(config: RunConfig, device: torch.device) -> None:
+    """Refuse ``runtime.attention = varlen`` where PyTorch has no such kernel (`ConfigError`)."""
+    if config.runtime.attention != "varlen":
+        return
+    if not HAS_VARLEN:
+        lacks = f"PyTorch {torch.__version__} has no such attention"
+    elif device.type not in VARLEN:
+        lacks = f"PyTorch has it for {' and '.join(VARLEN)}, and the device is {device.type}"
+    elif not config.runtime.is_low_precision:
+        lacks = f"it is there for half precision, and runtime.precision is {config.runtime.precision}"
+    else:
+        return
+    raise ConfigError(f"runtime.attention is varlen: {lacks}", fix="set runtime.attention=sdpa")
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resmol.config.run_config import RunConfig
 from resmol.data.loader import Batch
-from resmol.model.llama import CausalLM
+from resmol.model.llama import CausalLM, DocumentIds
+from resmol.model.varlen_attention import DocumentOffsets, document_offsets
 from resmol.train.devices import to_device
 from resmol.train.parallel import Runtime
 
@@ -85,7 +86,7 @@ def accumulate_gradients(
     seed = None if factor is None else torch.tensor(factor, device=runtime.device)
     total = torch.zeros((), device=runtime.device)
     for number, batch in enumerate(batches):
-        documents = None if batch.document_ids is None else to_device(batch.document_ids, runtime.device)
+        documents = _documents(batch, config, runtime)
         input_ids, targets = (to_device(ids, runtime.device) for ids in (batch.input_ids, batch.targets))
         with _reduced(model, runtime, last=number == len(batches) - 1):
             with runtime.autocast():
@@ -94,6 +95,14 @@ def accumulate_gradients(
         total += loss.detach()
     runtime.all_reduce_sum(total)
     return total
+
+
+def _documents(batch: Batch, config: RunConfig, runtime: Runtime) -> DocumentIds:
+    ids = batch.document_ids
+    if ids is None or config.runtime.attention != "varlen":
+        return None if ids is None else to_device(ids, runtime.device)
+    offsets, longest = document_offsets(ids)
+    return DocumentOffsets(to_device(offsets, runtime.device), longest)
 
 
 @contextmanager

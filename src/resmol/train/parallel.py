@@ -25,7 +25,7 @@ from resmol.run.ranks import ONE_RANK, Ranks
 from resmol.system.host import host_facts
 from resmol.system.launcher import Launch, this_launch
 from resmol.system.wording import counted
-from resmol.train.devices import deterministic_kernels, device_name, find_device
+from resmol.train.devices import deterministic_kernels, device_name, find_device, require_varlen
 from resmol.train.heartbeat import RankMonitor
 from resmol.train.portable import mkl_branch, require_portable
 from resmol.train.rank_messages import RankMessages
@@ -182,7 +182,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
     """Set up this process by the configuration (without ``auto``) and torchrun's environment variables.
 
     Raises:
-        ConfigError: The device does not exist here, or a portable run finds other kernels.
+        ConfigError: The device does not exist here, or lacks an attention; or a portable run finds other kernels.
         UsageError: The launcher's variables are no whole set.
         ProcessLost: The ranks cannot connect to each other.
     """
@@ -192,6 +192,7 @@ def open_runtime(config: RunConfig) -> Iterator[Runtime]:
         torch.set_num_threads(config.runtime.threads)
     precision = AUTOCAST.get(config.runtime.precision)
     require_portable(config)
+    require_varlen(config, device)
     with nullcontext() if config.runtime.determinism == "off" else deterministic_kernels(device):
         if launch.world_size == 1:
             yield Runtime.single(device, precision)
