@@ -29,6 +29,11 @@ def test_a_published_run_is_made_again(
 
     published = PublishedRun.read(file)
     assert published.config["tokenizer.sha256"] == tokenizer_in_cache.sha256
+    elsewhere = published.model_copy(update={"machines": ({"processor": "another"},)})
+    assert published.seen_again(published) == published
+    assert published.seen_again(elsewhere).machines == (*published.machines, {"processor": "another"})
+    with pytest.raises(UsageError, match="another run: its steps differs"):
+        published.seen_again(published.model_copy(update={"steps": published.steps[:4]}))
     again = [check.measured for check in redo(published, [str(text)])]
     assert again[1] == f"PASS: 5 steps, digest {published.digest[:16]} as published"
     assert [check.measured.split()[0] for check in redo(published, [str(other)])] == ["FAIL:"]

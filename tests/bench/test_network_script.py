@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import network
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
-
-@pytest.fixture
-def network(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import network
-
-    yield network
-    for name in ("network", "gpu"):
-        sys.modules.pop(name, None)
-
-
-def test_the_fit_finds_what_made_the_times(network: Any) -> None:
+def test_the_fit_finds_what_made_the_times() -> None:
     size, share, hidden = 36e6, 0.7, 0.5
 
     def seconds(point: Any) -> float:
@@ -37,7 +24,7 @@ def test_the_fit_finds_what_made_the_times(network: Any) -> None:
     assert found.error < 1e-9
 
 
-def test_what_is_far_away_costs_no_less(network: Any) -> None:
+def test_what_is_far_away_costs_no_less() -> None:
     far = [network.extrapolate(network.Fit(0.8, 0.5, 0.0), devices) for devices in (8, 64, 1024)]
     assert [one["efficiency"] for one in far] == sorted((one["efficiency"] for one in far), reverse=True)
     assert all(one["step"] >= one["exposed"] + one["saving"] > 0 for one in far)

@@ -27,8 +27,8 @@ from resmol.train.portable import mkl_branch
 
 HAS_MKL = pytest.mark.skipif(mkl_branch() == "none", reason="this PyTorch has no MKL, so no bits travel")
 # Of 40 steps of nano on 512 tokens, PyTorch 2.13: the sha256 of the bits of every loss and gradient norm.
-# Seen on an AMD EPYC (Zen 4), and in QEMU 7.2's emulation of an Intel Haswell, which has neither AMD's kernels in MKL
-# nor its table of approximate roots, and of an Intel Nehalem, which also has no AVX and no fused multiply-add.
+# Seen on an AMD EPYC (Zen 4) and on an Intel Xeon (with AVX-512 and AMX), and in QEMU 7.2's emulation of an Intel
+# Haswell, and of an Intel Nehalem, which has no AVX and no fused multiply-add.
 GOLDEN = "0750e6b67e35c23d"
 OTHERWISE = {  # what chooses kernels, and what the number of threads follows; the mode must not care
     "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AUTO", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "OMP_NUM_THREADS": "2",

@@ -92,6 +92,21 @@ class PublishedRun(StrictModel):
             raise DataError(f"{path}: its digest is not that of its steps", fix="restore the file from a copy")
         return published
 
+    def seen_again(self, other: PublishedRun) -> PublishedRun:
+        """Return this run with the machines of another that made it again.
+
+        Raises:
+            UsageError: The other is another run.
+        """
+        same = ("data_fingerprint", "config", "steps")
+        if differing := [name for name in same if getattr(self, name) != getattr(other, name)]:
+            raise UsageError(
+                f"the file holds another run: its {differing[0]} differs",
+                fix="name another file, or remove this one",
+            )
+        new = tuple(machine for machine in other.machines if machine not in self.machines)
+        return self.model_copy(update={"machines": self.machines + new})
+
     def write(self, path: Path) -> None:
         """Write the file."""
         write_durable(path, self.model_dump_json(indent=1).encode() + b"\n")

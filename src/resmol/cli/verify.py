@@ -16,6 +16,7 @@ from resmol.run.directory import RunDir
 from resmol.system.process_setup import set_up_process
 from resmol.system.progress import running_time
 from resmol.system.tables import result_console
+from resmol.system.wording import counted
 
 Replay = Annotated[
     str,
@@ -54,7 +55,8 @@ PublishedFile = Annotated[
     Path | None, typer.Option("--record", metavar="FILE", help="Make a published run again, from nothing, and compare.")
 ]
 Publish = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write what --record reads, if everything holds; of portable runs.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Write what --record reads of a portable run, or that it was seen here."),
 ]
 TsaRoots = Annotated[
     list[Path] | None,
@@ -230,11 +232,14 @@ def _redo(run: Path | None, record: Path | None, inputs: list[str], as_json: boo
 
 
 def _publish(run: Path, file: Path) -> None:
-    from resmol.audit.published_run import publish
+    from resmol.audit.published_run import PublishedRun, publish
 
     published = publish(RunDir(run))
+    if file.exists():
+        published = PublishedRun.read(file).seen_again(published)
     published.write(file)
-    say(f"record: {file}, {len(published.steps)} steps, digest {published.digest}")
+    seen = counted(len(published.machines), "machine")
+    say(f"record: {file}, {len(published.steps)} steps, seen on {seen}, digest {published.digest}")
 
 
 def _compare(run: Path, other: Path, as_json: bool, strict: bool) -> None:
