@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from resmol.bench.comparison import MEMORY, Comparison, Quantity, make_variants
-from resmol.bench.machine import machine_facts, require_baseline
+from resmol.bench.machine import machine_facts, require_baseline, require_precision
 from resmol.bench.subprocess_runs import run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.config.model_config import ModelConfig
@@ -39,6 +39,7 @@ class GenerateBench:
         new: Tokens to generate.
         baseline: ``transformers``, or None to measure resmol alone.
         repeats: Rounds.
+        precision: ``float32`` or ``bfloat16``, of the weights.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class GenerateBench:
     new: int = 128
     baseline: str | None = None
     repeats: int = 5
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         least = {"repeats": 1, "prompt": 1, "new": 2, "batch": 1}
@@ -57,6 +59,7 @@ class GenerateBench:
         context = self.config.model.max_position_embeddings
         if self.prompt + self.new > context:
             raise UsageError(f"{self.prompt} + {self.new} tokens exceed the context of {context}", fix="give fewer")
+        require_precision(self.precision)
         require_baseline(self.baseline, BASELINES, ("transformers",))
 
 
@@ -75,6 +78,7 @@ def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> 
         "new": bench.new,
         "threads": config.runtime.threads,
         "device": find_device(config.runtime.device).type,
+        "precision": bench.precision,
     }
 
     def resmol() -> Metrics:
@@ -86,7 +90,7 @@ def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> 
 
     def roofline() -> Metrics:
         sizes = {"of": "generation", "batch": batch, "prompt": bench.prompt, "new": bench.new}
-        own = {**sizes, "model": config.model.model_dump(), "precision": "float32"}
+        own = {**sizes, "model": config.model.model_dump(), "precision": bench.precision}
         own |= {"threads": config.runtime.threads, "device": task["device"]}
         return run_worker("resmol.bench.workers.roofline", {**own, "keep_freed_memory": True}, folder)
 
@@ -95,7 +99,7 @@ def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> 
         "transformers generate, tuned": lambda: transformers(tuned=True),
     }
     return Comparison(
-        title=f"greedy decoding with {config.name}, {batch} x ({bench.prompt} + {bench.new}) tokens, float32",
+        title=f"greedy decoding with {config.name}, {batch} x ({bench.prompt} + {bench.new}) tokens, {bench.precision}",
         metric=DECODING,
         columns=(PREFILL, MEMORY),
         variants=make_variants(

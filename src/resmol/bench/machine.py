@@ -11,6 +11,7 @@ from resmol.errors import DataError, UsageError
 from resmol.system.host import host_facts, usable_cores
 from resmol.system.installation import install_hint
 
+PRECISIONS = ("float32", "bfloat16")
 BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
 
 
@@ -31,6 +32,12 @@ def require_baseline(baseline: str | None, known: tuple[str, ...], packages: tup
     for package in packages:
         if _version(package) is None:
             raise DataError(f"--peer {baseline} needs {package}", fix=f"install it: {install_hint('verify')}")
+
+
+def require_precision(precision: str) -> None:
+    """Raise `UsageError` for an arithmetic that is not compared."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision is {precision!r}", fix=f"choose {' or '.join(PRECISIONS)}")
 
 
 def _version(package: str) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from resmol.bench.comparison import MEMORY, SPEED, Comparison, Quantity, make_variants
-from resmol.bench.machine import machine_facts, require_baseline
+from resmol.bench.machine import machine_facts, require_baseline, require_precision
 from resmol.bench.subprocess_runs import measure_training, run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.config.load import parse_overrides
@@ -66,8 +66,7 @@ class TrainBench:
         for name, least in (("repeats", 1), ("steps", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise UsageError(f"--precision is {self.precision!r}", fix="choose float32 or bfloat16")
+        require_precision(self.precision)
         require_baseline(self.baseline, BASELINES, ("transformers", "accelerate"))
 
     def configurations(self) -> list[RunConfig]:

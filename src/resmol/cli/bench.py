@@ -38,6 +38,7 @@ app.add_typer(bench, name="bench")
 Baseline = Annotated[
     str | None, typer.Option("--peer", metavar="NAME", help="A library to measure as well: transformers.")
 ]
+Precision = Annotated[str, typer.Option(metavar="float32|bfloat16", help="Arithmetic of the matmuls.")]
 Repeats = Annotated[int, typer.Option(help="Rounds; each measures every variant once.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")]
 Data = Annotated[
@@ -61,7 +62,7 @@ def bench_train(
     batch: Annotated[
         list[str] | None, typer.Option(metavar="NxLENGTH", help="Windows x tokens of a step, e.g. 2x512; repeatable.")
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="float32|bfloat16", help="Arithmetic of the matmuls.")] = "float32",
+    precision: Precision = "float32",
     baseline: Baseline = None,
     repeats: Repeats = 5,
     steps: Annotated[int, typer.Option(help="Timed steps of a measurement.")] = 8,
@@ -109,6 +110,7 @@ def bench_generate(
     batch: Annotated[list[int] | None, typer.Option(help="Sequences that are decoded together; repeatable.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    precision: Precision = "float32",
     baseline: Baseline = None,
     repeats: Repeats = 5,
     json_: Json = False,
@@ -118,7 +120,7 @@ def bench_generate(
     chosen = with_overrides(chosen_config(preset, config) or load_preset("smollm2-135m-cpu"), set_ or ())
     from resmol.bench.generate import GenerateBench, generation_comparisons
 
-    request = GenerateBench(chosen, tuple(batch or (1,)), prompt, new, baseline, repeats)
+    request = GenerateBench(chosen, tuple(batch or (1,)), prompt, new, baseline, repeats, precision)
     _run(lambda folder: generation_comparisons(request, folder), repeats, json_, markdown)
 
 

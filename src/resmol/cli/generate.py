@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +39,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file to decode together.")] = 8,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the weights; bfloat16 is half the memory to read.")
+    ] = "float32",
     weights: Weights = "last",
     best: Best = False,
     tokenizer: ModelTokenizer = None,
@@ -63,9 +66,10 @@ def generate(
     # Only now, since the line above may start the process anew, and what was read from a pipe would be gone.
     text = None if prompt is None else given_prompt(prompt)
     several = None if prompts is None else prompts_from(prompts)
-    loaded = load_model(model_ref(model, weights, best=best), tokenizer=tokenizer)
+    loaded = load_model(model_ref(model, weights, best=best), tokenizer=tokenizer, precision=precision)
     say(loaded.source.describe())
-    facts = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "model": loaded.source.to_dict()}
+    asked = {"seed": seed, "sampling": asdict(sampling), "stop": list(stops), "precision": precision}
+    facts = {**asked, "model": loaded.source.to_dict()}
     if text is not None:
         _generate_one(loaded, text, sampling, stops, facts if json_ else None)
     elif several is not None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from resmol.system.user_paths import user_path
 from resmol.system.wording import counted
 from resmol.train.devices import find_device
 
+Precision = Literal["float32", "bfloat16"]
 MAX_LOADS = 20  # of a run that prunes what is being read, where the file system has no locks
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class LoadedModel:
     """A model that can generate.
 
     Attributes:
-        model: The model, in evaluation mode, in float32, without gradients.
+        model: The model, in evaluation mode, without gradients.
         source: Where its weights come from, with their sha256 and their run.
         find_tokenizer: Returns the tokenizer; `tokenizer` calls it once, when it is first needed.
     """
@@ -167,6 +168,7 @@ def load_model(
     *,
     tokenizer: Tokenizer | str | Path | None = None,
     device: str | torch.device | None = None,
+    precision: Precision = "float32",
 ) -> LoadedModel:
     """Load a model for evaluation and generation, never for training.
 
@@ -177,6 +179,7 @@ def load_model(
         tokenizer: A tokenizer, the path of a tokenizer.json or its folder, or a Hub id. By default the model's own,
             found when used.
         device: Where to compute; by default a CUDA device if there is one.
+        precision: Of the weights and all that is computed with them; bfloat16 takes half the memory.
 
     Raises:
         CheckpointError: The weights are damaged, do not fit their configuration, are not finite, or a pickle.
@@ -188,7 +191,7 @@ def load_model(
     for _ in range(MAX_LOADS):
         before = list_checkpoints(checkpoints)
         try:
-            model, found = _filled(source, device)
+            model, found = _filled(source, device, precision)
             break
         except ResmolError:
             if list_checkpoints(checkpoints) == before:  # else the run pruned what was being read: no locks there
@@ -201,14 +204,16 @@ def load_model(
     return LoadedModel(model, found, _tokenizer_choice(tokenizer, found))
 
 
-def _filled(source: str | Path | ModelRef, device: str | torch.device | None) -> tuple[CausalLM, Source]:
+def _filled(
+    source: str | Path | ModelRef, device: str | torch.device | None, precision: Precision
+) -> tuple[CausalLM, Source]:
     """Return the model that ``source`` names, in evaluation mode; a run that is being trained waits with pruning it."""
     with ExitStack() as hold:
         found = resolve(source, hold=hold)
         config = _require_weights(found)
         model = CausalLM.empty(config).to(device or find_device("auto"))
         _fill(model, found)
-    model.eval().requires_grad_(requires_grad=False)
+    model.to(getattr(torch, precision)).eval().requires_grad_(requires_grad=False)
     set_matmul_backend(model, default_matmul_backend())
     return model, found
 

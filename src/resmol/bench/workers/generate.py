@@ -49,7 +49,7 @@ def generate_with_resmol(task: Mapping[str, Any]) -> Metrics:
     """Load the model, decode once as a warm-up, and decode once more for the measurement."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    model = load_model(task["folder"], device=task["device"]).model
+    model = load_model(task["folder"], device=task["device"], precision=task["precision"]).model
     continuations(model, task["prompts"], task["new"])
     tokens, prefill, decoding = continuations(model, task["prompts"], task["new"])
     return generation_metrics(tokens, len(task["prompts"][0]), prefill, decoding)

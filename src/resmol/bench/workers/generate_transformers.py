@@ -32,7 +32,8 @@ def generate_with_transformers(task: Mapping[str, Any]) -> Metrics:
     """Load the model, decode once as a warm-up (and to compile), and decode once more for the measurement."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(task["folder"], dtype=torch.float32).eval()
+    dtype = getattr(torch, task["precision"])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(task["folder"], dtype=dtype).eval()
     model.to(task["device"])
     model.generation_config.eos_token_id = None  # a fixed length, as ours
     if task["tuned"]:
