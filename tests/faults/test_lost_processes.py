@@ -229,6 +229,42 @@ def test_w1_one_of_two_is_killed(
     )  # fmt: skip
 
 
+def test_w1s_one_of_several_is_killed_with_either_strategy(
+    campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path
+) -> None:
+    """SIGKILL for any rank of 2 or 4 that hold the weights or share them; with as many again, the same bits."""
+    draw, problems, trials = campaign.draw("W1s"), [], 0
+    groups = [(2, "fsdp"), (4, "ddp"), (4, "fsdp")]
+    for world_size, strategy in groups if campaign.full else groups[:1]:
+        words = ["--set", "batch.micro_batch_size=1", "--set", "batch.global_batch_tokens=128"]
+        words += ["--set", f"parallel.strategy={strategy}", *set_all(f"runtime.collective_timeout={PATIENCE}")]
+        straight, ranks = tmp_path / f"straight-{strategy}-{world_size}", ("",) * world_size
+        with processes(forks, straight, setting, *words, faults=ranks) as started:
+            assert [finish(process) for process in started] == [0] * world_size
+        for trial in range(campaign.count(1, 10)):
+            trials += 1
+            run, victim = tmp_path / f"{strategy}-{world_size}-{trial}", trial % world_size
+            with processes(forks, run, setting, *words, faults=ranks) as started:
+                wait_for_step(run, draw.randrange(1, STEPS - INTERVAL), started)
+                os.kill(started[victim].pid or 0, signal.SIGKILL)
+                codes = {finish(process) for rank, process in enumerate(started) if rank != victim}
+            with processes(forks, run, setting, *words, faults=ranks) as started:
+                again = {finish(process) for process in started}
+            same = step_bits(run) == step_bits(straight) and newest_digests(run) == newest_digests(straight)
+            if codes != {1} or again != {0} or not same:
+                problems.append(f"{strategy}, rank {victim} of {world_size}: {codes}, {again}, same bits: {same}")
+    campaign.record(
+        "W1s", "any of 2 or 4 ranks, which hold the weights or share them, is killed after a random step",
+        "the others end; the bits of a run that nothing happened to, with as many ranks again", problems, trials,
+    )  # fmt: skip
+
+
+def newest_digests(run: Path) -> dict[str, str]:
+    """Return the sha256 of each tensor of the last checkpoint."""
+    digests = checkpoint_digests(run)
+    return digests[max(digests)]
+
+
 def test_w2_one_of_two_freezes(
     campaign: Campaign, forks: Forks, setting: Setting, shared_oracle: Oracle, tmp_path: Path
 ) -> None:
