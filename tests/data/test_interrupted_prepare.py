@@ -63,7 +63,9 @@ def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "in"
     folder.mkdir()
     some = synthetic_texts(24)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*some[:8], None, "", some[0], "привет 漢字", "a<|endoftext|>b"])
+    lines = "".join(
+        json.dumps({"text": text}) + "\n" for text in [*some[:8], None, "", some[0], "привет 漢字", "a<|endoftext|>b"]
+    )
     (folder / "a.jsonl").write_text(lines, encoding="utf-8")
     pq.write_table(pa.table({"text": [*some[8:16], None, some[1]]}), folder / "b.parquet", row_group_size=3)
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))

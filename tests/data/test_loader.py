@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import examples
 
-from resmol.data.loader import IGNORE_INDEX, Batches, Loader
+from resmol.data.loader import IGNORE_INDEX, Batches, Loader, ring_start
 from resmol.data.shards import Shard, TokenStream
 from resmol.data.shuffle import WindowShuffle
 from resmol.errors import ConfigError, DataError
@@ -71,12 +71,15 @@ def test_the_last_window_is_padded_and_the_padding_is_no_target(tmp_path):
     size=st.integers(1, 3),
     micro_batches=st.integers(1, 3),
     seed=st.integers(0, 9),
+    recut=st.booleans(),
 )
 def test_every_token_but_the_first_is_a_target_once_an_epoch(
-    tmp_path_factory, length, seq_len, size, micro_batches, seed
+    tmp_path_factory, length, seq_len, size, micro_batches, seed, recut
 ):
+    """The first is that of the text or, where windows are cut anew, the one that the epoch begins with."""
     stream = stream_of(tmp_path_factory.mktemp("s"), range(1, length + 1), shards=2)
-    loader = loader_of(stream, seq_len=seq_len, micro_batch_size=size, grad_accum_steps=micro_batches, seed=seed)
+    sizes = {"seq_len": seq_len, "micro_batch_size": size, "grad_accum_steps": micro_batches}
+    loader = loader_of(stream, seed=seed, recut=recut, **sizes)
     per_step = size * micro_batches
     windows: list[int] = []
     targets: list[int] = []
@@ -87,6 +90,7 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
         assert [window for batch in batches for window in batch.window_ids] == loader.windows_after(seen).tolist()
         assert found.tokens == sum(batch.tokens for batch in batches)
         for batch in batches:
+            assert ((batch.targets == batch.input_ids % length + 1) | (batch.targets == IGNORE_INDEX)).all()
             windows += batch.window_ids
             targets += [tuple(row[row != IGNORE_INDEX].tolist()) for row in batch.targets]
         assert found.windows_seen == seen + per_step
@@ -95,7 +99,28 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
     for epoch in range(2):
         part = slice(epoch * loader.n_windows, (epoch + 1) * loader.n_windows)
         assert sorted(windows[part]) == list(range(loader.n_windows))
-        assert sorted(token for row in targets[part] for token in row) == list(range(2, length + 1))
+        first = ring_start(seed, epoch, length) + 1 if recut and epoch else 1
+        assert sorted(token for row in targets[part] for token in row) == sorted({*range(1, length + 1)} - {first})
+
+
+def test_windows_that_are_cut_anew_are_others_in_each_epoch_and_the_same_on_any_number_of_ranks(tmp_path):
+    stream = stream_of(tmp_path, range(1, 90))  # 11 windows
+    loader = loader_of(stream, recut=True)
+    steps = [loader.step_after(seen) for seen in range(0, 40, 8)]
+
+    def rows(batches):
+        return [(w, tuple(ids)) for b in batches for w, ids in zip(b.window_ids, b.input_ids.tolist(), strict=True)]
+
+    read = rows(batch for step in steps for batch in step.batches)
+    cuts = [dict(read[epoch * 11 : (epoch + 1) * 11]) for epoch in range(3)]
+    assert cuts[0] == dict(rows(loader.sequential(1)))
+    assert not set(cuts[0].values()) & set(cuts[1].values())
+    assert not set(cuts[1].values()) & set(cuts[2].values())
+    for seen, whole in zip(range(0, 40, 8), steps, strict=True):
+        shares = [loader.step_after(seen, rank, 2) for rank in range(2)]
+        both = torch.cat([batch.input_ids for share in shares for batch in share.batches])
+        assert torch.equal(both, torch.cat([batch.input_ids for batch in whole.batches]))
+        assert {share.window_digest for share in shares} == {whole.window_digest}
 
 
 def test_steps_continue_across_the_border_of_an_epoch(tmp_path):

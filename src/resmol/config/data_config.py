@@ -60,6 +60,7 @@ class DataConfig(StrictModel):
         "first) and `weights` (by name; a source without one is not read)",
     )  # fmt: skip
     seq_len: int = param(2048, "A", "tokens in a training window", ge=2)
+    recut: bool = param(False, "A", "windows begin elsewhere in the text in each epoch after the first")
     document_mask: bool = param(True, "A", "attention stays inside a document")
     seed: int = param(8, "A", "key of the permutation of the windows", ge=0)
 
@@ -71,6 +72,8 @@ class DataConfig(StrictModel):
     @model_validator(mode="after")
     def _sources_and_stages_belong_together(self) -> DataConfig:
         check_mixture(self.source, self.stage, self.path)
+        if self.recut and self.source is not None:
+            raise ValueError("recut is for data without sources: each source of a mixture has epochs of its own")
         return self
 
 

@@ -6,6 +6,9 @@ window may be short; it is padded, and the padding is no target. What a run has 
 over all epochs. A step takes the next ones of the order, as many as the batch has today, so a batch size that changes
 on the way skips nothing and repeats nothing.
 
+With `recut` windows begin elsewhere in each epoch: the stream is a ring, which an epoch after the first enters at
+another token (`ring_start`). An epoch is as long as before and has as many windows.
+
 The windows of several streams, the sources of a mixture, are numbered through in the order of the streams; which of
 them come next is then the business of `resmol.data.mixture`.
 """
@@ -43,7 +46,7 @@ class Batch:
         targets: The token after each input; IGNORE_INDEX where there is none.
         document_ids: The number of the document in its row, from 0; the end token belongs to the document it
             ends. None when masks are off, or when no row has a border: plain causal attention is then the same.
-        window_ids: The window of each row.
+        window_ids: The window of each row, within its epoch.
         tokens: Targets other than IGNORE_INDEX.
     """
 
@@ -125,6 +128,7 @@ class Loader:
         allow_short: bool = False,
         order: MixtureOrder | None = None,
         names: Sequence[str] = (),
+        recut: bool = False,
     ) -> None:
         """Check the sizes; read nothing.
 
@@ -139,6 +143,7 @@ class Loader:
             allow_short: Accept a stream of less than one full window (two tokens at least), for evaluation.
             order: The order of the windows of a mixture.
             names: What the streams are called, in a mixture.
+            recut: Whether windows begin elsewhere in each epoch after the first; of one stream.
 
         Raises:
             ConfigError: A size below 1.
@@ -172,6 +177,7 @@ class Loader:
         self._document_mask = document_mask
         self._mixture = order
         self._order = order or WindowShuffle(self.n_windows, seed)
+        self._ring_seed = seed if recut else None
 
     def windows_after(self, windows_seen: int) -> Int64[np.ndarray, " G"]:
         """Return the windows of the step that follows ``windows_seen`` windows: the next G positions of the order."""
@@ -193,10 +199,13 @@ class Loader:
                 fix="choose a number of micro-batches per step that the number of ranks divides",
             )
         windows = self.windows_after(windows_seen)
+        numbers = windows
+        if self._ring_seed is not None:  # over all epochs, which begin in different places
+            numbers = windows + np.arange(windows_seen, windows_seen + len(windows)) // self.n_windows * self.n_windows
         share = self.windows_per_step // world_size
         tokens, after = self._targets(windows), windows_seen + self.windows_per_step
         return StepBatch(
-            batches=self._batches(windows[rank * share : (rank + 1) * share].tolist(), self._micro_batch_size),
+            batches=self._batches(numbers[rank * share : (rank + 1) * share].tolist(), self._micro_batch_size),
             tokens=sum(tokens),
             window_digest=hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()[:16],
             windows_seen=after,
@@ -253,9 +262,7 @@ class Loader:
         inputs = np.full(shape, self._eos_id, dtype=np.int64)
         targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         for row, window in enumerate(windows):
-            number = bisect.bisect_right(self._offsets, window) - 1
-            stream, start = self._streams[number], (window - self._offsets[number]) * self._seq_len
-            tokens = stream.read(start, min(start + self._seq_len + 1, len(stream)))
+            tokens = self._tokens(window)
             inputs[row, : len(tokens) - 1] = tokens[:-1]
             targets[row, : len(tokens) - 1] = tokens[1:]
         ends = inputs == self._eos_id
@@ -263,9 +270,28 @@ class Loader:
             input_ids=torch.from_numpy(inputs),
             targets=torch.from_numpy(targets),
             document_ids=_document_ids(ends) if self._document_mask else None,
-            window_ids=tuple(windows),
+            window_ids=tuple(window % self.n_windows for window in windows),
             tokens=int(np.count_nonzero(targets != IGNORE_INDEX)),
         )
+
+    def _tokens(self, window: int) -> np.ndarray:
+        """Read the inputs of a window and the token after them; windows are numbered through over the epochs."""
+        epoch, window = divmod(window, self.n_windows)
+        number = bisect.bisect_right(self._offsets, window) - 1
+        stream, start = self._streams[number], (window - self._offsets[number]) * self._seq_len
+        stop = min(start + self._seq_len + 1, len(stream))
+        if self._ring_seed is None or epoch == 0:
+            return stream.read(start, stop)
+        begin, length = ring_start(self._ring_seed, epoch, len(stream)), stop - start
+        first = (begin + start) % len(stream)
+        head = stream.read(first, min(first + length, len(stream)))
+        return np.concatenate([head, stream.read(0, length - len(head))]) if len(head) < length else head
+
+
+def ring_start(seed: int, epoch: int, tokens: int) -> int:
+    """Return the token at which an epoch after the first enters the ring: any one, as if drawn at random."""
+    digest = hashlib.sha512(f"resmol window cut, seed {seed}, epoch {epoch}".encode()).digest()
+    return int.from_bytes(digest[:16], "little") % tokens
 
 
 def _divided(windows: Sequence[int], size: int) -> list[Sequence[int]]:

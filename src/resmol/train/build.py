@@ -148,6 +148,7 @@ def make_loader(
         document_mask=config.data.document_mask,
         order=order,
         names=names,
+        recut=config.data.recut,
     )
 
 
