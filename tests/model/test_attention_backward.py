@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from resmol.model.attention_backward import BLOCK_QUERIES, MOST_BLOCKS, blockwise_attention, use_blockwise_backward
+from resmol.model.attention_backward import (
+    BLOCK_QUERIES,
+    LEAST_QUERIES,
+    MOST_BLOCKS,
+    blockwise_attention,
+    use_blockwise_backward,
+)
 
 EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
 LENGTHS = [1, 100, BLOCK_QUERIES, BLOCK_QUERIES + 1, 300]
@@ -122,6 +128,9 @@ def test_it_is_for_compiled_training_on_a_cpu_with_several_blocks(monkeypatch: p
     assert use_blockwise_backward(query, key)
     assert not use_blockwise_backward(query.detach(), key)
     assert not use_blockwise_backward(query[:, :, 1:], key[:, :, 1:]), "a single block"
+    low = query.detach()[:, :, 1:].bfloat16().requires_grad_()
+    assert use_blockwise_backward(low, low), "a single block in bfloat16"
+    assert not use_blockwise_backward(low[:, :, : LEAST_QUERIES - 1], low[:, :, : LEAST_QUERIES - 1])
     assert not use_blockwise_backward(query[:, :, :1], key), "one new token, the others from a cache"
     assert not use_blockwise_backward(query.to("meta"), key.to("meta"))
     long = torch.empty(1, 2, BLOCK_QUERIES * MOST_BLOCKS + 1, 4, requires_grad=True)

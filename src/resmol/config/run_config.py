@@ -289,6 +289,8 @@ class RunConfig(StrictModel):
         fields = {key: value for key, value in flatten(self).items() if classes[key] != "C"}
         if self.data.stage is None:  # a run of one source is what it was before there were mixtures
             del fields["data.stage"]
+        if not self.data.recut:  # nor is one whose windows are cut once
+            del fields["data.recut"]
         return fields
 
 
