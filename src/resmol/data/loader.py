@@ -149,11 +149,7 @@ class Loader:
             ConfigError: A size below 1.
             DataError: Fewer than T + 1 tokens.
         """
-        sizes = {
-            "seq_len": seq_len,
-            "micro_batch_size": micro_batch_size,
-            "grad_accum_steps": grad_accum_steps,
-        }
+        sizes = {"seq_len": seq_len, "micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps}
         for name, value in sizes.items():
             if value < 1:
                 raise ConfigError(f"{name} is {value}", fix="give a number of at least 1")
