@@ -11,7 +11,9 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -432,6 +434,39 @@ def torchrun_and_signal(
         finally:
             job.kill()
     return job.returncode, said, rank
+
+
+@pytest.mark.slow
+def test_the_nodes_that_are_left_go_on(setting: Setting, shared_oracle: Oracle, tmp_path: Path) -> None:
+    """Two agents of an elastic job on one host; one is killed with its rank, and the other's goes on alone."""
+    run, steps, started = tmp_path / "run", 10 * STEPS, []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"]
+    words += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=5"]
+    words += ["-m", "resmol", "train", str(run), *command_arguments(setting), *TWO_MICRO_BATCHES]
+    words += ["--steps", str(steps), *set_all(f"runtime.collective_timeout={PATIENCE}")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        for _ in range(2):  # the first one holds the store
+            started.append(subprocess.Popen(words, env=environment))
+            time.sleep(2)
+        until = time.monotonic() + HANGS
+        while reached(run) < INTERVAL + 1:
+            assert time.monotonic() < until, f"step {INTERVAL + 1} was not reached"
+            time.sleep(0.05)
+        children = Path(f"/proc/{started[1].pid}/task/{started[1].pid}/children").read_text(encoding="ascii").split()
+        for process in (started[1].pid, *map(int, children)):  # the agent first, or it starts its rank again
+            os.kill(process, signal.SIGKILL)
+        assert started[0].wait(timeout=HANGS) == 0
+    finally:
+        for agent in started:
+            agent.kill()
+            agent.wait()
+    bits = step_bits(run)
+    assert list(bits) == list(range(1, steps + 1))
+    assert list(bits.values())[:STEPS] == list(shared_oracle.steps.values())
 
 
 def test_w7_torchrun_starts_the_ranks_again(
