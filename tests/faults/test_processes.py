@@ -524,7 +524,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.max_position_embeddings": 128, "tokenizer.sha256": "0" * 64, "data.seq_len": 16,
     "batch.global_batch_tokens": 128, "batch.micro_batch_size": 1, "schedule.kind": "constant",
     "optimizer.beta2_halflife_tokens": 1_000_000,
-    "runtime.device": "cuda", "runtime.determinism": "off",
+    "runtime.device": "cuda", "runtime.determinism": "off", "runtime.attention": "eager",
     "runtime.compile": "on", "checkpoint.permanent": [23], "sampling.prompt": "ka lo",
     "train.steps": 26,
 }  # fmt: skip
