@@ -121,6 +121,7 @@ CHAPTERS = {
     "S": "The disk, the file system, the machine",
     "C": "Damaged files",
     "D": "Data",
+    "L": "The machine vanishes: mirrors",
     "W": "Several processes",
     "F": "Signals, clocks, neighbors",
     "G": "Numbers",
