@@ -210,8 +210,9 @@ def _process_group(launch: Launch, device: torch.device, wait: timedelta) -> Ite
     store = meet(launch, wait)
     with RankMonitor(store, launch.rank, launch.world_size) as monitor:
         with monitor.collective("rendezvous"):
-            backends = {kind: dist.get_default_backend_for_device(kind) for kind in ("cpu", device.type)}
-            backend = ",".join(f"{kind}:{name}" for kind, name in backends.items())
+            backend = dist.get_default_backend_for_device(device)
+            if device.type != "cpu":  # the hosts talk to each other as well (`Runtime.any_rank`)
+                backend = f"cpu:{dist.get_default_backend_for_device('cpu')},{device.type}:{backend}"
             dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=wait)
         try:
             yield monitor
