@@ -156,3 +156,11 @@ def test_rows_in_bfloat16_are_those_of_float64_rounded(shape: tuple[int, ...]) -
     exact = x.double() @ weight.double().T
     assert (found.dtype, found.shape) == (torch.bfloat16, exact.shape)
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_a_row_in_bfloat16_meets_weights_in_float32_under_autocast() -> None:
+    """As in training's own evaluation and loss, where autocast casts the weight."""
+    x, weight = torch.ones(1, 8).bfloat16(), torch.ones(4, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = multiply(x, weight, "mkl")
+    assert (found.dtype, found.tolist()) == (torch.bfloat16, [[8.0] * 4])

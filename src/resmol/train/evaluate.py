@@ -19,6 +19,7 @@ from resmol.data.loader import Batch
 from resmol.errors import DataError
 from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.model.llama import CausalLM
+from resmol.train.devices import to_device
 from resmol.train.parallel import Runtime
 
 
@@ -93,8 +94,8 @@ def evaluate(
     end = len(batches) if runtime.mesh is None else -(-len(batches) // runtime.world_size) * runtime.world_size
     for number in range(runtime.rank, end, runtime.world_size):
         batch = batches[number % len(batches)]
-        input_ids, targets = batch.input_ids.to(runtime.device), batch.targets.to(runtime.device)
-        documents = None if batch.document_ids is None else batch.document_ids.to(runtime.device)
+        input_ids, targets = (to_device(ids, runtime.device) for ids in (batch.input_ids, batch.targets))
+        documents = None if batch.document_ids is None else to_device(batch.document_ids, runtime.device)
         with runtime.gathered(model), runtime.autocast():
             loss = model.loss(input_ids, targets, documents, chunk_tokens)
         if number >= len(batches):
