@@ -63,8 +63,8 @@ def default_matmul_backend(cpu_facts: Path = CPU_FACTS) -> MatmulBackend:
 def multiply(x: Float[Tensor, "*B I"], weight: Float[Tensor, "O I"], backend: MatmulBackend) -> Float[Tensor, "*B O"]:
     """Return ``x W^T``; ``backend`` applies to float32 on a CPU without autocast, and to nothing else.
 
-    On a CPU a single row in bfloat16, without a gradient, is multiplied by the kernel for vectors: oneDNN's for matrices
-    reads the weight at two thirds of its speed.
+    On a CPU a single row in bfloat16, without a gradient, is multiplied by the kernel for vectors: oneDNN's for
+    matrices reads the weight at two thirds of its speed.
     """
     is_low = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
     if is_low and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
