@@ -40,7 +40,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file to decode together.")] = 8,
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the weights; bfloat16 is half the memory to read.")
+        Literal["float32", "bfloat16"],
+        typer.Option(metavar="float32|bfloat16", help="Of the weights; bfloat16 is half the memory to read."),
     ] = "float32",
     weights: Weights = "last",
     best: Best = False,
