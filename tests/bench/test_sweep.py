@@ -110,6 +110,22 @@ def test_a_stopped_sweep_goes_on_and_repeats_nothing(sweep: Sweep) -> None:
     assert len(trained) == 10, "other variants are added to the record"
 
 
+def test_a_configuration_alone_is_a_table_and_can_begin_with_any_seed(sweep: Sweep) -> None:
+    """Seeds 9 and 10 first, those of the configuration later: one record, and nothing is trained twice."""
+    trained: list[int] = []
+
+    def counted(config: RunConfig) -> float:
+        trained.append(config.train.seed)
+        return float(config.train.seed)
+
+    late = Sweep(sweep.config, ("train.seed=9", "data.seed=9"), (), sweep.data, 2, 10, sweep.record)
+    assert list(finished(late, counted).seeds) == trained == [9, 10]
+    result = finished(Sweep(sweep.config, (), (), sweep.data, 3, 10, sweep.record), counted)
+    assert trained == [9, 10, 8]
+    (row,) = result.cells()
+    assert row[:3] == ["as configured", mean_interval([8.0, 9.0, 10.0]).show(), ""]
+
+
 def test_a_record_of_something_else_is_refused(sweep: Sweep) -> None:
     finished(sweep)
     assert sweep.record is not None
@@ -137,7 +153,7 @@ def test_a_run_that_fails_is_a_row_with_its_reason(sweep: Sweep) -> None:
     assert len(again.record.cells) == 6
 
 
-@pytest.mark.parametrize("changes", [{"seeds": 0}, {"steps": 0}, {"factors": ()}])
+@pytest.mark.parametrize("changes", [{"seeds": 0}, {"steps": 0}, {"factors": ("optimizer.lr",)}])
 def test_what_is_no_sweep_is_refused(sweep: Sweep, changes: dict[str, object]) -> None:
     arguments = {"config": sweep.config, "factors": FACTOR, "seeds": 3, "steps": 10, **changes}
     with pytest.raises(UsageError):

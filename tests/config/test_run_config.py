@@ -385,6 +385,7 @@ def test_a_preset_is_not_a_path() -> None:
         ("schedule.kind=cosine", "horizon (0) must lie after warmup_steps (100)"),
         ("schedule.decay_start=0", "decay_start and decay_steps belong together"),
         ("schedule.decay_steps=0", "decay_start and decay_steps belong together"),
+        ("data.seq_len_warmup_steps=-1", "data.seq_len_warmup_steps"),
         ("optimizer.lr.x=1", "optimizer.lr"),
     ],
 )
@@ -411,6 +412,13 @@ def test_a_gradient_counts_half_after_the_half_life() -> None:
         for _ in range(6400 // tokens):
             weight *= optimizer.beta2_at(tokens)
         assert weight == pytest.approx(0.5, rel=1e-9)
+
+
+def test_windows_that_have_no_eighths_cannot_be_cut_up() -> None:
+    found = problems_of(
+        ["data.seq_len=20", "batch.global_batch_tokens=20", "batch.micro_batch_size=1", "data.seq_len_warmup_steps=9"]
+    )
+    assert "seq_len (20) is no multiple of 8" in found
 
 
 def test_a_decay_inside_the_warm_up_is_refused() -> None:

@@ -103,6 +103,18 @@ def test_every_token_but_the_first_is_a_target_once_an_epoch(
         assert sorted(token for row in targets[part] for token in row) == sorted({*range(1, length + 1)} - {first})
 
 
+def test_rows_that_are_cut_up_have_the_same_tokens_and_documents(tmp_path):
+    loader = loader_of(stream_of(tmp_path, [1, 2, 3, EOS, 5, 6, 7, 8, 9, 10, 11]))
+    (batch,) = loader.sequential(10)
+    short = batch.cut(2)
+    assert short.input_ids.tolist() == [[1, 2], [3, EOS], [5, 6], [7, 8], [9, 10], [EOS, EOS], [EOS, EOS], [EOS, EOS]]
+    assert short.targets[:5].tolist() == [[2, 3], [EOS, 5], [6, 7], [8, 9], [10, 11]]
+    assert short.document_ids is not None
+    assert short.document_ids[:4].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert (short.window_ids, short.tokens) == (batch.window_ids, batch.tokens)
+    assert batch.cut(8) is batch
+
+
 def test_windows_that_are_cut_anew_are_others_in_each_epoch_and_the_same_on_any_number_of_ranks(tmp_path):
     stream = stream_of(tmp_path, range(1, 90))  # 11 windows
     loader = loader_of(stream, recut=True)

@@ -47,10 +47,13 @@ import resmol.system.launcher
 import resmol.train.loop
 import resmol.train.start
 import resmol.train.step
+from resmol.errors import CheckpointError
 from resmol.run.ledger import Record, effective_steps, select
+from resmol.run.tensor_shards import shard_of
 
 PATIENCE = 60  # runtime.collective_timeout, where nothing needs to wait for it
 TWO_MICRO_BATCHES = ["--set", "batch.micro_batch_size=1"]  # one for each of two processes
+FOUR_MICRO_BATCHES = [*TWO_MICRO_BATCHES, "--set", "batch.global_batch_tokens=128"]
 LOST = r"rank (\d) died or froze \(last phase: (.*)\)"
 
 
@@ -118,7 +121,7 @@ def be_slow() -> None:
 
 
 def have_other_weights() -> None:
-    after_the_start(lambda state: state.model.model.norm.weight.data[3].add_(1e-6))
+    after_the_start(lambda state: shard_of(state.model.model.norm.weight.data).local[3].add_(1e-6))
 
 
 def have_another_step() -> None:
@@ -231,15 +234,20 @@ def test_w1_one_of_two_is_killed(
     )  # fmt: skip
 
 
-def test_w1s_one_of_several_is_killed_with_either_strategy(
-    campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path
+@pytest.mark.parametrize(
+    ("row", "how", "event"),
+    [("W1s", signal.SIGKILL, "is killed"), ("W2f", signal.SIGSTOP, "freezes (SIGSTOP)")],
+)
+def test_one_of_several_is_lost_with_either_strategy(
+    campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path, row: str, how: signal.Signals, event: str
 ) -> None:
-    """SIGKILL for any rank of 2 or 4 that hold the weights or share them; with as many again, the same bits."""
-    draw, problems, trials = campaign.draw("W1s"), [], 0
+    """Any rank of 2 or 4 that hold the weights or share them; with as many again, the same bits."""
+    draw, problems, trials = campaign.draw(row), [], 0
     groups = [(2, "fsdp"), (4, "ddp"), (4, "fsdp")]
     for world_size, strategy in groups if campaign.full else groups[:1]:
-        words = ["--set", "batch.micro_batch_size=1", "--set", "batch.global_batch_tokens=128"]
-        words += ["--set", f"parallel.strategy={strategy}", *set_all(f"runtime.collective_timeout={PATIENCE}")]
+        patience = 5 if how is signal.SIGSTOP and campaign.full else PATIENCE if how is signal.SIGKILL else 10
+        words = [*FOUR_MICRO_BATCHES, "--set", f"parallel.strategy={strategy}"]
+        words += set_all(f"runtime.collective_timeout={patience}")
         straight, ranks = tmp_path / f"straight-{strategy}-{world_size}", ("",) * world_size
         with processes(forks, straight, setting, *words, faults=ranks) as started:
             assert [finish(process) for process in started] == [0] * world_size
@@ -248,7 +256,7 @@ def test_w1s_one_of_several_is_killed_with_either_strategy(
             run, victim = tmp_path / f"{strategy}-{world_size}-{trial}", trial % world_size
             with processes(forks, run, setting, *words, faults=ranks) as started:
                 wait_for_step(run, draw.randrange(1, STEPS - INTERVAL), started)
-                os.kill(started[victim].pid or 0, signal.SIGKILL)
+                os.kill(started[victim].pid or 0, how)
                 codes = {finish(process) for rank, process in enumerate(started) if rank != victim}
             with processes(forks, run, setting, *words, faults=ranks) as started:
                 again = {finish(process) for process in started}
@@ -256,7 +264,7 @@ def test_w1s_one_of_several_is_killed_with_either_strategy(
             if codes != {1} or again != {0} or not same:
                 problems.append(f"{strategy}, rank {victim} of {world_size}: {codes}, {again}, same bits: {same}")
     campaign.record(
-        "W1s", "any of 2 or 4 ranks, which hold the weights or share them, is killed after a random step",
+        row, f"any of 2 or 4 ranks, which hold the weights or share them, {event} after a random step",
         "the others end; the bits of a run that nothing happened to, with as many ranks again", problems, trials,
     )  # fmt: skip
 
@@ -333,21 +341,20 @@ def test_w3_other_numbers_of_processes_and_the_other_strategy(
     """A run goes on with 1, 2 or 4 ranks that hold all of the weights or share them, each time from the checkpoint."""
     count, draw, problems = campaign.count(1, 10), campaign.draw("W3s"), []
     groups = [(1, "ddp"), (4, "fsdp"), (2, "fsdp"), (2, "ddp"), (4, "ddp"), (1, "ddp")]
-    four = ["--set", "batch.micro_batch_size=1", "--set", "batch.global_batch_tokens=128"]
     for trial in range(count):
         run, straight = tmp_path / f"run-{trial}", tmp_path / f"straight-{trial}"
         groups = groups if trial == 0 else draw.sample(groups, len(groups))
         stops = [*sorted(draw.sample(range(1, STEPS if campaign.full else 12), len(groups) - 1))]
         stops.append(stops[-1] + 3)
         for stop, (world_size, strategy) in zip(stops, groups, strict=True):
-            words = (*four, "--set", f"parallel.strategy={strategy}", "--steps", str(stop))
+            words = (*FOUR_MICRO_BATCHES, "--set", f"parallel.strategy={strategy}", "--steps", str(stop))
             if world_size == 1:
-                codes = [forks.run(command, run, setting, *four, "--steps", str(stop))]
+                codes = [forks.run(command, run, setting, *FOUR_MICRO_BATCHES, "--steps", str(stop))]
             else:
                 with processes(forks, run, setting, *words, faults=("",) * world_size) as started:
                     codes = [finish(process) for process in started]
             problems += [f"trial {trial}, {strategy} {world_size} to {stop}: exit codes {codes}"] if any(codes) else []
-        assert forks.run(command, straight, setting, *four, "--steps", str(stops[-1])) == 0
+        assert forks.run(command, straight, setting, *FOUR_MICRO_BATCHES, "--steps", str(stops[-1])) == 0
         problems += [f"trial {trial}: {text}" for text in far_from(records_of(straight), records_of(run))]
     campaign.record(
         "W3s", "1, 2 or 4 ranks, which hold the weights or share them, in turn", "the windows of one process, and its "
@@ -366,20 +373,35 @@ def far_from(straight: list[Record], found: list[Record]) -> list[str]:
 def test_w4_processes_that_work_on_different_things(
     campaign: Campaign, forks: Forks, setting: Setting, tmp_path: Path
 ) -> None:
-    """One of two processes has other weights, another step, other data or another configuration: nothing begins."""
-    cases, problems = [(what, rank) for what in FAULTS if what != "slow" for rank in (0, 1)], []
-    for what, rank in cases:
-        run = tmp_path / f"{what}-{rank}"
-        with processes(forks, run, setting, faults=(what * (rank == 0), what * (rank == 1))) as started:
-            codes = [finish(process) for process in started]
-        texts = [error_file(run, one).read_text(encoding="utf-8") for one in (0, 1)]
-        found = [] if codes == [2, 2] else [f"exit codes {codes}: {texts}"]
-        found += [text for text in texts if f"rank 1 has a different {what} from rank 0" not in text]
-        found += [f"step {reached(run)} was executed"] if reached(run) else []
-        problems += [f"{what} of process {rank}: {'; '.join(found)}"] if found else []
+    """One of several has other weights, another step, other data or another configuration: nothing begins.
+
+    Ranks that share the weights know what these must be from the checkpoint that they have read.
+    """
+    groups, problems, trials = [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")], [], 0
+    for world_size, strategy in groups if campaign.full else groups[:2]:
+        words = [*FOUR_MICRO_BATCHES, "--set", f"parallel.strategy={strategy}"]
+        for what, rank in itertools.product([name for name in FAULTS if name != "slow"], range(world_size)):
+            if not campaign.full and rank != len(what) % 2:
+                continue
+            trials += 1
+            run, shared = tmp_path / f"{what}-{rank}-{strategy}-{world_size}", (what, strategy) == ("weights", "fsdp")
+            if shared:
+                with processes(forks, run, setting, *words, "--steps", "5", faults=("",) * world_size) as started:
+                    assert [finish(process) for process in started] == [0] * world_size
+            faults = tuple(what * (one == rank) for one in range(world_size))
+            with processes(forks, run, setting, *words, faults=faults) as started:
+                codes = {finish(process) for process in started}
+            texts = [error_file(run, one).read_text(encoding="utf-8") for one in range(world_size)]
+            expected = rf"rank {rank or '[1-3]'} has a different {what} from rank 0"
+            expected = "other weights or moments than the ranks have read from it" if shared else expected
+            found = [] if codes == {CheckpointError.exit_code if shared else 2} else [f"exit codes {codes}: {texts}"]
+            found += [text for text in texts if not re.search(expected, text)]
+            found += [f"step {reached(run)} was executed"] if reached(run) != 5 * shared else []
+            problems += [f"{what} of rank {rank} of {world_size}, {strategy}: {'; '.join(found)}"] if found else []
     campaign.record(
-        "W4", "one of two processes has other weights, another step, other data or another configuration",
-        "all end with exit code 2 before the first step, and say what differs", problems, len(cases), exhaustive=True,
+        "W4", "one of 2 or 4 ranks, which hold the weights or share them, has other weights, another step, other data "
+        "or another configuration", "all end with exit code 2 before the first step, or 65 for a checkpoint, and say what "
+        "differs", problems, trials, exhaustive=True,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class Outcome(NamedTuple):
         tensors: Weights, moments and averages after the last step, whole.
         held: Numbers that rank 0 holds of them.
         rows: The rows of the embedding that each rank holds.
+        kept: Bytes of the blocks' weights, or of copies of them, that rank 0 has between forward and backward pass.
     """
 
     losses: list[float]
@@ -74,6 +75,7 @@ class Outcome(NamedTuple):
     tensors: dict[str, Tensor]
     held: int
     rows: list[int]
+    kept: int
 
 
 def run_all(runs: dict[str, Run], folder: Path) -> dict[str, Outcome]:
@@ -136,11 +138,31 @@ def be_rank(rank: int, port: int, run: Run, file: Path) -> None:
         tensors, rows = whole_tensors(state), torch.zeros(run.world_size, dtype=torch.long)
         rows[rank] = len(shard_of(state.model.model.embed_tokens.weight).local)
         runtime.all_reduce_sum(rows)
+        kept = kept_for_backward(state, config, runtime)
         held = sum(shard_of(t).local.numel() for group in state.tensors().files.values() for t in group.values())
         if rank == 0:
             losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
-            outcome = Outcome(losses, norms, initial, tensors, held, rows.tolist())  # type: ignore[arg-type]
+            outcome = Outcome(losses, norms, initial, tensors, held, rows.tolist(), kept)  # type: ignore[arg-type]
             torch.save(outcome._asdict(), file)
+
+
+def kept_for_backward(state: TrainState, config: RunConfig, runtime: Runtime) -> int:
+    """Count what a forward pass keeps that has the shape of a block's weight, as it is or transposed."""
+    shapes = {tuple(weight.shape) for weight in state.model.model.layers.parameters() if weight.dim() > 1}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        ids = torch.zeros((1, TOKENS), dtype=torch.long)
+        with runtime.autocast():
+            loss = state.model.loss(ids, ids, None, config.runtime.loss_chunk_tokens)
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+        for tensor in kept
+        if tuple(tensor.shape) in shapes and type(tensor) in (Tensor, torch.nn.Parameter)
+    }
+    found = sum(storage.nbytes() for storage in storages.values())
+    loss.backward()
+    return found
 
 
 def whole_tensors(state: TrainState, file: str = "") -> dict[str, Tensor]:

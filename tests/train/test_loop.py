@@ -29,7 +29,7 @@ from resmol.train.gradients import accumulate_gradients
 from resmol.train.loop import is_due
 from resmol.train.lr_schedule import lr_at
 from resmol.train.parallel import Runtime, open_runtime
-from resmol.train.step import TrainState, train_step
+from resmol.train.step import TrainState, start_step, train_step
 from resmol.train.step_result import REPRODUCIBLE_FIELDS, first_difference
 
 RUNTIME = Runtime.single()
@@ -96,6 +96,25 @@ def test_unequal_micro_batches_are_weighted_by_tokens(tiny_config: RunConfig, ti
     assert float(total) / tokens == pytest.approx(float(wanted.detach()), rel=1e-6)
     for name, grad in gradients(state).items():
         torch.testing.assert_close(grad / tokens, reference.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "length"), [(1, 2), (3, 2), (4, 4), (7, 8), (9, 8), (10, 16)])
+def test_a_short_row_is_a_context_of_its_own(
+    tiny_config: RunConfig, tiny_dataset: Dataset, step: int, length: int
+) -> None:
+    """Against transformers, of the same tokens in shorter rows; documents cannot matter where none ends."""
+    config = with_overrides(tiny_config, ["data.seq_len_warmup_steps=9", "data.document_mask=false"])
+    assert config.data.seq_len == 16
+    state = new_state(config, RUNTIME)
+    batch = make_loader(config, tiny_dataset.train).step_after(0)
+    reference = LlamaForCausalLM(LlamaConfig(**config.model.to_hf()))
+    reference.load_state_dict(state.model.state_dict(), strict=True)
+    rows = [(b.input_ids.reshape(-1, length), b.targets.reshape(-1, length)) for b in batch.batches]
+    logits = reference(torch.cat([ids for ids, _ in rows])).logits
+    F.cross_entropy(logits.flatten(0, 1), torch.cat([targets for _, targets in rows]).flatten()).backward()
+    start_step(state, step, batch, config, RUNTIME)
+    for name, grad in gradients(state).items():
+        torch.testing.assert_close(grad / batch.tokens, reference.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_is_that_of_the_next_token(tiny_config: RunConfig, tiny_dataset: Dataset) -> None:

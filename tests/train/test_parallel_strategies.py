@@ -12,6 +12,7 @@ from resmol.errors import ConfigError
 from resmol.train.parallel import check_ranks
 
 FSDP, PAIRS = "parallel.strategy=fsdp", "parallel.replicas=2"
+BF16 = "runtime.precision=bfloat16"
 RUNS = {
     "one": Run(1),
     "ddp-4": Run(4, (), 6),
@@ -19,6 +20,10 @@ RUNS = {
     "fsdp-2": Run(2, (FSDP,)),
     "fsdp-3-uneven": Run(2, (FSDP, "model.vocab_size=4095"), 1),
     "hsdp-4": Run(4, (FSDP, PAIRS)),
+    "one-bf16": Run(1, (BF16,)),
+    "ddp-2-bf16": Run(2, (BF16,)),
+    "fsdp-2-bf16": Run(2, (FSDP, BF16), 4),
+    "fsdp-2-bf16-resumed": Run(2, (FSDP, BF16), 4, 2),
 }
 
 
@@ -55,6 +60,22 @@ def test_each_rank_holds_a_half(outcomes: dict[str, Outcome]) -> None:
 def test_a_resumed_run_of_four_ranks_has_the_bits_of_an_uninterrupted_one(outcomes: dict[str, Outcome]) -> None:
     """A ring of four adds in an order that depends on the place of a gradient in its bucket."""
     straight, resumed = outcomes["ddp-4"], outcomes["ddp-4-resumed"]
+    assert (resumed.losses, resumed.norms) == (straight.losses, straight.norms)
+    assert all(torch.equal(resumed.tensors[key], straight.tensors[key]) for key in straight.tensors)
+
+
+def test_bfloat16_is_gathered_and_no_copy_of_a_block_stays(outcomes: dict[str, Outcome]) -> None:
+    """Autocast would keep a copy of each block's weights for the backward pass, as it does with one process."""
+    one, ranks = outcomes["one-bf16"], outcomes["fsdp-2-bf16"]
+    assert ranks.losses[:2] == pytest.approx(one.losses, rel=1e-4)
+    assert ranks.norms[:2] == pytest.approx(one.norms, rel=2e-3)
+    assert all(tensor.dtype == torch.float32 for tensor in ranks.tensors.values())
+    assert ranks.kept == 0
+    assert outcomes["ddp-2-bf16"].kept == outcomes["one-bf16"].kept > 0, "what autocast keeps is found"
+
+
+def test_a_resumed_run_of_shards_in_bfloat16_has_the_bits_of_an_uninterrupted_one(outcomes: dict[str, Outcome]) -> None:
+    straight, resumed = outcomes["fsdp-2-bf16"], outcomes["fsdp-2-bf16-resumed"]
     assert (resumed.losses, resumed.norms) == (straight.losses, straight.norms)
     assert all(torch.equal(resumed.tensors[key], straight.tensors[key]) for key in straight.tensors)
 

@@ -88,6 +88,7 @@ def test_two_resumes_in_a_row(sixty: Path, tmp_path: Path, train_tiny: TrainTiny
     [
         "runtime.precision=bfloat16", "runtime.attention=eager", "runtime.matmul_backend=onednn",
         "optimizer.name=muon", "optimizer.beta2_halflife_tokens=500", "optimizer.embedding_lr_scale=3",
+        "data.seq_len_warmup_steps=9",
     ],
 )  # fmt: skip
 def test_in_other_arithmetic(tmp_path: Path, train_tiny: TrainTiny, arithmetic: str) -> None:

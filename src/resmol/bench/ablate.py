@@ -82,7 +82,7 @@ class Ablation:
         """
         base, factors = base_and_factors(self.config, self.factors)
         rows = combinations(factors) if factors else _one_at_a_time(base)
-        check_variants(base, rows)
+        check_variants(base, rows, least=2)
         return rows
 
 

@@ -26,6 +26,8 @@ from resmol.train.autotune import resolve_auto
 
 logger = logging.getLogger(__name__)
 
+SEEDS = ("train.seed", "data.seed")  # each run has its own; a record can begin with any
+
 
 class Cell(StrictModel):
     """A finished run: its settings, or the name of the learner, its seed, and how it learned; or why it failed."""
@@ -140,7 +142,7 @@ def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> LearningR
         record = LearningRecord.model_validate_json(file.read_bytes())
     except ValidationError:
         raise UsageError(f"{file} is no record of runs that learn", fix="name another file with --record") from None
-    known = json.loads(json.dumps(fields))
+    known = {key: value for key, value in json.loads(json.dumps(fields)).items() if key not in SEEDS}
     changed = next((key for key, value in known.items() if record.base.get(key) != value), None)
     if changed is None and record.data_fingerprint != data_fingerprint:
         raise UsageError(f"{file} is the record of another text", fix="name another file with --record")

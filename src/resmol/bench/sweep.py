@@ -69,7 +69,7 @@ class Sweep:
         """Return what the variants share and the settings of each (`UsageError`, `ConfigError`: `check_variants`)."""
         base, factors = base_and_factors(self.config, self.factors)
         rows = [*combinations(factors), *(tuple(words) for words in map(str.split, self.variants))]
-        check_variants(base, rows)
+        check_variants(base, rows, least=1)  # alone, it is how well the configuration learns
         return base, rows
 
 
@@ -82,7 +82,7 @@ class SweepResult:
     @property
     def seeds(self) -> range:
         """The seeds."""
-        first = self.sweep.config.train.seed
+        first = self.sweep.base_and_rows()[0].train.seed
         return range(first, first + self.sweep.seeds)
 
     @property

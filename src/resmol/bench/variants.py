@@ -42,17 +42,22 @@ def combinations(factors: Sequence[Factor]) -> list[Overrides]:
     return list(itertools.product(*([f"{key}={value}" for value in values] for key, values in factors)))
 
 
-def check_variants(base: RunConfig, rows: Sequence[Overrides]) -> None:
+def check_variants(base: RunConfig, rows: Sequence[Overrides], least: int) -> None:
     """Check how many variants there are, and each of them.
 
+    Args:
+        base: What the variants share.
+        rows: The variants.
+        least: How few of them make sense.
+
     Raises:
-        UsageError: There is one, or there are too many.
+        UsageError: There are too few or too many.
         ConfigError: Some are no possible configuration; all of these are named.
     """
-    if not 2 <= len(rows) <= MAX_VARIANTS:
+    if not least <= len(rows) <= MAX_VARIANTS:
         raise UsageError(
             f"that makes {counted(len(rows), 'variant')}",
-            fix=f"give factors with 2 to {MAX_VARIANTS} combinations in all",
+            fix=f"give factors with {least} to {MAX_VARIANTS} combinations in all",
         )
     problems = []
     for row in rows:

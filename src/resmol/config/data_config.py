@@ -60,6 +60,9 @@ class DataConfig(StrictModel):
         "first) and `weights` (by name; a source without one is not read)",
     )  # fmt: skip
     seq_len: int = param(2048, "A", "tokens in a training window", ge=2)
+    seq_len_warmup_steps: int = param(
+        0, "A", "steps in which windows are cut up: a third of them into eighths, then quarters, then halves", ge=0
+    )
     recut: bool = param(False, "A", "windows begin elsewhere in the text in each epoch after the first")
     document_mask: bool = param(True, "A", "attention stays inside a document")
     seed: int = param(8, "A", "key of the permutation of the windows", ge=0)
@@ -74,7 +77,21 @@ class DataConfig(StrictModel):
         check_mixture(self.source, self.stage, self.path)
         if self.recut and self.source is not None:
             raise ValueError("recut is for data without sources: each source of a mixture has epochs of its own")
+        if self.seq_len_warmup_steps and self.seq_len % 8:
+            raise ValueError(
+                f"seq_len ({self.seq_len}) is no multiple of 8, and seq_len_warmup_steps cuts it into eighths"
+            )
         return self
+
+    def seq_len_at(self, step: int) -> int:
+        """Return how many tokens attention spans in a step, from 1 (sequence-length warm-up; Li et al. 2021).
+
+        The windows, their order and the tokens of a step stay what they are: only the rows they are computed in change.
+        """
+        if step > self.seq_len_warmup_steps:
+            return self.seq_len
+        halvings = 3 - 3 * (step - 1) // self.seq_len_warmup_steps
+        return self.seq_len >> halvings
 
 
 def with_stages(table: Mapping[str, Any]) -> dict[str, Any]:

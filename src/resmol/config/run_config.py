@@ -182,6 +182,7 @@ class LoggingConfig(StrictModel):
     project: str = param("resmol", "C", "the project of Weights & Biases and Trackio", min_length=1)
 
 
+UNBOUND = {"data.stage": None, "data.recut": False, "data.seq_len_warmup_steps": 0}  # a run is what it was without them
 _SIZES = {"data.seq_len": DataConfig().seq_len, "batch.micro_batch_size": BatchConfig().micro_batch_size}
 
 
@@ -287,11 +288,7 @@ class RunConfig(StrictModel):
         """Return ``section.key`` -> value of what the numbers depend on: the fields of drift class A and B."""
         classes = drift_classes()
         fields = {key: value for key, value in flatten(self).items() if classes[key] != "C"}
-        if self.data.stage is None:  # a run of one source is what it was before there were mixtures
-            del fields["data.stage"]
-        if not self.data.recut:  # nor is one whose windows are cut once
-            del fields["data.recut"]
-        return fields
+        return {key: value for key, value in fields.items() if UNBOUND.get(key, ...) != value}
 
 
 def field_declarations() -> dict[str, FieldInfo]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import overload
 
@@ -55,6 +55,21 @@ class Batch:
     document_ids: Int64[Tensor, "B T"] | None
     window_ids: tuple[int, ...]
     tokens: int
+
+    def cut(self, length: int) -> Batch:
+        """Return the same tokens in rows of ``length``, a divisor of T; what came before in a window is out of sight.
+
+        The rows of a window follow each other, and its documents keep their numbers.
+        """
+        if length == self.input_ids.shape[1]:
+            return self
+        documents = None if self.document_ids is None else self.document_ids.view(-1, length)
+        return replace(
+            self,
+            input_ids=self.input_ids.view(-1, length),
+            targets=self.targets.view(-1, length),
+            document_ids=documents,
+        )
 
 
 class Batches(Sequence[Batch]):

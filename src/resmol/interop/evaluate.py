@@ -24,7 +24,7 @@ from resmol.interop.load import LoadedModel, load_model
 from resmol.interop.model_ref import ModelRef
 from resmol.model.cross_entropy import IGNORE_INDEX
 from resmol.system.user_paths import user_path
-from resmol.train.evaluate import evaluate
+from resmol.train.evaluate import evaluate, windows_at_once
 from resmol.train.parallel import Runtime
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def evaluate_model(
         opened = _evaluation_data(data, text_field, loaded, Path(scratch))
         dataset, held_out = next(iter(datasets_of(opened).values())), _held_out(opened)
         loader, length = _loader(held_out or [dataset.train], seq_len, loaded, dataset.eos_id)
-        batches = loader.sequential(max(1, 2048 // length), windows or None)
+        batches = loader.sequential(windows_at_once(length), windows or None)
         _require_rows(batches if dataset.vocab_size > loaded.config.vocab_size else (), loaded.config.vocab_size)
         starts = _DocumentStarts(batches, loaded, dataset.eos_id)
         result = evaluate(

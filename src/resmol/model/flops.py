@@ -65,7 +65,8 @@ def training_memory(
     copy of two bytes; the residual stream and the norms (five of the eight tensors) stay in float32. ``eager``
     attention saves its weights, one for each head and pair of positions, in float32 and rounded. ``averaging`` keeps a
     second set of weights. With several ``shards`` (FSDP) a device keeps one of them of weights, gradients and moments,
-    and gathers what it computes with: embedding, output layer and two blocks, with their gradients.
+    and gathers what it computes with: embedding, output layer and two blocks, with their gradients. Blocks are gathered
+    in the low precision, so only the output layer has a copy.
     """
     parameters = 4 * total_parameters(config)
     kept_parameters = -(-parameters // shards)
@@ -74,11 +75,12 @@ def training_memory(
     kept = 5 * width * 4 + (3 * width + 2 * key_value + 4 * config.intermediate_size) * half + 4 * seq_len
     if eager:
         kept += config.num_attention_heads * seq_len * (4 + 2 * low_precision)
+    copied = parameters if shards == 1 else 4 * config.vocab_size * config.hidden_size
     tokens = micro_batch_size * seq_len
     layers = config.num_hidden_layers
     activations = kept + layers * width * 4 if activation_checkpointing else layers * kept
     return {
-        "weights": kept_parameters + (parameters // 2 if low_precision else 0),
+        "weights": kept_parameters + (copied // 2 if low_precision else 0),
         "gradients": kept_parameters,
         "adamw moments": 2 * kept_parameters,
         **({"averaged weights": kept_parameters} if averaging else {}),

@@ -125,7 +125,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> TrainState:
 
 def _new_model(config: RunConfig, runtime: Runtime) -> CausalLM:
     if runtime.mesh is not None:
-        return sharded_model(config, runtime.mesh, runtime.device)
+        return sharded_model(config, runtime.mesh, runtime.device, runtime.autocast_dtype)
     model = CausalLM.empty(config.model, attention=config.runtime.attention)
     model.init_weights(config.train.seed)
     return model.to(runtime.device)

@@ -22,6 +22,8 @@ from resmol.model.llama import CausalLM
 from resmol.train.devices import to_device
 from resmol.train.parallel import Runtime
 
+TOKENS_AT_ONCE = 2048  # of a forward pass: enough that reading the weights is not what takes the time
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,6 +59,11 @@ class Evaluation:
             if rows:  # a limit may leave none
                 losses[name] = sum(loss for loss, _ in rows) / sum(tokens for _, tokens in rows)
         return losses
+
+
+def windows_at_once(seq_len: int) -> int:
+    """Return how many windows one forward pass takes, whatever training does: so the loss does not depend on that."""
+    return max(1, TOKENS_AT_ONCE // seq_len)
 
 
 @torch.no_grad()

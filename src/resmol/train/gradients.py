@@ -72,6 +72,7 @@ def accumulate_gradients(
     config: RunConfig,
     runtime: Runtime,
     factor: float | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """Add up the gradients of the *summed* loss over micro-batches and ranks; return the summed loss.
 
@@ -81,11 +82,13 @@ def accumulate_gradients(
         config: Chunking of the loss.
         runtime: Device, arithmetic and the other ranks.
         factor: What the gradients, but not the loss, are multiplied by (`loss_scale.factor_of_sum`); None is 1.
+        length: Tokens that a row of the forward pass has (`DataConfig.seq_len_at`); None leaves windows whole.
     """
     compute: Callable[..., Tensor] = model.loss if isinstance(model, CausalLM) else model
     seed = None if factor is None else torch.tensor(factor, device=runtime.device)
     total = torch.zeros((), device=runtime.device)
-    for number, batch in enumerate(batches):
+    for number, window_batch in enumerate(batches):
+        batch = window_batch if length is None else window_batch.cut(length)
         documents = _documents(batch, config, runtime)
         input_ids, targets = (to_device(ids, runtime.device) for ids in (batch.input_ids, batch.targets))
         with _reduced(model, runtime, last=number == len(batches) - 1):

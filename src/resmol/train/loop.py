@@ -26,7 +26,7 @@ from resmol.run.directory import RunDir
 from resmol.run.ledger import Record, is_finished
 from resmol.run.log_writers import RunLog
 from resmol.system.signals import StopSignal
-from resmol.train.evaluate import Evaluation, evaluate
+from resmol.train.evaluate import Evaluation, evaluate, windows_at_once
 from resmol.train.loss_spikes import append_loss, is_spike
 from resmol.train.overfitting import record_repetition, record_turn
 from resmol.train.parallel import Runtime
@@ -151,7 +151,7 @@ def record_evaluation(state: TrainState, session: Session) -> None:
     started = time.perf_counter()
     config = session.config
     windows, tokenizer = config.evaluation.windows or None, session.tokenizer
-    batches = session.val.sequential(config.batch.micro_batch_size, windows)
+    batches = session.val.sequential(windows_at_once(config.data.seq_len), windows)
     spelled = tokenizer.spelled_end_bytes(session.val.spelled_ends(windows))
     lengths = tokenizer.byte_lengths()
     measure = partial(evaluate, state.model, batches, lengths, session.runtime, spelled_bytes=spelled)

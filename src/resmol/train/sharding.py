@@ -18,17 +18,26 @@ from resmol.config.run_config import RunConfig
 from resmol.model.llama import CausalLM
 
 
-def sharded_model(config: RunConfig, mesh: DeviceMesh, device: torch.device) -> CausalLM:
+def sharded_model(config: RunConfig, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype | None) -> CausalLM:
     """Return this rank's share of a model with its initial weights, which have the bits of one process's.
 
     No rank ever holds more than its share and one whole block, or the embedding.
+
+    Args:
+        config: Of the run.
+        mesh: The ranks over which the weights are sharded.
+        device: Where this rank computes.
+        dtype: Of the matrix products, if it is not that of the weights. A block's weights are then gathered in it:
+            half the bytes, and no copy of them is kept for the backward pass, as autocast would.
     """
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     with torch.device("meta"):
         model = CausalLM(config.model, attention=config.runtime.attention)
+    # The residual stream, the embedding, gradients and their sums stay in float32.
+    in_dtype = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
-        fully_shard(layer.to_empty(device=device), mesh=mesh)
+        fully_shard(layer.to_empty(device=device), mesh=mesh, mp_policy=in_dtype)
     model.model.embed_tokens.to_empty(device=device)
     model.model.norm.to_empty(device=device)
     model.lm_head.to_empty(device=device)

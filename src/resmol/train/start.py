@@ -26,6 +26,7 @@ from resmol.data.tokenizer import Tokenizer, load_tokenizer
 from resmol.errors import ProcessLost, UsageError
 from resmol.run.async_save import AsyncCheckpointer
 from resmol.run.checkpoint import digest_all, weight_tensors
+from resmol.run.checkpoint_manifest import Checkpoint, corrupt
 from resmol.run.directory import RunDir
 from resmol.run.ledger import Ledger, NullLedger, Record
 from resmol.run.log_writers import LogWriter, RunLog
@@ -57,6 +58,7 @@ from resmol.train.parallel import Runtime, check_ranks, open_runtime
 from resmol.train.portable import require_portable
 from resmol.train.request import requested_changes, resolve_config, tokenizer_of_data
 from resmol.train.resume import resume_or_start, steps_to_repeat
+from resmol.train.state_fingerprint import whole_fingerprint
 from resmol.train.step import TrainState
 from resmol.train.supply import announce_mixture, check_supply
 from resmol.version import __version__
@@ -203,6 +205,8 @@ def _open_session(
         state, run_log, run, config, drifts, facts, runtime.environment(), ranks, allow_fresh=allow_fresh, strict=strict
     )
     check_ranks_agree(state, config, data.fingerprint, runtime)
+    if checkpoint is not None:
+        check_shards(state, checkpoint, runtime)
     if runtime.world_size > 1 and runtime.mesh is None:
         state.ddp = replicated(state.model, runtime)
     order = mixture_order(config, data, state.step, state.mixture)
@@ -244,6 +248,16 @@ def check_ranks_agree(state: TrainState, config: RunConfig, data_fingerprint: st
         "weights": hashlib.sha256(weights.encode()).hexdigest(),
     }
     runtime.monitor.check_consistent(facts)
+
+
+def check_shards(state: TrainState, checkpoint: Checkpoint, runtime: Runtime) -> None:
+    """Compare what ranks that share the model have read, together, with what was saved (`CheckpointError`).
+
+    A rank that has all of it has compared by itself (`resume.restore`).
+    """
+    saved = checkpoint.state.fingerprint
+    if runtime.mesh is not None and saved not in (None, whole_fingerprint(state.tensors(), runtime)):
+        raise corrupt(checkpoint.path, "holds other weights or moments than the ranks have read from it")
 
 
 def _train(state: TrainState, session: Session) -> TrainState:

@@ -143,7 +143,8 @@ def start_step(state: TrainState, number: int, batch: StepBatch, config: RunConf
     """Ask the device for the gradient of a step, and for the loss and the norm; wait for nothing."""
     factor = factor_of_sum(state.loss_scale, config) if runtime.scales_loss else None
     divisor = batch.tokens * (1.0 if factor is None else factor)
-    total = accumulate_gradients(state.ddp or state.model, batch.batches, config, runtime, factor)
+    model, length = state.ddp or state.model, config.data.seq_len_at(number)
+    total = accumulate_gradients(model, batch.batches, config, runtime, factor, length)
     norm = gradient_norm(state.model, divisor)
     numbers = torch.stack([total, norm])
     return StartedStep(number, batch, divisor, norm, numbers.isfinite().all(), Reading(numbers))
