@@ -400,8 +400,8 @@ def test_w4_processes_that_work_on_different_things(
             problems += [f"{what} of rank {rank} of {world_size}, {strategy}: {'; '.join(found)}"] if found else []
     campaign.record(
         "W4", "one of 2 or 4 ranks, which hold the weights or share them, has other weights, another step, other data "
-        "or another configuration", "all end with exit code 2 before the first step, or 65 for a checkpoint, and say what "
-        "differs", problems, trials, exhaustive=True,
+        "or another configuration", "all end with exit code 2 before the first step, or 65 for a checkpoint, and say "
+        "what differs", problems, trials, exhaustive=True,
     )  # fmt: skip
 
 
