@@ -83,6 +83,31 @@ def test_generate_gives_equal_tokens(tiny_config: RunConfig, tmp_path: Path) -> 
     assert equal_tokens([[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 5, 6]]) == (4, 6)
 
 
+@pytest.mark.interop
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_llama_cpp_decodes_the_same_model(
+    tiny_config: RunConfig, tokenizer_in_cache: Tokenizer, tmp_path: Path, precision: str
+) -> None:
+    """In float32 its tokens are ours: architecture, weights and prompt are the same."""
+    pytest.importorskip("llama_cpp")
+    bench = GenerateBench(tiny_config, (1,), 8, 6, "llama.cpp", precision=precision)
+    held = without_roofline(generation_comparisons(bench, tmp_path)[0])
+    held.run(1, 0)
+    names = ["llama.cpp F32"] if precision == "float32" else ["llama.cpp F16", "llama.cpp Q8_0"]
+    peers = [one for one in held.variants if one.kind == "other"]
+    assert [one.name for one in peers] == names
+    assert all(len(one.measurements[0]["tokens"][0]) == 6 for one in peers)
+    assert precision == "bfloat16" or "llama.cpp F32 generated the same 6 of 6 tokens" in held.markdown()
+
+
+@pytest.mark.parametrize(("batches", "overrides"), [((1, 2), {}), ((1,), {"runtime.device": "cuda"})])
+def test_what_llama_cpp_does_not_decode_here_is_refused(
+    tiny_config: RunConfig, batches: tuple[int, ...], overrides: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError, match="decodes one text on a processor"):
+        GenerateBench(tiny_config.replace(overrides), batches, 8, 6, "llama.cpp")
+
+
 def test_prepare_counts_the_same_tokens(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = tmp_path / "input.txt"
     text.write_text("the king and the kalo mi ner 17. \n" * 3000, encoding="utf-8")

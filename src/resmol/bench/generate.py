@@ -1,4 +1,4 @@
-"""`resmol bench generate`: greedy decoding of resmol, of transformers, and at the bandwidth of memory."""
+"""`resmol bench generate`: greedy decoding of resmol, of a peer, and at the bandwidth of memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from resmol.bench.comparison import MEMORY, Comparison, Quantity, make_variants
@@ -17,13 +19,20 @@ from resmol.bench.subprocess_runs import run_worker
 from resmol.bench.workers.main import Metrics
 from resmol.config.model_config import ModelConfig
 from resmol.config.run_config import RunConfig
+from resmol.data.tokenizer import load_tokenizer
 from resmol.errors import UsageError
+from resmol.interop.description import Description
+from resmol.interop.export.exported_tokenizer import ExportedTokenizer
+from resmol.interop.export.gguf_writer import KINDS, write_gguf
+from resmol.interop.load import load_model
+from resmol.interop.special_tokens import SpecialTokens
 from resmol.model.flops import total_parameters
 from resmol.model.llama import CausalLM
 from resmol.run.checkpoint import weight_tensors
 from resmol.train.devices import find_device
 
-BASELINES = ("transformers",)
+BASELINES = {"transformers": ("transformers",), "llama.cpp": ("llama-cpp-python",)}
+GGUF_TYPES = {"float32": ("float32",), "bfloat16": ("float16", "q8_0")}  # what llama.cpp's users decode with
 DECODING = Quantity("tokens_per_second", "tokens/s", ",.1f")
 PREFILL = Quantity("prefill_per_second", "prompt, tokens/s")
 
@@ -37,7 +46,7 @@ class GenerateBench:
         batches: Sequences that are decoded together; each number is a comparison of its own.
         prompt: Tokens of the prompt.
         new: Tokens to generate.
-        baseline: ``transformers``, or None to measure resmol alone.
+        baseline: One of `BASELINES`, or None to measure resmol alone.
         repeats: Rounds.
         precision: ``float32`` or ``bfloat16``, of the weights.
     """
@@ -60,7 +69,11 @@ class GenerateBench:
         if self.prompt + self.new > context:
             raise UsageError(f"{self.prompt} + {self.new} tokens exceed the context of {context}", fix="give fewer")
         require_precision(self.precision)
-        require_baseline(self.baseline, BASELINES, ("transformers",))
+        if self.baseline == "llama.cpp" and (
+            max(self.batches) > 1 or self.config.runtime.device not in ("auto", "cpu")
+        ):
+            raise UsageError("--peer llama.cpp decodes one text on a processor", fix="leave --batch and --device out")
+        require_baseline(self.baseline, BASELINES)
 
 
 def generation_comparisons(bench: GenerateBench, folder: Path) -> list[Comparison]:
@@ -84,30 +97,53 @@ def _comparison(bench: GenerateBench, batch: int, model: Path, folder: Path) -> 
     def resmol() -> Metrics:
         return run_worker("resmol.bench.workers.generate", {**task, "keep_freed_memory": True}, folder)
 
-    def transformers(*, tuned: bool) -> Metrics:
-        own = {**task, "tuned": tuned, "keep_freed_memory": tuned}
-        return run_worker("resmol.bench.workers.generate_transformers", own, folder)
-
     def roofline() -> Metrics:
         sizes = {"of": "generation", "batch": batch, "prompt": bench.prompt, "new": bench.new}
         own = {**sizes, "model": config.model.model_dump(), "precision": bench.precision}
         own |= {"threads": config.runtime.threads, "device": task["device"]}
         return run_worker("resmol.bench.workers.roofline", {**own, "keep_freed_memory": True}, folder)
 
-    baselines: dict[str, Callable[[], Metrics]] = {
-        "transformers generate": lambda: transformers(tuned=False),
-        "transformers generate, tuned": lambda: transformers(tuned=True),
-    }
     return Comparison(
         title=f"greedy decoding with {config.name}, {batch} x ({bench.prompt} + {bench.new}) tokens, {bench.precision}",
         metric=DECODING,
         columns=(PREFILL, MEMORY),
-        variants=make_variants(
-            resmol, baselines if bench.baseline else {}, ("roofline: reading the weights", roofline)
-        ),
+        variants=make_variants(resmol, _peers(bench, task, folder), ("roofline: reading the weights", roofline)),
         facts={**machine_facts(config.runtime.threads), "parameters": total_parameters(config.model)},
         notes=generation_notes,
     )
+
+
+def _peers(bench: GenerateBench, task: Metrics, folder: Path) -> dict[str, Callable[[], Metrics]]:
+    """Return the measurements of the peer, by the name of their rows."""
+
+    def transformers(*, tuned: bool) -> Metrics:
+        own = {**task, "tuned": tuned, "keep_freed_memory": tuned}
+        return run_worker("resmol.bench.workers.generate_transformers", own, folder)
+
+    def llama_cpp(dtype: str) -> Metrics:
+        file = folder / f"{dtype}.gguf"
+        if not file.exists():
+            _write_gguf(bench.config, Path(task["folder"]), file, dtype)
+        own = {**task, "file": str(file), "threads": task["threads"] or torch.get_num_threads()}
+        return run_worker("resmol.bench.workers.generate_llama_cpp", own, folder)
+
+    if bench.baseline == "transformers":
+        return {
+            "transformers generate": partial(transformers, tuned=False),
+            "transformers generate, tuned": partial(transformers, tuned=True),
+        }
+    if bench.baseline == "llama.cpp":
+        return {f"llama.cpp {KINDS[dtype]}": partial(llama_cpp, dtype) for dtype in GGUF_TYPES[bench.precision]}
+    return {}
+
+
+def _write_gguf(config: RunConfig, folder: Path, file: Path, dtype: str) -> None:
+    """Write the model of a folder as a GGUF file, with a vocabulary of its size."""
+    tokenizer = load_tokenizer(None, sha256=config.tokenizer.sha256)
+    roles = dict.fromkeys(("bos_token", "eos_token"), tokenizer.eos_id)
+    described = ExportedTokenizer(tokenizer, SpecialTokens(roles, (tokenizer.eos_id,)))
+    model = load_model(folder, tokenizer=tokenizer).model.requires_grad_(False)
+    write_gguf(file, model, described, dtype, Description(config.name))
 
 
 def write_model(config: RunConfig, folder: Path) -> None:
@@ -142,6 +178,8 @@ def generation_notes(comparison: Comparison) -> list[str]:
         )
     for one in comparison.variants:
         if one.kind == "other" and one.measurements:
+            if units := one.measurements[0].get("units"):
+                notes.append(f"{one.name} was built with: {units.strip()}")
             same, total = equal_tokens(ours, one.measurements[0]["tokens"])
             notes.append(f"{one.name} generated the same {same} of {total} tokens, counted up to the first difference.")
     return notes

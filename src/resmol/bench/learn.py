@@ -28,7 +28,7 @@ from resmol.bench.learning_record import LearningRecord, open_study
 from resmol.bench.machine import require_baseline
 from resmol.bench.paired_stats import Ratio, mean_interval, paired_ratio
 from resmol.bench.subprocess_runs import run_worker
-from resmol.bench.train import shared_inputs
+from resmol.bench.train import BASELINES, shared_inputs
 from resmol.config.load import with_overrides
 from resmol.config.run_config import RunConfig
 from resmol.data.shards import open_dataset
@@ -43,7 +43,6 @@ from resmol.train.lr_schedule import decay_over
 logger = logging.getLogger(__name__)
 
 RECORDS = Path("runs") / "learning"
-POINTS = 20
 OURS = "resmol"
 USUAL_RATE, TUNED_RATES = 3e-4, (1e-3, 3e-3, 1e-2)
 TRAINER_DEFAULTS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0}
@@ -61,6 +60,7 @@ class LearnBench:
         seeds: How many seeds, from those of the configuration upwards.
         steps: Length of a run; None takes the step at which the planned decay ends, or ``train.steps``.
         record: The file of the finished runs; None takes one in `RECORDS` that the configuration determines.
+        points: How often the held-out loss is measured in a run.
     """
 
     config: RunConfig
@@ -69,13 +69,14 @@ class LearnBench:
     seeds: int = 3
     steps: int | None = None
     record: Path | None = None
+    points: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps"):
+        for name in ("seeds", "steps", "points"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} is {value}", fix="give at least 1")
-        require_baseline("transformers", ("transformers",), ("transformers", "accelerate"))
+        require_baseline("transformers", BASELINES)
 
     def resolved(self) -> RunConfig:
         """Return our configuration for a run of this length: a planned decay keeps its share of the steps."""
@@ -87,7 +88,7 @@ class LearnBench:
             if length <= 0:
                 raise UsageError(f"--steps {steps} ends within the warm-up ({start} steps)", fix="give more")
             config = config.replace({"schedule.decay_start": start, "schedule.decay_steps": length})
-        return for_learning(config, steps, POINTS)
+        return for_learning(config, steps, self.points)
 
 
 def trainer_name(rate: float) -> str:

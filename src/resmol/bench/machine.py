@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +13,7 @@ from resmol.system.host import host_facts, usable_cores
 from resmol.system.installation import install_hint
 
 PRECISIONS = ("float32", "bfloat16")
-BASELINE_PACKAGES = ("accelerate", "safetensors", "tokenizers", "transformers")
+BASELINE_PACKAGES = ("accelerate", "llama-cpp-python", "safetensors", "tokenizers", "transformers")
 
 
 def machine_facts(threads: int) -> dict[str, Any]:
@@ -23,15 +24,16 @@ def machine_facts(threads: int) -> dict[str, Any]:
     return {**facts, "processors": usable_cores(), "threads": threads or torch.get_num_threads(), **versions}
 
 
-def require_baseline(baseline: str | None, known: tuple[str, ...], packages: tuple[str, ...]) -> None:
-    """Raise `UsageError` for a baseline that is unknown, and `DataError` for one that is not installed."""
+def require_baseline(baseline: str | None, known: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise `UsageError` for a baseline that is unknown, and `DataError` for one whose packages are not installed."""
     if baseline is None:
         return
     if baseline not in known:
         raise UsageError(f"there is no peer {baseline!r}", fix=f"choose one of: {', '.join(known)}")
-    for package in packages:
+    for package in known[baseline]:
         if _version(package) is None:
-            raise DataError(f"--peer {baseline} needs {package}", fix=f"install it: {install_hint('verify')}")
+            extra = "interop" if package == "llama-cpp-python" else "verify"
+            raise DataError(f"--peer {baseline} needs {package}", fix=f"install it: {install_hint(extra)}")
 
 
 def require_precision(precision: str) -> None:

@@ -34,7 +34,7 @@ COMPARABLE = {
     "schedule.kind": "constant", "schedule.warmup_steps": 0, "optimizer.lr": 1e-4,
     "optimizer.embedding_lr_scale": 1.0, "optimizer.decay": "matrices",
 }  # fmt: skip
-BASELINES = ("transformers",)
+BASELINES = {"transformers": ("transformers", "accelerate")}
 LOSS = Quantity("mean_loss", "mean loss", ".4f")
 
 
@@ -67,7 +67,7 @@ class TrainBench:
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}", fix=f"give at least {least}")
         require_precision(self.precision)
-        require_baseline(self.baseline, BASELINES, ("transformers", "accelerate"))
+        require_baseline(self.baseline, BASELINES)
 
     def configurations(self) -> list[RunConfig]:
         """Return the configuration of each batch.

@@ -36,7 +36,10 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Baseline = Annotated[
-    str | None, typer.Option("--peer", metavar="NAME", help="A library to measure as well: transformers.")
+    str | None,
+    typer.Option(
+        "--peer", metavar="NAME", help="A library to measure as well: transformers, or for `generate` llama.cpp."
+    ),
 ]
 Precision = Annotated[str, typer.Option(metavar="float32|bfloat16", help="Arithmetic of the matmuls.")]
 Repeats = Annotated[int, typer.Option(help="Rounds; each measures every variant once.")]
@@ -218,6 +221,7 @@ def bench_learn(
     record: Annotated[
         Path | None, typer.Option(help="Keep finished runs here; by default below runs/learning.")
     ] = None,
+    points: Annotated[int, typer.Option(help="How often the held-out loss is measured in a run.")] = 20,
     plot: Annotated[Path | None, typer.Option(help="Write the curves to this SVG file.")] = None,
     json_: Json = False,
     markdown: Markdown = False,
@@ -230,7 +234,7 @@ def bench_learn(
     chosen = chosen_config(preset, config) or load_preset("nano")
     from resmol.bench.learn import LearnBench, compare_learning
 
-    result = newest(compare_learning(LearnBench(chosen, tuple(set_ or ()), data, seeds, steps, record)))
+    result = newest(compare_learning(LearnBench(chosen, tuple(set_ or ()), data, seeds, steps, record, points)))
     if plot is not None:
         from resmol.bench.learning_plot import learning_svg
 
