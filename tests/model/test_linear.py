@@ -146,13 +146,14 @@ def test_reading_follows_the_processor(tmp_path: Path, monkeypatch: pytest.Monke
     assert module.default_matmul_backend(tmp_path / "absent") == "mkl"
 
 
+@pytest.mark.parametrize("backend", ["mkl", "onednn"])
 @pytest.mark.parametrize("shape", [(576,), (1, 576), (1, 1, 576), (2, 576)])
-def test_rows_in_bfloat16_are_those_of_float64_rounded(shape: tuple[int, ...]) -> None:
-    """A single row goes through a kernel of its own, and sums in float32 as the other does."""
+def test_rows_in_bfloat16_are_those_of_float64_rounded(shape: tuple[int, ...], backend: MatmulBackend) -> None:
+    """By MKL a single row goes through a kernel of its own, and sums in float32 as the other does."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(s, generator=generator).bfloat16() for s in (shape, (192, 576)))
     with torch.no_grad():
-        found = multiply(x, weight, "mkl")
+        found = multiply(x, weight, backend)
     exact = x.double() @ weight.double().T
     assert (found.dtype, found.shape) == (torch.bfloat16, exact.shape)
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-3)
