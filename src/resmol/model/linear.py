@@ -5,8 +5,8 @@ ships a second library for the same products, oneDNN. On an AMD processor oneDNN
 inputs 1.25 to 1.8 times as fast; on an Intel one MKL wins. Both sum in float32, in a different order, so the last bits
 of the results differ: the choice belongs to a run, like its precision.
 
-The choice is for a CPU, for float32 and for single rows in bfloat16. Other products in bfloat16 are always oneDNN's, and
-those on a CUDA device are CUDA's.
+The choice is for a CPU, for float32 and for single rows in bfloat16. Other products in bfloat16 are always oneDNN's,
+and those on a CUDA device are CUDA's.
 """
 
 from __future__ import annotations
