@@ -176,12 +176,13 @@ def generation_notes(comparison: Comparison) -> list[str]:
             f"Memory is read at {read / 1e9:.1f} GB/s. The matmuls of the prompt alone would run at "
             f"{prompt:,.0f} tokens/s, of which resmol has {reached:.0f} %."
         )
-    for one in comparison.variants:
-        if one.kind == "other" and one.measurements:
-            if units := one.measurements[0].get("units"):
-                notes.append(f"{one.name} was built with: {units.strip()}")
-            same, total = equal_tokens(ours, one.measurements[0]["tokens"])
-            notes.append(f"{one.name} generated the same {same} of {total} tokens, counted up to the first difference.")
+    peers = [one for one in comparison.variants if one.kind == "other" and one.measurements]
+    notes += {
+        f"llama.cpp computes with {one.measurements[0]['units']}." for one in peers if "units" in one.measurements[0]
+    }
+    for one in peers:
+        same, total = equal_tokens(ours, one.measurements[0]["tokens"])
+        notes.append(f"{one.name} generated the same {same} of {total} tokens, counted up to the first difference.")
     return notes
 
 

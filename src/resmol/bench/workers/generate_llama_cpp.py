@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -25,7 +26,7 @@ def generate_with_llama_cpp(task: Mapping[str, Any]) -> Metrics:
             tokens.append(int(token))
             times.append(time.perf_counter())
     metrics = generation_metrics([tokens], len(prompt), times[0] - started, times[-1] - times[0])
-    units = llama_cpp.llama_print_system_info().decode()
+    units = ", ".join(re.findall(r"(\w+) = 1", llama_cpp.llama_print_system_info().decode()))
     return {**metrics, "versions": {"llama-cpp-python": llama_cpp.__version__}, "units": units}
 
 
