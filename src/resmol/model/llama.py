@@ -84,7 +84,8 @@ def attend(
         return attend_inside_documents(query, key, value, mask)
     if kind != "eager" and use_blockwise_backward(query, key):  # the same values, another backward pass
         return blockwise_attention(query, key, value, mask)
-    if kind != "eager" and _shares_keys_as_rows(query, key):
+    if kind != "eager" and query.shape[2] == 1 and query.element_size() == 2 and query.device.type == "cpu":
+        # For each head this kernel converts the keys to float32, so the heads that share them are rows of one.
         grouped = query.view(*key.shape[:2], -1, query.shape[-1])  # B K H/K Dh
         return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).view(query.shape)
     if kind != "eager":
@@ -104,16 +105,6 @@ def attend(
     scores = (scores / math.sqrt(query.shape[-1])).masked_fill(~mask[:, None], -math.inf)
     weights = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1).to(query.dtype)
     return (weights.flatten(2, 3) @ value).view(query.shape)
-
-
-def _shares_keys_as_rows(query: Float[Tensor, "B H T Dh"], key: Float[Tensor, "B K S Dh"]) -> bool:
-    """Return whether the query heads that share keys are better given to the fused kernel as the tokens of one head.
-
-    So they are for a single new token in half precision on a CPU: the kernel converts the keys once for each head, and
-    takes a fifth of the time. In float32 there is nothing to convert.
-    """
-    is_half = query.element_size() == 2
-    return is_half and query.shape[2] == 1 and query.shape[1] != key.shape[1] and query.device.type == "cpu"
 
 
 class SelfAttention(nn.Module):
