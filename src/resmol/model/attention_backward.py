@@ -87,7 +87,8 @@ class _AttentionInBlocks(torch.autograd.Function):
             stop = min(start + BLOCK_QUERIES, length)
             block = [tensor[:, :, :, start:stop] for tensor in of_queries]
             seen = (key[:, :, :stop], value[:, :, :stop], _hidden(mask, start, stop, query.device))
-            for_query, for_key, for_value = _gradients_of_block(block, *seen)
+            with torch.autocast(query.device.type, enabled=False):  # compiled, this runs under that of the forward pass
+                for_query, for_key, for_value = _gradients_of_block(block, *seen)
             grad_query.append(for_query)
             grad_key[:, :, :stop] += for_key
             grad_value[:, :, :stop] += for_value
