@@ -141,6 +141,18 @@ def test_a_record_of_something_else_is_refused(sweep: Sweep) -> None:
         finished(sweep)
 
 
+def test_a_record_from_before_a_field_had_it_at_its_default(sweep: Sweep) -> None:
+    finished(sweep)
+    assert sweep.record is not None
+    record = json.loads(sweep.record.read_text(encoding="utf-8"))
+    assert record["base"].pop("train.fingerprint_steps") == 0
+    sweep.record.write_text(json.dumps(record), encoding="utf-8")
+    assert not finished(sweep).missing
+    other = Sweep(sweep.config, (*FACTOR, "train.fingerprint_steps=3"), (), sweep.data, 3, 10, sweep.record)
+    with pytest.raises(UsageError, match=r"its train\.fingerprint_steps is 0, and 3 is asked for"):
+        finished(other)
+
+
 def test_a_run_that_fails_is_a_row_with_its_reason(sweep: Sweep) -> None:
     def diverges(config: RunConfig) -> float:
         if config.optimizer.lr == 0.02:

@@ -17,7 +17,7 @@ from resmol.bench.learning import Curve, Point
 from resmol.bench.machine import machine_facts
 from resmol.bench.subprocess_runs import prepared_folder
 from resmol.bench.variants import Overrides
-from resmol.config.run_config import RunConfig
+from resmol.config.run_config import RunConfig, field_declarations
 from resmol.config.strict_model import StrictModel
 from resmol.data.shards import open_dataset
 from resmol.errors import CheckFailed, UsageError
@@ -130,6 +130,8 @@ def open_study(config: RunConfig, data: str | None, file: Path | None, records: 
 def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> LearningRecord:
     """Read a record, or begin one. Of a run that failed it keeps nothing, so that the same command tries it again.
 
+    A field that a record does not have came later than it, and was at its default.
+
     Raises:
         UsageError: It is that of another configuration or text, or no record at all.
     """
@@ -143,12 +145,13 @@ def open_record(file: Path, base: RunConfig, data_fingerprint: str) -> LearningR
     except ValidationError:
         raise UsageError(f"{file} is no record of runs that learn", fix="name another file with --record") from None
     known = {key: value for key, value in json.loads(json.dumps(fields)).items() if key not in SEEDS}
-    changed = next((key for key, value in known.items() if record.base.get(key) != value), None)
+    before = {key: declared.get_default() for key, declared in field_declarations().items()} | record.base
+    changed = next((key for key, value in known.items() if before.get(key) != value), None)
     if changed is None and record.data_fingerprint != data_fingerprint:
         raise UsageError(f"{file} is the record of another text", fix="name another file with --record")
     if changed is not None:
         raise UsageError(
-            f"{file} is the record of another configuration: its {changed} is {record.base.get(changed)!r}, and "
+            f"{file} is the record of another configuration: its {changed} is {before.get(changed)!r}, and "
             f"{known[changed]!r} is asked for now",
             fix="name another file with --record",
         )
