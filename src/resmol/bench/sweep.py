@@ -78,12 +78,8 @@ class SweepResult:
 
     def __init__(self, sweep: Sweep, rows: list[Overrides], record: LearningRecord) -> None:
         self.sweep, self.rows, self.record = sweep, rows, record
-
-    @property
-    def seeds(self) -> range:
-        """The seeds."""
-        first = self.sweep.base_and_rows()[0].train.seed
-        return range(first, first + self.sweep.seeds)
+        first = base_and_factors(sweep.config, sweep.factors)[0].train.seed
+        self.seeds = range(first, first + sweep.seeds)
 
     @property
     def missing(self) -> list[tuple[Overrides, int]]:
